@@ -1,0 +1,368 @@
+//! Scaled dot-product attention: the call a user makes.
+
+use crate::device::Device;
+use crate::error::{Error, Result, shape_error, value_error};
+use crate::gpu::Gpu;
+use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, ScoreStage, as_four_axes};
+use crate::record::Recording;
+use crate::tensor::{Tensor, common_device};
+
+/// Which attention weights to return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Weights {
+    /// None.
+    #[default]
+    None,
+    /// `[batch, heads_q, len_q, len_k]`.
+    PerHead,
+    /// The mean over heads: `[batch, len_q, len_k]`.
+    Averaged,
+}
+
+/// A boolean mask and what its true entries mean.
+///
+/// It broadcasts to `[batch, heads_q, len_q, len_k]`: missing leading axes and axes of length 1 repeat.
+#[derive(Clone, Debug)]
+pub struct Mask {
+    tensor: Tensor,
+    meaning: MaskMeaning,
+}
+
+impl Mask {
+    /// True keeps the key: PyTorch's `scaled_dot_product_attention`, JAX, Keras, ONNX.
+    pub fn keep(tensor: Tensor) -> Result<Mask> {
+        Mask::new(tensor, MaskMeaning::Keep)
+    }
+    /// True drops the key: PyTorch's `MultiheadAttention`, burn.
+    pub fn drop(tensor: Tensor) -> Result<Mask> {
+        Mask::new(tensor, MaskMeaning::Drop)
+    }
+    /// The meaning as a value.
+    pub fn new(tensor: Tensor, meaning: MaskMeaning) -> Result<Mask> {
+        if tensor.dtype() != Dtype::Bool {
+            return Err(value_error!(
+                "a mask needs a bool tensor, not {}; an additive mask of floats is a bias",
+                tensor.dtype()
+            ));
+        }
+        Ok(Mask { tensor, meaning })
+    }
+    /// The boolean tensor.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+    /// What true means.
+    pub fn meaning(&self) -> MaskMeaning {
+        self.meaning
+    }
+}
+
+/// Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) with the options of every
+/// framework, composed in one fixed order:
+/// `S = scale · Q·Kᵀ` → softcap → `+ bias` → mask → softmax over keys → `· V`.
+///
+/// A query that may attend to nothing gets output 0, weights 0 and LSE −∞. What a masked key or
+/// value holds, NaN and ∞ included, changes no bit of the result.
+#[derive(Clone, Debug, Default)]
+pub struct Attention {
+    scale: Option<f32>,
+    softcap: Option<f32>,
+    positions: Positions,
+    masks: Vec<Mask>,
+    key_padding: Vec<Mask>,
+    biases: Vec<Tensor>,
+    lse: bool,
+    weights: Weights,
+    scores: Option<ScoreStage>,
+    extra_keys: usize,
+}
+
+/// What [`Attention::forward`] returns.
+#[derive(Clone, Debug)]
+pub struct Attended {
+    /// `[batch, heads_q, len_q, dim_v]`, in the memory order of the query.
+    pub output: Tensor,
+    /// `[batch, heads_q, len_q]`: the natural logarithm of the softmax denominator; −∞ for a query
+    /// that may attend to nothing.
+    pub lse: Option<Tensor>,
+    /// As asked for by [`Attention::weights`].
+    pub weights: Option<Tensor>,
+    /// `[batch, heads_q, len_q, len_k]`, as asked for by [`Attention::scores`].
+    pub scores: Option<Tensor>,
+}
+
+/// The operands of one call, with four axes each and masks and biases broadcast.
+#[derive(Clone, Debug)]
+pub(crate) struct Operands {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    /// Broadcast to `[batch, heads_q, len_q, ruled_keys]`.
+    pub masks: Vec<Mask>,
+    /// Broadcast likewise.
+    pub biases: Vec<Tensor>,
+}
+
+/// What to hand back beside the output.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Wanted {
+    pub lse: bool,
+    pub weights: Weights,
+    pub scores: Option<ScoreStage>,
+}
+
+impl Attention {
+    /// No mask, scale `1/√dim_k`.
+    pub fn new() -> Attention {
+        Attention::default()
+    }
+    /// The factor on `Q·Kᵀ` instead of `1/√dim_k`; any finite value.
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+    /// `S → cap · tanh(S / cap)`, before bias and mask; `cap > 0`.
+    pub fn softcap(mut self, cap: f32) -> Self {
+        self.softcap = Some(cap);
+        self
+    }
+    /// Query `i` sees key `j` only when `j ≤ i + offset`. Sets the offset for a window too.
+    pub fn causal(mut self, align: Align) -> Self {
+        self.positions.causal = true;
+        self.positions.align = align;
+        self
+    }
+    /// Where queries stand among keys, for a window without a causal mask.
+    pub fn align(mut self, align: Align) -> Self {
+        self.positions.align = align;
+        self
+    }
+    /// Keys within `left` and `right` of the query's own position `i + offset`, inclusive; `None`
+    /// leaves that side open.
+    pub fn window(mut self, left: Option<usize>, right: Option<usize>) -> Self {
+        self.positions.window_left = left;
+        self.positions.window_right = right;
+        self
+    }
+    /// Valid keys per batch entry; the rest is padding.
+    pub fn key_lengths(mut self, lengths: Vec<usize>) -> Self {
+        self.positions.key_lengths = Some(lengths);
+        self
+    }
+    /// A boolean mask; may be given several times, a key must pass all.
+    pub fn mask(mut self, mask: Mask) -> Self {
+        self.masks.push(mask);
+        self
+    }
+    /// A boolean mask over keys, `[batch, len_k]` (or `[len_k]` for all): PyTorch's `key_padding_mask`.
+    pub fn key_padding(mut self, mask: Mask) -> Self {
+        self.key_padding.push(mask);
+        self
+    }
+    /// An additive bias that broadcasts like a mask; −∞ masks. May be given several times.
+    pub fn bias(mut self, bias: Tensor) -> Self {
+        self.biases.push(bias);
+        self
+    }
+    /// Returns the log-sum-exp of each query's scores.
+    pub fn lse(mut self, yes: bool) -> Self {
+        self.lse = yes;
+        self
+    }
+    /// Returns the attention weights.
+    pub fn weights(mut self, weights: Weights) -> Self {
+        self.weights = weights;
+        self
+    }
+    /// Returns the scores at a stage (ONNX's `qk_matmul_output`).
+    pub fn scores(mut self, stage: Option<ScoreStage>) -> Self {
+        self.scores = stage;
+        self
+    }
+    /// The last `count` keys are seen by every query, whatever the masks say; masks and biases are
+    /// then as wide as the keys before them.
+    pub(crate) fn extra_keys(mut self, count: usize) -> Self {
+        self.extra_keys = count;
+        self
+    }
+
+    /// Replaces every mask by what `change` makes of it.
+    pub(crate) fn for_each_mask(&mut self, change: impl Fn(&Mask) -> Result<Mask>) -> Result<()> {
+        self.masks.iter_mut().try_for_each(|mask| Ok(*mask = change(mask)?))
+    }
+    /// Replaces every bias likewise.
+    pub(crate) fn for_each_bias(&mut self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+        self.biases.iter_mut().try_for_each(|bias| Ok(*bias = change(bias)?))
+    }
+
+    /// Computes attention; returns when the work is submitted (the results are ready when downloaded).
+    ///
+    /// Q `[batch, heads_q, len_q, dim_k]`, K `[batch, heads_kv, len_k, dim_k]`,
+    /// V `[batch, heads_kv, len_k, dim_v]` with any strides; `[heads, len, dim]` and `[len, dim]` are
+    /// taken as batch 1, further leading axes as one batch.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+        pollster::block_on(self.forward_async(q, k, v))
+    }
+
+    /// As [`Attention::forward`], without blocking.
+    pub async fn forward_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+        let mut recording = Recording::new(&self.device(q, k, v)?);
+        let attended = self.record(&mut recording, q, k, v, None)?;
+        recording.submit().await?;
+        Ok(attended)
+    }
+
+    /// Records the work into the caller's encoder: nothing is submitted, nothing waits. `output`, if
+    /// given, is the tensor to write, `[batch, heads_q, len_q, dim_v]` with any strides.
+    ///
+    /// Keep the inputs and the returned tensors until the encoder is submitted: a dropped tensor's
+    /// buffer may be used again.
+    pub fn encode(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        output: Option<&Tensor>,
+    ) -> Result<Attended> {
+        let mut recording = Recording::new(&Device::Gpu(gpu.clone()));
+        common_device_is(recording.device(), self.device(q, k, v)?)?;
+        let attended = self.record(&mut recording, q, k, v, output)?;
+        recording.encode(encoder)?;
+        Ok(attended)
+    }
+
+    fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
+        let masks = self.masks.iter().chain(&self.key_padding).map(|mask| ("a mask", &mask.tensor));
+        let biases = self.biases.iter().map(|bias| ("a bias", bias));
+        common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases))
+    }
+
+    /// Adds this call to a recording on the tensors' device.
+    pub(crate) fn record(
+        &self,
+        recording: &mut Recording,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        output: Option<&Tensor>,
+    ) -> Result<Attended> {
+        for (name, tensor) in [("Q", q), ("K", k), ("V", v)] {
+            tensor.expect_float(name)?;
+        }
+        let four = |name: &str, tensor: &Tensor| -> Result<Tensor> {
+            Ok(tensor.with_layout(as_four_axes(name, tensor.layout())?))
+        };
+        let (q4, k4, v4) = (four("Q", q)?, four("K", k)?, four("V", v)?);
+        let problem = Problem::new(
+            q4.shape(),
+            k4.shape(),
+            v4.shape(),
+            self.scale,
+            self.softcap,
+            &self.positions,
+            self.extra_keys,
+        )?;
+        let broadcast = |what: &str, tensor: &Tensor| -> Result<Tensor> {
+            let layout = tensor.layout().broadcast_to(&problem.mask_shape()).map_err(|_| {
+                shape_error!(
+                    "{what} of shape {:?} does not broadcast to [batch, heads_q, len_q, len_k] = {:?}: \
+                     from the right, each axis must be equal or 1",
+                    tensor.shape(),
+                    problem.mask_shape()
+                )
+            })?;
+            Ok(tensor.with_layout(layout))
+        };
+        let padding = self.key_padding.iter().map(|mask| match mask.tensor.layout().rank() {
+            1 => Ok(mask.clone()),
+            2 => Ok(Mask { tensor: mask.tensor.unsqueeze(1)?.unsqueeze(1)?, meaning: mask.meaning }),
+            _ => Err(shape_error!("a key padding mask of shape {:?} must be [batch, len_k]", mask.tensor.shape())),
+        });
+        let masks = (self.masks.iter().cloned().map(Ok))
+            .chain(padding)
+            .map(|mask| {
+                let mask = mask?;
+                Ok(Mask { tensor: broadcast("a mask", &mask.tensor)?, meaning: mask.meaning })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let biases = self
+            .biases
+            .iter()
+            .map(|bias| {
+                bias.expect_float("a bias")?;
+                broadcast("a bias", bias)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let output = output.map(|output| four("output", output)).transpose()?;
+        let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores };
+        let operands = Operands { q: q4, k: k4, v: v4, masks, biases };
+        let attended = recording.attention(&problem, &operands, wanted, output.as_ref())?;
+        restore_axes(attended, q.shape())
+    }
+}
+
+fn common_device_is(expected: &Device, device: Device) -> Result<()> {
+    if expected.same_as(&device) {
+        return Ok(());
+    }
+    Err(Error::Device(format!("the tensors live on {} but the call runs on {}", device.name(), expected.name())))
+}
+
+/// Gives the results the leading axes that the query had.
+fn restore_axes(attended: Attended, q: &[usize]) -> Result<Attended> {
+    if q.len() == 4 {
+        return Ok(attended);
+    }
+    let lead = &q[..q.len().saturating_sub(2)];
+    let fix = |tensor: Tensor, has_heads: bool| -> Result<Tensor> {
+        let tail = if has_heads { &tensor.shape()[2..] } else { &tensor.shape()[1..] };
+        let lead = if has_heads { lead } else { &lead[..lead.len().saturating_sub(1)] };
+        let shape: Vec<usize> = lead.iter().chain(tail).copied().collect();
+        tensor.reshape(&shape)
+    };
+    let averaged = attended.weights.as_ref().is_some_and(|weights| weights.layout().rank() == 3);
+    Ok(Attended {
+        output: fix(attended.output, true)?,
+        lse: attended.lse.map(|lse| fix(lse, true)).transpose()?,
+        weights: attended.weights.map(|weights| fix(weights, !averaged)).transpose()?,
+        scores: attended.scores.map(|scores| fix(scores, true)).transpose()?,
+    })
+}
+
+/// The output's layout `[b, h, s, d]` in the memory order of the query: heads inside the sequence
+/// (`[b, s, h, d]`) when the query has them so, else row-major.
+pub(crate) fn output_layout(problem: &Problem, q: &Layout) -> Result<Layout> {
+    let Problem { batch, heads_q, len_q, dim_v, .. } = *problem;
+    let strides = q.strides();
+    if heads_q > 1 && len_q > 1 && strides[1] < strides[2] {
+        Layout::contiguous(&[batch, len_q, heads_q, dim_v])?.permute(&[0, 2, 1, 3])
+    } else {
+        Layout::contiguous(&[batch, heads_q, len_q, dim_v])
+    }
+}
+
+/// Softmax over `axis` (negative counts from the end), as `torch.softmax`. A row of −∞ gives zeros.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn softmax(x: &Tensor, axis: isize) -> Result<Tensor> {
+    pollster::block_on(softmax_async(x, axis))
+}
+
+/// As [`softmax`], without blocking.
+pub async fn softmax_async(x: &Tensor, axis: isize) -> Result<Tensor> {
+    x.expect_float("x")?;
+    let rank = x.layout().rank() as isize;
+    let at = if axis < 0 { axis + rank } else { axis };
+    if at < 0 || at >= rank {
+        return Err(value_error!(
+            "softmax over axis {axis} of a tensor with {rank} axes: it must lie in {}..{rank}",
+            -rank
+        ));
+    }
+    let mut recording = Recording::new(&x.device());
+    let out = recording.softmax(x, at as usize)?;
+    recording.submit().await?;
+    Ok(out)
+}

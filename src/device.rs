@@ -1,0 +1,88 @@
+//! Where tensors live and calls run: an adapter, or the CPU backend.
+
+use crate::error::{Error, Result};
+use crate::gpu::{Gpu, GpuOptions};
+
+/// An adapter, or the CPU backend. Cheap to clone.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// An adapter, through wgpu.
+    Gpu(Gpu),
+    /// The CPU backend: the same calls, threaded, without an adapter.
+    #[cfg(feature = "cpu")]
+    Cpu,
+}
+
+impl Device {
+    /// The best adapter ([`Gpu::new`]); on a machine without any, the CPU backend, with one line to
+    /// the log that says so ([`Device::fallback_notice`] holds the same line).
+    ///
+    /// An adapter that was asked for by name and is not there is an error, never a fallback.
+    pub fn new() -> Result<Device> {
+        Device::with_options(&GpuOptions::default())
+    }
+
+    /// As [`Device::new`], with a say in which adapter.
+    pub fn with_options(options: &GpuOptions) -> Result<Device> {
+        match Gpu::with_options(options) {
+            Ok(gpu) => Ok(Device::Gpu(gpu)),
+            #[cfg(feature = "cpu")]
+            Err(Error::NoAdapter(reason)) if !options.names_an_adapter() => {
+                log::warn!("{}", Device::fallback_notice(&reason));
+                Ok(Device::Cpu)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The line that says why the CPU backend was chosen.
+    pub fn fallback_notice(reason: &str) -> String {
+        format!("no GPU adapter ({reason}); using the CPU backend")
+    }
+
+    /// The adapter's name, or `cpu`.
+    pub fn name(&self) -> String {
+        match self {
+            Device::Gpu(gpu) => gpu.info().name.clone(),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => "cpu".into(),
+        }
+    }
+
+    /// The adapter behind this device, if it is one.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Device::Gpu(gpu) => Some(gpu),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => None,
+        }
+    }
+
+    pub(crate) fn same_as(&self, other: &Device) -> bool {
+        match (self, other) {
+            (Device::Gpu(a), Device::Gpu(b)) => a.same_as(b),
+            #[cfg(feature = "cpu")]
+            (Device::Cpu, Device::Cpu) => true,
+            #[cfg(feature = "cpu")]
+            _ => false,
+        }
+    }
+}
+
+impl From<Gpu> for Device {
+    fn from(gpu: Gpu) -> Device {
+        Device::Gpu(gpu)
+    }
+}
+
+impl From<&Gpu> for Device {
+    fn from(gpu: &Gpu) -> Device {
+        Device::Gpu(gpu.clone())
+    }
+}
+
+impl From<&Device> for Device {
+    fn from(device: &Device) -> Device {
+        device.clone()
+    }
+}

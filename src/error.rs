@@ -1,0 +1,93 @@
+//! One error type. Every variant carries the values that broke the rule, and the rule.
+
+/// What went wrong, with the numbers and the rule.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Shapes, strides or lengths that do not fit together.
+    #[error("{0}")]
+    Shape(String),
+    /// An option whose value is outside its rule.
+    #[error("{0}")]
+    Value(String),
+    /// Tensors that live on different devices.
+    #[error("{0}")]
+    Device(String),
+    /// A size that does not fit in 64-bit arithmetic.
+    #[error("{what} overflows: {factors} does not fit in 64 bits")]
+    Overflow {
+        /// What was being sized.
+        what: String,
+        /// The factors, as `a × b × c`.
+        factors: String,
+    },
+    /// More memory than the adapter (or the machine) has, said before allocating.
+    #[error("{what} needs {needed} bytes, but {limit_name} is {limit} bytes on {adapter}")]
+    TooLarge {
+        /// What was to be allocated.
+        what: String,
+        /// Bytes asked for.
+        needed: u64,
+        /// The limit's name.
+        limit_name: &'static str,
+        /// The limit in bytes.
+        limit: u64,
+        /// The adapter's name.
+        adapter: String,
+    },
+    /// Something this adapter cannot do.
+    #[error("{what} is not supported on {adapter}: it needs {needs}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// The adapter's name.
+        adapter: String,
+        /// What it would need.
+        needs: String,
+    },
+    /// No adapter answers to the request.
+    #[error("{0}")]
+    NoAdapter(String),
+    /// The device is gone; a new [`Gpu`](crate::Gpu) works again.
+    #[error("the device of {adapter} was lost ({reason}); create a new Gpu to go on")]
+    DeviceLost {
+        /// The adapter's name.
+        adapter: String,
+        /// wgpu's reason.
+        reason: String,
+    },
+    /// The driver ran out of memory.
+    #[error("out of memory on {adapter} during {during}: {message}")]
+    OutOfMemory {
+        /// The adapter's name.
+        adapter: String,
+        /// The kernel or allocation at work.
+        during: String,
+        /// wgpu's message.
+        message: String,
+    },
+    /// wgpu or the driver refused a call; a fault of this library or of the driver.
+    #[error("wgpu error on {adapter} during {during}: {message}")]
+    Gpu {
+        /// The adapter's name.
+        adapter: String,
+        /// The kernel or call at work.
+        during: String,
+        /// wgpu's message.
+        message: String,
+    },
+    /// A file that is not what it should be.
+    #[error("{0}")]
+    File(String),
+}
+
+/// `Result` with this library's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+macro_rules! shape_error {
+    ($($arg:tt)*) => { $crate::Error::Shape(format!($($arg)*)) };
+}
+macro_rules! value_error {
+    ($($arg:tt)*) => { $crate::Error::Value(format!($($arg)*)) };
+}
+pub(crate) use {shape_error, value_error};

@@ -1,0 +1,1 @@
+//! First floor: kernels as pure data.

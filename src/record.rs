@@ -1,0 +1,145 @@
+//! A list of operations on one device. On the CPU each is carried out at once; on an adapter they
+//! are planned and collected, then run in one compute pass.
+
+#[cfg(feature = "cpu")]
+use crate::attention::Weights;
+use crate::attention::{Attended, Operands, Wanted, output_layout};
+#[cfg(feature = "cpu")]
+use crate::cpu;
+use crate::device::Device;
+use crate::error::{Result, value_error};
+use crate::gpu;
+use crate::problem::{Layout, Problem};
+use crate::tensor::Tensor;
+
+pub(crate) enum Recording {
+    Gpu(gpu::Recording),
+    #[cfg(feature = "cpu")]
+    Cpu,
+}
+
+impl Recording {
+    pub fn new(device: &Device) -> Recording {
+        match device {
+            Device::Gpu(gpu) => Recording::Gpu(gpu::Recording::new(gpu)),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => Recording::Cpu,
+        }
+    }
+
+    pub fn device(&self) -> &Device {
+        match self {
+            Recording::Gpu(recording) => recording.device(),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => &Device::Cpu,
+        }
+    }
+
+    /// `X·Wᵀ + b` for X `[batch, len, in]`, W `[out, in]`, b `[out]`, followed in every batch entry by
+    /// one row per entry of `extra` (`None`: zeros): `[batch, len + extra, out]`.
+    pub fn project(
+        &mut self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        extra: &[Option<&Tensor>],
+    ) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.project(x, w, bias, extra),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                let views: Vec<_> = extra.iter().map(|row| row.map(cpu::View::of)).collect();
+                let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
+                let layout = Layout::contiguous(&shape)?;
+                let out = cpu::project(cpu::View::of(x), cpu::View::of(w), bias.map(cpu::View::of), &views);
+                Ok(Tensor::from_cpu(out, layout, x.dtype()))
+            }
+        }
+    }
+
+    /// Attention over operands that fit `problem`; `output`, if given, is written in place.
+    pub fn attention(
+        &mut self,
+        problem: &Problem,
+        operands: &Operands,
+        wanted: Wanted,
+        output: Option<&Tensor>,
+    ) -> Result<Attended> {
+        let layout = output_layout(problem, operands.q.layout())?;
+        if let Some(output) = output
+            && output.shape() != layout.shape()
+        {
+            return Err(value_error!("the output tensor is {:?}, but must be {:?}", output.shape(), layout.shape()));
+        }
+        match self {
+            Recording::Gpu(recording) => recording.attention(problem, operands, wanted, output, layout),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                if output.is_some() {
+                    return Err(value_error!(
+                        "encoding into a given output needs an adapter; the CPU backend has none"
+                    ));
+                }
+                let inputs = cpu::Inputs {
+                    q: cpu::View::of(&operands.q),
+                    k: cpu::View::of(&operands.k),
+                    v: cpu::View::of(&operands.v),
+                    masks: operands.masks.iter().map(cpu::MaskView::of).collect(),
+                    biases: operands.biases.iter().map(cpu::View::of).collect(),
+                };
+                let answer = cpu::attention(problem, &inputs, wanted, &layout);
+                let dtype = operands.q.dtype();
+                let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
+                let tensor = |data: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
+                    Ok(Tensor::from_cpu(data, Layout::contiguous(shape)?, dtype))
+                };
+                let square = [batch, heads_q, len_q, len_k];
+                Ok(Attended {
+                    output: Tensor::from_cpu(answer.output, layout, dtype),
+                    lse: answer
+                        .lse
+                        .map(|lse| tensor(lse, &[batch, heads_q, len_q])?.with_dtype(crate::Dtype::F32))
+                        .transpose()?,
+                    weights: answer
+                        .weights
+                        .map(|weights| match wanted.weights {
+                            Weights::Averaged => tensor(weights, &[batch, len_q, len_k]),
+                            _ => tensor(weights, &square),
+                        })
+                        .transpose()?,
+                    scores: answer.scores.map(|scores| tensor(scores, &square)).transpose()?,
+                })
+            }
+        }
+    }
+
+    /// Softmax over one axis; the result is row-major.
+    pub fn softmax(&mut self, x: &Tensor, axis: usize) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.softmax(x, axis),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                let out = cpu::softmax(cpu::View::of(x), axis);
+                Ok(Tensor::from_cpu(out, Layout::contiguous(x.shape())?, x.dtype()))
+            }
+        }
+    }
+
+    /// Submits what was recorded, and reports what the driver had to say.
+    pub async fn submit(self) -> Result<()> {
+        match self {
+            Recording::Gpu(recording) => recording.submit().await,
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Ok(()),
+        }
+    }
+
+    /// Writes what was recorded into the caller's encoder.
+    pub fn encode(self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        match self {
+            Recording::Gpu(recording) => recording.encode(encoder),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Err(value_error!("encoding needs an adapter; the CPU backend has none")),
+        }
+    }
+}

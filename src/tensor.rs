@@ -1,0 +1,256 @@
+//! Tensors: shape and strides over a buffer on a device.
+
+use std::sync::Arc;
+
+use crate::device::Device;
+use crate::error::{Error, Result, shape_error, value_error};
+use crate::gpu::GpuBuffer;
+use crate::problem::{Dtype, Element, Layout, checked_len};
+
+/// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
+///
+/// Floats are held as f32; a tensor made from f16 or bf16 values remembers it, and so do the results
+/// computed from it: they come back rounded to that type.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    storage: Storage,
+    layout: Layout,
+    dtype: Dtype,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Storage {
+    Gpu(GpuBuffer),
+    #[cfg(feature = "cpu")]
+    Cpu(Arc<[f32]>),
+    #[cfg(feature = "cpu")]
+    CpuBool(Arc<[u8]>),
+}
+
+fn check_len(shape: &[usize], len: usize) -> Result<()> {
+    let expected = checked_len(shape)?;
+    if expected != len {
+        return Err(shape_error!("shape {shape:?} has {expected} elements but {len} were given"));
+    }
+    Ok(())
+}
+
+impl Tensor {
+    /// Uploads `data` (f32, f16 or bf16), row-major.
+    pub fn from_slice<T: Element>(device: impl Into<Device>, shape: &[usize], data: &[T]) -> Result<Tensor> {
+        check_len(shape, data.len())?;
+        let floats: Vec<f32> = data.iter().map(|x| x.to_f32()).collect();
+        let storage = match device.into() {
+            Device::Gpu(gpu) => Storage::Gpu(gpu.upload("tensor", bytemuck::cast_slice(&floats))?),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => Storage::Cpu(floats.into()),
+        };
+        Ok(Tensor { storage, layout: Layout::contiguous(shape)?, dtype: T::DTYPE })
+    }
+
+    /// Uploads a boolean tensor, one byte per element. What true means is said by [`Mask`](crate::Mask).
+    pub fn from_bools(device: impl Into<Device>, shape: &[usize], data: &[bool]) -> Result<Tensor> {
+        check_len(shape, data.len())?;
+        let bytes: Vec<u8> = data.iter().map(|&x| u8::from(x)).collect();
+        let storage = match device.into() {
+            Device::Gpu(gpu) => Storage::Gpu(gpu.upload("mask", &bytes)?),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => Storage::CpuBool(bytes.into()),
+        };
+        Ok(Tensor { storage, layout: Layout::contiguous(shape)?, dtype: Dtype::Bool })
+    }
+
+    /// A view of the caller's own buffer: f32 elements (or bytes packed four to a word for
+    /// [`Dtype::Bool`]), usage `STORAGE`, and `COPY_SRC` if it is to be downloaded.
+    pub fn from_wgpu(
+        gpu: &crate::Gpu,
+        buffer: &wgpu::Buffer,
+        shape: &[usize],
+        strides: &[usize],
+        offset: usize,
+        dtype: Dtype,
+    ) -> Result<Tensor> {
+        if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+            return Err(value_error!("the buffer's usage {:?} must include STORAGE", buffer.usage()));
+        }
+        let available = (buffer.size() / dtype.stored_size()) as usize;
+        let layout = Layout::strided(shape, strides, offset, available)?;
+        Ok(Tensor { storage: Storage::Gpu(gpu.adopt(buffer)), layout, dtype })
+    }
+
+    #[cfg(feature = "cpu")]
+    pub(crate) fn from_cpu(data: Vec<f32>, layout: Layout, dtype: Dtype) -> Tensor {
+        debug_assert!(layout.end() <= data.len());
+        Tensor { storage: Storage::Cpu(data.into()), layout, dtype }
+    }
+
+    pub(crate) fn from_gpu(buffer: GpuBuffer, layout: Layout, dtype: Dtype) -> Tensor {
+        Tensor { storage: Storage::Gpu(buffer), layout, dtype }
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> Device {
+        match &self.storage {
+            Storage::Gpu(buffer) => Device::Gpu(buffer.gpu().clone()),
+            #[cfg(feature = "cpu")]
+            _ => Device::Cpu,
+        }
+    }
+    /// Lengths of the axes.
+    pub fn shape(&self) -> &[usize] {
+        self.layout.shape()
+    }
+    /// Shape and strides.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+    /// The type it was given in and comes back in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// The same elements under another type tag: results are rounded to it on download.
+    pub fn with_dtype(mut self, dtype: Dtype) -> Result<Tensor> {
+        if (self.dtype == Dtype::Bool) != (dtype == Dtype::Bool) {
+            return Err(value_error!("a {} tensor cannot become {dtype}", self.dtype));
+        }
+        self.dtype = dtype;
+        Ok(self)
+    }
+
+    pub(crate) fn with_layout(&self, layout: Layout) -> Tensor {
+        Tensor { storage: self.storage.clone(), layout, dtype: self.dtype }
+    }
+
+    /// The axes in another order: `[batch, len, heads, dim]` to `[batch, heads, len, dim]` is `[0, 2, 1, 3]`.
+    pub fn permute(&self, axes: &[usize]) -> Result<Tensor> {
+        Ok(self.with_layout(self.layout.permute(axes)?))
+    }
+    /// `len` entries of `axis` from `start` on.
+    pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
+        Ok(self.with_layout(self.layout.narrow(axis, start, len)?))
+    }
+    /// One entry of `axis`; the axis goes. Of packed `[b, s, 3, h, d]`, `select(2, 1)` is K.
+    pub fn select(&self, axis: usize, index: usize) -> Result<Tensor> {
+        Ok(self.with_layout(self.layout.select(axis, index)?))
+    }
+    /// A new axis of length 1 before `axis`.
+    pub fn unsqueeze(&self, axis: usize) -> Result<Tensor> {
+        Ok(self.with_layout(self.layout.unsqueeze(axis)?))
+    }
+    /// Another shape over the same elements, where the strides allow it without a copy.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
+        let layout = self.layout.reshape(shape)?.ok_or_else(|| {
+            shape_error!(
+                "shape {:?} with strides {:?} cannot be seen as {shape:?} without a copy",
+                self.layout.shape(),
+                self.layout.strides()
+            )
+        })?;
+        Ok(self.with_layout(layout))
+    }
+
+    /// The elements in row-major order, rounded to the tensor's type; waits for the device.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn download(&self) -> Result<Vec<f32>> {
+        pollster::block_on(self.download_async())
+    }
+
+    /// As [`Tensor::download`], in another element type.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn download_as<T: Element>(&self) -> Result<Vec<T>> {
+        Ok(self.download()?.into_iter().map(T::from_f32).collect())
+    }
+
+    /// The elements in row-major order, rounded to the tensor's type.
+    pub async fn download_async(&self) -> Result<Vec<f32>> {
+        if self.dtype == Dtype::Bool {
+            return Err(value_error!("a bool tensor is read back with download_bools"));
+        }
+        if self.layout.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (start, end) = (self.layout.offset(), self.layout.end());
+        let gather = |data: &[f32]| -> Vec<f32> {
+            let layout = self.layout.rebased(0);
+            if layout.is_contiguous() {
+                data[..layout.len()].iter().map(|&x| self.dtype.round(x)).collect()
+            } else {
+                layout.positions().map(|at| self.dtype.round(data[at])).collect()
+            }
+        };
+        match &self.storage {
+            Storage::Gpu(buffer) => {
+                buffer.read(start as u64 * 4..end as u64 * 4, |bytes| gather(bytemuck::cast_slice(bytes))).await
+            }
+            #[cfg(feature = "cpu")]
+            Storage::Cpu(data) => Ok(gather(&data[start..end])),
+            #[cfg(feature = "cpu")]
+            Storage::CpuBool(_) => unreachable!("float tensors have float storage"),
+        }
+    }
+
+    /// The elements of a boolean tensor in row-major order; waits for the device.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn download_bools(&self) -> Result<Vec<bool>> {
+        if self.dtype != Dtype::Bool {
+            return Err(value_error!("a {} tensor is read back with download", self.dtype));
+        }
+        if self.layout.is_empty() {
+            return Ok(Vec::new());
+        }
+        let gather = |data: &[u8]| self.layout.positions().map(|at| data[at] != 0).collect();
+        match &self.storage {
+            Storage::Gpu(buffer) => {
+                let end = (self.layout.end() as u64).next_multiple_of(4);
+                pollster::block_on(buffer.read(0..end, gather))
+            }
+            #[cfg(feature = "cpu")]
+            Storage::CpuBool(data) => Ok(gather(data)),
+            #[cfg(feature = "cpu")]
+            Storage::Cpu(_) => unreachable!("bool tensors have byte storage"),
+        }
+    }
+
+    /// True when both see the same elements of the same buffer.
+    pub(crate) fn is_same_view(&self, other: &Tensor) -> bool {
+        self.layout == other.layout
+            && match (&self.storage, &other.storage) {
+                (Storage::Gpu(a), Storage::Gpu(b)) => a.is(b),
+                #[cfg(feature = "cpu")]
+                (Storage::Cpu(a), Storage::Cpu(b)) => Arc::ptr_eq(a, b),
+                #[cfg(feature = "cpu")]
+                _ => false,
+            }
+    }
+
+    pub(crate) fn expect_float(&self, name: &str) -> Result<()> {
+        if self.dtype == Dtype::Bool {
+            return Err(value_error!(
+                "{name} is a bool tensor; floats are needed (masks are made with Mask::keep or Mask::drop)"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The device that `tensor` and all of `others` live on.
+pub(crate) fn common_device<'a>(
+    tensor: &Tensor,
+    others: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<Device> {
+    let device = tensor.device();
+    for (name, other) in others {
+        if !device.same_as(&other.device()) {
+            return Err(Error::Device(format!(
+                "{name} lives on {} but the call runs on {}; upload it there",
+                other.device().name(),
+                device.name()
+            )));
+        }
+    }
+    Ok(device)
+}
