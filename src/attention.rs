@@ -227,7 +227,7 @@ impl Attention {
         v: &Tensor,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let mut recording = Recording::new(&Device::Gpu(gpu.clone()));
+        let mut recording = Recording::for_encoder(gpu);
         common_device_is(recording.device(), self.device(q, k, v)?)?;
         let attended = self.record(&mut recording, q, k, v, output)?;
         recording.encode(encoder)?;

@@ -555,7 +555,7 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        let mut recording = Recording::new(&Device::Gpu(gpu.clone()));
+        let mut recording = Recording::for_encoder(gpu);
         let output = self.record(&mut recording, query, key, value, attention)?;
         recording.encode(encoder)?;
         Ok(output)

@@ -27,6 +27,11 @@ impl Recording {
         }
     }
 
+    /// For work that is encoded, not submitted.
+    pub fn for_encoder(gpu: &gpu::Gpu) -> Recording {
+        Recording::Gpu(gpu::Recording::for_encoder(gpu))
+    }
+
     pub fn device(&self) -> &Device {
         match self {
             Recording::Gpu(recording) => recording.device(),

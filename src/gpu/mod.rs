@@ -1,126 +1,234 @@
-//! The only room that talks to wgpu.
+//! The second floor: the only room that talks to wgpu. Adapters and devices, buffers and their pool,
+//! pipelines, and the execution of plans.
 
-use crate::attention::{Attended, Operands, Wanted};
-use crate::device::Device;
-use crate::error::Result;
-use crate::problem::{Layout, Problem};
-use crate::tensor::Tensor;
+mod adapters;
+mod buffers;
+mod run;
 
-/// Which adapter to take.
-#[derive(Clone, Debug, Default)]
-pub struct GpuOptions {
-    /// A backend word (`vulkan`, `metal`, `dx12`, `gl`), an index into [`Gpu::adapters`], or part of
-    /// an adapter's name. `None`: `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` decide, else the best.
-    pub adapter: Option<String>,
-    /// Leaves the subgroup kernels out even where the adapter has subgroups.
-    pub without_subgroups: bool,
+pub use adapters::{AdapterSummary, GpuOptions};
+pub(crate) use buffers::GpuBuffer;
+pub(crate) use run::Recording;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::kernels::{Capabilities, Variant};
+use buffers::Pool;
+use run::Pipeline;
+
+/// An adapter with its device, pipeline cache and buffer pool. Cheap to clone.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    info: wgpu::AdapterInfo,
+    capabilities: Capabilities,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    pipelines: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+    /// Uniform blocks and band tables by content: written once, never changed, so that work recorded
+    /// into a caller's encoder reads what it was recorded with.
+    constants: Mutex<HashMap<Vec<u8>, wgpu::Buffer>>,
+    pool: Pool,
+    /// Why the device was lost, once it is.
+    lost: Arc<Mutex<Option<String>>>,
+    /// The first error that no scope caught.
+    fault: Arc<Mutex<Option<String>>>,
 }
 
-impl GpuOptions {
-    pub(crate) fn names_an_adapter(&self) -> bool {
-        self.adapter.is_some()
+/// How many buffers an adapter has made so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AllocationCounts {
+    /// Buffers created: tensors, working memory, staging, uniform blocks.
+    pub buffers: u64,
+    /// Their bytes in all.
+    pub bytes: u64,
+    /// Pipelines compiled.
+    pub pipelines: u64,
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu({} over {})", self.0.info.name, self.0.info.backend)
     }
 }
 
-/// One adapter of this machine.
-#[derive(Clone, Debug)]
-pub struct AdapterSummary {
-    /// Place in [`Gpu::adapters`]; accepted as [`GpuOptions::adapter`].
-    pub index: usize,
-    /// Name, driver, backend, type, subgroup sizes.
-    pub info: wgpu::AdapterInfo,
-    /// The adapter's own limits.
-    pub limits: wgpu::Limits,
-    /// The adapter's features.
-    pub features: wgpu::Features,
+/// A lock whose holder panicked is as good as before: every guarded value is valid at every step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An adapter with its device, pipeline cache and buffer pool. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Gpu {}
-
 impl Gpu {
-    /// The best adapter.
+    /// The best adapter: a discrete GPU before an integrated one before software, native backends
+    /// before GL. `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` narrow the choice.
+    ///
+    /// The device is created with the adapter's own limits and the features the kernels use.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn new() -> Result<Gpu> {
         Gpu::with_options(&GpuOptions::default())
     }
-    /// As asked.
-    pub fn with_options(_options: &GpuOptions) -> Result<Gpu> {
-        Err(crate::Error::NoAdapter("not built yet".into()))
+
+    /// As [`Gpu::new`], with a say in which adapter.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn with_options(options: &GpuOptions) -> Result<Gpu> {
+        pollster::block_on(Gpu::request(options))
     }
+
+    /// As [`Gpu::with_options`], without blocking.
+    pub async fn request(options: &GpuOptions) -> Result<Gpu> {
+        let adapter = adapters::choose(options).await?;
+        let features = adapter.features() & wgpu::Features::SUBGROUP;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("wgpu-attention"),
+            required_features: features,
+            required_limits: adapter.limits(),
+            ..Default::default()
+        };
+        let info = adapter.get_info();
+        let (device, queue) = adapter.request_device(&descriptor).await.map_err(|error| Error::Gpu {
+            adapter: info.name.clone(),
+            during: "creating the device".into(),
+            message: error.to_string(),
+        })?;
+        let gpu = Gpu::assemble(info, device, queue, options.without_subgroups);
+        // Our own device: what no scope catches is kept and reported by the next call.
+        let fault = gpu.0.fault.clone();
+        gpu.0.device.on_uncaptured_error(Arc::new(move |error| {
+            lock(&fault).get_or_insert_with(|| error.to_string());
+        }));
+        let lost = gpu.0.lost.clone();
+        gpu.0.device.set_device_lost_callback(move |reason, message| {
+            lock(&lost).get_or_insert_with(|| format!("{reason:?}: {message}"));
+        });
+        Ok(gpu)
+    }
+
+    /// A caller's device and queue. Its error handlers stay as they are; features and limits that
+    /// were not requested are not used. Subgroup kernels need [`wgpu::Features::SUBGROUP`].
+    pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Gpu {
+        Gpu::assemble(adapter.get_info(), device, queue, false)
+    }
+
+    fn assemble(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue, without_subgroups: bool) -> Gpu {
+        let capabilities = adapters::capabilities(&info, &device, without_subgroups);
+        Gpu(Arc::new(Inner {
+            info,
+            capabilities,
+            device,
+            queue,
+            pipelines: Mutex::default(),
+            constants: Mutex::default(),
+            pool: Pool::default(),
+            lost: Arc::default(),
+            fault: Arc::default(),
+        }))
+    }
+
     /// Every adapter of this machine, best first.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn adapters() -> Vec<AdapterSummary> {
-        Vec::new()
+        pollster::block_on(adapters::list())
     }
-    /// Name, driver, backend.
+
+    /// Name, driver, backend, type.
     pub fn info(&self) -> &wgpu::AdapterInfo {
-        todo!()
+        &self.0.info
     }
-    /// Names of the kernel variants compiled so far, such as `scores/subgroup8`.
+    /// What planning knows of the adapter.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.0.capabilities
+    }
+    /// The wgpu device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.0.device
+    }
+    /// The wgpu queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.0.queue
+    }
+    /// Names of the kernel variants compiled so far, such as `scores/rows4x8/subgroup8/depth64/wide`.
     pub fn kernels(&self) -> Vec<String> {
-        todo!()
+        let mut names: Vec<String> = lock(&self.0.pipelines).keys().map(|variant| variant.name.clone()).collect();
+        names.sort();
+        names
     }
-    pub(crate) fn same_as(&self, _other: &Gpu) -> bool {
-        todo!()
+    /// Buffers and pipelines made so far. Calls of a shape that was seen before add nothing.
+    pub fn allocation_counts(&self) -> AllocationCounts {
+        let mut counts = self.0.pool.counts();
+        counts.pipelines = lock(&self.0.pipelines).len() as u64;
+        counts
     }
-    pub(crate) fn upload(&self, _label: &str, _bytes: &[u8]) -> Result<GpuBuffer> {
-        todo!()
-    }
-    pub(crate) fn adopt(&self, _buffer: &wgpu::Buffer) -> GpuBuffer {
-        todo!()
-    }
-}
 
-#[derive(Clone, Debug)]
-pub(crate) struct GpuBuffer {}
+    /// Waits until everything submitted so far is done.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn wait(&self) -> Result<()> {
+        self.0
+            .device
+            .poll(wgpu::PollType::wait_indefinitely())
+            .map(|_| ())
+            .map_err(|error| self.failure("waiting for the device", &error.to_string()))
+            .and_then(|()| self.check())
+    }
 
-impl GpuBuffer {
-    pub fn gpu(&self) -> &Gpu {
-        todo!()
+    pub(crate) fn same_as(&self, other: &Gpu) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
-    pub async fn read<T>(&self, _range: std::ops::Range<u64>, _convert: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        todo!()
-    }
-    pub fn is(&self, _other: &GpuBuffer) -> bool {
-        todo!()
-    }
-}
 
-pub(crate) struct Recording {}
+    /// An error if the device is lost or an earlier call failed out of sight.
+    fn check(&self) -> Result<()> {
+        if let Some(reason) = lock(&self.0.lost).clone() {
+            return Err(Error::DeviceLost { adapter: self.0.info.name.clone(), reason });
+        }
+        match lock(&self.0.fault).take() {
+            Some(message) => Err(self.failure("an earlier call", &message)),
+            None => Ok(()),
+        }
+    }
 
-impl Recording {
-    pub fn new(_gpu: &Gpu) -> Recording {
-        todo!()
+    fn failure(&self, during: &str, message: &str) -> Error {
+        if let Some(reason) = lock(&self.0.lost).clone() {
+            return Error::DeviceLost { adapter: self.0.info.name.clone(), reason };
+        }
+        Error::Gpu { adapter: self.0.info.name.clone(), during: during.into(), message: message.into() }
     }
-    pub fn device(&self) -> &Device {
-        todo!()
+
+    /// Runs `work` inside error scopes; the future tells what they caught. The scopes are closed when
+    /// this returns: they belong to the thread, and must not be open across an await.
+    fn scoped<T, F: FnOnce() -> T>(&self, during: &str, work: F) -> impl Future<Output = Result<T>> + use<T, F> {
+        let memory = self.0.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let validation = self.0.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let internal = self.0.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let value = work();
+        // Last pushed, first popped.
+        let internal = internal.pop();
+        let validation = validation.pop();
+        let memory = memory.pop();
+        let gpu = self.clone();
+        let during = during.to_string();
+        async move {
+            let caught = [internal.await, validation.await, memory.await];
+            match caught.into_iter().flatten().next() {
+                None => Ok(value),
+                Some(wgpu::Error::OutOfMemory { source }) => Err(Error::OutOfMemory {
+                    adapter: gpu.0.info.name.clone(),
+                    during,
+                    message: source.to_string(),
+                }),
+                Some(error) => Err(gpu.failure(&during, &error.to_string())),
+            }
+        }
     }
-    pub fn project(
-        &mut self,
-        _x: &Tensor,
-        _w: &Tensor,
-        _bias: Option<&Tensor>,
-        _extra: &[Option<&Tensor>],
-    ) -> Result<Tensor> {
-        todo!()
-    }
-    pub fn attention(
-        &mut self,
-        _problem: &Problem,
-        _operands: &Operands,
-        _wanted: Wanted,
-        _output: Option<&Tensor>,
-        _layout: Layout,
-    ) -> Result<Attended> {
-        todo!()
-    }
-    pub fn softmax(&mut self, _x: &Tensor, _axis: usize) -> Result<Tensor> {
-        todo!()
-    }
-    pub async fn submit(self) -> Result<()> {
-        todo!()
-    }
-    pub fn encode(self, _encoder: &mut wgpu::CommandEncoder) -> Result<()> {
-        todo!()
+
+    /// [`Gpu::scoped`] for callers that cannot await. Native scopes are ready at once; in a browser
+    /// the answer comes later, and the device's own error handler keeps it for the next call.
+    fn scoped_now<T>(&self, during: &str, work: impl FnOnce() -> T) -> Result<T> {
+        #[cfg(not(target_arch = "wasm32"))]
+        return pollster::block_on(self.scoped(during, work));
+        #[cfg(target_arch = "wasm32")]
+        {
+            let _ = during;
+            Ok(work())
+        }
     }
 }

@@ -1,0 +1,177 @@
+// Y = X·Wᵀ + b
+// X [b, l, in]   W [out, in]   b [out]   Y [b, l, out]
+//
+// The projections of Vaswani et al. 2017, section 3.2.2, in PyTorch's convention for W. Each
+// invocation keeps ROWS rows of X in registers and walks over the outputs OUTS at a time; with
+// subgroups, SHARE lanes load different parts of W and hand them round. The input width is summed in
+// chunks of DEPTH4 · 4 through Y.
+
+const WORKGROUP: u32 = 64u;
+const ROWS: u32 = 4u;
+const OUTS: u32 = 4u;
+const DEPTH4: u32 = 4u;
+const SHARE: u32 = 1u;
+const PADDED: bool = true;
+
+const_assert OUTS == 4u;
+const_assert (OUTS * DEPTH4) % SHARE == 0u;
+
+alias XElem = f32;
+alias WElem = f32;
+alias YElem = f32;
+
+struct Params {
+    // Batch, row, column.
+    x_strides: vec4<u32>,
+    w_strides: vec4<u32>,
+    y_strides: vec4<u32>,
+    x_offset: u32,
+    w_offset: u32,
+    y_offset: u32,
+    bias_offset: u32,
+    bias_stride: u32,
+    rows: u32,
+    len: u32,
+    dim_in: u32,
+    dim_out: u32,
+    chunks: u32,
+    row_blocks: u32,
+    out_blocks: u32,
+    outs_per_block: u32,
+    workgroups: u32,
+    pad_0: u32,
+    pad_1: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<XElem>;
+@group(0) @binding(2) var<storage, read> w: array<WElem>;
+@group(0) @binding(3) var<storage, read_write> y: array<YElem>;
+
+// @block bias
+@group(0) @binding(4) var<storage, read> bias: array<f32>;
+fn bias_of(o: u32) -> vec4<f32> {
+    let at = params.bias_offset + o * params.bias_stride;
+    let step = params.bias_stride;
+    return vec4<f32>(bias[at], bias[at + step], bias[at + 2u * step], bias[at + 3u * step]);
+}
+// @end
+
+// @block load_x
+fn load_x(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.x_strides.z;
+    let first = at + d * step;
+    return select(
+        vec4<f32>(),
+        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_in),
+    );
+}
+// @end
+
+// @block load_w
+fn load_w(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.w_strides.y;
+    let first = at + d * step;
+    return select(
+        vec4<f32>(),
+        vec4<f32>(w[first], w[first + step], w[first + 2u * step], w[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_in),
+    );
+}
+// @end
+
+// @block y_vector
+fn load_y(at: u32, o: u32) -> vec4<f32> {
+    let here = at + o;
+    return vec4<f32>(y[here], y[here + 1u], y[here + 2u], y[here + 3u]);
+}
+fn store_y(at: u32, o: u32, value: vec4<f32>) {
+    // @unroll
+    for (var e = 0u; e < 4u; e++) {
+        if (o + e < params.dim_out) {
+            y[at + o + e] = value[e];
+        }
+    }
+}
+// @end
+
+// Where row r, counted over all batch entries, begins.
+fn row_base(row: u32, strides: vec4<u32>) -> u32 {
+    let r = min(row, params.rows - 1u);
+    return (r / params.len) * strides.x + (r % params.len) * strides.y;
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    // @block lane_builtin
+    // @end
+) {
+    // @block lane
+    let lane = 0u;
+    // @end
+    let index = workgroup.y * workgroups.x + workgroup.x;
+    if (index >= params.workgroups) {
+        return;
+    }
+    let out_block = index % params.out_blocks;
+    let row_block = index / params.out_blocks;
+    let row = (row_block * WORKGROUP + local) * ROWS;
+    let first_out = out_block * params.outs_per_block;
+    let end_out = min(first_out + params.outs_per_block, params.dim_out);
+
+    for (var chunk = 0u; chunk < params.chunks; chunk++) {
+        var x_tile: array<vec4<f32>, ROWS * DEPTH4>;
+        // @unroll
+        for (var r = 0u; r < ROWS; r++) {
+            let at = params.x_offset + row_base(row + r, params.x_strides);
+            // @unroll
+            for (var d = 0u; d < DEPTH4; d++) {
+                x_tile[r * DEPTH4 + d] = load_x(at, chunk * DEPTH4 + d);
+            }
+        }
+        for (var j = first_out; j < end_out; j += OUTS) {
+            var sum: array<vec4<f32>, ROWS>;
+            if (chunk > 0u) {
+                // @unroll
+                for (var r = 0u; r < ROWS; r++) {
+                    sum[r] = load_y(params.y_offset + row_base(row + r, params.y_strides), j);
+                }
+            }
+            var mine: vec4<f32>;
+            // @unroll
+            for (var d = 0u; d < DEPTH4; d++) {
+                // @unroll
+                for (var c = 0u; c < OUTS; c++) {
+                    if ((d * OUTS + c) % SHARE == 0u) {
+                        let part = d * OUTS + c + lane;
+                        let out = min(j + part % OUTS, params.dim_out - 1u);
+                        mine = load_w(params.w_offset + out * params.w_strides.x, chunk * DEPTH4 + part / OUTS);
+                    }
+                    // @block share
+                    let w4 = mine;
+                    // @end
+                    // @unroll
+                    for (var r = 0u; r < ROWS; r++) {
+                        sum[r][c] += dot(x_tile[r * DEPTH4 + d], w4);
+                    }
+                }
+            }
+            let last = chunk + 1u == params.chunks;
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (row + r < params.rows) {
+                    if (last) {
+                        sum[r] += bias_of(j);
+                    }
+                    store_y(params.y_offset + row_base(row + r, params.y_strides), j, sum[r]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,272 @@
+// S = scale · Q·Kᵀ → softcap → + bias → mask                      pass 1 of the taught method
+// Q [b, h, i, d]   K [b, h / group, j, d]   S [b, h, i, j]; masked scores are −∞
+//
+// Vaswani et al. 2017, section 3.2.1. Each invocation keeps ROWS queries in registers and walks over
+// the keys KEYS at a time. With subgroups, SHARE lanes load different parts of the keys and hand them
+// round; without, every lane loads them all. Wide heads are summed in chunks of DEPTH4 · 4 through S.
+
+const WORKGROUP: u32 = 64u;
+const ROWS: u32 = 4u;
+const KEYS: u32 = 4u;
+const DEPTH4: u32 = 4u;
+const SHARE: u32 = 1u;
+// True when chunks · DEPTH4 · 4 is more than the width of a head.
+const PADDED: bool = true;
+const SOFTCAP: bool = true;
+const BANDED: bool = true;
+// 0: scaled, 1: after the softcap, 2: after bias and mask.
+const STAGE: u32 = 2u;
+
+const_assert KEYS == 4u;
+const_assert (KEYS * DEPTH4) % SHARE == 0u;
+
+alias QElem = f32;
+alias KElem = f32;
+
+struct Params {
+    q_strides: vec4<u32>,
+    k_strides: vec4<u32>,
+    s_strides: vec4<u32>,
+    mask_a_strides: vec4<u32>,
+    mask_b_strides: vec4<u32>,
+    bias_strides: vec4<u32>,
+    // Valid keys, lowest and highest visible key relative to the query.
+    band: vec4<i32>,
+    q_offset: u32,
+    k_offset: u32,
+    s_offset: u32,
+    mask_a_offset: u32,
+    mask_b_offset: u32,
+    bias_offset: u32,
+    mask_a_keeps: u32,
+    mask_b_keeps: u32,
+    batch_0: u32,
+    head_0: u32,
+    head_kv_0: u32,
+    row_0: u32,
+    key_0: u32,
+    heads: u32,
+    group: u32,
+    len_q: u32,
+    len_k: u32,
+    ruled_keys: u32,
+    dim: u32,
+    chunks: u32,
+    row_blocks: u32,
+    key_blocks: u32,
+    keys_per_block: u32,
+    workgroups: u32,
+    minus_infinity: u32,
+    scale: f32,
+    softcap: f32,
+    pad: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<QElem>;
+@group(0) @binding(2) var<storage, read> k: array<KElem>;
+@group(0) @binding(3) var<storage, read_write> s: array<vec4<f32>>;
+
+// @block bands
+@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
+fn band_of(b: u32) -> vec4<i32> {
+    return bands[params.batch_0 + b];
+}
+// @end
+
+// @block mask_a
+@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
+fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
+    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
+    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
+}
+// @end
+
+// @block mask_b
+@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
+fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
+    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
+    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
+}
+// @end
+
+// @block bias
+@group(0) @binding(7) var<storage, read> bias: array<f32>;
+fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
+    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block visible
+// Whether query i may see key j, all rules together; a bias of −∞ hides too.
+fn visible(b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> bool {
+    let row = i32(i + params.row_0);
+    let key = i32(j + params.key_0);
+    if (u32(key) >= params.ruled_keys) {
+        return true;
+    }
+    if (BANDED && !(key < band.x && key >= row + band.y && key <= row + band.z)) {
+        return false;
+    }
+    return passes_a(b, h, i, j) && passes_b(b, h, i, j)
+        && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
+}
+// @end
+
+// @block load_q
+fn load_q(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.q_strides.w;
+    let first = at + d * step;
+    // Lanes beyond the width must be 0 on both sides, so that what lies there never enters.
+    return select(
+        vec4<f32>(),
+        vec4<f32>(q[first], q[first + step], q[first + 2u * step], q[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
+    );
+}
+// @end
+
+// @block load_k
+fn load_k(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.k_strides.w;
+    let first = at + d * step;
+    return select(
+        vec4<f32>(),
+        vec4<f32>(k[first], k[first + step], k[first + 2u * step], k[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
+    );
+}
+// @end
+
+// @block tanh
+// Cephes tanhf: a driver's own tanh may overflow or lose small arguments.
+fn tanh_exact(x: vec4<f32>) -> vec4<f32> {
+    let z = x * x;
+    let small = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
+        + 1.33314422036e-1) * z - 3.33332819422e-1) * z * x + x;
+    let a = min(abs(x), vec4<f32>(20.0));
+    let large = sign(x) * (1.0 - 2.0 / (exp2(a * 2.8853900817779268) + 1.0));
+    return select(large, small, abs(x) < vec4<f32>(0.625));
+}
+// @end
+
+fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> vec4<f32> {
+    var x = sum * params.scale;
+    if (STAGE >= 1u && SOFTCAP) {
+        let is_nan = (bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
+        x = select(params.softcap * tanh_exact(x / params.softcap), x, is_nan);
+    }
+    if (STAGE < 2u) {
+        return x;
+    }
+    let hidden = bitcast<f32>(params.minus_infinity);
+    // @unroll
+    for (var c = 0u; c < KEYS; c++) {
+        // Keys behind the end are padding of S.
+        let ruled = j + c + params.key_0 < params.ruled_keys;
+        if (j + c >= params.len_k || !visible(b, h, i, j + c, band)) {
+            x[c] = hidden;
+        } else if (ruled) {
+            x[c] += bias_at(b, h, i, j + c);
+        }
+    }
+    return x;
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    // @block lane_builtin
+    // @end
+) {
+    // @block lane
+    let lane = 0u;
+    // @end
+    let index = workgroup.y * workgroups.x + workgroup.x;
+    if (index >= params.workgroups) {
+        return;
+    }
+    let key_block = index % params.key_blocks;
+    let row_block = (index / params.key_blocks) % params.row_blocks;
+    let bh = index / (params.key_blocks * params.row_blocks);
+    let h = bh % params.heads;
+    let b = bh / params.heads;
+    let head_kv = (params.head_0 + h) / params.group - params.head_kv_0;
+    let band = band_of(b);
+
+    let first_row = row_block * WORKGROUP * ROWS;
+    let row = first_row + local * ROWS;
+    let q_base = params.q_offset + b * params.q_strides.x + h * params.q_strides.y;
+    let k_base = params.k_offset + b * params.k_strides.x + head_kv * params.k_strides.y;
+    let s_base = params.s_offset + b * params.s_strides.x + h * params.s_strides.y;
+    let first_key = key_block * params.keys_per_block;
+    let end_key = min(first_key + params.keys_per_block, params.len_k);
+
+    // The keys that any row of this workgroup can see by position.
+    var low = i32(first_row + params.row_0) + band.y - i32(params.key_0);
+    var high = i32(first_row + WORKGROUP * ROWS - 1u + params.row_0) + band.z - i32(params.key_0);
+    high = min(high, band.x - 1 - i32(params.key_0));
+    let ruled = i32(params.ruled_keys) - i32(params.key_0);
+
+    for (var chunk = 0u; chunk < params.chunks; chunk++) {
+        var q_tile: array<vec4<f32>, ROWS * DEPTH4>;
+        // @unroll
+        for (var r = 0u; r < ROWS; r++) {
+            let at = q_base + min(row + r, params.len_q - 1u) * params.q_strides.z;
+            // @unroll
+            for (var d = 0u; d < DEPTH4; d++) {
+                q_tile[r * DEPTH4 + d] = load_q(at, chunk * DEPTH4 + d);
+            }
+        }
+        for (var j = first_key; j < end_key; j += KEYS) {
+            let inside = !BANDED || STAGE < 2u
+                || (i32(j) <= high && i32(j + KEYS - 1u) >= low) || i32(j + KEYS) > ruled;
+            if (!inside && chunk + 1u < params.chunks) {
+                continue;
+            }
+            var sum: array<vec4<f32>, ROWS>;
+            if (inside) {
+                if (chunk > 0u) {
+                    // @unroll
+                    for (var r = 0u; r < ROWS; r++) {
+                        sum[r] = s[(s_base + min(row + r, params.len_q - 1u) * params.s_strides.z + params.key_0 + j) / 4u];
+                    }
+                }
+                var mine: vec4<f32>;
+                // @unroll
+                for (var d = 0u; d < DEPTH4; d++) {
+                    // @unroll
+                    for (var c = 0u; c < KEYS; c++) {
+                        if ((d * KEYS + c) % SHARE == 0u) {
+                            let part = d * KEYS + c + lane;
+                            let key = min(j + part % KEYS, params.len_k - 1u);
+                            mine = load_k(k_base + key * params.k_strides.z, chunk * DEPTH4 + part / KEYS);
+                        }
+                        // @block share
+                        let k4 = mine;
+                        // @end
+                        // @unroll
+                        for (var r = 0u; r < ROWS; r++) {
+                            sum[r][c] += dot(q_tile[r * DEPTH4 + d], k4);
+                        }
+                    }
+                }
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (row + r < params.len_q) {
+                    let at = (s_base + (row + r) * params.s_strides.z + params.key_0 + j) / 4u;
+                    if (chunk + 1u < params.chunks) {
+                        s[at] = sum[r];
+                    } else {
+                        s[at] = finish(sum[r], b, h, row + r, j, band);
+                    }
+                }
+            }
+        }
+    }
+}

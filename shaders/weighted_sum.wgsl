@@ -1,0 +1,256 @@
+// O = P·V                                                         pass 3 of the taught method
+// P [b, h, i, j]   V [b, h / group, j, d]   O [b, h, i, d]
+//
+// Vaswani et al. 2017, section 3.2.1. Each invocation sums ROWS rows of O over COLS4 · 4 columns in
+// registers. With subgroups, SHARE lanes load different parts of V and hand them round.
+//
+// 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: the
+// sum runs without a look at the masks, watches for a value that is not finite, and where there is
+// one the rows are summed again over visible keys only.
+
+const WORKGROUP: u32 = 64u;
+const ROWS: u32 = 4u;
+const KEYS: u32 = 4u;
+const COLS4: u32 = 4u;
+const SHARE: u32 = 1u;
+const BANDED: bool = true;
+// Adds to O what the keys before this slice gave.
+const ACCUMULATE: bool = false;
+
+const_assert KEYS == 4u;
+const_assert (KEYS * COLS4) % SHARE == 0u;
+
+alias VElem = f32;
+alias OElem = f32;
+
+struct Params {
+    p_strides: vec4<u32>,
+    v_strides: vec4<u32>,
+    o_strides: vec4<u32>,
+    mask_a_strides: vec4<u32>,
+    mask_b_strides: vec4<u32>,
+    bias_strides: vec4<u32>,
+    // Valid keys, lowest and highest visible key relative to the query.
+    band: vec4<i32>,
+    p_offset: u32,
+    v_offset: u32,
+    o_offset: u32,
+    mask_a_offset: u32,
+    mask_b_offset: u32,
+    bias_offset: u32,
+    mask_a_keeps: u32,
+    mask_b_keeps: u32,
+    batch_0: u32,
+    head_0: u32,
+    head_kv_0: u32,
+    row_0: u32,
+    key_0: u32,
+    heads: u32,
+    group: u32,
+    len_q: u32,
+    len_k: u32,
+    ruled_keys: u32,
+    dim: u32,
+    row_blocks: u32,
+    column_blocks: u32,
+    workgroups: u32,
+    minus_infinity: u32,
+    pad: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> p: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> v: array<VElem>;
+@group(0) @binding(3) var<storage, read_write> o: array<OElem>;
+
+// @block bands
+@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
+fn band_of(b: u32) -> vec4<i32> {
+    return bands[params.batch_0 + b];
+}
+// @end
+
+// @block mask_a
+@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
+fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
+    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
+    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
+}
+// @end
+
+// @block mask_b
+@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
+fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
+    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
+    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
+}
+// @end
+
+// @block bias
+@group(0) @binding(7) var<storage, read> bias: array<f32>;
+fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
+    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block visible
+// Whether query i may see key j, all rules together; a bias of −∞ hides too.
+fn visible(b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> bool {
+    let row = i32(i + params.row_0);
+    let key = i32(j + params.key_0);
+    if (u32(key) >= params.ruled_keys) {
+        return true;
+    }
+    if (BANDED && !(key < band.x && key >= row + band.y && key <= row + band.z)) {
+        return false;
+    }
+    return passes_a(b, h, i, j) && passes_b(b, h, i, j)
+        && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
+}
+// @end
+
+// @block load_v
+fn load_v(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.v_strides.w;
+    let first = at + d * step;
+    return select(
+        vec4<f32>(),
+        vec4<f32>(v[first], v[first + step], v[first + 2u * step], v[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
+    );
+}
+// @end
+
+// @block store_o
+fn store_o(at: u32, d4: u32, value: vec4<f32>) {
+    // @unroll
+    for (var e = 0u; e < 4u; e++) {
+        let d = d4 * 4u + e;
+        if (d < params.dim) {
+            let here = at + d * params.o_strides.w;
+            if (ACCUMULATE) {
+                o[here] += value[e];
+            } else {
+                o[here] = value[e];
+            }
+        }
+    }
+}
+// @end
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    // @block lane_builtin
+    // @end
+) {
+    // @block lane
+    let lane = 0u;
+    // @end
+    let index = workgroup.y * workgroups.x + workgroup.x;
+    if (index >= params.workgroups) {
+        return;
+    }
+    let column_block = index % params.column_blocks;
+    let row_block = (index / params.column_blocks) % params.row_blocks;
+    let bh = index / (params.column_blocks * params.row_blocks);
+    let h = bh % params.heads;
+    let b = bh / params.heads;
+    let head_kv = (params.head_0 + h) / params.group - params.head_kv_0;
+    let band = band_of(b);
+
+    let first_row = row_block * WORKGROUP * ROWS;
+    let row = first_row + local * ROWS;
+    let column = column_block * COLS4;
+    let p_base = params.p_offset + b * params.p_strides.x + h * params.p_strides.y;
+    let v_base = params.v_offset + b * params.v_strides.x + head_kv * params.v_strides.y;
+    let o_base = params.o_offset + b * params.o_strides.x + h * params.o_strides.y;
+
+    // Keys that no row of this workgroup can see weigh 0: start and stop where the first can be seen.
+    var start = 0u;
+    var end = params.len_k;
+    if (BANDED) {
+        let low = i32(first_row + params.row_0) + band.y - i32(params.key_0);
+        start = u32(clamp(low, 0, i32(params.len_k))) / KEYS * KEYS;
+        if (params.ruled_keys >= params.key_0 + params.len_k) {
+            let high = i32(first_row + WORKGROUP * ROWS - 1u + params.row_0) + band.z - i32(params.key_0);
+            let keys = band.x - 1 - i32(params.key_0);
+            end = u32(clamp(min(high, keys) + 1, 0, i32(params.len_k)));
+        } else {
+            // The extra keys at the end are seen by every row.
+            start = min(start, (max(params.ruled_keys, params.key_0) - params.key_0) / KEYS * KEYS);
+        }
+    }
+
+    var sum: array<vec4<f32>, ROWS * COLS4>;
+    var peak = vec4<u32>();
+    for (var j = start; j < end; j += KEYS) {
+        var weight: array<vec4<f32>, ROWS>;
+        // @unroll
+        for (var r = 0u; r < ROWS; r++) {
+            weight[r] = p[(p_base + min(row + r, params.len_q - 1u) * params.p_strides.z + params.key_0 + j) / 4u];
+        }
+        var mine: vec4<f32>;
+        // @unroll
+        for (var d = 0u; d < COLS4; d++) {
+            var part: array<vec4<f32>, ROWS>;
+            // @unroll
+            for (var c = 0u; c < KEYS; c++) {
+                if ((d * KEYS + c) % SHARE == 0u) {
+                    let place = d * KEYS + c + lane;
+                    let key = j + place % KEYS;
+                    mine = select(
+                        vec4<f32>(),
+                        load_v(v_base + min(key, params.len_k - 1u) * params.v_strides.z, column + place / KEYS),
+                        key < params.len_k,
+                    );
+                    peak = max(peak, bitcast<vec4<u32>>(mine) & vec4<u32>(0x7fffffffu));
+                }
+                // @block share
+                let v4 = mine;
+                // @end
+                // @unroll
+                for (var r = 0u; r < ROWS; r++) {
+                    part[r] += weight[r][c] * v4;
+                }
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                sum[r * COLS4 + d] += part[r];
+            }
+        }
+    }
+
+    let worst = max(max(peak.x, peak.y), max(peak.z, peak.w));
+    // @block any_not_finite
+    let careful = worst >= 0x7f800000u;
+    // @end
+    if (!careful) {
+        // @unroll
+        for (var r = 0u; r < ROWS; r++) {
+            if (row + r < params.len_q) {
+                let at = o_base + (row + r) * params.o_strides.z;
+                // @unroll
+                for (var d = 0u; d < COLS4; d++) {
+                    store_o(at, column + d, sum[r * COLS4 + d]);
+                }
+            }
+        }
+        return;
+    }
+    for (var i = row; i < min(row + ROWS, params.len_q); i++) {
+        for (var d = 0u; d < COLS4; d++) {
+            var total = vec4<f32>();
+            for (var j = start; j < end; j++) {
+                if (visible(b, h, i, j, band)) {
+                    let weight = p[(p_base + i * params.p_strides.z + params.key_0 + j) / 4u][(params.key_0 + j) % 4u];
+                    total += weight * load_v(v_base + j * params.v_strides.z, column + d);
+                }
+            }
+            store_o(o_base + i * params.o_strides.z, column + d, total);
+        }
+    }
+}

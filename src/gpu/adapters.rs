@@ -1,0 +1,186 @@
+//! Finding an adapter and reading off what it can do.
+
+use crate::error::{Error, Result};
+use crate::kernels::{AdapterClass, Capabilities};
+
+/// Which adapter to take.
+#[derive(Clone, Debug, Default)]
+pub struct GpuOptions {
+    /// A backend word (`vulkan`, `metal`, `dx12`, `gl`), an index into [`Gpu::adapters`](crate::Gpu::adapters),
+    /// or part of an adapter's name. `None`: `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` decide, else the best.
+    pub adapter: Option<String>,
+    /// Leaves the subgroup kernels out even where the adapter has subgroups.
+    pub without_subgroups: bool,
+}
+
+impl GpuOptions {
+    /// The adapter called `which`: a backend word, an index or part of a name.
+    pub fn adapter(which: impl Into<String>) -> GpuOptions {
+        GpuOptions { adapter: Some(which.into()), ..Default::default() }
+    }
+
+    /// True when one adapter was asked for, here or by `WGPU_ADAPTER_NAME`.
+    pub(crate) fn names_an_adapter(&self) -> bool {
+        self.adapter.is_some() || environment_name().is_some()
+    }
+}
+
+fn environment_name() -> Option<String> {
+    std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty())
+}
+
+/// One adapter of this machine.
+#[derive(Clone, Debug)]
+pub struct AdapterSummary {
+    /// Place in [`Gpu::adapters`](crate::Gpu::adapters); accepted as [`GpuOptions::adapter`].
+    pub index: usize,
+    /// Name, driver, backend, type, subgroup sizes.
+    pub info: wgpu::AdapterInfo,
+    /// The adapter's own limits.
+    pub limits: wgpu::Limits,
+    /// The adapter's features.
+    pub features: wgpu::Features,
+}
+
+fn instance() -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    // Where the driver tells its budget, an allocation beyond it fails with an error of ours instead
+    // of taking the machine down.
+    descriptor.memory_budget_thresholds.for_resource_creation.get_or_insert(95);
+    wgpu::Instance::new(descriptor)
+}
+
+/// Smaller is better.
+fn rank(info: &wgpu::AdapterInfo) -> (u32, u32) {
+    let kind = match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    };
+    let backend = match info.backend {
+        wgpu::Backend::Vulkan | wgpu::Backend::Metal | wgpu::Backend::BrowserWebGpu => 0,
+        wgpu::Backend::Dx12 => 1,
+        wgpu::Backend::Gl => 2,
+        wgpu::Backend::Noop => 3,
+    };
+    (kind, backend)
+}
+
+/// Adapters that can compute, best first.
+async fn find() -> Vec<wgpu::Adapter> {
+    #[cfg(target_arch = "wasm32")]
+    {
+        instance().request_adapter(&Default::default()).await.into_iter().collect()
+    }
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
+        let mut found = instance().enumerate_adapters(backends).await;
+        found.retain(|adapter| {
+            let flags = adapter.get_downlevel_capabilities().flags;
+            flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) && adapter.limits().max_storage_buffers_per_shader_stage >= 4
+        });
+        found.sort_by_key(|adapter| rank(&adapter.get_info()));
+        found
+    }
+}
+
+/// Every adapter, best first.
+pub async fn list() -> Vec<AdapterSummary> {
+    let summary = |(index, adapter): (usize, wgpu::Adapter)| AdapterSummary {
+        index,
+        info: adapter.get_info(),
+        limits: adapter.limits(),
+        features: adapter.features(),
+    };
+    find().await.into_iter().enumerate().map(summary).collect()
+}
+
+fn backend_word(word: &str) -> Option<wgpu::Backend> {
+    Some(match word.to_lowercase().as_str() {
+        "vulkan" | "vk" => wgpu::Backend::Vulkan,
+        "metal" | "mtl" => wgpu::Backend::Metal,
+        "dx12" | "d3d12" => wgpu::Backend::Dx12,
+        "gl" | "gles" | "opengl" => wgpu::Backend::Gl,
+        "webgpu" => wgpu::Backend::BrowserWebGpu,
+        _ => return None,
+    })
+}
+
+/// The adapter that `options` ask for.
+pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
+    let mut found = find().await;
+    let names: Vec<String> = found
+        .iter()
+        .enumerate()
+        .map(|(n, adapter)| {
+            let info = adapter.get_info();
+            format!("{n}: {} ({})", info.name, info.backend)
+        })
+        .collect();
+    if found.is_empty() {
+        return Err(Error::NoAdapter("wgpu found none that can compute".into()));
+    }
+    let has_name = |adapter: &wgpu::Adapter, part: &str| {
+        adapter.get_info().name.to_lowercase().contains(&part.to_lowercase())
+    };
+    let at = match (&options.adapter, environment_name()) {
+        (Some(which), _) => {
+            if let Some(backend) = backend_word(which) {
+                found.iter().position(|adapter| adapter.get_info().backend == backend)
+            } else if let Ok(index) = which.parse::<usize>() {
+                (index < found.len()).then_some(index)
+            } else {
+                found.iter().position(|adapter| has_name(adapter, which))
+            }
+        }
+        (None, Some(part)) => found.iter().position(|adapter| has_name(adapter, &part)),
+        (None, None) => Some(0),
+    };
+    match at {
+        Some(at) => Ok(found.swap_remove(at)),
+        None => {
+            let asked = options.adapter.clone().or_else(environment_name).unwrap_or_default();
+            Err(Error::NoAdapter(format!("no adapter answers to \"{asked}\"; there are {}", names.join(", "))))
+        }
+    }
+}
+
+/// What planning needs to know of a device.
+pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, without_subgroups: bool) -> Capabilities {
+    let limits = device.limits();
+    let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && !without_subgroups;
+    let class = match info.device_type {
+        wgpu::DeviceType::Cpu => AdapterClass::Cpu,
+        _ => AdapterClass::Gpu,
+    };
+    Capabilities {
+        adapter: info.name.clone(),
+        class,
+        subgroup_min: has_subgroups.then_some(info.subgroup_min_size),
+        max_binding: limits.max_storage_buffer_binding_size,
+        max_buffer: limits.max_buffer_size,
+        max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
+        max_workgroups: limits.max_compute_workgroups_per_dimension,
+        max_invocations: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
+        workgroup_memory: limits.max_compute_workgroup_storage_size,
+        offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment).max(16),
+        memory: (class == AdapterClass::Cpu).then(system_memory).flatten(),
+    }
+}
+
+/// Bytes of memory of the machine: what a software adapter has.
+#[cfg(not(target_arch = "wasm32"))]
+fn system_memory() -> Option<u64> {
+    let system = sysinfo::System::new_with_specifics(
+        sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
+    );
+    Some(system.total_memory()).filter(|&bytes| bytes > 0)
+}
+
+#[cfg(target_arch = "wasm32")]
+fn system_memory() -> Option<u64> {
+    None
+}

@@ -1,0 +1,262 @@
+//! Device buffers: pooled, so that a call of a shape that was seen before allocates nothing.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::{AllocationCounts, Gpu, lock};
+use crate::error::{Error, Result};
+
+/// Bytes of idle buffers that are kept for the next call.
+const MOST_IDLE: u64 = 1 << 30;
+
+/// What a pooled buffer may be reused for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Purpose {
+    /// Tensors and working memory of calls that are submitted at once.
+    Call,
+    /// Working memory of work recorded into a caller's encoder. It may still wait for its submit when
+    /// it comes back, so an upload, which runs before that submit, must never get it.
+    Encoder,
+    /// Reading back.
+    Staging,
+}
+
+impl Purpose {
+    fn usage(self) -> wgpu::BufferUsages {
+        match self {
+            Purpose::Staging => wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            _ => wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Pool {
+    idle: Mutex<Idle>,
+    created: AtomicU64,
+    created_bytes: AtomicU64,
+}
+
+#[derive(Default)]
+struct Idle {
+    buffers: BTreeMap<(Purpose, u64), Vec<wgpu::Buffer>>,
+    bytes: u64,
+}
+
+impl Pool {
+    pub fn counts(&self) -> AllocationCounts {
+        AllocationCounts {
+            buffers: self.created.load(Ordering::Relaxed),
+            bytes: self.created_bytes.load(Ordering::Relaxed),
+            pipelines: 0,
+        }
+    }
+
+    pub fn count(&self, bytes: u64) {
+        self.created.fetch_add(1, Ordering::Relaxed);
+        self.created_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn take(&self, purpose: Purpose, size: u64) -> Option<wgpu::Buffer> {
+        let mut idle = lock(&self.idle);
+        let buffer = idle.buffers.get_mut(&(purpose, size))?.pop()?;
+        idle.bytes -= size;
+        Some(buffer)
+    }
+
+    fn give(&self, purpose: Purpose, buffer: wgpu::Buffer) {
+        let mut idle = lock(&self.idle);
+        let size = buffer.size();
+        if idle.bytes + size > MOST_IDLE {
+            // Sizes of today crowd out sizes of yesterday: start afresh rather than track age.
+            *idle = Idle::default();
+        }
+        if size <= MOST_IDLE {
+            idle.bytes += size;
+            idle.buffers.entry((purpose, size)).or_default().push(buffer);
+        }
+    }
+}
+
+/// Sizes are rounded to quarter powers of two, so that nearly equal shapes share buffers.
+fn size_class(bytes: u64, limit: u64) -> u64 {
+    let bytes = bytes.max(256);
+    let step = (bytes.next_power_of_two() / 8).max(256);
+    bytes.next_multiple_of(step).min(limit.max(bytes.next_multiple_of(16)))
+}
+
+struct Owned {
+    gpu: Gpu,
+    buffer: wgpu::Buffer,
+    /// `None` for a caller's own buffer.
+    purpose: Option<Purpose>,
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if let Some(purpose) = self.purpose {
+            self.gpu.0.pool.give(purpose, self.buffer.clone());
+        }
+    }
+}
+
+/// A buffer that goes back to the pool with its last clone.
+#[derive(Clone)]
+pub(crate) struct GpuBuffer(Arc<Owned>);
+
+impl std::fmt::Debug for GpuBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GpuBuffer({} bytes on {:?})", self.0.buffer.size(), self.0.gpu)
+    }
+}
+
+impl Gpu {
+    pub(crate) fn allocate(&self, what: &str, bytes: u64, purpose: Purpose) -> Result<GpuBuffer> {
+        self.check()?;
+        let limit = self.0.capabilities.max_buffer;
+        if bytes > limit {
+            return Err(Error::TooLarge {
+                what: what.into(),
+                needed: bytes,
+                limit_name: "the largest buffer",
+                limit,
+                adapter: self.0.info.name.clone(),
+            });
+        }
+        let size = size_class(bytes, limit);
+        let buffer = match self.0.pool.take(purpose, size) {
+            Some(buffer) => buffer,
+            None => {
+                let descriptor = wgpu::BufferDescriptor {
+                    label: Some(what),
+                    size,
+                    usage: purpose.usage(),
+                    mapped_at_creation: false,
+                };
+                let buffer = self.scoped_now(what, || self.0.device.create_buffer(&descriptor))?;
+                self.0.pool.count(size);
+                buffer
+            }
+        };
+        Ok(GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer, purpose: Some(purpose) })))
+    }
+
+    pub(crate) fn upload(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
+        let buffer = self.allocate(what, bytes.len() as u64, Purpose::Call)?;
+        if bytes.is_empty() {
+            return Ok(buffer);
+        }
+        self.scoped_now(what, || {
+            // wgpu copies whole words.
+            let whole = bytes.len() / 4 * 4;
+            self.0.queue.write_buffer(&buffer.0.buffer, 0, &bytes[..whole]);
+            if whole < bytes.len() {
+                let mut last = [0; 4];
+                last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
+                self.0.queue.write_buffer(&buffer.0.buffer, whole as u64, &last);
+            }
+        })?;
+        Ok(buffer)
+    }
+
+    pub(crate) fn adopt(&self, buffer: &wgpu::Buffer) -> GpuBuffer {
+        GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), purpose: None }))
+    }
+
+    /// An immutable buffer of these bytes, made once.
+    pub(crate) fn constant(&self, bytes: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
+        /// Distinct uniform blocks kept; a program with more shapes than this makes some again.
+        const MOST: usize = 4096;
+        let mut constants = lock(&self.0.constants);
+        if let Some(buffer) = constants.get(bytes) {
+            return buffer.clone();
+        }
+        let size = (bytes.len() as u64).next_multiple_of(16).max(16);
+        let buffer = self.0.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("parameters"),
+            size,
+            usage,
+            mapped_at_creation: true,
+        });
+        // On a lost device mapping fails; the call that uses the buffer reports the loss.
+        if let Ok(mut view) = buffer.get_mapped_range_mut(..) {
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+        }
+        buffer.unmap();
+        self.0.pool.count(size);
+        if constants.len() >= MOST {
+            constants.clear();
+        }
+        constants.insert(bytes.to_vec(), buffer.clone());
+        buffer
+    }
+}
+
+impl GpuBuffer {
+    pub fn gpu(&self) -> &Gpu {
+        &self.0.gpu
+    }
+
+    pub fn is(&self, other: &GpuBuffer) -> bool {
+        self.0.buffer == other.0.buffer
+    }
+
+    pub fn raw(&self) -> &wgpu::Buffer {
+        &self.0.buffer
+    }
+
+    /// Copies a range back and hands it to `convert`. On native the thread waits for the device.
+    pub async fn read<T>(&self, range: Range<u64>, convert: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        const DURING: &str = "reading a tensor back";
+        let gpu = self.gpu();
+        gpu.check()?;
+        if !self.0.buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
+            return Err(gpu.failure(DURING, "the caller's buffer lacks the usage COPY_SRC"));
+        }
+        let size = (range.end - range.start).next_multiple_of(4);
+        let staging = gpu.allocate("staging", size, Purpose::Staging)?;
+        let (sender, receiver) = futures_channel::oneshot::channel();
+        gpu.scoped(DURING, || {
+            let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
+            encoder.copy_buffer_to_buffer(&self.0.buffer, range.start, staging.raw(), 0, size);
+            gpu.0.queue.submit([encoder.finish()]);
+            staging.raw().map_async(wgpu::MapMode::Read, 0..size, |result| {
+                // The receiver is gone when the caller gave up; then nobody wants to know.
+                let _ = sender.send(result);
+            });
+        })
+        .await?;
+        #[cfg(not(target_arch = "wasm32"))]
+        gpu.wait()?;
+        match receiver.await {
+            Ok(Ok(())) => {}
+            _ => return Err(gpu.failure(DURING, "the buffer could not be mapped; the device is lost")),
+        }
+        let value = {
+            let view = staging
+                .raw()
+                .get_mapped_range(0..size)
+                .map_err(|error| gpu.failure(DURING, &error.to_string()))?;
+            convert(&view)
+        };
+        staging.raw().unmap();
+        Ok(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_class;
+
+    #[test]
+    fn size_classes_waste_little_and_respect_the_limit() {
+        for bytes in [1, 256, 257, 1000, 4096, 100_000, 12_582_912, 134_217_728] {
+            let class = size_class(bytes, 1 << 30);
+            assert!(class >= bytes && class.is_multiple_of(16), "{bytes}: {class}");
+            assert!(class <= bytes.max(512) * 5 / 4, "{bytes}: {class}");
+        }
+        assert_eq!(size_class(1000, 1000), 1008);
+    }
+}

@@ -1,0 +1,56 @@
+//! What planning needs to know of an adapter.
+
+/// Which kind of machine stands behind an adapter. Tiles are chosen by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdapterClass {
+    /// A software adapter: lanes are SIMD lanes, registers are cheap, loads and barriers are dear.
+    Cpu,
+    /// A GPU, integrated or discrete.
+    Gpu,
+}
+
+/// What planning needs to know of an adapter; made up in tests.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Capabilities {
+    /// For messages.
+    pub adapter: String,
+    /// Kind of machine.
+    pub class: AdapterClass,
+    /// Smallest subgroup the adapter may use, when its subgroup operations are usable.
+    pub subgroup_min: Option<u32>,
+    /// Bytes of one storage binding.
+    pub max_binding: u64,
+    /// Bytes of one buffer.
+    pub max_buffer: u64,
+    /// Storage buffers per kernel.
+    pub max_storage_buffers: u32,
+    /// Workgroups per dispatch dimension.
+    pub max_workgroups: u32,
+    /// Invocations per workgroup.
+    pub max_invocations: u32,
+    /// Bytes of workgroup memory. wgpu does not check it; [`Step`](super::Step)s are checked against it.
+    pub workgroup_memory: u32,
+    /// Alignment of a storage binding's offset, in bytes.
+    pub offset_alignment: u64,
+    /// Bytes of memory the adapter may use in all, where that is known.
+    pub memory: Option<u64>,
+}
+
+impl Capabilities {
+    /// WebGPU's guaranteed minimum: the floor that every variant without subgroups must fit.
+    pub fn webgpu_minimum() -> Capabilities {
+        Capabilities {
+            adapter: "WebGPU minimum".into(),
+            class: AdapterClass::Gpu,
+            subgroup_min: None,
+            max_binding: 128 << 20,
+            max_buffer: 256 << 20,
+            max_storage_buffers: 8,
+            max_workgroups: 65_535,
+            max_invocations: 256,
+            workgroup_memory: 16 << 10,
+            offset_alignment: 256,
+            memory: None,
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! The uniform block of every kernel, field by field as in its shader file.
+//! A test compares names, offsets and sizes with naga's reflection.
+
+use bytemuck::{Pod, Zeroable};
+
+macro_rules! params {
+    ($(#[$doc:meta])* $name:ident { $($field:ident : $ty:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[allow(missing_docs)]
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+        pub struct $name {
+            $(pub $field: $ty),*
+        }
+
+        impl $name {
+            /// Name, offset and size of each field.
+            pub fn fields() -> Vec<(&'static str, usize, usize)> {
+                vec![$((stringify!($field), std::mem::offset_of!($name, $field), std::mem::size_of::<$ty>())),*]
+            }
+        }
+    };
+}
+
+params! {
+    /// `scores.wgsl`
+    Scores {
+        q_strides: [u32; 4],
+        k_strides: [u32; 4],
+        s_strides: [u32; 4],
+        mask_a_strides: [u32; 4],
+        mask_b_strides: [u32; 4],
+        bias_strides: [u32; 4],
+        band: [i32; 4],
+        q_offset: u32,
+        k_offset: u32,
+        s_offset: u32,
+        mask_a_offset: u32,
+        mask_b_offset: u32,
+        bias_offset: u32,
+        mask_a_keeps: u32,
+        mask_b_keeps: u32,
+        batch_0: u32,
+        head_0: u32,
+        head_kv_0: u32,
+        row_0: u32,
+        key_0: u32,
+        heads: u32,
+        group: u32,
+        len_q: u32,
+        len_k: u32,
+        ruled_keys: u32,
+        dim: u32,
+        chunks: u32,
+        row_blocks: u32,
+        key_blocks: u32,
+        keys_per_block: u32,
+        workgroups: u32,
+        minus_infinity: u32,
+        scale: f32,
+        softcap: f32,
+        pad: u32,
+    }
+}
+
+params! {
+    /// `weighted_sum.wgsl`
+    WeightedSum {
+        p_strides: [u32; 4],
+        v_strides: [u32; 4],
+        o_strides: [u32; 4],
+        mask_a_strides: [u32; 4],
+        mask_b_strides: [u32; 4],
+        bias_strides: [u32; 4],
+        band: [i32; 4],
+        p_offset: u32,
+        v_offset: u32,
+        o_offset: u32,
+        mask_a_offset: u32,
+        mask_b_offset: u32,
+        bias_offset: u32,
+        mask_a_keeps: u32,
+        mask_b_keeps: u32,
+        batch_0: u32,
+        head_0: u32,
+        head_kv_0: u32,
+        row_0: u32,
+        key_0: u32,
+        heads: u32,
+        group: u32,
+        len_q: u32,
+        len_k: u32,
+        ruled_keys: u32,
+        dim: u32,
+        row_blocks: u32,
+        column_blocks: u32,
+        workgroups: u32,
+        minus_infinity: u32,
+        pad: u32,
+    }
+}
+
+params! {
+    /// `softmax.wgsl`
+    Softmax {
+        rows: u32,
+        width4: u32,
+        row_stride4: u32,
+        s_offset4: u32,
+        lse_offset: u32,
+        workgroups: u32,
+        minus_infinity: u32,
+        not_a_number: u32,
+    }
+}
+
+params! {
+    /// `project.wgsl`
+    Project {
+        x_strides: [u32; 4],
+        w_strides: [u32; 4],
+        y_strides: [u32; 4],
+        x_offset: u32,
+        w_offset: u32,
+        y_offset: u32,
+        bias_offset: u32,
+        bias_stride: u32,
+        rows: u32,
+        len: u32,
+        dim_in: u32,
+        dim_out: u32,
+        chunks: u32,
+        row_blocks: u32,
+        out_blocks: u32,
+        outs_per_block: u32,
+        workgroups: u32,
+        pad_0: u32,
+        pad_1: u32,
+    }
+}
+
+params! {
+    /// `append.wgsl`
+    Append {
+        y_offset: u32,
+        y_batch_stride: u32,
+        row_offset: u32,
+        row_stride: u32,
+        width: u32,
+        batch: u32,
+        workgroups: u32,
+        pad: u32,
+    }
+}
+
+params! {
+    /// `mean_heads.wgsl`
+    MeanHeads {
+        p_strides: [u32; 4],
+        a_strides: [u32; 4],
+        p_offset4: u32,
+        a_offset4: u32,
+        heads: u32,
+        len_q: u32,
+        width4: u32,
+        total: u32,
+        workgroups: u32,
+        factor: f32,
+    }
+}
+
+params! {
+    /// `fold.wgsl`
+    Fold {
+        source_strides: [u32; 4],
+        shape: [u32; 4],
+        source_offset: u32,
+        keeps: u32,
+        total: u32,
+        workgroups: u32,
+        minus_infinity: u32,
+        row_0: u32,
+        key_0: u32,
+        pad: u32,
+    }
+}
+
+params! {
+    /// `copy.wgsl`
+    Copy {
+        x_strides: [u32; 4],
+        shape: [u32; 4],
+        x_offset: u32,
+        y_offset: u32,
+        y_row_stride: u32,
+        total: u32,
+        workgroups: u32,
+        fill: u32,
+        pad_0: u32,
+        pad_1: u32,
+    }
+}

@@ -1,0 +1,294 @@
+//! From a shader file to the WGSL text of one variant.
+//!
+//! Every file is valid WGSL as it stands. Four marks may be acted on, all of them comments or whole
+//! lines that stay legal when nobody acts:
+//!
+//! - `const NAME: T = value;`, at the start of a line: the value is replaced.
+//! - `alias NAME = type;`, at the start of a line: the type is replaced.
+//! - `// @block name` … `// @end`: the lines between are replaced by another body.
+//! - `// @unroll` before a `for (var i = 0u; i < N; i++) {` with a constant `N`: the body is written
+//!   out, with `i` replaced by its value. Old drivers (Mesa 22) do not unroll by themselves, and
+//!   registers cannot be indexed by a variable.
+
+use std::collections::BTreeMap;
+
+use crate::error::{Error, Result};
+
+/// What to change in a shader file. Values are WGSL text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Changes {
+    /// Values of `const` lines.
+    pub consts: BTreeMap<&'static str, String>,
+    /// Types of `alias` lines.
+    pub aliases: BTreeMap<&'static str, &'static str>,
+    /// Bodies of blocks.
+    pub blocks: BTreeMap<&'static str, &'static str>,
+}
+
+impl Changes {
+    /// `const name = value` for an unsigned number.
+    pub fn number(mut self, name: &'static str, value: u32) -> Self {
+        self.consts.insert(name, format!("{value}u"));
+        self
+    }
+    /// `const name = value` for a flag.
+    pub fn flag(mut self, name: &'static str, value: bool) -> Self {
+        self.consts.insert(name, value.to_string());
+        self
+    }
+    /// `alias name = ty`.
+    pub fn alias(mut self, name: &'static str, ty: &'static str) -> Self {
+        self.aliases.insert(name, ty);
+        self
+    }
+    /// Another body for a block.
+    pub fn block(mut self, name: &'static str, body: &'static str) -> Self {
+        self.blocks.insert(name, body);
+        self
+    }
+}
+
+fn fault(file: &str, message: String) -> Error {
+    Error::Value(format!("shader {file}: {message}"))
+}
+
+/// The text of a variant. A change that names nothing in the file is an error.
+pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String> {
+    let mut unused: Vec<&str> =
+        changes.consts.keys().chain(changes.aliases.keys()).chain(changes.blocks.keys()).copied().collect();
+    let mut lines: Vec<String> = Vec::new();
+    let mut consts: BTreeMap<String, u64> = BTreeMap::new();
+    let mut skipping = false;
+    let mut open: Option<&str> = None;
+    for line in source.lines() {
+        let trimmed = line.trim();
+        if let Some(name) = trimmed.strip_prefix("// @block ") {
+            open = Some(name);
+            if let Some(body) = changes.blocks.get(name) {
+                unused.retain(|&n| n != name);
+                lines.extend(body.lines().map(String::from));
+                skipping = true;
+            }
+            continue;
+        }
+        if trimmed == "// @end" {
+            if open.take().is_none() {
+                return Err(fault(file, "`// @end` without a block".into()));
+            }
+            skipping = false;
+            continue;
+        }
+        if skipping {
+            continue;
+        }
+        let mut line = line.to_string();
+        if let Some((name, head)) = declared(&line, "const ", ':') {
+            if let Some(value) = changes.consts.get(name) {
+                unused.retain(|&n| n != name);
+                line = format!("{head} = {value};");
+            }
+            if let Some(value) = line.split_once('=').and_then(|(_, v)| evaluate(v.trim_end_matches(';'), &consts)) {
+                consts.insert(name_of(&line), value);
+            }
+        } else if let Some((name, head)) = declared(&line, "alias ", '=')
+            && let Some(ty) = changes.aliases.get(name)
+        {
+            unused.retain(|&n| n != name);
+            line = format!("{head} = {ty};");
+        }
+        lines.push(line);
+    }
+    if let Some(name) = open {
+        return Err(fault(file, format!("block {name} has no `// @end`")));
+    }
+    if !unused.is_empty() {
+        return Err(fault(file, format!("has no const, alias or block called {}", unused.join(", "))));
+    }
+    let mut out = String::new();
+    unroll(file, &lines, &consts, &mut out)?;
+    Ok(out)
+}
+
+/// The names of a file's blocks with their default bodies.
+pub fn blocks(source: &str) -> BTreeMap<&str, String> {
+    let mut found = BTreeMap::new();
+    let mut open: Option<(&str, String)> = None;
+    for line in source.lines() {
+        if let Some(name) = line.trim().strip_prefix("// @block ") {
+            open = Some((name, String::new()));
+        } else if line.trim() == "// @end" {
+            found.extend(open.take());
+        } else if let Some((_, body)) = &mut open {
+            body.push_str(line);
+            body.push('\n');
+        }
+    }
+    found
+}
+
+/// `(NAME, "const NAME: T")` of a declaration at the start of a line.
+fn declared<'a>(line: &'a str, keyword: &str, end: char) -> Option<(&'a str, &'a str)> {
+    let rest = line.strip_prefix(keyword)?;
+    let (name, _) = rest.split_once(end)?;
+    let (head, _) = line.split_once('=')?;
+    Some((name.trim(), head.trim_end()))
+}
+
+fn name_of(line: &str) -> String {
+    line.trim_start_matches("const ").split(':').next().unwrap_or_default().trim().to_string()
+}
+
+fn unroll(file: &str, lines: &[String], consts: &BTreeMap<String, u64>, out: &mut String) -> Result<()> {
+    let mut at = 0;
+    while at < lines.len() {
+        if lines[at].trim() != "// @unroll" {
+            out.push_str(&lines[at]);
+            out.push('\n');
+            at += 1;
+            continue;
+        }
+        let head = lines.get(at + 1).map_or("", |line| line.trim());
+        let (variable, bound) = parse_for(head)
+            .ok_or_else(|| fault(file, format!("`// @unroll` stands before `{head}`, not before a counting loop")))?;
+        let count = evaluate(bound, consts)
+            .ok_or_else(|| fault(file, format!("the bound `{bound}` of an unrolled loop is not constant")))?;
+        let mut depth = 1i64;
+        let mut end = at + 2;
+        while end < lines.len() {
+            depth += braces(&lines[end]);
+            if depth == 0 {
+                break;
+            }
+            end += 1;
+        }
+        if end == lines.len() {
+            return Err(fault(file, format!("the loop `{head}` does not end")));
+        }
+        for i in 0..count {
+            let value = format!("{i}u");
+            let body: Vec<String> =
+                lines[at + 2..end].iter().map(|line| replace_word(line, variable, &value)).collect();
+            out.push_str("{\n");
+            unroll(file, &body, consts, out)?;
+            out.push_str("}\n");
+        }
+        at = end + 1;
+    }
+    Ok(())
+}
+
+fn braces(line: &str) -> i64 {
+    let code = line.split("//").next().unwrap_or("");
+    code.matches('{').count() as i64 - code.matches('}').count() as i64
+}
+
+/// `(i, N)` of `for (var i = 0u; i < N; i++) {`.
+fn parse_for(line: &str) -> Option<(&str, &str)> {
+    let rest = line.strip_prefix("for (var ")?;
+    let (variable, rest) = rest.split_once(" = 0u; ")?;
+    let rest = rest.strip_prefix(variable)?.strip_prefix(" < ")?;
+    let (bound, rest) = rest.split_once("; ")?;
+    (rest == format!("{variable}++) {{")).then_some((variable, bound))
+}
+
+fn is_word(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_'
+}
+
+fn replace_word(line: &str, word: &str, value: &str) -> String {
+    let mut out = String::with_capacity(line.len());
+    let mut rest = line;
+    while let Some(at) = rest.find(word) {
+        // A member (`.c`) is not the variable.
+        let before = rest[..at].chars().next_back().or_else(|| out.chars().next_back());
+        let after = rest[at + word.len()..].chars().next();
+        let whole = !before.is_some_and(|c| is_word(c) || c == '.') && !after.is_some_and(is_word);
+        out.push_str(&rest[..at]);
+        out.push_str(if whole { value } else { word });
+        rest = &rest[at + word.len()..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// The value of an unsigned constant expression of names, numbers, `* / % +`, left to right by rank.
+fn evaluate(text: &str, consts: &BTreeMap<String, u64>) -> Option<u64> {
+    let atom = |text: &str| -> Option<u64> {
+        let text = text.trim();
+        text.strip_suffix('u').unwrap_or(text).parse().ok().or_else(|| consts.get(text).copied())
+    };
+    let product = |text: &str| -> Option<u64> {
+        let mut value: Option<u64> = None;
+        let mut operator = '*';
+        let mut start = 0;
+        for (at, c) in text.char_indices().chain([(text.len(), '*')]) {
+            if !matches!(c, '*' | '/' | '%') {
+                continue;
+            }
+            let next = atom(&text[start..at])?;
+            value = match (value, operator) {
+                (None, _) => Some(next),
+                (Some(v), '*') => v.checked_mul(next),
+                (Some(v), '/') => v.checked_div(next),
+                (Some(v), _) => v.checked_rem(next),
+            };
+            value?;
+            operator = c;
+            start = at + 1;
+        }
+        value
+    };
+    text.split('+').try_fold(0u64, |sum, term| sum.checked_add(product(term)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = "const N: u32 = 2u;
+const M: u32 = N * 2u;
+alias Elem = f32;
+// @block body
+fn body() {}
+// @end
+fn main() {
+    // @unroll
+    for (var i = 0u; i < M; i++) {
+        x[i] = sum.i + xi; // i
+    }
+}
+";
+
+    #[test]
+    fn every_mark_is_acted_on() {
+        let changes = Changes::default().number("N", 1).alias("Elem", "vec4<f32>").block("body", "fn other() {}");
+        let text = specialise("f", FILE, &changes).unwrap();
+        assert!(text.contains("const N: u32 = 1u;"));
+        assert!(text.contains("alias Elem = vec4<f32>;"));
+        assert!(text.contains("fn other() {}") && !text.contains("fn body"));
+        assert!(text.contains("x[0u] = sum.i + xi;") && text.contains("x[1u] = sum.i + xi;"));
+        assert!(!text.contains("x[2u]") && !text.contains("for"));
+    }
+
+    #[test]
+    fn unknown_names_and_broken_marks_are_errors() {
+        for changes in [
+            Changes::default().number("K", 1),
+            Changes::default().alias("Other", "f32"),
+            Changes::default().block("nobody", ""),
+        ] {
+            assert!(specialise("f", FILE, &changes).is_err());
+        }
+        for source in ["// @end\n", "// @block a\n", "// @unroll\nlet x = 1;\n", "// @unroll\nfor (var i = 0u; i < Q; i++) {\n}\n"] {
+            assert!(specialise("f", source, &Changes::default()).is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn constant_expressions() {
+        let consts = BTreeMap::from([("A".to_string(), 6u64)]);
+        for (text, value) in [("A * 2u", Some(12)), ("A / 4u + 1u", Some(2)), ("A % 4u", Some(2)), ("B", None), ("A / 0u", None)] {
+            assert_eq!(evaluate(text, &consts), value, "{text}");
+        }
+    }
+}
