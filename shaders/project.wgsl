@@ -14,7 +14,7 @@ const SHARE: u32 = 1u;
 const PADDED: bool = true;
 
 const_assert OUTS == 4u;
-const_assert (OUTS * DEPTH4) % SHARE == 0u;
+const_assert OUTS * DEPTH4 % SHARE == 0u;
 
 alias XElem = f32;
 alias WElem = f32;

@@ -18,7 +18,7 @@ const BANDED: bool = true;
 const STAGE: u32 = 2u;
 
 const_assert KEYS == 4u;
-const_assert (KEYS * DEPTH4) % SHARE == 0u;
+const_assert KEYS * DEPTH4 % SHARE == 0u;
 
 alias QElem = f32;
 alias KElem = f32;

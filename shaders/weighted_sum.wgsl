@@ -18,7 +18,7 @@ const BANDED: bool = true;
 const ACCUMULATE: bool = false;
 
 const_assert KEYS == 4u;
-const_assert (KEYS * COLS4) % SHARE == 0u;
+const_assert KEYS * COLS4 % SHARE == 0u;
 
 alias VElem = f32;
 alias OElem = f32;

@@ -375,7 +375,7 @@ pub fn variants() -> Vec<Variant> {
         Rules { bias: true, ..Rules::default() },
         Rules { bands: true, masks: 2, bias: true, banded: true },
     ];
-    for (workgroup, share, depth4) in [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 8, 13), (8, 4, 1)] {
+    for (workgroup, share, depth4) in [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)] {
         for rows in [1, 2, 4] {
             let tile = Tile { workgroup, rows, share, depth4 };
             let wide_choices: &[bool] = if rows == 4 { &[true, false] } else { &[true] };

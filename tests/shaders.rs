@@ -1,0 +1,157 @@
+//! Every shader file and every legal variant, held against compilers without a GPU.
+
+use std::collections::BTreeMap;
+
+use naga::back::{glsl, hlsl, msl, spv};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use wgpu_attention::kernels::catalogue::{self, Kernel};
+use wgpu_attention::kernels::{blocks, params};
+
+fn validate(name: &str, source: &str) -> (naga::Module, ModuleInfo) {
+    let module = naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
+    let info = Validator::new(ValidationFlags::all(), Capabilities::SUBGROUP)
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
+    (module, info)
+}
+
+#[test]
+fn every_file_is_valid_as_it_stands() {
+    for kernel in Kernel::ALL {
+        validate(kernel.name(), kernel.source());
+    }
+}
+
+/// The bindings of a module, by number: name and whether it is only read.
+fn bindings(module: &naga::Module) -> BTreeMap<u32, naga::AddressSpace> {
+    module.global_variables.iter().filter_map(|(_, v)| Some((v.binding.as_ref()?.binding, v.space))).collect()
+}
+
+#[test]
+fn every_variant_validates_and_translates() {
+    let variants = catalogue::variants();
+    assert!(variants.len() > 100, "{} variants", variants.len());
+    for variant in &variants {
+        let source = variant.source().unwrap();
+        let (module, info) = validate(&variant.name, &source);
+        let fail = |language: &str, error: String| -> ! { panic!("{} does not translate to {language}: {error}", variant.name) };
+
+        let storage = bindings(&module).values().filter(|space| matches!(space, naga::AddressSpace::Storage { .. })).count();
+        assert!(storage <= 7, "{}: {storage} storage buffers; Metal needs one of 8", variant.name);
+
+        spv::write_vec(&module, &info, &spv::Options { lang_version: (1, 3), ..Default::default() }, None)
+            .unwrap_or_else(|e| fail("SPIR-V", e.to_string()));
+
+        let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..Default::default() };
+        msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
+            .unwrap_or_else(|e| fail("MSL", e.to_string()));
+
+        // Base variants must compile with FXC, shader model 5.1; subgroups need 6.0.
+        let shader_model = if variant.uses_subgroups() { hlsl::ShaderModel::V6_0 } else { hlsl::ShaderModel::V5_1 };
+        let options = hlsl::Options { shader_model, fake_missing_bindings: true, ..Default::default() };
+        let mut text = String::new();
+        hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default())
+            .write(&module, &info, None)
+            .unwrap_or_else(|e| fail("HLSL", e.to_string()));
+
+        // GLSL has subgroups only as an extension of desktop versions; wgpu offers none over GL.
+        if variant.uses_subgroups() {
+            continue;
+        }
+        for version in [glsl::Version::Desktop(430), glsl::Version::Embedded { version: 310, is_webgl: false }] {
+            let options = glsl::Options { version, ..Default::default() };
+            let pipeline = glsl::PipelineOptions {
+                shader_stage: naga::ShaderStage::Compute,
+                entry_point: "main".into(),
+                multiview: None,
+            };
+            let mut text = String::new();
+            glsl::Writer::new(&mut text, &module, &info, &options, &pipeline, naga::proc::BoundsCheckPolicies::default())
+                .and_then(|mut writer| writer.write())
+                .unwrap_or_else(|e| fail("GLSL", format!("{version:?}: {e}")));
+        }
+    }
+}
+
+#[test]
+fn params_have_the_layout_that_the_shaders_read() {
+    let all: [(Kernel, Vec<(&str, usize, usize)>, usize); 8] = [
+        (Kernel::Scores, params::Scores::fields(), size_of::<params::Scores>()),
+        (Kernel::Softmax, params::Softmax::fields(), size_of::<params::Softmax>()),
+        (Kernel::WeightedSum, params::WeightedSum::fields(), size_of::<params::WeightedSum>()),
+        (Kernel::Project, params::Project::fields(), size_of::<params::Project>()),
+        (Kernel::Append, params::Append::fields(), size_of::<params::Append>()),
+        (Kernel::MeanHeads, params::MeanHeads::fields(), size_of::<params::MeanHeads>()),
+        (Kernel::Fold, params::Fold::fields(), size_of::<params::Fold>()),
+        (Kernel::Copy, params::Copy::fields(), size_of::<params::Copy>()),
+    ];
+    for (kernel, fields, size) in all {
+        let (module, _) = validate(kernel.name(), kernel.source());
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let (handle, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
+        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("Params is a struct") };
+        let reflected: Vec<_> = members
+            .iter()
+            .map(|m| (m.name.clone().unwrap(), m.offset as usize, layouter[m.ty].size as usize))
+            .collect();
+        let ours: Vec<_> = fields.iter().map(|&(name, offset, size)| (name.to_string(), offset, size)).collect();
+        assert_eq!(ours, reflected, "{}.wgsl", kernel.name());
+        assert_eq!(size, *span as usize, "{}.wgsl", kernel.name());
+        assert_eq!(size, layouter[handle].size as usize);
+        assert_eq!(size % 16, 0, "{}: a uniform block is a multiple of 16 bytes", kernel.name());
+    }
+}
+
+#[test]
+fn workgroup_sizes_and_memory_are_what_planning_counts() {
+    for variant in catalogue::variants() {
+        let source = variant.source().unwrap();
+        let (module, _) = validate(&variant.name, &source);
+        let entry = &module.entry_points[0];
+        let width = entry.workgroup_size[0];
+        assert!(width <= 256 && entry.workgroup_size[1..] == [1, 1], "{}: {:?}", variant.name, entry.workgroup_size);
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let shared: u32 = (module.global_variables.iter())
+            .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
+            .map(|(_, v)| layouter[v.ty].size)
+            .sum();
+        assert_eq!(shared, variant.workgroup_memory(), "{}", variant.name);
+        assert!(shared <= 16 << 10, "{}: {shared} bytes of workgroup memory", variant.name);
+    }
+}
+
+#[test]
+fn blocks_that_recur_are_the_same_everywhere() {
+    let mut seen: BTreeMap<&str, (Kernel, String)> = BTreeMap::new();
+    let mut shared = 0;
+    for kernel in [Kernel::Scores, Kernel::WeightedSum] {
+        for (name, body) in blocks(kernel.source()) {
+            if !["bands", "mask_a", "mask_b", "bias", "visible", "lane", "lane_builtin"].contains(&name) {
+                continue;
+            }
+            match seen.get(name) {
+                Some((first, other)) => {
+                    assert_eq!(&body, other, "block {name} differs between {first:?} and {kernel:?}");
+                    shared += 1;
+                }
+                None => drop(seen.insert(name, (kernel, body))),
+            }
+        }
+    }
+    assert_eq!(shared, 7);
+}
+
+#[test]
+fn variant_names_tell_variants_apart() {
+    let mut by_name = BTreeMap::new();
+    for variant in catalogue::variants() {
+        let source = variant.source().unwrap();
+        assert_eq!(*by_name.entry(variant.name.clone()).or_insert_with(|| source.clone()), source, "{}", variant.name);
+        assert_eq!(wgpu_attention::kernels::variant_source(&variant.name).unwrap(), source);
+    }
+    assert!(wgpu_attention::kernels::variant_source("scores.wgsl").unwrap().contains("@compute"));
+    let message = wgpu_attention::kernels::variant_source("nobody").unwrap_err().to_string();
+    assert!(message.contains("nobody"), "{message}");
+}
