@@ -1,3 +1,6 @@
+use std::borrow::Cow;
+use std::ops::Range;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
@@ -29,23 +32,21 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
         // Rows that share keys lie side by side: [b, kv head] first, then the rows of the group.
         let per_head = problem.group() * len_q;
         let per_tile = tile_rows(len_k);
-        let heads: Vec<(Matrix<'_>, Matrix<'_>, bool)> = (0..batch * heads_kv)
+        let heads: Vec<(Matrix<'_>, Values<'_>)> = (0..batch * heads_kv)
             .into_par_iter()
             .map(|n| {
-                let (k, v) = (inputs.k.matrix(&[n / heads_kv, n % heads_kv]), inputs.v.matrix(&[n / heads_kv, n % heads_kv]));
-                let arch = pulp::Arch::new();
-                let finite = (0..v.rows).all(|j| exp::all_finite(arch, v.row(j)));
-                (k, v, finite)
+                let at = [n / heads_kv, n % heads_kv];
+                (inputs.k.matrix(&at), Values::new(inputs.v.matrix(&at)))
             })
             .collect();
         let mut tiles = Vec::new();
         let mut rest = Slices { out: &mut out, lse: &mut lse, weights: &mut weights, scores: &mut scores };
-        for (n, (k, v, finite)) in heads.iter().enumerate() {
+        for (n, (k, v)) in heads.iter().enumerate() {
             for first in (0..per_head).step_by(per_tile) {
                 let count = per_tile.min(per_head - first);
                 let slices = rest.split_off(count, dim_v, len_k);
                 let (b, head_kv) = (n / heads_kv, n % heads_kv);
-                tiles.push((Tile { problem, inputs, b, head_kv, first, count, k, v, finite: *finite, stage }, slices));
+                tiles.push((Tile { problem, inputs, b, head_kv, first, count, k, v, stage }, slices));
             }
         }
         tiles.into_par_iter().for_each(|(tile, slices)| tile.run(slices));
@@ -98,9 +99,7 @@ struct Tile<'a> {
     first: usize,
     count: usize,
     k: &'a Matrix<'a>,
-    v: &'a Matrix<'a>,
-    /// Whether V holds no NaN and no ∞: then a weight of 0 hides what it must.
-    finite: bool,
+    v: &'a Values<'a>,
     stage: Option<ScoreStage>,
 }
 
@@ -111,28 +110,12 @@ impl Tile<'_> {
         (self.head_kv * self.problem.group() + r / self.problem.len_q, r % self.problem.len_q)
     }
 
-    fn run(&self, slices: Slices<'_>) {
-        let Problem { len_k, dim_k, dim_v, scale, .. } = *self.problem;
-        let arch = pulp::Arch::new();
-        let ruled = self.problem.ruled_keys();
-        let band = self.problem.band(self.b);
-
-        // The keys that any row may see; all of them where scores are handed out.
-        let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
-        let mut low = ranges.iter().map(|range| range.start).min().unwrap_or(0);
-        let mut high = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        if self.stage.is_some() {
-            (low, high) = (0, len_k);
-        } else if self.problem.extra_keys > 0 {
-            (low, high) = (low.min(ruled), len_k);
-        }
-        if low >= high {
-            return;
-        }
+    /// `scale · Q·Kᵀ` of the tile's rows and a range of keys.
+    fn products(&self, low: usize, high: usize) -> Vec<f32> {
+        let Problem { dim_k, scale, .. } = *self.problem;
         let width = high - low;
-
         let mut s = vec![0.0f32; self.count * width];
-        if dim_k > 0 {
+        if dim_k > 0 && width > 0 {
             let step = self.inputs.q.layout.strides()[3];
             let mut q = Vec::with_capacity(self.count * dim_k);
             for row in 0..self.count {
@@ -144,22 +127,48 @@ impl Tile<'_> {
             let s = MatMut::from_row_major_slice_mut(&mut s, self.count, width);
             matmul(s, Accum::Replace, q, self.k.rows(low, high).transpose(), scale, Par::Seq);
         }
+        s
+    }
+
+    fn run(&self, slices: Slices<'_>) {
+        let Problem { len_k, dim_v, .. } = *self.problem;
+        let arch = pulp::Arch::new();
+        let ruled = self.problem.ruled_keys();
+        let band = self.problem.band(self.b);
+
+        // The keys that any row may see; all of them where scores are handed out.
+        let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
+        let mut low = ranges.iter().map(|range| range.start).min().unwrap_or(0);
+        let mut high = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        if self.problem.extra_keys > 0 {
+            (low, high) = (low.min(ruled), len_k);
+        }
+        if let Some(stage) = self.stage {
+            // Apart from the scores that are summed, so that asking changes no bit of the output.
+            let mut all = self.products(0, len_k);
+            for (row, (line, range)) in all.chunks_mut(len_k).zip(&ranges).enumerate() {
+                self.rules(row, range.clone(), 0, line, stage);
+            }
+            slices.scores.copy_from_slice(&all);
+        }
+        if low >= high {
+            return;
+        }
+        let width = high - low;
+        let mut s = self.products(low, high);
 
         let mut factors = vec![0.0; self.count];
         for (row, range) in ranges.iter().enumerate() {
             let line = &mut s[row * width..][..width];
-            self.rules(row, range.start.max(low)..range.end.min(high), low, line, slices.scores);
+            self.rules(row, range.clone(), low, line, ScoreStage::Masked);
             let peak = exp::peak(arch, line);
             let broken = line.iter().any(|x| x.is_nan());
             if peak == f32::NEG_INFINITY && !broken {
                 line.fill(0.0);
                 continue;
             }
-            let hidden: Vec<usize> = if broken {
-                (0..width).filter(|&j| line[j] == f32::NEG_INFINITY).collect()
-            } else {
-                Vec::new()
-            };
+            let hidden: Vec<usize> =
+                if broken { (0..width).filter(|&j| line[j] == f32::NEG_INFINITY).collect() } else { Vec::new() };
             let sum = exp::exp_and_sum(arch, line, peak);
             slices.lse[row] = if broken { f32::NAN } else { peak + sum.ln() };
             factors[row] = 1.0 / sum;
@@ -174,13 +183,10 @@ impl Tile<'_> {
         if dim_v == 0 {
             return;
         }
-        if self.finite {
-            let p = faer::MatRef::from_row_major_slice(&s, self.count, width);
-            let o = MatMut::from_row_major_slice_mut(slices.out, self.count, dim_v);
-            matmul(o, Accum::Replace, p, self.v.rows(low, high), 1.0, Par::Seq);
-        } else {
-            self.sum_visible(&s, low, high, slices.out);
-        }
+        let p = faer::MatRef::from_row_major_slice(&s, self.count, width);
+        let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
+        matmul(o, Accum::Replace, p, self.v.matrix.rows(low, high), 1.0, Par::Seq);
+        self.add_not_finite(&s, low, width, slices.out);
         for (o, &factor) in slices.out.chunks_mut(dim_v).zip(&factors) {
             if factor == 0.0 {
                 // Nothing was visible, or the sum is infinite and every weight 0.
@@ -191,21 +197,20 @@ impl Tile<'_> {
         }
     }
 
-    /// Softcap, bias and mask on one row of scores; `range` are the keys its position allows.
-    fn rules(&self, row: usize, range: std::ops::Range<usize>, low: usize, line: &mut [f32], scores: &mut [f32]) {
-        let Problem { len_k, softcap, .. } = *self.problem;
+    /// Softcap, bias and mask, up to `stage`, on a row of products with the keys from `low` on;
+    /// `range` are the keys its position allows.
+    fn rules(&self, row: usize, range: Range<usize>, low: usize, line: &mut [f32], stage: ScoreStage) {
         let (h, i) = self.query(row);
         let ruled = self.problem.ruled_keys();
-        let mut copy = |stage: ScoreStage, line: &[f32]| {
-            if self.stage == Some(stage) {
-                scores[row * len_k..][..len_k].copy_from_slice(line);
-            }
-        };
-        copy(ScoreStage::Scaled, line);
-        if let Some(cap) = softcap {
+        if stage == ScoreStage::Scaled {
+            return;
+        }
+        if let Some(cap) = self.problem.softcap {
             line.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
-        copy(ScoreStage::Capped, line);
+        if stage == ScoreStage::Capped {
+            return;
+        }
         let high = low + line.len();
         line[..range.start.clamp(low, high) - low].fill(f32::NEG_INFINITY);
         let behind = range.end.clamp(low, high)..ruled.clamp(low, high);
@@ -219,14 +224,17 @@ impl Tile<'_> {
                     let bias = bias.data[bias.layout.at(&at)];
                     let x = &mut line[j - low];
                     // −∞ hides the key whatever it holds: NaN − ∞ would be NaN.
-                    *x = if bias == f32::NEG_INFINITY || *x == f32::NEG_INFINITY { f32::NEG_INFINITY } else { *x + bias };
+                    *x = if bias == f32::NEG_INFINITY || *x == f32::NEG_INFINITY {
+                        f32::NEG_INFINITY
+                    } else {
+                        *x + bias
+                    };
                 }
                 if !self.inputs.masks.iter().all(|mask| mask.keeps(at)) {
                     line[j - low] = f32::NEG_INFINITY;
                 }
             }
         }
-        copy(ScoreStage::Masked, line);
     }
 
     fn visible(&self, h: usize, i: usize, j: usize) -> bool {
@@ -237,16 +245,41 @@ impl Tile<'_> {
                 && self.inputs.biases.iter().all(|bias| bias.data[bias.layout.at(&at)] != f32::NEG_INFINITY)
     }
 
-    /// `P·V` when V holds NaN or ∞: only what a row may see enters its sum.
-    fn sum_visible(&self, p: &[f32], low: usize, high: usize, out: &mut [f32]) {
-        let width = high - low;
-        for (row, o) in out.chunks_mut(self.problem.dim_v).enumerate() {
-            let (h, i) = self.query(row);
-            for j in (low..high).filter(|&j| self.visible(h, i, j)) {
-                let weight = p[row * width + j - low];
-                o.iter_mut().zip(self.v.row(j)).for_each(|(o, v)| *o += weight * v);
+    /// Adds the terms of values that are not finite, which were taken as 0, where a row may see them.
+    fn add_not_finite(&self, p: &[f32], low: usize, width: usize, out: &mut [f32]) {
+        for &(j, d, value) in self.v.not_finite.iter().filter(|(j, ..)| (low..low + width).contains(j)) {
+            for row in 0..self.count {
+                let (h, i) = self.query(row);
+                if self.visible(h, i, j) {
+                    out[row * self.problem.dim_v + d] += p[row * width + j - low] * value;
+                }
             }
         }
+    }
+}
+
+/// The values of one head: 0 · NaN is NaN, so what is not finite is set to 0 and kept apart.
+struct Values<'a> {
+    matrix: Matrix<'a>,
+    /// Key, column, value.
+    not_finite: Vec<(usize, usize, f32)>,
+}
+
+impl Values<'_> {
+    fn new(mut matrix: Matrix<'_>) -> Values<'_> {
+        let arch = pulp::Arch::new();
+        let mut not_finite = Vec::new();
+        for j in (0..matrix.rows).filter(|&j| !exp::all_finite(arch, matrix.row(j))) {
+            not_finite
+                .extend((matrix.row(j).iter().enumerate()).filter(|(_, x)| !x.is_finite()).map(|(d, &x)| (j, d, x)));
+        }
+        if !not_finite.is_empty() {
+            let stride = matrix.stride;
+            let mut clean = matrix.data.into_owned();
+            not_finite.iter().for_each(|&(j, d, _)| clean[j * stride + d] = 0.0);
+            matrix.data = Cow::Owned(clean);
+        }
+        Values { matrix, not_finite }
     }
 }
 
@@ -263,7 +296,7 @@ fn average(problem: &Problem, weights: &[f32]) -> Vec<f32> {
             let head = &weights[(b * heads_q + h) * square..][..square];
             out.iter_mut().zip(head).for_each(|(sum, weight)| *sum += weight);
         }
-        let factor = 1.0 / heads_q as f32;
+        let factor = 1.0 / heads_q.max(1) as f32;
         out.iter_mut().for_each(|sum| *sum *= factor);
     });
     out

@@ -42,7 +42,12 @@ impl<'a> View<'a> {
         }
         if (step == 1 || columns == 1) && (row_stride >= columns || rows == 1) {
             let end = start + (rows - 1) * row_stride + columns;
-            return Matrix { data: Cow::Borrowed(&self.data[start..end]), stride: row_stride.max(columns), rows, columns };
+            return Matrix {
+                data: Cow::Borrowed(&self.data[start..end]),
+                stride: row_stride.max(columns),
+                rows,
+                columns,
+            };
         }
         let copy = (0..rows)
             .flat_map(|r| (0..columns).map(move |c| start + r * row_stride + c * step))

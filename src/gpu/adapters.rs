@@ -81,7 +81,8 @@ async fn find(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
         let mut found = instance().enumerate_adapters(backends).await;
         found.retain(|adapter| {
             let flags = adapter.get_downlevel_capabilities().flags;
-            flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) && adapter.limits().max_storage_buffers_per_shader_stage >= 4
+            flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
+                && adapter.limits().max_storage_buffers_per_shader_stage >= 4
         });
         found.sort_by_key(|adapter| rank(&adapter.get_info()));
         found
@@ -131,9 +132,8 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     if found.is_empty() {
         return Err(Error::NoAdapter("wgpu found none that can compute".into()));
     }
-    let has_name = |adapter: &wgpu::Adapter, part: &str| {
-        adapter.get_info().name.to_lowercase().contains(&part.to_lowercase())
-    };
+    let has_name =
+        |adapter: &wgpu::Adapter, part: &str| adapter.get_info().name.to_lowercase().contains(&part.to_lowercase());
     let at = match (&options.adapter, environment_name()) {
         (Some(which), _) => {
             if let Some(backend) = backend_word(which) {

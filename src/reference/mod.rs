@@ -101,8 +101,7 @@ mod tests {
     fn two_keys_by_hand() {
         // Scores ln 3 and 0: weights 3/4 and 1/4.
         let shape = [1, 1, 2, 1];
-        let out =
-            run(&[3f64.ln()], &[1.0, 0.0], &[8.0, 4.0], [[1, 1, 1, 1], shape, shape], &Positions::default());
+        let out = run(&[3f64.ln()], &[1.0, 0.0], &[8.0, 4.0], [[1, 1, 1, 1], shape, shape], &Positions::default());
         assert!((out.output[0] - 7.0).abs() < 1e-12);
         assert!((out.lse[0] - 4f64.ln()).abs() < 1e-12);
         assert!((out.weights[0] - 0.75).abs() < 1e-12);
@@ -132,13 +131,8 @@ mod tests {
 
     #[test]
     fn grouped_heads_read_their_own_key() {
-        let out = run(
-            &[0.0; 4],
-            &[0.0; 2],
-            &[1.0, 2.0],
-            [[1, 4, 1, 1], [1, 2, 1, 1], [1, 2, 1, 1]],
-            &Positions::default(),
-        );
+        let out =
+            run(&[0.0; 4], &[0.0; 2], &[1.0, 2.0], [[1, 4, 1, 1], [1, 2, 1, 1], [1, 2, 1, 1]], &Positions::default());
         assert_eq!(out.output, [1.0, 1.0, 2.0, 2.0]);
     }
 }

@@ -128,11 +128,9 @@ impl Call {
             causal: rng.random_bool(0.4),
             window_left: bound(rng).filter(|_| window),
             window_right: bound(rng).filter(|_| window),
-            key_lengths: rng
-                .random_bool(0.3)
-                .then(|| (0..batch).map(|_| rng.random_range(0..=len_k)).collect()),
+            key_lengths: rng.random_bool(0.3).then(|| (0..batch).map(|_| rng.random_range(0..=len_k)).collect()),
         };
-        let mut broadcast = |rng: &mut Pcg64| -> Vec<usize> {
+        let broadcast = |rng: &mut Pcg64| -> Vec<usize> {
             let full = [batch, heads_q, len_q, len_k];
             let rank = rng.random_range(1..=4usize);
             full[4 - rank..].iter().map(|&n| if rng.random_bool(0.4) { 1 } else { n }).collect()
@@ -263,7 +261,7 @@ impl Call {
         let mean: Vec<f64> = (0..batch * square)
             .map(|at| {
                 let of_head = |h| truth.weights[(at / square * heads + h) * square + at % square];
-                (0..heads).map(of_head).sum::<f64>() / heads as f64
+                (0..heads).map(of_head).sum::<f64>() / heads.max(1) as f64
             })
             .collect();
         assert_close(&what("averaged weights"), &averaged.weights.unwrap().download().unwrap(), &mean, tolerance);
