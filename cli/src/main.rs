@@ -1,1 +1,101 @@
-fn main() {}
+//! `attn`: attention on any GPU, from the command line.
+
+mod array;
+mod check;
+mod demo;
+mod devices;
+mod error;
+mod files;
+mod heatmap;
+mod mha;
+mod options;
+mod progress;
+mod run;
+mod shader;
+mod target;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use error::Result;
+
+#[derive(Parser, Debug)]
+#[command(
+    name = "attn",
+    version,
+    about = "Attention on any GPU, with a CPU backend",
+    after_help = "\
+Without a command: a real layer attends over a real sentence, the result is held against float64, and a
+heatmap is written to attn-heatmap.png.
+
+Examples:
+  attn                                             the layer and the sentence, on the best adapter
+  attn --adapter all                               the same on every adapter and on the CPU backend
+  attn devices                                     what this machine has
+  attn run in.safetensors -o out.safetensors       attention over your own q, k and v
+  attn mha --weights layer.safetensors --heads 8 --query x.npy -o y.npy
+  attn check tests/cases/onnx                      hold a folder of cases against their answers
+
+Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call."
+)]
+struct Cli {
+    /// An adapter's index or part of its name, or vulkan, metal, dx12, gl, cpu (the CPU backend), all
+    #[arg(long, global = true, value_name = "WHICH")]
+    adapter: Option<String>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Attention over your own tensors
+    Run(run::RunArgs),
+    /// A multi-head layer over your own tensors
+    Mha(mha::MhaArgs),
+    /// The adapters of this machine
+    Devices(devices::DevicesArgs),
+    /// A folder of cases against their expected answers
+    Check(check::CheckArgs),
+    /// The WGSL of a kernel variant as it runs
+    Shader(shader::ShaderArgs),
+    /// A completion script for a shell
+    #[command(after_help = "Example: attn completions bash > ~/.local/share/bash-completion/completions/attn")]
+    Completions { shell: clap_complete::Shell },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            anstream::eprintln!("attn: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> Result<()> {
+    let adapter = cli.adapter.as_deref();
+    match &cli.command {
+        None => demo::demo(adapter),
+        Some(Command::Run(args)) => run::run(args, adapter),
+        Some(Command::Mha(args)) => mha::mha(args, adapter),
+        Some(Command::Devices(args)) => devices::devices(args, adapter),
+        Some(Command::Check(args)) => check::check(args, adapter),
+        Some(Command::Shader(args)) => shader::shader(args),
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(*shell, &mut Cli::command(), "attn", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        super::Cli::command().debug_assert();
+    }
+}

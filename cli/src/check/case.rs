@@ -1,0 +1,151 @@
+//! One case file.
+
+use std::path::Path;
+
+use serde_json::Value;
+use wgpu_attention::{Device, Dtype, Tensor};
+
+use super::Stop;
+use super::compare::{Comparison, compare, largest_finite};
+use crate::array::{Array, Values};
+use crate::error::{Error, Result, fail};
+use crate::files::{self, TensorFile};
+
+/// How far f32 may lie from float64, relative to the largest value of an ONNX case.
+const ONNX_F32: f64 = 5e-6;
+/// "A few ulp" of f32 on top of twice PyTorch's own error.
+const F32_ULPS: f64 = 8.0 * f32::EPSILON as f64;
+/// Half an ulp of f16.
+const F16_HALF_ULP: f64 = 1.0 / 2048.0;
+
+pub struct Case {
+    file: TensorFile,
+    json: Value,
+}
+
+impl Case {
+    pub fn read(path: &Path) -> Result<Case> {
+        let file = TensorFile::from_safetensors(path.display().to_string(), files::read_bytes(path)?)?;
+        let Some(text) = file.metadata("case") else {
+            fail!("{}: the header's __metadata__ holds no \"case\"", file.path);
+        };
+        let json: Value = serde_json::from_str(text)
+            .map_err(|error| Error::Failed(format!("{}: the case is not valid JSON: {error}", file.path)))?;
+        if !json["op"].is_string() {
+            fail!("{}: the case has no \"op\"", file.path);
+        }
+        Ok(Case { file, json })
+    }
+
+    pub fn op(&self) -> &str {
+        self.json["op"].as_str().expect("checked when read")
+    }
+    /// A member of the case; null when missing.
+    pub fn get(&self, key: &str) -> &Value {
+        &self.json[key]
+    }
+    pub fn flag(&self, key: &str) -> bool {
+        self.json[key].as_bool().unwrap_or(false)
+    }
+    pub fn float(&self, key: &str) -> Option<f64> {
+        self.json[key].as_f64()
+    }
+    pub fn count(&self, key: &str) -> Result<usize> {
+        let value = &self.json[key];
+        match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
+            Some(n) => Ok(n),
+            None => fail!("the case's \"{key}\" is {value}; a whole number is needed"),
+        }
+    }
+
+    pub fn input(&self, name: &str) -> Result<Array> {
+        self.file.need(&format!("in.{name}"))
+    }
+    pub fn optional(&self, name: &str) -> Result<Option<Array>> {
+        self.file.get(&format!("in.{name}"))
+    }
+    pub fn upload(&self, name: &str, device: &Device) -> Result<Tensor> {
+        self.input(name)?.upload(name, device)
+    }
+
+    /// Tensors whose name starts with `prefix`, without it.
+    pub fn with_prefix(&self, prefix: &str) -> Result<Vec<(String, Array)>> {
+        let names = self.file.names();
+        let names = names.iter().filter_map(|name| Some((name.strip_prefix(prefix)?, name)));
+        names.map(|(short, name)| Ok((short.to_string(), self.file.need(name)?))).collect()
+    }
+
+    /// An input that this program does not know changes the answer: better no answer.
+    pub fn expect_inputs(&self, known: &[&str]) -> Result<(), Stop> {
+        let names = self.file.names();
+        match names.iter().filter_map(|name| name.strip_prefix("in.")).find(|name| !known.contains(name)) {
+            None => Ok(()),
+            Some(odd) => Err(Stop::Skip(format!("the input {odd} is not known"))),
+        }
+    }
+
+    /// Holds results against ONNX's answers, and f32 also against float64. Every `out.*` must be there.
+    pub fn against_onnx(&self, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
+        let mut all = Vec::new();
+        let (Some(rtol), Some(atol)) = (self.float("rtol"), self.float("atol")) else {
+            return Err(Error::Failed("the case gives no rtol and atol".into()).into());
+        };
+        let expected = self.with_prefix("out.")?;
+        if let Some(outputs) = self.json["outputs"].as_object() {
+            for name in outputs.keys().filter(|name| expected.iter().all(|(have, _)| have != *name)) {
+                return Err(Error::Failed(format!("the file holds no out.{name}, which the case lists")).into());
+            }
+        }
+        for (name, expected) in &expected {
+            let Some((_, got)) = results.iter().find(|(have, _)| have == name) else {
+                return Err(Stop::Skip(format!("the output {name} is not known")));
+            };
+            let is_bf16 = matches!(expected.values(), Values::BF16(_));
+            let rtol = self.float("rtol_bf16_outputs").filter(|_| is_bf16).unwrap_or(rtol);
+            all.push(held(name, "out", got, expected, |x| atol + rtol * x.abs()));
+            if let Some(truth) = self.file.get(&format!("ref64.{name}"))?
+                && matches!(expected.values(), Values::F32(_))
+            {
+                let limit = ONNX_F32 * largest_finite(&truth.to_f64());
+                all.push(held(name, "ref64", got, &truth, |_| limit));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Holds results against float64, within what PyTorch itself keeps to. `first` must be expected.
+    pub fn against_torch(&self, dtype: Dtype, first: &str, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
+        self.file.need(&format!("ref64.{first}"))?;
+        let mut all = Vec::new();
+        for (name, got) in results {
+            let Some(truth) = self.file.get(&format!("ref64.{name}"))? else { continue };
+            let values = truth.to_f64();
+            let most = largest_finite(&values);
+            let torch = self.torch_error(name, &values)?;
+            let limit = match dtype {
+                Dtype::F16 => match torch.filter(|&error| error > 0.0) {
+                    Some(error) => error,
+                    None if got.dtype(name)? == Dtype::F16 => F16_HALF_ULP * most,
+                    None => F32_ULPS * most,
+                },
+                _ => 2.0 * torch.unwrap_or(0.0) + F32_ULPS * most,
+            };
+            all.push(held(name, "ref64", got, &truth, |_| limit));
+        }
+        Ok(all)
+    }
+
+    /// PyTorch's own largest error on an output, as recorded or from its own result.
+    fn torch_error(&self, name: &str, truth: &[f64]) -> Result<Option<f64>> {
+        if let Some(error) = self.json["torch_err"][name]["max_abs"].as_f64() {
+            return Ok(Some(error));
+        }
+        let Some(torch) = self.file.get(&format!("t32.{name}"))? else { return Ok(None) };
+        let errors = torch.to_f64().into_iter().zip(truth).map(|(a, b)| (a - b).abs());
+        Ok(Some(errors.filter(|error| error.is_finite()).fold(0.0, f64::max)))
+    }
+}
+
+fn held(name: &str, against: &'static str, got: &Array, expected: &Array, allowed: impl Fn(f64) -> f64) -> Comparison {
+    compare(name, against, (got.shape(), &got.to_f64()), (expected.shape(), &expected.to_f64()), allowed)
+}

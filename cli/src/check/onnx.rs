@@ -1,0 +1,171 @@
+//! Cases of ONNX's operators.
+
+use serde_json::Value;
+use wgpu_attention::{Align, Attention, Device, Mask, ScoreStage, Tensor};
+
+use super::Stop;
+use super::case::Case;
+use super::compare::Comparison;
+use crate::array::{Array, Values};
+use crate::error::{Result, fail};
+
+fn attribute<'a>(case: &'a Case, name: &str) -> &'a Value {
+    &case.get("attributes")[name]
+}
+
+/// Attention of opsets 23 to 25.
+pub fn attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    const INPUTS: [&str; 7] = ["Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen"];
+    const ATTRIBUTES: [&str; 9] = [
+        "is_causal",
+        "kv_num_heads",
+        "left_window_size",
+        "q_num_heads",
+        "qk_matmul_output_mode",
+        "right_window_size",
+        "scale",
+        "softcap",
+        // The softmax is in f32 here, whatever is asked for.
+        "softmax_precision",
+    ];
+    case.expect_inputs(&INPUTS)?;
+    let given = case.get("attributes").as_object();
+    if let Some(odd) = given.and_then(|all| all.keys().find(|name| !ATTRIBUTES.contains(&name.as_str()))) {
+        return Err(Stop::Skip(format!("the attribute {odd} is not known")));
+    }
+    let q_in = case.upload("Q", device)?;
+    let is_flat = q_in.shape().len() == 3;
+    let q = four_axes(case, "q_num_heads", q_in)?;
+    let (mut k, mut v) = (
+        four_axes(case, "kv_num_heads", case.upload("K", device)?)?,
+        four_axes(case, "kv_num_heads", case.upload("V", device)?)?,
+    );
+    let past = case.optional("past_key")?;
+    let past_len = past.as_ref().and_then(|past| past.shape().get(2).copied()).unwrap_or(0);
+    if let Some(past_key) = past {
+        k = append("past_key", &past_key, &k, device)?;
+        v = append("past_value", &case.input("past_value")?, &v, device)?;
+    }
+    let (Some(&len_q), Some(&len_k)) = (q.shape().get(2), k.shape().get(2)) else {
+        return Err(stop("Q and K must have three or four axes"));
+    };
+
+    let mut attention = Attention::new();
+    // Where queries stand: behind the past, or at the end of the valid keys.
+    let mut align = Align::Offset(past_len as i64);
+    if let Some(valid) = case.optional("nonpad_kv_seqlen")? {
+        let valid = valid.lengths("nonpad_kv_seqlen")?;
+        align = Align::PerBatch(valid.iter().map(|&n| n as i64 - len_q as i64).collect());
+        attention = attention.key_lengths(valid.iter().map(|&n| n.min(len_k)).collect());
+    }
+    attention = if attribute(case, "is_causal").as_i64().unwrap_or(0) != 0 {
+        attention.causal(align)
+    } else {
+        attention.align(align)
+    };
+    let side = |name: &str| attribute(case, name).as_i64().and_then(|n| usize::try_from(n).ok());
+    attention = attention.window(side("left_window_size"), side("right_window_size"));
+    if let Some(scale) = attribute(case, "scale").as_f64() {
+        attention = attention.scale(scale as f32);
+    }
+    if let Some(cap) = attribute(case, "softcap").as_f64().filter(|&cap| cap != 0.0) {
+        attention = attention.softcap(cap as f32);
+    }
+    if let Some(mask) = case.optional("attn_mask")? {
+        let mask = pad_keys(&mask, len_k)?;
+        attention = if mask.is_bool() {
+            attention.mask(Mask::keep(mask.upload_bools("attn_mask", device)?)?)
+        } else {
+            attention.bias(mask.upload("attn_mask", device)?)
+        };
+    }
+    let stage = match attribute(case, "qk_matmul_output_mode").as_i64().unwrap_or(0) {
+        0 => ScoreStage::Scaled,
+        1 => ScoreStage::Capped,
+        2 => ScoreStage::Masked,
+        3 => ScoreStage::Weights,
+        other => return Err(Stop::Skip(format!("the qk_matmul_output_mode {other} is not known"))),
+    };
+    let wants_scores = case.get("outputs").get("qk_matmul_output").is_some();
+    let attended = attention.scores(wants_scores.then_some(stage)).forward(&q, &k, &v)?;
+
+    let mut output = attended.output;
+    if is_flat {
+        // Back to [batch, len, heads * dim].
+        let [b, h, s, d] = *output.shape() else { return Err(stop("the output must have four axes")) };
+        let array = Array::download(&output.permute(&[0, 2, 1, 3])?)?;
+        output = Array::from_floats(&[b, s, h * d], array.to_f32(), output.dtype())?.upload("Y", device)?;
+    }
+    let mut results = vec![
+        ("Y", Array::download(&output)?),
+        ("present_key", Array::download(&k)?),
+        ("present_value", Array::download(&v)?),
+    ];
+    if let Some(scores) = &attended.scores {
+        results.push(("qk_matmul_output", Array::download(scores)?));
+    }
+    case.against_onnx(&results)
+}
+
+fn stop(message: &str) -> Stop {
+    Stop::Error(crate::error::Error::Failed(message.into()))
+}
+
+/// `[batch, len, heads * dim]` as `[batch, heads, len, dim]`; four axes stay.
+fn four_axes(case: &Case, heads: &str, tensor: Tensor) -> Result<Tensor> {
+    let [b, s, width] = *tensor.shape() else { return Ok(tensor) };
+    let count = attribute(case, heads).as_u64().unwrap_or(0) as usize;
+    if count == 0 || !width.is_multiple_of(count) {
+        fail!("{:?} does not split into {heads} = {count} heads", tensor.shape());
+    }
+    Ok(tensor.reshape(&[b, s, count, width / count])?.permute(&[0, 2, 1, 3])?)
+}
+
+/// `past` and behind it `new`, along the keys.
+fn append(name: &str, past: &Array, new: &Tensor, device: &Device) -> Result<Tensor> {
+    let (&[b, h, before, d], &[b2, h2, more, d2]) = (past.shape(), new.shape()) else {
+        fail!("{name} {:?} and the new entries {:?} must have four axes", past.shape(), new.shape());
+    };
+    if (b, h, d) != (b2, h2, d2) {
+        fail!("{name} {:?} and the new entries {:?} must agree but for axis 2", past.shape(), new.shape());
+    }
+    let (past, fresh) = (past.to_f32(), new.download()?);
+    let mut joined = Vec::with_capacity(past.len() + fresh.len());
+    for row in 0..b * h {
+        joined.extend_from_slice(&past[row * before * d..][..before * d]);
+        joined.extend_from_slice(&fresh[row * more * d..][..more * d]);
+    }
+    Array::from_floats(&[b, h, before + more, d], joined, new.dtype())?.upload(name, device)
+}
+
+/// A mask whose last axis is shorter than the keys hides those behind it.
+fn pad_keys(mask: &Array, len_k: usize) -> Result<Array> {
+    let Some((&have, lead)) = mask.shape().split_last() else { return Ok(mask.clone()) };
+    if have >= len_k {
+        return Ok(mask.clone());
+    }
+    fn widen<T: Copy>(data: &[T], rows: usize, have: usize, want: usize, hidden: T) -> Vec<T> {
+        let row = |i: usize| data[i * have..][..have].iter().copied().chain(std::iter::repeat_n(hidden, want - have));
+        (0..rows).flat_map(row).collect()
+    }
+    let rows: usize = lead.iter().product();
+    let shape: Vec<usize> = lead.iter().copied().chain([len_k]).collect();
+    match mask.values() {
+        Values::Bool(x) => Array::new(&shape, Values::Bool(widen(x, rows, have, len_k, false))),
+        _ => {
+            let values = widen(&mask.to_f32(), rows, have, len_k, f32::NEG_INFINITY);
+            Array::from_floats(&shape, values, mask.dtype("attn_mask")?)
+        }
+    }
+}
+
+/// Softmax since opset 13: over one axis.
+pub fn softmax(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    if case.get("opset").as_i64().is_some_and(|opset| opset < 13) {
+        return Err(Stop::Skip("before opset 13 Softmax flattens its input".into()));
+    }
+    case.expect_inputs(&["input"])?;
+    let axis = attribute(case, "axis").as_i64().unwrap_or(-1) as isize;
+    let result = wgpu_attention::softmax(&case.upload("input", device)?, axis)?;
+    case.against_onnx(&[("output", Array::download(&result)?)])
+}

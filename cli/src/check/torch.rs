@@ -1,0 +1,132 @@
+//! Cases of PyTorch's attention.
+
+use wgpu_attention::{Align, Attention, Device, Dtype, HostTensor, Mask, MultiHeadAttention, StateDict, Weights};
+
+use super::Stop;
+use super::case::Case;
+use super::compare::Comparison;
+use crate::array::Array;
+use crate::error::{Error, Result};
+
+/// `scaled_dot_product_attention`.
+pub fn sdpa(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    case.expect_inputs(&["q", "k", "v", "attn_mask"])?;
+    let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
+    let mut attention = Attention::new().lse(true).weights(Weights::PerHead);
+    if let Some(mask) = case.optional("attn_mask")? {
+        attention = if mask.is_bool() {
+            attention.mask(Mask::keep(mask.upload_bools("attn_mask", device)?)?)
+        } else {
+            attention.bias(mask.upload("attn_mask", device)?)
+        };
+    }
+    if case.flag("is_causal_top_left") {
+        attention = attention.causal(Align::TopLeft);
+    }
+    if let Some(scale) = case.float("scale") {
+        attention = attention.scale(scale as f32);
+    }
+    if let Some(cap) = case.float("softcap") {
+        attention = attention.softcap(cap as f32);
+    }
+    let attended = attention.forward(&q, &k, &v)?;
+    let mut results = vec![("out", Array::download(&attended.output)?)];
+    for (name, tensor) in [("lse", &attended.lse), ("weights", &attended.weights)] {
+        if let Some(tensor) = tensor {
+            results.push((name, Array::download(tensor)?));
+        }
+    }
+    case.against_torch(q.dtype(), "out", &results)
+}
+
+/// Sequences packed one behind another, `[total, heads, dim]`, cut apart by views.
+pub fn varlen(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    case.expect_inputs(&["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])?;
+    let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
+    let (&[total, heads, _], &[_, _, dim_v]) = (q.shape(), v.shape()) else {
+        return Err(
+            Error::Failed(format!("q {:?} and v {:?} must be [total, heads, dim]", q.shape(), v.shape())).into()
+        );
+    };
+    let mut attention = Attention::new().lse(true);
+    attention = match case.get("causal").as_str() {
+        None => attention,
+        Some("bottom_right") => attention.causal(Align::BottomRight),
+        Some("top_left") => attention.causal(Align::TopLeft),
+        Some(other) => return Err(Stop::Skip(format!("the causal alignment {other} is not known"))),
+    };
+    let starts = |name: &str| -> Result<Vec<usize>> { case.input(name)?.lengths(name) };
+    let (starts_q, starts_k) = (starts("cu_seqlens_q")?, starts("cu_seqlens_k")?);
+    if starts_q.len() != starts_k.len() {
+        let message = format!("cu_seqlens_q has {} entries and cu_seqlens_k {}", starts_q.len(), starts_k.len());
+        return Err(Error::Failed(message).into());
+    }
+    // What no sequence covers stays NaN, and then fails the comparison.
+    let mut output = vec![f32::NAN; total * heads * dim_v];
+    let mut lse = vec![f32::NAN; heads * total];
+    for (at_q, at_k) in starts_q.windows(2).zip(starts_k.windows(2)) {
+        let span = |at: &[usize]| at[1].checked_sub(at[0]).map(|len| (at[0], len));
+        let (Some((from_q, len_q)), Some((from_k, len_k))) = (span(at_q), span(at_k)) else {
+            return Err(Error::Failed(format!("cu_seqlens must not fall: {at_q:?}, {at_k:?}")).into());
+        };
+        let cut = |x: &wgpu_attention::Tensor, from, len| x.narrow(0, from, len)?.permute(&[1, 0, 2]);
+        let attended =
+            attention.forward(&cut(&q, from_q, len_q)?, &cut(&k, from_k, len_k)?, &cut(&v, from_k, len_k)?)?;
+        let rows = attended.output.permute(&[1, 0, 2])?.download()?;
+        output[from_q * heads * dim_v..][..rows.len()].copy_from_slice(&rows);
+        let part = attended.lse.expect("asked for").download()?;
+        for (h, row) in part.chunks_exact(len_q.max(1)).enumerate() {
+            lse[h * total + from_q..][..len_q].copy_from_slice(row);
+        }
+    }
+    let results = [
+        ("out", Array::from_floats(&[total, heads, dim_v], output, q.dtype())?),
+        ("lse", Array::from_floats(&[heads, total], lse, Dtype::F32)?),
+    ];
+    case.against_torch(q.dtype(), "out", &results)
+}
+
+/// `nn.MultiheadAttention`; a true mask entry means masked out.
+pub fn mha(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    case.expect_inputs(&["query", "key", "value", "key_padding_mask", "attn_mask"])?;
+    let mut state = StateDict::default();
+    for (name, array) in case.with_prefix("param.")? {
+        state.insert(name, HostTensor::new(array.shape(), array.to_f32())?);
+    }
+    let layer = MultiHeadAttention::from_state_dict(device, &state, "", case.count("num_heads")?)?
+        .with_zero_attn(case.flag("add_zero_attn"))
+        .with_batch_first(case.flag("batch_first"));
+    let query = case.upload("query", device)?;
+    let (key, value) = if case.flag("self_attention") {
+        (query.clone(), query.clone())
+    } else {
+        (case.upload("key", device)?, case.upload("value", device)?)
+    };
+    let mut attention = Attention::new();
+    if case.flag("need_weights") {
+        let averaged = case.flag("average_attn_weights");
+        attention = attention.weights(if averaged { Weights::Averaged } else { Weights::PerHead });
+    }
+    let key_padding = case.optional("key_padding_mask")?;
+    if let Some(mask) = &key_padding {
+        if !mask.is_bool() {
+            return Err(Stop::Skip("a key_padding_mask of floats is not known".into()));
+        }
+        attention = attention.key_padding(Mask::drop(mask.upload_bools("key_padding_mask", device)?)?);
+    }
+    match case.optional("attn_mask")? {
+        Some(mask) if mask.is_bool() => {
+            attention = attention.mask(Mask::drop(mask.upload_bools("attn_mask", device)?)?);
+        }
+        Some(bias) => attention = attention.bias(bias.upload("attn_mask", device)?),
+        // With a mask, is_causal only says what the mask is.
+        None if case.flag("is_causal") => attention = attention.causal(Align::TopLeft),
+        None => {}
+    }
+    let result = layer.forward(&query, &key, &value, &attention)?;
+    let mut results = vec![("out", Array::download(&result.output)?)];
+    if let Some(weights) = &result.weights {
+        results.push(("weights", Array::download(weights)?));
+    }
+    case.against_torch(query.dtype(), "out", &results)
+}

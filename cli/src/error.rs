@@ -1,0 +1,44 @@
+//! What ends the program early.
+
+/// An error with its exit status: 2 for a wrong call, 1 for everything else.
+#[derive(Debug)]
+pub enum Error {
+    /// The command line asks for something that cannot be.
+    Usage(String),
+    /// The work failed.
+    Failed(String),
+}
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Error::Usage(_) => 2,
+            Error::Failed(_) => 1,
+        }
+    }
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Error::Usage(message) | Error::Failed(message)) = self;
+        f.write_str(message)
+    }
+}
+
+impl From<wgpu_attention::Error> for Error {
+    fn from(error: wgpu_attention::Error) -> Error {
+        Error::Failed(error.to_string())
+    }
+}
+
+/// `Err` of a failure, formatted.
+macro_rules! fail {
+    ($($arg:tt)*) => { return Err($crate::error::Error::Failed(format!($($arg)*))) };
+}
+/// `Err` of a wrong call, formatted.
+macro_rules! usage {
+    ($($arg:tt)*) => { return Err($crate::error::Error::Usage(format!($($arg)*))) };
+}
+pub(crate) use {fail, usage};

@@ -1,0 +1,377 @@
+//! Tensor files: `.safetensors`, `.npz`, `.npy`. What they claim is checked against what is there
+//! before anything is allocated.
+
+use std::collections::BTreeMap;
+use std::io::{Cursor, Read, Write};
+use std::path::Path;
+
+use half::{bf16, f16};
+use safetensors::{SafeTensors, tensor::Metadata};
+
+use crate::array::{Array, Values};
+use crate::error::{Error, Result, fail, usage};
+
+/// The longest header of an `.npy` file, NumPy's own limit.
+const NPY_HEADER: usize = 10_000;
+/// Brackets in an `.npy` header; a plain array needs three.
+const NPY_BRACKETS: usize = 16;
+
+/// Named arrays of one file, or of a folder of `.npy` files.
+pub struct TensorFile {
+    /// As the user wrote it, for messages.
+    pub path: String,
+    source: Source,
+}
+
+enum Source {
+    Safetensors { bytes: Vec<u8>, data: usize, metadata: Metadata },
+    Arrays(BTreeMap<String, Array>),
+}
+
+pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|error| Error::Failed(format!("cannot read {}: {error}", path.display())))
+}
+
+fn extension(path: &Path) -> String {
+    path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+impl TensorFile {
+    /// Opens a file by its ending, or a folder of `.npy` files.
+    pub fn open(path: &Path) -> Result<TensorFile> {
+        let shown = path.display().to_string();
+        if path.is_dir() {
+            return open_folder(path);
+        }
+        match extension(path).as_str() {
+            "safetensors" => TensorFile::from_safetensors(shown, read_bytes(path)?),
+            "npz" => Ok(TensorFile { source: Source::Arrays(read_npz(&shown, read_bytes(path)?)?), path: shown }),
+            "npy" => {
+                let array = read_npy(&shown, &read_bytes(path)?)?;
+                let stem = path.file_stem().map(|stem| stem.to_string_lossy().to_string()).unwrap_or_default();
+                Ok(TensorFile { source: Source::Arrays(BTreeMap::from([(stem, array)])), path: shown })
+            }
+            _ => usage!("{shown}: the ending must be .safetensors, .npz or .npy"),
+        }
+    }
+
+    pub fn from_safetensors(path: String, bytes: Vec<u8>) -> Result<TensorFile> {
+        // `deserialize` checks that offsets, shapes and the file's length agree.
+        if let Err(error) = SafeTensors::deserialize(&bytes) {
+            fail!("{path} is not a valid safetensors file ({} bytes): {error}", bytes.len());
+        }
+        let (header, metadata) =
+            SafeTensors::read_metadata(&bytes).map_err(|error| Error::Failed(format!("{path}: {error}")))?;
+        Ok(TensorFile { path, source: Source::Safetensors { data: header + 8, bytes, metadata } })
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        match &self.source {
+            Source::Safetensors { metadata, .. } => {
+                let mut names: Vec<String> = metadata.tensors().into_keys().collect();
+                names.sort();
+                names
+            }
+            Source::Arrays(arrays) => arrays.keys().cloned().collect(),
+        }
+    }
+
+    fn names_or_nothing(&self) -> String {
+        const SHOWN: usize = 12;
+        let names = self.names();
+        match names.len() {
+            0 => "nothing".into(),
+            n if n <= SHOWN => names.join(", "),
+            n => format!("{} and {} more", names[..SHOWN].join(", "), n - SHOWN),
+        }
+    }
+
+    /// A text of the safetensors header's `__metadata__`.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        match &self.source {
+            Source::Safetensors { metadata, .. } => metadata.metadata().as_ref()?.get(key).map(String::as_str),
+            Source::Arrays(_) => None,
+        }
+    }
+
+    /// The array called `name`, if there is one.
+    pub fn get(&self, name: &str) -> Result<Option<Array>> {
+        match &self.source {
+            Source::Arrays(arrays) => Ok(arrays.get(name).cloned()),
+            Source::Safetensors { bytes, data, metadata } => {
+                let Some(info) = metadata.info(name) else { return Ok(None) };
+                let (start, end) = info.data_offsets;
+                let values = decode(&bytes[data + start..data + end], info.dtype).ok_or_else(|| {
+                    Error::Failed(format!(
+                        "{}: {name} has elements of type {:?}, which is not supported",
+                        self.path, info.dtype
+                    ))
+                })?;
+                Array::new(&info.shape, values).map(Some)
+            }
+        }
+    }
+
+    /// As [`TensorFile::get`]; missing is an error that says what was found.
+    pub fn need(&self, name: &str) -> Result<Array> {
+        match self.get(name)? {
+            Some(array) => Ok(array),
+            None => fail!("{} holds no tensor \"{name}\"; found {}", self.path, self.names_or_nothing()),
+        }
+    }
+
+    /// The tensor called `name`, or the only one.
+    pub fn single(&self, name: Option<&str>) -> Result<Array> {
+        match (name, self.names().as_slice()) {
+            (Some(name), _) => self.need(name),
+            (None, [only]) => self.need(only),
+            (None, _) => usage!("{} holds {}; say which as {}:NAME", self.path, self.names_or_nothing(), self.path),
+        }
+    }
+
+    /// An error unless every tensor is one of `known`: a misspelt mask must not be ignored.
+    pub fn expect_only(&self, known: &[&str]) -> Result<()> {
+        match self.names().iter().find(|name| !known.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(odd) => fail!(
+                "{} holds a tensor \"{odd}\", which means nothing here; the names are {}",
+                self.path,
+                known.join(", ")
+            ),
+        }
+    }
+}
+
+/// `FILE` or `FILE:NAME`.
+pub fn read_named(text: &str) -> Result<Array> {
+    let whole = Path::new(text);
+    if whole.exists() {
+        return TensorFile::open(whole)?.single(None);
+    }
+    match text.rsplit_once(':') {
+        Some((file, name)) if Path::new(file).exists() => TensorFile::open(Path::new(file))?.single(Some(name)),
+        _ => fail!("cannot read {text}: no such file (FILE, or FILE:NAME for one tensor of several)"),
+    }
+}
+
+fn open_folder(folder: &Path) -> Result<TensorFile> {
+    let shown = folder.display().to_string();
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::Failed(format!("cannot read {shown}: {error}")))?;
+    let mut arrays = BTreeMap::new();
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| extension(path) == "npy") {
+        let name = path.file_stem().map(|stem| stem.to_string_lossy().to_string()).unwrap_or_default();
+        arrays.insert(name, read_npy(&path.display().to_string(), &read_bytes(&path)?)?);
+    }
+    if arrays.is_empty() {
+        fail!("{shown} holds no .npy files; q.npy, k.npy and v.npy are needed");
+    }
+    Ok(TensorFile { path: shown, source: Source::Arrays(arrays) })
+}
+
+/// Little-endian elements; `None` for types that no operand has.
+fn decode(bytes: &[u8], dtype: safetensors::Dtype) -> Option<Values> {
+    use safetensors::Dtype as D;
+    macro_rules! numbers {
+        ($type:ty) => {
+            bytes.chunks_exact(size_of::<$type>()).map(|x| <$type>::from_le_bytes(x.try_into().expect("exact chunks")))
+        };
+    }
+    Some(match dtype {
+        D::BOOL => Values::Bool(bytes.iter().map(|&x| x != 0).collect()),
+        D::U8 => Values::Int(bytes.iter().map(|&x| x.into()).collect()),
+        D::I8 => Values::Int(numbers!(i8).map(i64::from).collect()),
+        D::I16 => Values::Int(numbers!(i16).map(i64::from).collect()),
+        D::U16 => Values::Int(numbers!(u16).map(i64::from).collect()),
+        D::I32 => Values::Int(numbers!(i32).map(i64::from).collect()),
+        D::U32 => Values::Int(numbers!(u32).map(i64::from).collect()),
+        D::I64 => Values::Int(numbers!(i64).collect()),
+        D::F16 => Values::F16(numbers!(f16).collect()),
+        D::BF16 => Values::BF16(numbers!(bf16).collect()),
+        D::F32 => Values::F32(numbers!(f32).collect()),
+        D::F64 => Values::F64(numbers!(f64).collect()),
+        _ => return None,
+    })
+}
+
+/// One NumPy array.
+fn read_npy(path: &str, bytes: &[u8]) -> Result<Array> {
+    let bad = |what: &str| Error::Failed(format!("{path} is not a valid .npy file ({} bytes): {what}", bytes.len()));
+    // The header's length, before npyz allocates what it claims.
+    let (start, length) = match bytes {
+        [0x93, b'N', b'U', b'M', b'P', b'Y', 1, _, a, b, ..] => (10, usize::from(u16::from_le_bytes([*a, *b]))),
+        [0x93, b'N', b'U', b'M', b'P', b'Y', 2 | 3, _, a, b, c, d, ..] => {
+            (12, u32::from_le_bytes([*a, *b, *c, *d]) as usize)
+        }
+        _ => return Err(bad("it does not start like one")),
+    };
+    let header = (length <= NPY_HEADER).then(|| bytes.get(start..start + length)).flatten();
+    let header = header.ok_or_else(|| bad(&format!("its header claims {length} bytes")))?;
+    if header.iter().filter(|x| b"([{".contains(x)).count() > NPY_BRACKETS {
+        return Err(bad("its header is not that of a plain array"));
+    }
+    let mut body = bytes;
+    let header = npyz::NpyHeader::from_reader(&mut body).map_err(|error| bad(&error.to_string()))?;
+    let shape: Vec<usize> = header.shape().iter().map(|&n| usize::try_from(n).unwrap_or(usize::MAX)).collect();
+    let count = wgpu_attention::problem::checked_len(&shape)?;
+    let dtype = header.dtype();
+    let item = dtype.num_bytes().filter(|_| !header.uses_pickled_array());
+    let item = item.ok_or_else(|| bad("it holds Python objects"))?;
+    if count.checked_mul(item) != Some(body.len()) {
+        return Err(bad(&format!("shape {shape:?} of {item}-byte elements does not fit {} bytes of data", body.len())));
+    }
+    let order = header.order();
+    let type_name = dtype.descr();
+    let file = npyz::NpyFile::with_header(header, body);
+    macro_rules! values {
+        ($variant:ident, $type:ty) => {
+            values!($variant, $type, |x| x)
+        };
+        ($variant:ident, $type:ty, $convert:expr) => {
+            Values::$variant(
+                file.into_vec::<$type>().map_err(|error| bad(&error.to_string()))?.into_iter().map($convert).collect(),
+            )
+        };
+    }
+    let values = match type_name.trim_matches(['\'', '<', '>', '|', '=']) {
+        "b1" => values!(Bool, bool),
+        "i1" => values!(Int, i8, i64::from),
+        "u1" => values!(Int, u8, i64::from),
+        "i2" => values!(Int, i16, i64::from),
+        "u2" => values!(Int, u16, i64::from),
+        "i4" => values!(Int, i32, i64::from),
+        "u4" => values!(Int, u32, i64::from),
+        "i8" => values!(Int, i64),
+        "f2" => values!(F16, f16),
+        "f4" => values!(F32, f32),
+        "f8" => values!(F64, f64),
+        _ => return Err(bad(&format!("elements of type {type_name} are not supported"))),
+    };
+    match order {
+        npyz::Order::C => Array::new(&shape, values),
+        // Column-major is row-major of the reversed shape.
+        npyz::Order::Fortran => {
+            let reversed: Vec<usize> = shape.iter().rev().copied().collect();
+            Array::new(&reversed, values)?.permute(&(0..shape.len()).rev().collect::<Vec<_>>())
+        }
+    }
+}
+
+fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
+    let bad = |error: &dyn std::fmt::Display| Error::Failed(format!("{path} is not a valid .npz file: {error}"));
+    let mut archive = npyz::npz::NpzArchive::new(Cursor::new(bytes)).map_err(|error| bad(&error))?;
+    let names: Vec<String> = archive.array_names().map(str::to_string).collect();
+    let mut arrays = BTreeMap::new();
+    for name in names {
+        let file = npyz::npz::file_name_from_array_name(&name);
+        let mut entry = archive.zip_archive().by_name(&file).map_err(|error| bad(&error))?;
+        // Grows with what really unpacks, not with what the entry claims.
+        let mut unpacked = Vec::new();
+        entry.read_to_end(&mut unpacked).map_err(|error| bad(&error))?;
+        drop(entry);
+        arrays.insert(name.clone(), read_npy(&format!("{path}: {name}"), &unpacked)?);
+    }
+    Ok(arrays)
+}
+
+/// Refuses an output that cannot be written, before the work is done.
+pub fn check_output(path: &Path, names: &[&str]) -> Result<()> {
+    let shown = path.display();
+    match extension(path).as_str() {
+        "safetensors" | "npz" => {}
+        "npy" if names.len() == 1 => {}
+        "npy" => usage!("{shown}: an .npy file holds one tensor, but {} were asked for; use .npz", names.join(", ")),
+        _ => usage!("{shown}: the ending must be .safetensors, .npz or .npy"),
+    }
+    let folder = parent(path);
+    if !folder.is_dir() {
+        fail!("cannot write {shown}: there is no folder {}", folder.display());
+    }
+    Ok(())
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Writes a file whole or not at all: beside its place first, then moved there.
+pub fn write_whole(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result<()>) -> Result<()> {
+    let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {error}", path.display()));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".attn-");
+    // The user's own default permissions, not a temporary file's.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(parent(path)).map_err(|error| cannot(&error))?;
+    write(file.as_file_mut())?;
+    file.as_file_mut().sync_all().map_err(|error| cannot(&error))?;
+    file.persist(path).map_err(|error| cannot(&error.error))?;
+    Ok(())
+}
+
+/// Writes named arrays in the format that the ending says.
+pub fn write_tensors(path: &Path, arrays: &[(&str, Array)]) -> Result<()> {
+    let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {error}", path.display()));
+    let bytes = match extension(path).as_str() {
+        "npz" => npz_bytes(path, arrays)?,
+        "npy" => npy_bytes(path, &arrays[0].1)?,
+        _ => safetensors_bytes(arrays).map_err(|error| cannot(&error))?,
+    };
+    write_whole(path, |file| file.write_all(&bytes).map_err(|error| cannot(&error)))
+}
+
+fn npy_bytes(path: &Path, array: &Array) -> Result<Vec<u8>> {
+    fn put<T: npyz::AutoSerialize + Copy>(shape: &[usize], data: &[T]) -> std::io::Result<Vec<u8>> {
+        use npyz::WriterBuilder;
+        let shape: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+        let mut bytes = Vec::new();
+        let mut writer = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(&mut bytes).begin_nd()?;
+        writer.extend(data.iter().copied())?;
+        writer.finish()?;
+        Ok(bytes)
+    }
+    let cannot = |what: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {what}", path.display()));
+    match array.values() {
+        Values::F16(x) => put(array.shape(), x),
+        Values::F32(x) => put(array.shape(), x),
+        _ => return Err(cannot(&"NumPy files hold no bf16; use .safetensors")),
+    }
+    .map_err(|error| cannot(&error))
+}
+
+fn npz_bytes(path: &Path, arrays: &[(&str, Array)]) -> Result<Vec<u8>> {
+    let cannot = |what: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {what}", path.display()));
+    // NumPy's own savez does not compress either.
+    let stored = npyz::zip::write::FileOptions::default().compression_method(npyz::zip::CompressionMethod::Stored);
+    let mut archive = npyz::zip::ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, array) in arrays {
+        let bytes = npy_bytes(path, array)?;
+        archive.start_file(npyz::npz::file_name_from_array_name(name), stored).map_err(|error| cannot(&error))?;
+        archive.write_all(&bytes).map_err(|error| cannot(&error))?;
+    }
+    Ok(archive.finish().map_err(|error| cannot(&error))?.into_inner())
+}
+
+fn safetensors_bytes(arrays: &[(&str, Array)]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let encoded: Vec<(&str, safetensors::Dtype, &[usize], Vec<u8>)> = arrays
+        .iter()
+        .map(|(name, array)| {
+            use safetensors::Dtype as D;
+            let (dtype, bytes) = match array.values() {
+                Values::Bool(x) => (D::BOOL, x.iter().map(|&x| u8::from(x)).collect()),
+                Values::Int(x) => (D::I64, x.iter().flat_map(|x| x.to_le_bytes()).collect()),
+                Values::F16(x) => (D::F16, x.iter().flat_map(|x| x.to_le_bytes()).collect()),
+                Values::BF16(x) => (D::BF16, x.iter().flat_map(|x| x.to_le_bytes()).collect()),
+                Values::F32(x) => (D::F32, x.iter().flat_map(|x| x.to_le_bytes()).collect()),
+                Values::F64(x) => (D::F64, x.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            };
+            (*name, dtype, array.shape(), bytes)
+        })
+        .collect();
+    let views = encoded
+        .iter()
+        .map(|(name, dtype, shape, bytes)| {
+            Ok((*name, safetensors::tensor::TensorView::new(*dtype, shape.to_vec(), bytes)?))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    safetensors::serialize(views, None)
+}

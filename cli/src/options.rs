@@ -1,0 +1,136 @@
+//! Options that several subcommands share.
+
+use clap::{Args, ValueEnum};
+use wgpu_attention::{Align, Attention, Device, Mask, MaskMeaning, Weights};
+
+use crate::array::Array;
+use crate::error::{Result, usage};
+
+/// What a mask's true entries mean. There is no default: frameworks differ.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum MaskWord {
+    /// True: the query may attend to the key (PyTorch's scaled_dot_product_attention, JAX, ONNX)
+    Keep,
+    /// True: the query may not attend to the key (PyTorch's MultiheadAttention)
+    Drop,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum WeightsWord {
+    /// [batch, heads, len_q, len_k]
+    PerHead,
+    /// The mean over heads: [batch, len_q, len_k]
+    Averaged,
+}
+
+impl WeightsWord {
+    pub fn of(word: Option<WeightsWord>) -> Weights {
+        match word {
+            None => Weights::None,
+            Some(WeightsWord::PerHead) => Weights::PerHead,
+            Some(WeightsWord::Averaged) => Weights::Averaged,
+        }
+    }
+}
+
+/// The two sides of a window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Window {
+    left: Option<usize>,
+    right: Option<usize>,
+}
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Attention")]
+pub struct AttentionArgs {
+    /// Query i sees key j only when j <= i + offset: top-left (offset 0), bottom-right (len_k - len_q) or the offset
+    #[arg(long, value_name = "top-left|bottom-right|N", value_parser = parse_align, allow_negative_numbers = true)]
+    causal: Option<Align>,
+    /// Keys within L to the left and R to the right of the query's own position; empty or - leaves a side open
+    #[arg(long, value_name = "L,R", value_parser = parse_window, allow_hyphen_values = true)]
+    window: Option<Window>,
+    /// S becomes cap * tanh(S / cap), before bias and mask
+    #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
+    softcap: Option<f32>,
+    /// Factor on Q·Kᵀ [default: 1/sqrt(dim)]
+    #[arg(long, allow_negative_numbers = true)]
+    scale: Option<f32>,
+    /// What true means in the boolean mask
+    #[arg(long, value_enum)]
+    pub mask: Option<MaskWord>,
+}
+
+impl AttentionArgs {
+    /// Everything but masks and biases.
+    pub fn attention(&self) -> Attention {
+        let mut attention = Attention::new();
+        if let Some(align) = &self.causal {
+            attention = attention.causal(align.clone());
+        }
+        if let Some(Window { left, right }) = self.window {
+            attention = attention.window(left, right);
+        }
+        if let Some(cap) = self.softcap {
+            attention = attention.softcap(cap);
+        }
+        if let Some(scale) = self.scale {
+            attention = attention.scale(scale);
+        }
+        attention
+    }
+
+    /// A boolean mask under the meaning that `--mask` gives.
+    pub fn meant(&self, name: &str, array: &Array, device: &Device) -> Result<Mask> {
+        let meaning = match self.mask {
+            Some(MaskWord::Keep) => MaskMeaning::Keep,
+            Some(MaskWord::Drop) => MaskMeaning::Drop,
+            None => usage!(
+                "there is a {name}, but not what true means in it: add --mask keep (true may be attended to) \
+                 or --mask drop (true is masked out)"
+            ),
+        };
+        Ok(Mask::new(array.upload_bools(name, device)?, meaning)?)
+    }
+}
+
+fn parse_align(text: &str) -> Result<Align, String> {
+    match text {
+        "top-left" => Ok(Align::TopLeft),
+        "bottom-right" => Ok(Align::BottomRight),
+        number => number
+            .parse()
+            .map(Align::Offset)
+            .map_err(|_| "top-left, bottom-right or a whole number (the offset) is needed".into()),
+    }
+}
+
+fn parse_window(text: &str) -> Result<Window, String> {
+    let side = |side: &str| match side.trim() {
+        "" | "-" => Ok(None),
+        number => number.parse().map(Some).map_err(|_| format!("\"{number}\" is not a number of keys")),
+    };
+    match text.split_once(',') {
+        Some((left, right)) => Ok(Window { left: side(left)?, right: side(right)? }),
+        None => Err("two sides are needed, such as 3,0 or 3,- (open to the right)".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_have_two_sides() {
+        assert_eq!(parse_window("3,0"), Ok(Window { left: Some(3), right: Some(0) }));
+        assert_eq!(parse_window("-,2"), Ok(Window { left: None, right: Some(2) }));
+        assert_eq!(parse_window(","), Ok(Window { left: None, right: None }));
+        assert!(parse_window("3").is_err());
+        assert!(parse_window("-1,0").is_err());
+    }
+
+    #[test]
+    fn an_offset_may_be_negative() {
+        assert_eq!(parse_align("-3"), Ok(Align::Offset(-3)));
+        assert!(parse_align("yes").is_err());
+    }
+}

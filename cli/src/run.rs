@@ -1,0 +1,150 @@
+//! `attn run`: attention over the user's own tensors.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use wgpu_attention::Tensor;
+
+use crate::array::Array;
+use crate::error::{Result, fail, usage};
+use crate::files::{self, TensorFile};
+use crate::options::{AttentionArgs, WeightsWord};
+use crate::progress::Spinner;
+use crate::target;
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum LayoutWord {
+    /// [batch, heads, len, dim]
+    Bhsd,
+    /// [batch, len, heads, dim]
+    Bshd,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Tensors: q, k, v (f32, f16 or bf16), and if there: mask (bool, or u8 of 0 and 1; needs --mask), bias,
+key_lengths (integers, one per batch entry). Masks and biases broadcast to [batch, heads, len_q, len_k].
+The output holds `output`, and `lse` and `weights` when asked for, in the type of q (lse in f32).
+
+Examples:
+  attn run in.safetensors -o out.safetensors
+  attn run in.npz -o out.npz --causal bottom-right --lse
+  attn run in.safetensors -o out.safetensors --mask keep --weights averaged
+  attn run --q q.npy --k k.npy --v v.npy -o out.npy --layout bshd
+  attn run folder-with-q-k-v-npy -o out.npz --window 128,0")]
+pub struct RunArgs {
+    /// A .safetensors or .npz file, or a folder of .npy files
+    #[arg(value_name = "IN", required_unless_present = "q")]
+    input: Option<PathBuf>,
+    /// The queries, instead of IN; FILE:NAME picks one tensor of several (likewise the others)
+    #[arg(long, value_name = "FILE", requires_all = ["k", "v"], conflicts_with = "input")]
+    q: Option<String>,
+    /// The keys
+    #[arg(long, value_name = "FILE", requires = "q")]
+    k: Option<String>,
+    /// The values
+    #[arg(long, value_name = "FILE", requires = "q")]
+    v: Option<String>,
+    /// Where the result goes: .safetensors, .npz, or .npy for one tensor
+    #[arg(short, long, value_name = "OUT")]
+    output: PathBuf,
+    #[command(flatten)]
+    attention: AttentionArgs,
+    /// Also write the attention weights; --weights alone means per-head
+    #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "per-head")]
+    weights: Option<WeightsWord>,
+    /// Also write the log-sum-exp of each query's scores
+    #[arg(long)]
+    lse: bool,
+    /// The order of axes in q, k, v and output
+    #[arg(long, value_enum, default_value = "bhsd")]
+    layout: LayoutWord,
+}
+
+struct Inputs {
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Option<Array>,
+    bias: Option<Array>,
+    key_lengths: Option<Array>,
+}
+
+impl RunArgs {
+    fn read(&self) -> Result<Inputs> {
+        match (&self.input, &self.q, &self.k, &self.v) {
+            (None, Some(q), Some(k), Some(v)) => Ok(Inputs {
+                q: files::read_named(q)?,
+                k: files::read_named(k)?,
+                v: files::read_named(v)?,
+                mask: None,
+                bias: None,
+                key_lengths: None,
+            }),
+            (Some(path), ..) => {
+                let file = TensorFile::open(path)?;
+                let inputs = Inputs {
+                    q: file.need("q")?,
+                    k: file.need("k")?,
+                    v: file.need("v")?,
+                    mask: file.get("mask")?,
+                    bias: file.get("bias")?,
+                    key_lengths: file.get("key_lengths")?,
+                };
+                file.expect_only(&["q", "k", "v", "mask", "bias", "key_lengths"])?;
+                Ok(inputs)
+            }
+            _ => usage!("give IN, or all of --q, --k and --v"),
+        }
+    }
+
+    /// `[.., heads, len, dim]` of a tensor in the order the user chose, and back.
+    fn heads_first(&self, name: &str, tensor: &Tensor) -> Result<Tensor> {
+        if self.layout == LayoutWord::Bhsd {
+            return Ok(tensor.clone());
+        }
+        let rank = tensor.shape().len();
+        if rank < 3 {
+            fail!("{name} {:?} needs at least three axes for --layout bshd: [len, heads, dim]", tensor.shape());
+        }
+        let mut axes: Vec<usize> = (0..rank).collect();
+        axes.swap(rank - 3, rank - 2);
+        Ok(tensor.permute(&axes)?)
+    }
+}
+
+pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
+    let names: Vec<&str> = [("output", true), ("lse", args.lse), ("weights", args.weights.is_some())]
+        .into_iter()
+        .filter_map(|(name, wanted)| wanted.then_some(name))
+        .collect();
+    files::check_output(&args.output, &names)?;
+    let inputs = args.read()?;
+    if inputs.mask.is_none() && args.attention.mask.is_some() {
+        usage!("--mask says what a mask means, but the input holds no tensor \"mask\"");
+    }
+    let target = target::target(adapter)?;
+    target.announce();
+    let device = &target.device;
+    let _spinner = Spinner::start(format!("attention on {}", device.name()));
+    let upload = |name: &str, array: &Array| args.heads_first(name, &array.upload(name, device)?);
+    let (q, k, v) = (upload("q", &inputs.q)?, upload("k", &inputs.k)?, upload("v", &inputs.v)?);
+    let mut attention = args.attention.attention().lse(args.lse).weights(WeightsWord::of(args.weights));
+    if let Some(mask) = &inputs.mask {
+        attention = attention.mask(args.attention.meant("mask", mask, device)?);
+    }
+    if let Some(bias) = &inputs.bias {
+        attention = attention.bias(bias.upload("bias", device)?);
+    }
+    if let Some(lengths) = &inputs.key_lengths {
+        attention = attention.key_lengths(lengths.lengths("key_lengths")?);
+    }
+    let attended = attention.forward(&q, &k, &v)?;
+    let mut results = vec![("output", Array::download(&args.heads_first("output", &attended.output)?)?)];
+    for (name, tensor) in [("lse", &attended.lse), ("weights", &attended.weights)] {
+        if let Some(tensor) = tensor {
+            results.push((name, Array::download(tensor)?));
+        }
+    }
+    files::write_tensors(&args.output, &results)
+}

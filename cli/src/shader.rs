@@ -1,0 +1,28 @@
+//! `attn shader`: the WGSL that runs.
+
+use clap::Args;
+use wgpu_attention::kernels;
+
+use crate::error::{Error, Result};
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  attn shader                list the names
+  attn shader scores.wgsl    a file as it stands
+  attn shader softmax/workgroup64x64")]
+pub struct ShaderArgs {
+    /// A file (softmax.wgsl) or a kernel variant, as `attn` and `attn devices` print them; without it, all names
+    name: Option<String>,
+}
+
+pub fn shader(args: &ShaderArgs) -> Result<()> {
+    match &args.name {
+        None => anstream::println!("{}", kernels::variant_names().join("\n")),
+        Some(name) => {
+            let source = kernels::variant_source(name).map_err(|error| Error::Usage(error.to_string()))?;
+            anstream::print!("{source}");
+        }
+    }
+    Ok(())
+}
