@@ -264,9 +264,11 @@ impl Planner<'_> {
             Some(4..) if workgroup >= 4 => 4,
             _ => 1,
         };
-        let rows = match rows as u32 {
-            n if n > 2 * workgroup => 4,
-            n if n > workgroup => 2,
+        // More rows per invocation reuse each load more often, and take as much longer to compile: a
+        // small call is done before that pays.
+        let rows = match rows as u64 {
+            n if n >= 8 * u64::from(workgroup) => 4,
+            n if n > u64::from(workgroup) => 2,
             _ => 1,
         };
         Tile { workgroup, rows, share, depth4 }
