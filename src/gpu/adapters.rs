@@ -42,11 +42,13 @@ pub struct AdapterSummary {
     pub features: wgpu::Features,
 }
 
-fn instance() -> wgpu::Instance {
+/// An instance that loads nothing but `backends`: even to look at GL starts a display connection.
+fn instance(backends: wgpu::Backends) -> wgpu::Instance {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
     // Where the driver tells its budget, an allocation beyond it fails with an error of ours instead
     // of taking the machine down.
     descriptor.memory_budget_thresholds.for_resource_creation.get_or_insert(95);
+    descriptor.backends = backends;
     wgpu::Instance::new(descriptor)
 }
 
@@ -72,13 +74,12 @@ fn rank(info: &wgpu::AdapterInfo) -> (u32, u32) {
 async fn find(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
     #[cfg(target_arch = "wasm32")]
     {
-        let _ = backends;
-        instance().request_adapter(&Default::default()).await.into_iter().collect()
+        instance(backends).request_adapter(&Default::default()).await.into_iter().collect()
     }
     #[cfg(not(target_arch = "wasm32"))]
     {
         let backends = backends & wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
-        let mut found = instance().enumerate_adapters(backends).await;
+        let mut found = instance(backends).enumerate_adapters(backends).await;
         found.retain(|adapter| {
             let flags = adapter.get_downlevel_capabilities().flags;
             flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)

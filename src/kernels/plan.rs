@@ -370,6 +370,8 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
             *keys = keys.div_ceil(2).next_multiple_of(64);
         } else if *rows > 1 {
             *rows = rows.div_ceil(2);
+        } else if *keys > 4 {
+            *keys = keys.div_ceil(2).next_multiple_of(4);
         } else {
             // Nothing left to cut; the step itself is refused with the numbers.
             break;

@@ -1,0 +1,304 @@
+//! Work larger than an adapter's limits: cut into slices, folded, or refused with the numbers.
+
+mod kit;
+
+use kit::{Call, Order, gpus};
+use wgpu_attention::kernels::plan::{self, AttentionOperands};
+use wgpu_attention::kernels::{AdapterClass, Capabilities, Plan, Slot};
+use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
+use wgpu_attention::{Attention, Device, Error, Gpu, MultiHeadAttention, MultiHeadConfig, Tensor, Weights, wgpu};
+
+const KIB: u64 = 1 << 10;
+
+fn problem(q: [usize; 4], k: [usize; 4]) -> Problem {
+    Problem::new(&q, &k, &k, None, None, &Positions::default(), 0).unwrap()
+}
+
+/// Plans a plain call with `masks` boolean masks and `biases` biases of full size.
+fn plan(
+    q: [usize; 4],
+    k: [usize; 4],
+    masks: usize,
+    biases: usize,
+    adapter: &Capabilities,
+) -> wgpu_attention::Result<Plan> {
+    let problem = problem(q, k);
+    let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
+    let full = Layout::contiguous(&problem.mask_shape()).unwrap();
+    let operands = AttentionOperands {
+        q: &q,
+        k: &k,
+        v: &k,
+        output: &q,
+        masks: vec![(&full, MaskMeaning::Keep); masks],
+        biases: vec![&full; biases],
+        lse: true,
+        weights: false,
+        averaged: false,
+        stage: None,
+    };
+    plan::attention(&problem, &operands, adapter)
+}
+
+/// What must hold of every plan on every adapter.
+fn check(plan: &Plan, adapter: &Capabilities) {
+    assert!(!plan.steps.is_empty());
+    for step in &plan.steps {
+        let name = &step.variant.name;
+        assert!(
+            step.workgroups.iter().all(|&n| n >= 1 && n <= adapter.max_workgroups),
+            "{name}: {:?}",
+            step.workgroups
+        );
+        assert!(step.bindings.len() as u32 <= adapter.max_storage_buffers, "{name}: {} buffers", step.bindings.len());
+        assert!(step.variant.workgroup_memory() <= adapter.workgroup_memory, "{name}");
+        assert!(adapter.subgroup_min.is_some() || !step.variant.uses_subgroups(), "{name} needs subgroups");
+        for binding in &step.bindings {
+            assert!(binding.size <= adapter.max_binding, "{name}: {binding:?}");
+            assert_eq!(binding.offset % adapter.offset_alignment, 0, "{name}: {binding:?}");
+        }
+        let share = step.variant.changes.consts.get("SHARE").map_or("1u", String::as_str);
+        let share: u32 = share.trim_end_matches('u').parse().unwrap();
+        assert!(share == 1 || share <= adapter.subgroup_min.unwrap(), "{name} shares among more lanes than there are");
+        step.variant.source().unwrap();
+    }
+    assert!(plan.scratch.iter().all(|&bytes| bytes <= adapter.max_buffer));
+}
+
+fn adapters() -> Vec<Capabilities> {
+    let floor = Capabilities::webgpu_minimum();
+    let mut all = vec![
+        floor.clone(),
+        Capabilities { adapter: "four buffers".into(), max_storage_buffers: 4, ..floor.clone() },
+        Capabilities { adapter: "small bindings".into(), max_binding: 256 * KIB, ..floor.clone() },
+        Capabilities { adapter: "few workgroups".into(), max_workgroups: 300, ..floor.clone() },
+        Capabilities { adapter: "few invocations".into(), max_invocations: 32, ..floor.clone() },
+    ];
+    for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
+        for subgroup in [4, 8, 16, 32, 64, 128] {
+            let adapter = format!("{class:?} with subgroups of {subgroup}");
+            all.push(Capabilities { adapter, class, subgroup_min: Some(subgroup), ..floor.clone() });
+        }
+    }
+    all
+}
+
+#[test]
+fn plans_fit_every_adapter() {
+    for adapter in adapters() {
+        for (q, k) in [
+            ([1, 12, 512, 64], [1, 12, 512, 64]),
+            ([2, 8, 100, 33], [2, 2, 1000, 33]),
+            ([1, 32, 1, 128], [1, 8, 4096, 128]),
+            ([3, 4, 77, 1], [3, 4, 5, 1]),
+            ([1, 1, 300, 512], [1, 1, 300, 512]),
+        ] {
+            for (masks, biases) in [(0, 0), (1, 0), (2, 1), (3, 2)] {
+                let plan = plan(q, k, masks, biases, &adapter).unwrap_or_else(|e| panic!("{}: {e}", adapter.adapter));
+                check(&plan, &adapter);
+            }
+        }
+    }
+}
+
+#[test]
+fn large_work_is_cut_and_nothing_is_lost() {
+    let adapter = Capabilities { max_binding: 1 << 20, ..Capabilities::webgpu_minimum() };
+    // Scores of 4 · 4096 · 4096 · 4 bytes = 256 MiB through bindings of 1 MiB.
+    let cut = plan([1, 4, 4096, 64], [1, 4, 4096, 64], 0, 0, &adapter).unwrap();
+    check(&cut, &adapter);
+    assert!(cut.scratch[0] <= 1 << 20, "{:?}", cut.scratch);
+    // Every row of every head is weighed exactly once.
+    let rows: u64 = (cut.steps.iter())
+        .filter(|step| step.variant.name.starts_with("softmax"))
+        .map(|step| u64::from(bytemuck::from_bytes::<wgpu_attention::kernels::params::Softmax>(&step.params).rows))
+        .sum();
+    assert_eq!(rows, 4 * 4096);
+
+    // Keys that do not fit one binding are cut too, and their products added up.
+    let cut = plan([1, 1, 2, 64], [1, 1, 20_000, 64], 1, 1, &adapter).unwrap();
+    check(&cut, &adapter);
+    assert!(cut.steps.iter().any(|step| step.variant.name.contains("accumulate")));
+
+    // A hundred million workgroups go over two dimensions.
+    let many = plan(
+        [1 << 15, 64, 4, 4],
+        [1 << 15, 64, 4, 4],
+        0,
+        0,
+        &Capabilities { max_binding: 1 << 31, max_buffer: 1 << 33, ..adapter.clone() },
+    )
+    .unwrap();
+    assert!(many.steps.iter().any(|step| step.workgroups[1] > 1));
+}
+
+#[test]
+fn what_cannot_fit_is_refused_with_the_numbers() {
+    let adapter = Capabilities { max_binding: 4096, ..Capabilities::webgpu_minimum() };
+    let message = plan([1, 1, 8, 64], [1, 1, 5000, 64], 0, 0, &adapter).unwrap_err().to_string();
+    assert!(message.contains("4096"), "{message}");
+    let small = Capabilities { memory: Some(1 << 20), ..Capabilities::webgpu_minimum() };
+    match plan([1, 8, 1024, 64], [1, 8, 1024, 64], 0, 0, &small) {
+        Err(Error::TooLarge { needed, limit, .. }) => assert!(needed > limit && limit == 1 << 20),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn rules_that_do_not_fit_are_folded_into_one_bias() {
+    let four = Capabilities { max_storage_buffers: 4, ..Capabilities::webgpu_minimum() };
+    let folded = plan([2, 4, 9, 8], [2, 4, 9, 8], 1, 1, &four).unwrap();
+    assert!(folded.steps.iter().any(|step| step.variant.name.starts_with("fold/")));
+    let direct = plan([2, 4, 9, 8], [2, 4, 9, 8], 2, 1, &Capabilities::webgpu_minimum()).unwrap();
+    assert!(!direct.steps.iter().any(|step| step.variant.name.starts_with("fold/")));
+    assert!(direct.steps.iter().any(|step| step.bindings.iter().any(|b| b.slot == Slot::Mask(1))));
+}
+
+/// The adapters of this machine, with a device that offers less than they could.
+fn limited(change: impl Fn(&mut wgpu::Limits)) -> Vec<(String, Gpu)> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    assert!(!adapters.is_empty());
+    adapters
+        .into_iter()
+        .map(|adapter| {
+            let mut limits = adapter.limits();
+            change(&mut limits);
+            let descriptor = wgpu::DeviceDescriptor {
+                required_limits: limits,
+                required_features: adapter.features() & wgpu::Features::SUBGROUP,
+                ..Default::default()
+            };
+            let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+            let info = adapter.get_info();
+            (format!("{} ({})", info.name, info.backend), Gpu::from_wgpu(&adapter, device, queue))
+        })
+        .collect()
+}
+
+#[test]
+fn slices_give_the_same_results() {
+    let base = Call::random(0);
+    let positions = Positions {
+        causal: true,
+        align: Align::PerBatch(vec![9, -3]),
+        key_lengths: Some(vec![170, 200]),
+        ..Default::default()
+    };
+    let calls = [
+        Call {
+            masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
+            biases: vec![vec![4, 1, 200]],
+            positions,
+            ..base.clone()
+        },
+        Call {
+            masks: vec![(vec![65, 200], MaskMeaning::Keep); 3],
+            positions: Positions::default(),
+            biases: vec![],
+            ..base
+        },
+    ];
+    for (n, call) in calls.into_iter().enumerate() {
+        let call = Call {
+            q: [2, 4, 65, 20],
+            k: [2, 2, 200, 20],
+            v: [2, 2, 200, 12],
+            order: if n == 0 { Order::Bshd } else { Order::Bhsd },
+            softcap: None,
+            scale: None,
+            ..call
+        };
+        // Bindings of 64, 16 and 12 KiB: by batch, by head, by rows and by keys.
+        for binding in [64 * KIB, 16 * KIB, 12 * KIB] {
+            for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = binding) {
+                call.check(&format!("{name} with bindings of {binding}"), &Device::Gpu(gpu), 3e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn few_buffers_and_few_workgroups_give_the_same_results() {
+    let few = |limits: &mut wgpu::Limits| {
+        limits.max_storage_buffers_per_shader_stage = 4;
+        limits.max_compute_workgroups_per_dimension = 40;
+    };
+    for (name, gpu) in limited(few) {
+        let device = Device::Gpu(gpu);
+        for seed in [3, 8, 11, 14] {
+            Call::random(seed).check(&format!("{name}, four buffers"), &device, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn a_projection_larger_than_a_binding() {
+    for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = 8 * KIB) {
+        let small = Device::Gpu(gpu);
+        let config = MultiHeadConfig::new(48, 4).unwrap().add_bias_kv(true).add_zero_attn(true);
+        let x: Vec<f32> = (0..3 * 50 * 48).map(|i| (i as f32 * 0.37).sin()).collect();
+        let run = |device: &Device| {
+            let layer = MultiHeadAttention::new(device, config.clone(), 3).unwrap();
+            let x = Tensor::from_slice(device, &[3, 50, 48], &x).unwrap();
+            let out = layer.forward(&x, &x, &x, &Attention::new().weights(Weights::Averaged)).unwrap();
+            [out.output, out.weights.unwrap()].map(|tensor| tensor.download().unwrap())
+        };
+        for (cut, whole) in run(&small).iter().zip(&run(&Device::Cpu)) {
+            let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
+            kit::assert_close(&name, cut, &whole, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn more_memory_than_there_is_is_said_before_allocating() {
+    for (name, gpu) in gpus() {
+        let device = Device::Gpu(gpu.clone());
+        // Weights of 2^20 · 2^20 · 4 bytes from inputs of a few.
+        let x = Tensor::from_slice(&device, &[1], &[0.5f32]).unwrap();
+        let long =
+            Tensor::from_wgpu(&gpu, &raw(&gpu), &[1, 1, 1 << 20, 1], &[0, 0, 0, 1], 0, wgpu_attention::Dtype::F32)
+                .unwrap();
+        let before = gpu.allocation_counts();
+        let message = Attention::new().weights(Weights::PerHead).forward(&long, &long, &long).unwrap_err().to_string();
+        assert!(message.contains("4398046511104 bytes"), "{name}: {message}");
+        assert_eq!(gpu.allocation_counts(), before, "{name}");
+        drop(x);
+    }
+}
+
+fn raw(gpu: &Gpu) -> wgpu::Buffer {
+    gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: 256,
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+        mapped_at_creation: false,
+    })
+}
+
+#[test]
+fn a_lost_device_is_a_typed_error_and_a_new_gpu_works() {
+    for adapter in Gpu::adapters() {
+        let options = wgpu_attention::GpuOptions::adapter(adapter.index.to_string());
+        let gpu = Gpu::with_options(&options).unwrap();
+        let x = Tensor::from_slice(&gpu, &[1, 1, 4, 4], &[1.0f32; 16]).unwrap();
+        gpu.device().destroy();
+        let _ = gpu.wait();
+        let run = || Attention::new().forward(&x, &x, &x)?.output.download();
+        let error = run().unwrap_err();
+        assert!(matches!(error, Error::DeviceLost { .. }), "{}: {error:?}", adapter.info.name);
+        let again = Gpu::with_options(&options).unwrap();
+        let x = Tensor::from_slice(&again, &[1, 1, 4, 4], &[1.0f32; 16]).unwrap();
+        assert_eq!(Attention::new().forward(&x, &x, &x).unwrap().output.download().unwrap(), [1.0; 16]);
+    }
+}
+
+#[test]
+fn an_unknown_adapter_is_an_error_that_lists_those_there_are() {
+    for which in ["no such adapter", "99"] {
+        let message = Gpu::with_options(&wgpu_attention::GpuOptions::adapter(which)).unwrap_err().to_string();
+        assert!(message.contains(which) && message.contains("0: "), "{message}");
+        assert!(Device::with_options(&wgpu_attention::GpuOptions::adapter(which)).is_err(), "never a silent fallback");
+    }
+}
