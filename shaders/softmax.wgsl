@@ -100,7 +100,10 @@ fn main(
     for (var j = lane; j < params.width4; j += LANES) {
         let x = s[at + j];
         highest = max(highest, x);
-        is_nan = is_nan | ((bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u));
+        // NaN or +∞ in a row makes it NaN; told by bits, since drivers differ on NaN in max and exp2.
+        let bits = bitcast<vec4<u32>>(x);
+        is_nan = is_nan | (((bits & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u))
+            & (bits != vec4<u32>(params.minus_infinity)));
     }
     let peak = join_max(local, max(max(highest.x, highest.y), max(highest.z, highest.w)));
     let broken = join_nan(local, any(is_nan));

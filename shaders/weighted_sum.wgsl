@@ -5,8 +5,8 @@
 // registers. With subgroups, SHARE lanes load different parts of V and hand them round.
 //
 // 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: the
-// sum runs without a look at the masks, watches for a value that is not finite, and where there is
-// one the rows are summed again over visible keys only.
+// sum runs without a look at the masks and takes a value that is not finite as 0; where there was one,
+// the terms that a row may see are added at the end.
 
 const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 4u;
@@ -123,13 +123,13 @@ fn load_v(at: u32, d4: u32) -> vec4<f32> {
 // @end
 
 // @block store_o
-fn store_o(at: u32, d4: u32, value: vec4<f32>) {
+fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
     // @unroll
     for (var e = 0u; e < 4u; e++) {
         let d = d4 * 4u + e;
         if (d < params.dim) {
             let here = at + d * params.o_strides.w;
-            if (ACCUMULATE) {
+            if (add) {
                 o[here] += value[e];
             } else {
                 o[here] = value[e];
@@ -138,6 +138,10 @@ fn store_o(at: u32, d4: u32, value: vec4<f32>) {
     }
 }
 // @end
+
+fn not_finite(x: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
 
 @compute @workgroup_size(WORKGROUP)
 fn main(
@@ -186,7 +190,7 @@ fn main(
     }
 
     var sum: array<vec4<f32>, ROWS * COLS4>;
-    var peak = vec4<u32>();
+    var found = vec4<bool>();
     for (var j = start; j < end; j += KEYS) {
         var weight: array<vec4<f32>, ROWS>;
         // @unroll
@@ -207,7 +211,8 @@ fn main(
                         load_v(v_base + min(key, params.len_k - 1u) * params.v_strides.z, column + place / KEYS),
                         key < params.len_k,
                     );
-                    peak = max(peak, bitcast<vec4<u32>>(mine) & vec4<u32>(0x7fffffffu));
+                    found = found | not_finite(mine);
+                    mine = select(mine, vec4<f32>(), not_finite(mine));
                 }
                 // @block share
                 let v4 = mine;
@@ -224,33 +229,38 @@ fn main(
         }
     }
 
-    let worst = max(max(peak.x, peak.y), max(peak.z, peak.w));
-    // @block any_not_finite
-    let careful = worst >= 0x7f800000u;
-    // @end
-    if (!careful) {
-        // @unroll
-        for (var r = 0u; r < ROWS; r++) {
-            if (row + r < params.len_q) {
-                let at = o_base + (row + r) * params.o_strides.z;
-                // @unroll
-                for (var d = 0u; d < COLS4; d++) {
-                    store_o(at, column + d, sum[r * COLS4 + d]);
-                }
+    // @unroll
+    for (var r = 0u; r < ROWS; r++) {
+        if (row + r < params.len_q) {
+            let at = o_base + (row + r) * params.o_strides.z;
+            // @unroll
+            for (var d = 0u; d < COLS4; d++) {
+                store_o(at, column + d, sum[r * COLS4 + d], ACCUMULATE);
             }
         }
+    }
+
+    // @block any_not_finite
+    let careful = any(found);
+    // @end
+    if (!careful) {
         return;
     }
     for (var i = row; i < min(row + ROWS, params.len_q); i++) {
         for (var d = 0u; d < COLS4; d++) {
             var total = vec4<f32>();
+            var sees = false;
             for (var j = start; j < end; j++) {
-                if (visible(b, h, i, j, band)) {
+                let value = load_v(v_base + j * params.v_strides.z, column + d);
+                if (any(not_finite(value)) && visible(b, h, i, j, band)) {
                     let weight = p[(p_base + i * params.p_strides.z + params.key_0 + j) / 4u][(params.key_0 + j) % 4u];
-                    total += weight * load_v(v_base + j * params.v_strides.z, column + d);
+                    total += select(vec4<f32>(), weight * value, not_finite(value));
+                    sees = true;
                 }
             }
-            store_o(o_base + i * params.o_strides.z, column + d, total);
+            if (sees) {
+                store_o(o_base + i * params.o_strides.z, column + d, total, true);
+            }
         }
     }
 }

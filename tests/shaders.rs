@@ -8,7 +8,8 @@ use wgpu_attention::kernels::catalogue::{self, Kernel};
 use wgpu_attention::kernels::{blocks, params};
 
 fn validate(name: &str, source: &str) -> (naga::Module, ModuleInfo) {
-    let module = naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
+    let module =
+        naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
     let info = Validator::new(ValidationFlags::all(), Capabilities::SUBGROUP)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
@@ -34,9 +35,12 @@ fn every_variant_validates_and_translates() {
     for variant in &variants {
         let source = variant.source().unwrap();
         let (module, info) = validate(&variant.name, &source);
-        let fail = |language: &str, error: String| -> ! { panic!("{} does not translate to {language}: {error}", variant.name) };
+        let fail = |language: &str, error: String| -> ! {
+            panic!("{} does not translate to {language}: {error}", variant.name)
+        };
 
-        let storage = bindings(&module).values().filter(|space| matches!(space, naga::AddressSpace::Storage { .. })).count();
+        let storage =
+            bindings(&module).values().filter(|space| matches!(space, naga::AddressSpace::Storage { .. })).count();
         assert!(storage <= 7, "{}: {storage} storage buffers; Metal needs one of 8", variant.name);
 
         spv::write_vec(&module, &info, &spv::Options { lang_version: (1, 3), ..Default::default() }, None)
@@ -66,9 +70,16 @@ fn every_variant_validates_and_translates() {
                 multiview: None,
             };
             let mut text = String::new();
-            glsl::Writer::new(&mut text, &module, &info, &options, &pipeline, naga::proc::BoundsCheckPolicies::default())
-                .and_then(|mut writer| writer.write())
-                .unwrap_or_else(|e| fail("GLSL", format!("{version:?}: {e}")));
+            glsl::Writer::new(
+                &mut text,
+                &module,
+                &info,
+                &options,
+                &pipeline,
+                naga::proc::BoundsCheckPolicies::default(),
+            )
+            .and_then(|mut writer| writer.write())
+            .unwrap_or_else(|e| fail("GLSL", format!("{version:?}: {e}")));
         }
     }
 }

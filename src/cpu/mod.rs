@@ -1,7 +1,19 @@
-//! The CPU backend: the same calls without an adapter, threaded.
+//! The CPU backend: the same calls without an adapter. Tiles of queries on faer's matrix product, one
+//! rayon task each; how work is cut depends on shapes alone, so results do not depend on threads.
 
-use crate::attention::{Mask, Wanted};
-use crate::problem::{Layout, MaskMeaning, Problem};
+mod attention;
+mod exp;
+mod project;
+mod softmax;
+
+pub(crate) use attention::attention;
+pub(crate) use project::project;
+pub(crate) use softmax::softmax;
+
+use std::borrow::Cow;
+
+use crate::attention::Mask;
+use crate::problem::{Layout, MaskMeaning};
 use crate::tensor::{Storage, Tensor};
 
 /// A strided view of floats.
@@ -17,6 +29,56 @@ impl<'a> View<'a> {
             Storage::Cpu(data) => View { data, layout: tensor.layout() },
             _ => unreachable!("devices and types are checked before"),
         }
+    }
+
+    /// The last two axes at `lead` as a matrix with contiguous rows; copied when the strides forbid.
+    fn matrix(&self, lead: &[usize]) -> Matrix<'a> {
+        let rank = self.layout.rank();
+        let [rows, columns] = [self.layout.shape()[rank - 2], self.layout.shape()[rank - 1]];
+        let [row_stride, step] = [self.layout.strides()[rank - 2], self.layout.strides()[rank - 1]];
+        let start = self.layout.offset() + lead.iter().zip(self.layout.strides()).map(|(i, s)| i * s).sum::<usize>();
+        if rows == 0 || columns == 0 {
+            return Matrix { data: Cow::Borrowed(&[]), stride: columns, rows, columns };
+        }
+        if (step == 1 || columns == 1) && (row_stride >= columns || rows == 1) {
+            let end = start + (rows - 1) * row_stride + columns;
+            return Matrix {
+                data: Cow::Borrowed(&self.data[start..end]),
+                stride: row_stride.max(columns),
+                rows,
+                columns,
+            };
+        }
+        let copy = (0..rows)
+            .flat_map(|r| (0..columns).map(move |c| start + r * row_stride + c * step))
+            .map(|at| self.data[at])
+            .collect();
+        Matrix { data: Cow::Owned(copy), stride: columns, rows, columns }
+    }
+}
+
+/// A matrix with contiguous rows.
+struct Matrix<'a> {
+    data: Cow<'a, [f32]>,
+    stride: usize,
+    rows: usize,
+    columns: usize,
+}
+
+impl Matrix<'_> {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.stride..][..self.columns]
+    }
+
+    /// Rows `start..end` for faer. Not for empty matrices.
+    fn rows(&self, start: usize, end: usize) -> faer::MatRef<'_, f32> {
+        let last = (end - 1) * self.stride + self.columns;
+        faer::MatRef::from_row_major_slice_with_stride(
+            &self.data[start * self.stride..last],
+            end - start,
+            self.columns,
+            self.stride,
+        )
     }
 }
 
@@ -34,6 +96,10 @@ impl<'a> MaskView<'a> {
             Storage::CpuBool(data) => MaskView { data, layout: mask.tensor().layout(), meaning: mask.meaning() },
             _ => unreachable!("devices and types are checked before"),
         }
+    }
+
+    fn keeps(&self, index: [usize; 4]) -> bool {
+        (self.data[self.layout.at(&index)] != 0) == (self.meaning == MaskMeaning::Keep)
     }
 }
 
@@ -55,20 +121,4 @@ pub(crate) struct Outputs {
     pub weights: Option<Vec<f32>>,
     /// `[b, h, i, j]`
     pub scores: Option<Vec<f32>>,
-}
-
-/// Attention of a checked problem; `output` is the layout of the result, contiguous in some order.
-pub(crate) fn attention(_problem: &Problem, _inputs: &Inputs<'_>, _wanted: Wanted, _output: &Layout) -> Outputs {
-    todo!()
-}
-
-/// `X·Wᵀ + b` for X `[b, l, in]`, W `[out, in]`, then one row per entry of `extra` (`None`: zeros):
-/// row-major `[b, l + extra, out]`.
-pub(crate) fn project(_x: View<'_>, _w: View<'_>, _bias: Option<View<'_>>, _extra: &[Option<View<'_>>]) -> Vec<f32> {
-    todo!()
-}
-
-/// Softmax over one axis of any strided view; row-major.
-pub(crate) fn softmax(_x: View<'_>, _axis: usize) -> Vec<f32> {
-    todo!()
 }

@@ -68,19 +68,21 @@ fn rank(info: &wgpu::AdapterInfo) -> (u32, u32) {
     (kind, backend)
 }
 
-/// Adapters that can compute, best first.
-async fn find() -> Vec<wgpu::Adapter> {
+/// Adapters of `backends` that can compute, best first.
+async fn find(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
     #[cfg(target_arch = "wasm32")]
     {
+        let _ = backends;
         instance().request_adapter(&Default::default()).await.into_iter().collect()
     }
     #[cfg(not(target_arch = "wasm32"))]
     {
-        let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
+        let backends = backends & wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
         let mut found = instance().enumerate_adapters(backends).await;
         found.retain(|adapter| {
             let flags = adapter.get_downlevel_capabilities().flags;
-            flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) && adapter.limits().max_storage_buffers_per_shader_stage >= 4
+            flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
+                && adapter.limits().max_storage_buffers_per_shader_stage >= 4
         });
         found.sort_by_key(|adapter| rank(&adapter.get_info()));
         found
@@ -95,7 +97,7 @@ pub async fn list() -> Vec<AdapterSummary> {
         limits: adapter.limits(),
         features: adapter.features(),
     };
-    find().await.into_iter().enumerate().map(summary).collect()
+    find(wgpu::Backends::all()).await.into_iter().enumerate().map(summary).collect()
 }
 
 fn backend_word(word: &str) -> Option<wgpu::Backend> {
@@ -111,7 +113,14 @@ fn backend_word(word: &str) -> Option<wgpu::Backend> {
 
 /// The adapter that `options` ask for.
 pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
-    let mut found = find().await;
+    // GL is last in rank and slow to ask, so an unnamed choice asks it only when nothing else answers.
+    let mut found = match (&options.adapter, environment_name()) {
+        (None, None) => find(wgpu::Backends::all() - wgpu::Backends::GL).await,
+        _ => Vec::new(),
+    };
+    if found.is_empty() {
+        found = find(wgpu::Backends::all()).await;
+    }
     let names: Vec<String> = found
         .iter()
         .enumerate()
@@ -123,9 +132,8 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     if found.is_empty() {
         return Err(Error::NoAdapter("wgpu found none that can compute".into()));
     }
-    let has_name = |adapter: &wgpu::Adapter, part: &str| {
-        adapter.get_info().name.to_lowercase().contains(&part.to_lowercase())
-    };
+    let has_name =
+        |adapter: &wgpu::Adapter, part: &str| adapter.get_info().name.to_lowercase().contains(&part.to_lowercase());
     let at = match (&options.adapter, environment_name()) {
         (Some(which), _) => {
             if let Some(backend) = backend_word(which) {

@@ -235,10 +235,8 @@ impl GpuBuffer {
             _ => return Err(gpu.failure(DURING, "the buffer could not be mapped; the device is lost")),
         }
         let value = {
-            let view = staging
-                .raw()
-                .get_mapped_range(0..size)
-                .map_err(|error| gpu.failure(DURING, &error.to_string()))?;
+            let view =
+                staging.raw().get_mapped_range(0..size).map_err(|error| gpu.failure(DURING, &error.to_string()))?;
             convert(&view)
         };
         staging.raw().unmap();

@@ -210,11 +210,9 @@ impl Gpu {
             let caught = [internal.await, validation.await, memory.await];
             match caught.into_iter().flatten().next() {
                 None => Ok(value),
-                Some(wgpu::Error::OutOfMemory { source }) => Err(Error::OutOfMemory {
-                    adapter: gpu.0.info.name.clone(),
-                    during,
-                    message: source.to_string(),
-                }),
+                Some(wgpu::Error::OutOfMemory { source }) => {
+                    Err(Error::OutOfMemory { adapter: gpu.0.info.name.clone(), during, message: source.to_string() })
+                }
                 Some(error) => Err(gpu.failure(&during, &error.to_string())),
             }
         }

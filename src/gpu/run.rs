@@ -159,8 +159,7 @@ impl Recording {
         extra: &[Option<&Tensor>],
     ) -> Result<Tensor> {
         let layouts: Vec<Option<&Layout>> = extra.iter().map(|row| row.map(Tensor::layout)).collect();
-        let plan =
-            plan::project(x.layout(), w.layout(), bias.map(Tensor::layout), &layouts, &self.gpu.0.capabilities)?;
+        let plan = plan::project(x.layout(), w.layout(), bias.map(Tensor::layout), &layouts, &self.gpu.0.capabilities)?;
         let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
         let layout = Layout::contiguous(&shape)?;
         let bytes = padded_bytes(&layout);
@@ -329,10 +328,8 @@ impl Recording {
 
     fn dispatch(&self, pipelines: &[Arc<Pipeline>], encoder: &mut wgpu::CommandEncoder) {
         let groups: Vec<_> = self.steps.iter().zip(pipelines).map(|(bound, p)| self.bind_group(p, bound)).collect();
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-            label: Some("attention"),
-            timestamp_writes: None,
-        });
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
         for ((bound, pipeline), group) in self.steps.iter().zip(pipelines).zip(&groups) {
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, group, &[]);

@@ -185,7 +185,15 @@ fn name_wide(name: &mut String, operands: &[(&str, bool)]) {
 }
 
 /// A variant of `scores.wgsl`. `stage`: 0 scaled, 1 after the softcap, 2 after bias and mask.
-pub fn scores(tile: Tile, wide_q: bool, wide_k: bool, padded: bool, softcap: bool, rules: Rules, stage: u32) -> Variant {
+pub fn scores(
+    tile: Tile,
+    wide_q: bool,
+    wide_k: bool,
+    padded: bool,
+    softcap: bool,
+    rules: Rules,
+    stage: u32,
+) -> Variant {
     let mut name = String::from("scores");
     let statement = "let k4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);";
     let mut changes = share(Changes::default(), tile, &mut name, statement);
@@ -226,7 +234,7 @@ pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, ru
     let statement = "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);";
     let mut changes = share(Changes::default(), tile, &mut name, statement);
     if tile.share > 1 {
-        changes = changes.block("any_not_finite", "let careful = subgroupMax(worst) >= 0x7f800000u;");
+        changes = changes.block("any_not_finite", "let careful = subgroupAny(any(found));");
     }
     changes = changes.number("COLS4", tile.depth4).flag("ACCUMULATE", accumulate);
     name.push_str(&format!("/columns{}", tile.depth4 * 4));
@@ -241,9 +249,9 @@ pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, ru
     if wide_o {
         changes = changes.alias("OElem", "vec4<f32>").block(
             "store_o",
-            "fn store_o(at: u32, d4: u32, value: vec4<f32>) {
+            "fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
     if (d4 * 4u < params.dim) {
-        if (ACCUMULATE) {
+        if (add) {
             o[at / 4u + d4] += value;
         } else {
             o[at / 4u + d4] = value;
@@ -263,8 +271,7 @@ pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, ru
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
-    let mut changes =
-        Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("LSE", lse);
+    let mut changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("LSE", lse);
     if lse {
         name.push_str("/lse");
     } else {
@@ -375,7 +382,9 @@ pub fn variants() -> Vec<Variant> {
         Rules { bias: true, ..Rules::default() },
         Rules { bands: true, masks: 2, bias: true, banded: true },
     ];
-    for (workgroup, share, depth4) in [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)] {
+    for (workgroup, share, depth4) in
+        [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]
+    {
         for rows in [1, 2, 4] {
             let tile = Tile { workgroup, rows, share, depth4 };
             let wide_choices: &[bool] = if rows == 4 { &[true, false] } else { &[true] };
@@ -425,11 +434,14 @@ pub fn variant_source(name: &str) -> Result<String> {
     match all.iter().position(|variant| variant.name == name) {
         Some(at) => all.swap_remove(at).source(),
         None => {
-            let near: Vec<String> =
-                variant_names().into_iter().filter(|known| known.contains(name)).take(8).collect();
+            let near: Vec<String> = variant_names().into_iter().filter(|known| known.contains(name)).take(8).collect();
             Err(value_error!(
                 "no kernel variant is called {name}; {}",
-                if near.is_empty() { "`attn shader` without a name lists them".into() } else { format!("did you mean {}?", near.join(", ")) }
+                if near.is_empty() {
+                    "`attn shader` without a name lists them".into()
+                } else {
+                    format!("did you mean {}?", near.join(", "))
+                }
             ))
         }
     }

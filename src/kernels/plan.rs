@@ -112,6 +112,8 @@ pub struct AttentionOperands<'a> {
 
 const MINUS_INFINITY: u32 = 0xff80_0000;
 const NOT_A_NUMBER: u32 = 0x7fc0_0000;
+/// A binding that is never read.
+const NOTHING: Binding = Binding { binding: 1, slot: Slot::Scratch(0), offset: 0, size: 16 };
 
 /// `count` entries of an axis from `start` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,12 +201,19 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn push<P: Pod>(&mut self, variant: Variant, workgroups: u64, params: impl FnOnce(u32) -> P, bindings: Vec<Binding>) -> Result<()> {
+    fn push<P: Pod>(
+        &mut self,
+        variant: Variant,
+        workgroups: u64,
+        params: impl FnOnce(u32) -> P,
+        bindings: Vec<Binding>,
+    ) -> Result<()> {
         let adapter = self.adapter;
         let most = u64::from(adapter.max_workgroups);
         let y = workgroups.div_ceil(most);
         let x = workgroups.div_ceil(y.max(1));
-        let too_many = |what: String, needs: String| Error::Unsupported { what, adapter: adapter.adapter.clone(), needs };
+        let too_many =
+            |what: String, needs: String| Error::Unsupported { what, adapter: adapter.adapter.clone(), needs };
         if y > most || workgroups > u64::from(u32::MAX) {
             return Err(too_many(format!("{} with {workgroups} workgroups", variant.name), "fewer workgroups".into()));
         }
@@ -217,7 +226,11 @@ impl Planner<'_> {
         if variant.workgroup_memory() > adapter.workgroup_memory {
             return Err(too_many(
                 variant.name.clone(),
-                format!("{} bytes of workgroup memory, {} are offered", variant.workgroup_memory(), adapter.workgroup_memory),
+                format!(
+                    "{} bytes of workgroup memory, {} are offered",
+                    variant.workgroup_memory(),
+                    adapter.workgroup_memory
+                ),
             ));
         }
         for binding in &bindings {
@@ -303,6 +316,11 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         }
     }
     if problem.is_empty() {
+        if let Some(averaged) = planner.plan.averaged.clone().filter(|layout| !layout.is_empty()) {
+            // The mean over no head is 0.
+            planner.plan.scratch = vec![16];
+            planner.fill(Slot::Averaged, (padded_bytes(&averaged) / 4) as usize, 0)?;
+        }
         return Ok(planner.plan);
     }
     if len_k == 0 {
@@ -433,8 +451,9 @@ impl Call<'_> {
         let Slices { batch, heads, rows, keys } = slices;
         let part = |count| Part { start: 0, count };
         // Worst case over all slices: a head slice may straddle one more key/value head.
-        let heads_kv = (heads.div_ceil(self.problem.group()) + usize::from(!heads.is_multiple_of(self.problem.group())))
-            .min(self.problem.heads_kv);
+        let heads_kv = (heads.div_ceil(self.problem.group())
+            + usize::from(!heads.is_multiple_of(self.problem.group())))
+        .min(self.problem.heads_kv);
         // The start of a later slice may lie anywhere within the alignment.
         let slack = self.align;
         let size = |layout: &Layout, counts: [usize; 4], element: u64| {
@@ -451,11 +470,8 @@ impl Call<'_> {
         let ruled = keys.min(self.problem.ruled_keys());
         let masks = operands.masks.iter().map(|(layout, _)| size(layout, [batch, heads, rows, ruled], 1));
         let biases = operands.biases.iter().map(|layout| size(layout, [batch, heads, rows, ruled], 4));
-        let folded = if self.fold_rules {
-            self.folded_shape(slices).iter().map(|&n| n as u64).product::<u64>() * 4
-        } else {
-            0
-        };
+        let folded =
+            if self.fold_rules { self.folded_shape(slices).iter().map(|&n| n as u64).product::<u64>() * 4 } else { 0 };
         [
             size(operands.q, [batch, heads, rows, dims(operands.q)], 4),
             size(operands.k, [batch, heads_kv, keys, dims(operands.k)], 4),
@@ -478,9 +494,11 @@ impl Call<'_> {
         let weights = planner.plan.weights.clone();
         // P of this slice: a part of the returned weights, or working memory.
         let (p_slot, p_layout, p_window) = match &weights {
-            Some(layout) => {
-                (Slot::Weights, layout.clone(), window(layout, &[b, h, i, Part { start: 0, count: len_k }], 4, self.align))
-            }
+            Some(layout) => (
+                Slot::Weights,
+                layout.clone(),
+                window(layout, &[b, h, i, Part { start: 0, count: len_k }], 4, self.align),
+            ),
             None => {
                 let layout = rows_padded(&[b.count, h.count, i.count, len_k])?;
                 let size = padded_bytes(&layout);
@@ -733,7 +751,13 @@ impl Call<'_> {
     }
 
     /// Binds the rules for a slice, after folding them if they must be.
-    fn bind_rules(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3], j: Part, slices: Slices) -> Result<BoundRules> {
+    fn bind_rules(
+        &self,
+        planner: &mut Planner<'_>,
+        [b, h, i]: [Part; 3],
+        j: Part,
+        slices: Slices,
+    ) -> Result<BoundRules> {
         let Call { problem, operands, rules, .. } = *self;
         let mut bound = BoundRules::default();
         if rules.bands {
@@ -750,7 +774,12 @@ impl Call<'_> {
         }
         for (n, &(layout, meaning)) in operands.masks.iter().enumerate() {
             let part = window(layout, &parts, 1, self.align);
-            bound.bindings.push(Binding { binding: 5 + n as u32, slot: Slot::Mask(n), offset: part.offset, size: part.size });
+            bound.bindings.push(Binding {
+                binding: 5 + n as u32,
+                slot: Slot::Mask(n),
+                offset: part.offset,
+                size: part.size,
+            });
             bound.masks[n] = BoundRule {
                 strides: strides4(layout),
                 first: part.first as u32,
@@ -837,13 +866,9 @@ struct BoundRules {
 impl Planner<'_> {
     /// No key at all: outputs 0, LSE −∞.
     fn nothing_to_see(&mut self, problem: &Problem, operands: &AttentionOperands<'_>) -> Result<()> {
-        let nothing = Binding { binding: 0, slot: Slot::Scratch(0), offset: 0, size: 16 };
         if operands.lse {
             let rows = checked_len(&[problem.batch, problem.heads_q, problem.len_q])?;
-            for part in Part::all(rows, (self.adapter.max_binding / 4) as usize) {
-                let at = window(&Layout::contiguous(&[rows])?, &[part], 4, self.adapter.offset_alignment);
-                self.copy(&[0; 4], [1, 1, 1, 0], nothing, (Slot::Lse, at), part.count, MINUS_INFINITY)?;
-            }
+            self.fill(Slot::Lse, rows, MINUS_INFINITY)?;
         }
         if problem.dim_v == 0 {
             return Ok(());
@@ -853,7 +878,12 @@ impl Planner<'_> {
         for b in Part::all(problem.batch, 1) {
             let h = Part { start: 0, count: problem.heads_q };
             let i = Part { start: 0, count: problem.len_q };
-            let o = window(operands.output, &[b, h, i, Part { start: 0, count: problem.dim_v }], 4, self.adapter.offset_alignment);
+            let o = window(
+                operands.output,
+                &[b, h, i, Part { start: 0, count: problem.dim_v }],
+                4,
+                self.adapter.offset_alignment,
+            );
             let tile = self.tile(i.count, problem.dim_v.div_ceil(4));
             let column_blocks = problem.dim_v.div_ceil(4).div_ceil(tile.depth4 as usize) as u64;
             let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
@@ -873,8 +903,8 @@ impl Planner<'_> {
                     ..Default::default()
                 },
                 vec![
-                    Binding { binding: 1, ..nothing },
-                    Binding { binding: 2, ..nothing },
+                    Binding { binding: 1, ..NOTHING },
+                    Binding { binding: 2, ..NOTHING },
                     Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
                 ],
             )?;
@@ -882,34 +912,27 @@ impl Planner<'_> {
         Ok(())
     }
 
-    fn copy(
-        &mut self,
-        x_strides: &[u32; 4],
-        shape: [u32; 4],
-        x: Binding,
-        (slot, y): (Slot, Window),
-        total: usize,
-        fill: u32,
-    ) -> Result<()> {
-        let width = shape[3].next_multiple_of(4).max(4);
-        let y_row_stride = if shape[3] == 0 { total as u32 } else { width };
-        self.push(
-            catalogue::copy(),
-            (total as u64).div_ceil(64),
-            |workgroups| params::Copy {
-                x_strides: *x_strides,
-                shape,
-                x_offset: 0,
-                y_offset: y.first as u32,
-                y_row_stride,
-                total: total as u32,
-                workgroups,
-                fill,
-                pad_0: 0,
-                pad_1: 0,
-            },
-            vec![Binding { binding: 1, ..x }, Binding { binding: 2, slot, offset: y.offset, size: y.size }],
-        )
+    /// `elements` words of a buffer set to the bits of `value`: a copy of rows without columns.
+    fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
+        let whole = Layout::contiguous(&[elements])?;
+        for part in Part::all(elements, (self.adapter.max_binding / 4) as usize) {
+            let to = window(&whole, &[part], 4, self.adapter.offset_alignment);
+            self.push(
+                catalogue::copy(),
+                (part.count as u64).div_ceil(64),
+                |workgroups| params::Copy {
+                    shape: [1, 1, 1, 0],
+                    y_offset: to.first as u32,
+                    y_row_stride: part.count as u32,
+                    total: part.count as u32,
+                    workgroups,
+                    fill: value,
+                    ..Default::default()
+                },
+                vec![NOTHING, Binding { binding: 2, slot, offset: to.offset, size: to.size }],
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -923,7 +946,11 @@ pub fn project(
     adapter: &Capabilities,
 ) -> Result<Plan> {
     let (&[batch, len, dim_in], &[dim_out, dim_w]) = (x.shape(), w.shape()) else {
-        return Err(shape_error!("a projection needs X [b, l, in] and W [out, in], not {:?} and {:?}", x.shape(), w.shape()));
+        return Err(shape_error!(
+            "a projection needs X [b, l, in] and W [out, in], not {:?} and {:?}",
+            x.shape(),
+            w.shape()
+        ));
     };
     if dim_in != dim_w {
         return Err(shape_error!("X {:?} is {dim_in} wide but W {:?} takes {dim_w}", x.shape(), w.shape()));

@@ -279,7 +279,12 @@ fn main() {
         ] {
             assert!(specialise("f", FILE, &changes).is_err());
         }
-        for source in ["// @end\n", "// @block a\n", "// @unroll\nlet x = 1;\n", "// @unroll\nfor (var i = 0u; i < Q; i++) {\n}\n"] {
+        for source in [
+            "// @end\n",
+            "// @block a\n",
+            "// @unroll\nlet x = 1;\n",
+            "// @unroll\nfor (var i = 0u; i < Q; i++) {\n}\n",
+        ] {
             assert!(specialise("f", source, &Changes::default()).is_err(), "{source}");
         }
     }
@@ -287,7 +292,9 @@ fn main() {
     #[test]
     fn constant_expressions() {
         let consts = BTreeMap::from([("A".to_string(), 6u64)]);
-        for (text, value) in [("A * 2u", Some(12)), ("A / 4u + 1u", Some(2)), ("A % 4u", Some(2)), ("B", None), ("A / 0u", None)] {
+        for (text, value) in
+            [("A * 2u", Some(12)), ("A / 4u + 1u", Some(2)), ("A % 4u", Some(2)), ("B", None), ("A / 0u", None)]
+        {
             assert_eq!(evaluate(text, &consts), value, "{text}");
         }
     }

@@ -1,1 +1,138 @@
-//! The truth: plain f64 loops, one readable function per shader. Tests and checks only.
+//! The truth: plain f64 loops, one readable function per shader. For tests and checks only; no other
+//! part of the library computes with it.
+//!
+//! Operands are strided views of f64; results are row-major.
+
+mod project;
+mod scores;
+mod softmax;
+mod weighted_sum;
+
+pub use project::project;
+pub use scores::scores;
+pub use softmax::softmax;
+pub use weighted_sum::weighted_sum;
+
+use crate::problem::{Layout, MaskMeaning, Problem, ScoreStage};
+
+/// A strided view.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a, T = f64> {
+    /// The buffer.
+    pub data: &'a [T],
+    /// Shape and strides in it.
+    pub layout: &'a Layout,
+}
+
+impl<T: Copy> View<'_, T> {
+    /// The element at `index`.
+    pub fn at(&self, index: &[usize]) -> T {
+        self.data[self.layout.at(index)]
+    }
+}
+
+/// The operands of a call: four axes each, masks and biases broadcast to [`Problem::mask_shape`].
+#[derive(Clone, Debug)]
+pub struct Inputs<'a> {
+    /// `[b, hq, i, d]`
+    pub q: View<'a>,
+    /// `[b, hkv, j, d]`
+    pub k: View<'a>,
+    /// `[b, hkv, j, d]`
+    pub v: View<'a>,
+    /// Boolean masks.
+    pub masks: Vec<(View<'a, bool>, MaskMeaning)>,
+    /// Additive biases; −∞ masks.
+    pub biases: Vec<View<'a>>,
+}
+
+/// Everything a call can return.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outputs {
+    /// `[b, hq, i, d]`
+    pub output: Vec<f64>,
+    /// `[b, hq, i]`
+    pub lse: Vec<f64>,
+    /// `[b, hq, i, j]`
+    pub weights: Vec<f64>,
+}
+
+/// Whether query `i` may see key `j`.
+pub fn visible(problem: &Problem, inputs: &Inputs<'_>, b: usize, h: usize, i: usize, j: usize) -> bool {
+    if j >= problem.ruled_keys() {
+        return true;
+    }
+    let band = problem.band(b);
+    let (row, key) = (i as i64, j as i64);
+    let in_band = key < i64::from(band.keys) && key >= row + i64::from(band.lo) && key <= row + i64::from(band.hi);
+    in_band
+        && inputs.masks.iter().all(|(mask, meaning)| mask.at(&[b, h, i, j]) == (*meaning == MaskMeaning::Keep))
+        && inputs.biases.iter().all(|bias| bias.at(&[b, h, i, j]) != f64::NEG_INFINITY)
+}
+
+/// `softmax(scale · Q·Kᵀ …) · V`.
+pub fn attention(problem: &Problem, inputs: &Inputs<'_>) -> Outputs {
+    let s = scores(problem, inputs, ScoreStage::Masked);
+    let (weights, mut lse) = softmax(&s, problem.len_k);
+    // Without keys there are no rows of scores, but every query still has its LSE.
+    lse.resize(problem.batch * problem.heads_q * problem.len_q, f64::NEG_INFINITY);
+    let output = weighted_sum(problem, inputs, &weights);
+    Outputs { output, lse, weights }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::{Align, Positions};
+
+    fn layout(shape: &[usize]) -> Layout {
+        Layout::contiguous(shape).unwrap()
+    }
+
+    fn run(q: &[f64], k: &[f64], v: &[f64], shapes: [[usize; 4]; 3], positions: &Positions) -> Outputs {
+        let [qs, ks, vs] = shapes.map(|shape| layout(&shape));
+        let problem = Problem::new(&shapes[0], &shapes[1], &shapes[2], Some(1.0), None, positions, 0).unwrap();
+        let view = |data, layout| View { data, layout };
+        let inputs = Inputs { q: view(q, &qs), k: view(k, &ks), v: view(v, &vs), masks: vec![], biases: vec![] };
+        attention(&problem, &inputs)
+    }
+
+    #[test]
+    fn two_keys_by_hand() {
+        // Scores ln 3 and 0: weights 3/4 and 1/4.
+        let shape = [1, 1, 2, 1];
+        let out = run(&[3f64.ln()], &[1.0, 0.0], &[8.0, 4.0], [[1, 1, 1, 1], shape, shape], &Positions::default());
+        assert!((out.output[0] - 7.0).abs() < 1e-12);
+        assert!((out.lse[0] - 4f64.ln()).abs() < 1e-12);
+        assert!((out.weights[0] - 0.75).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_query_that_sees_nothing_gives_zero() {
+        let positions = Positions { causal: true, align: Align::Offset(-1), ..Default::default() };
+        let shape = [1, 1, 2, 1];
+        let nan = f64::NAN;
+        let out = run(&[1.0, 1.0], &[0.5, nan], &[6.0, nan], [shape, shape, shape], &positions);
+        assert_eq!(out.output, [0.0, 6.0]);
+        assert_eq!(out.lse, [f64::NEG_INFINITY, 0.5]);
+        assert_eq!(out.weights, [0.0, 0.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn nan_reaches_the_rows_that_see_it() {
+        let positions = Positions { causal: true, ..Default::default() };
+        let shape = [1, 1, 2, 1];
+        let out = run(&[1.0, 1.0], &[0.0, f64::NAN], &[1.0, 2.0], [shape, shape, shape], &positions);
+        assert_eq!(out.output[0], 1.0);
+        assert!(out.output[1].is_nan() && out.lse[1].is_nan());
+        let out = run(&[1.0, 1.0], &[0.0, 0.0], &[1.0, f64::INFINITY], [shape, shape, shape], &positions);
+        assert_eq!(out.output, [1.0, f64::INFINITY]);
+    }
+
+    #[test]
+    fn grouped_heads_read_their_own_key() {
+        let out =
+            run(&[0.0; 4], &[0.0; 2], &[1.0, 2.0], [[1, 4, 1, 1], [1, 2, 1, 1], [1, 2, 1, 1]], &Positions::default());
+        assert_eq!(out.output, [1.0, 1.0, 2.0, 2.0]);
+    }
+}

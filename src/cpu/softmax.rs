@@ -1,0 +1,29 @@
+use super::{View, exp};
+use crate::problem::Layout;
+
+/// Softmax over one axis of any strided view; row-major. A row of −∞ gives zeros.
+pub(crate) fn softmax(x: View<'_>, axis: usize) -> Vec<f32> {
+    let arch = pulp::Arch::new();
+    let mut out: Vec<f32> = x.layout.positions().map(|at| x.data[at]).collect();
+    let shape = x.layout.shape();
+    let Ok(dense) = Layout::contiguous(shape) else { return out };
+    if out.is_empty() {
+        return out;
+    }
+    // Every place along the axis at index 0 begins a row.
+    let starts = dense.narrow(axis, 0, 1).expect("the axis is not empty");
+    let step = dense.strides()[axis];
+    let mut row = vec![0.0; shape[axis]];
+    for start in starts.positions() {
+        for (j, x) in row.iter_mut().enumerate() {
+            *x = out[start + j * step];
+        }
+        let peak = exp::peak(arch, &row);
+        let empty = peak == f32::NEG_INFINITY && !row.iter().any(|x| x.is_nan());
+        let factor = if empty { 0.0 } else { 1.0 / exp::exp_and_sum(arch, &mut row, peak) };
+        for (j, x) in row.iter().enumerate() {
+            out[start + j * step] = if empty { 0.0 } else { x * factor };
+        }
+    }
+    out
+}

@@ -1,0 +1,301 @@
+//! Attention on every device of this machine, against the f64 truth.
+
+mod kit;
+
+use kit::{Call, Order, assert_close, bits, devices, gpus, noise};
+use rand::SeedableRng;
+use rand_pcg::Pcg64;
+use wgpu_attention::problem::{MaskMeaning, Positions};
+use wgpu_attention::{Align, Attention, Device, Mask, Tensor, Weights};
+
+/// Relative to the largest value of a result.
+const TOLERANCE: f64 = 3e-6;
+
+#[test]
+fn the_comparer_can_fail() {
+    assert_eq!(kit::worst(&[1.0, 2.0], &[1.0, 2.0]).0, 0.0);
+    assert!(kit::worst(&[1.0, 2.1], &[1.0, 2.0]).0 > 0.04);
+    assert_eq!(kit::worst(&[f32::NAN, 2.0], &[1.0, 2.0]), (f64::INFINITY, 0));
+    assert_eq!(kit::worst(&[1.0, 2.0], &[1.0, f64::NAN]), (f64::INFINITY, 1));
+    assert_eq!(kit::worst(&[1.0, f32::INFINITY], &[1.0, f64::NEG_INFINITY]), (f64::INFINITY, 1));
+    assert_eq!(kit::worst(&[f32::NAN, f32::NEG_INFINITY], &[f64::NAN, f64::NEG_INFINITY]).0, 0.0);
+}
+
+#[test]
+fn random_calls_match_the_truth() {
+    for (name, device) in devices() {
+        // Each call compiles its own kernels on an adapter, for seconds where no driver cache is warm.
+        let calls = if matches!(device, Device::Cpu) { 400 } else { 30 };
+        for seed in 0..calls {
+            Call::random(seed).check(&name, &device, TOLERANCE);
+        }
+    }
+}
+
+fn plain(q: [usize; 4], k: [usize; 4], v: [usize; 4]) -> Call {
+    Call {
+        q,
+        k,
+        v,
+        order: Order::Bhsd,
+        positions: Positions::default(),
+        scale: None,
+        softcap: None,
+        masks: vec![],
+        biases: vec![],
+        seed: 7,
+    }
+}
+
+#[test]
+fn every_width_up_to_512() {
+    for (name, device) in devices() {
+        // Every width on the CPU; on adapters, where each compiles, the edges of every tile.
+        let widths: Vec<usize> = match device {
+            Device::Cpu => (1..=512).collect(),
+            _ => vec![6, 7, 31, 32, 48, 63, 96, 127, 160, 192, 255, 256, 257, 320, 384, 511, 512],
+        };
+        for dim in widths {
+            plain([1, 1, 5, dim], [1, 1, 9, dim], [1, 1, 9, dim]).check(&name, &device, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn empty_axes_are_valid() {
+    for (name, device) in devices() {
+        plain([0, 2, 3, 4], [0, 2, 5, 4], [0, 2, 5, 4]).check(&name, &device, TOLERANCE);
+        plain([2, 2, 0, 4], [2, 2, 5, 4], [2, 2, 5, 4]).check(&name, &device, TOLERANCE);
+        plain([2, 2, 3, 4], [2, 2, 0, 4], [2, 2, 0, 4]).check(&name, &device, TOLERANCE);
+        plain([2, 0, 3, 4], [2, 0, 5, 4], [2, 0, 5, 4]).check(&name, &device, TOLERANCE);
+        let strided = Call { order: Order::Bshd, ..plain([2, 2, 3, 4], [2, 1, 0, 4], [2, 1, 0, 6]) };
+        strided.check(&name, &device, TOLERANCE);
+    }
+}
+
+#[test]
+fn what_masked_keys_hold_changes_no_bit() {
+    let call = Call {
+        masks: vec![(vec![2, 1, 20, 33], MaskMeaning::Keep)],
+        positions: Positions { key_lengths: Some(vec![30, 17]), ..Default::default() },
+        ..plain([2, 2, 20, 12], [2, 1, 33, 12], [2, 1, 33, 12])
+    };
+    let clean = call.data();
+    for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
+        let mut data = clean.clone();
+        for b in 0..2 {
+            let hidden = |j: usize| (0..20).all(|i| !clean.masks[0][(b * 20 + i) * 33 + j]);
+            for j in (0..33).filter(|&j| j >= [30, 17][b] || hidden(j)) {
+                data.k[(b * 33 + j) * 12..][..12].fill(poison);
+                data.v[(b * 33 + j) * 12..][..12].fill(poison);
+            }
+        }
+        for (name, device) in devices() {
+            let attention = || call.attention().lse(true).weights(Weights::PerHead);
+            let expected = call.run(&device, &clean, attention()).unwrap();
+            let actual = call.run(&device, &data, attention()).unwrap();
+            let part = |t: &Tensor| bits(&t.download().unwrap());
+            assert_eq!(part(&actual.output), part(&expected.output), "{name} {poison}");
+            assert_eq!(part(&actual.lse.unwrap()), part(&expected.lse.unwrap()), "{name} {poison}");
+            assert_eq!(part(&actual.weights.unwrap()), part(&expected.weights.unwrap()), "{name} {poison}");
+        }
+    }
+}
+
+#[test]
+fn not_finite_inputs_reach_exactly_what_depends_on_them() {
+    // Causal: row i depends on keys 0..=i. Each poison in turn, against the truth.
+    let call = Call {
+        positions: Positions { causal: true, ..Default::default() },
+        ..plain([1, 2, 40, 8], [1, 2, 40, 8], [1, 2, 40, 8])
+    };
+    for (name, device) in devices() {
+        for poison in [f32::NAN, f32::INFINITY] {
+            for at in 0..3 {
+                let mut data = call.data();
+                [&mut data.q, &mut data.k, &mut data.v][at][8 * 21 + 3] = poison;
+                let (truth, _) = call.truth(&data);
+                let run = call.run(&device, &data, call.attention()).unwrap();
+                let output = run.output.download().unwrap();
+                for (j, (a, e)) in output.iter().zip(&truth.output).enumerate() {
+                    let row = j / 8 % 40;
+                    assert_eq!(
+                        a.is_finite(),
+                        e.is_finite(),
+                        "{name}: {poison} in operand {at}, [{j}] row {row}: {a} {e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn same_bits_every_run_and_in_every_batch() {
+    let call = plain([3, 2, 37, 24], [3, 2, 51, 24], [3, 2, 51, 24]);
+    let data = call.data();
+    for (name, device) in devices() {
+        let all = call.run(&device, &data, call.attention()).unwrap().output.download().unwrap();
+        for _ in 0..3 {
+            let again = call.run(&device, &data, call.attention()).unwrap().output.download().unwrap();
+            assert_eq!(bits(&again), bits(&all), "{name}");
+        }
+        for b in 0..3 {
+            let part = |x: &[f32], n: usize| x[b * n..][..n].to_vec();
+            let mut one = data.clone();
+            (one.q, one.k, one.v) =
+                (part(&data.q, 2 * 37 * 24), part(&data.k, 2 * 51 * 24), part(&data.v, 2 * 51 * 24));
+            let single = plain([1, 2, 37, 24], [1, 2, 51, 24], [1, 2, 51, 24]);
+            let alone = single.run(&device, &one, single.attention()).unwrap().output.download().unwrap();
+            assert_eq!(bits(&alone), bits(&part(&all, 2 * 37 * 24)), "{name}, batch entry {b}");
+        }
+    }
+}
+
+#[test]
+fn a_thousand_forwards_allocate_nothing() {
+    let call = plain([2, 2, 16, 16], [2, 2, 24, 16], [2, 2, 24, 16]);
+    let data = call.data();
+    for (name, gpu) in gpus() {
+        let device = Device::Gpu(gpu.clone());
+        let [q, k, v] = [(call.q, &data.q), (call.k, &data.k), (call.v, &data.v)]
+            .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
+        let attention = Attention::new().causal(Align::PerBatch(vec![3, 8])).lse(true).weights(Weights::PerHead);
+        drop(attention.forward(&q, &k, &v).unwrap());
+        let before = gpu.allocation_counts();
+        for _ in 0..1000 {
+            drop(attention.forward(&q, &k, &v).unwrap());
+        }
+        gpu.wait().unwrap();
+        assert_eq!(gpu.allocation_counts(), before, "{name}");
+    }
+}
+
+#[test]
+fn half_precision_tensors_come_back_rounded() {
+    use half::{bf16, f16};
+    let mut rng = Pcg64::seed_from_u64(5);
+    let values: Vec<f16> = noise(&mut rng, 2 * 6 * 8).iter().map(|&x| f16::from_f32(x)).collect();
+    for (name, device) in devices() {
+        let x = Tensor::from_slice(&device, &[2, 6, 8], &values).unwrap();
+        let out = Attention::new().forward(&x, &x, &x).unwrap().output;
+        assert_eq!(out.dtype(), wgpu_attention::Dtype::F16);
+        let out = out.download().unwrap();
+        assert!(out.iter().all(|&y| f16::from_f32(y).to_f32() == y), "{name}: rounded to f16");
+        let same: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+        let y = Tensor::from_slice(&device, &[2, 6, 8], &same).unwrap();
+        let exact = Attention::new().forward(&y, &y, &y).unwrap().output.download().unwrap();
+        let expected: Vec<f64> = exact.iter().map(|&y| f64::from(f16::from_f32(y).to_f32())).collect();
+        assert_close(&name, &out, &expected, 0.0);
+        let z = Tensor::from_slice(&device, &[3], &[bf16::from_f32(1.01), bf16::ONE, bf16::ZERO]).unwrap();
+        assert_eq!(z.download_as::<bf16>().unwrap(), [bf16::from_f32(1.01), bf16::ONE, bf16::ZERO]);
+    }
+}
+
+#[test]
+fn softmax_over_every_axis() {
+    let mut rng = Pcg64::seed_from_u64(9);
+    let data = noise(&mut rng, 3 * 4 * 5);
+    for (name, device) in devices() {
+        let x = Tensor::from_slice(&device, &[3, 4, 5], &data).unwrap();
+        for axis in -3..3isize {
+            let at = axis.rem_euclid(3) as usize;
+            let step = [20, 5, 1][at];
+            let width = [3, 4, 5][at];
+            let expected: Vec<f64> = (0..60)
+                .map(|i| {
+                    let first = i - i / step % width * step;
+                    let e = |j: usize| f64::from(data[first + j * step]).exp();
+                    f64::from(data[i]).exp() / (0..width).map(e).sum::<f64>()
+                })
+                .collect();
+            let y = wgpu_attention::softmax(&x, axis).unwrap().download().unwrap();
+            assert_close(&format!("axis {axis} on {name}"), &y, &expected, 1e-6);
+        }
+        assert!(wgpu_attention::softmax(&x, 3).is_err() && wgpu_attention::softmax(&x, -4).is_err());
+    }
+}
+
+#[test]
+fn work_recorded_into_a_callers_encoder() {
+    let call = plain([2, 2, 19, 16], [2, 2, 23, 16], [2, 2, 23, 12]);
+    let data = call.data();
+    let (truth, _) = call.truth(&data);
+    for (name, gpu) in gpus() {
+        let device = Device::Gpu(gpu.clone());
+        let [q, k, v] = [(call.q, &data.q), (call.k, &data.k), (call.v, &data.v)]
+            .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
+        // The caller's own output buffer, [b, s, h, d], with NaN around it.
+        let bytes: Vec<u8> = [f32::NAN; 64]
+            .iter()
+            .chain(&[0.0; 2 * 19 * 2 * 12])
+            .chain(&[f32::NAN; 64])
+            .flat_map(|x| x.to_le_bytes())
+            .collect();
+        use wgpu_attention::wgpu::BufferUsages as Usage;
+        let buffer = gpu.device().create_buffer(&wgpu_attention::wgpu::BufferDescriptor {
+            label: None,
+            size: bytes.len() as u64,
+            usage: Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST,
+            mapped_at_creation: false,
+        });
+        gpu.queue().write_buffer(&buffer, 0, &bytes);
+        let strides = [19 * 2 * 12, 12, 2 * 12, 1];
+        let out = Tensor::from_wgpu(&gpu, &buffer, &[2, 2, 19, 12], &strides, 64, wgpu_attention::Dtype::F32).unwrap();
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let kept: Vec<_> =
+            (0..3).map(|_| Attention::new().encode(&gpu, &mut encoder, &q, &k, &v, Some(&out)).unwrap()).collect();
+        // Uploads before the submit must not disturb what was recorded.
+        let noise: Vec<Tensor> =
+            (0..20).map(|_| Tensor::from_slice(&device, &[4096], &[9.0f32; 4096]).unwrap()).collect();
+        gpu.queue().submit([encoder.finish()]);
+        assert_close(&name, &out.download().unwrap(), &truth.output, TOLERANCE);
+        let whole = Tensor::from_wgpu(&gpu, &buffer, &[bytes.len() / 4], &[1], 0, wgpu_attention::Dtype::F32).unwrap();
+        let whole = whole.download().unwrap();
+        assert!(whole[..64].iter().chain(&whole[whole.len() - 64..]).all(|x| x.is_nan()), "{name}: wrote outside");
+        assert!(
+            noise.iter().all(|t| t.download().unwrap().iter().all(|&x| x == 9.0)),
+            "{name}: an upload was overwritten"
+        );
+        drop(kept);
+    }
+}
+
+#[test]
+fn wrong_calls_are_errors_with_the_numbers() {
+    for (name, device) in devices() {
+        let zeros =
+            |shape: &[usize]| Tensor::from_slice(&device, shape, &vec![0.0f32; shape.iter().product()]).unwrap();
+        let x = zeros(&[2, 4, 3, 8]);
+        let bools = |shape: &[usize]| Tensor::from_bools(&device, shape, &vec![true; shape.iter().product()]).unwrap();
+        let expect = |result: wgpu_attention::Result<wgpu_attention::Attended>, say: &str| {
+            let message = result.expect_err(say).to_string();
+            assert!(message.contains(say), "{name}: {message}");
+        };
+        let plain = Attention::new();
+        expect(plain.forward(&x, &zeros(&[2, 4, 5, 8]), &zeros(&[2, 4, 6, 8])), "different lengths");
+        expect(
+            plain.forward(&x, &zeros(&[2, 3, 5, 8]), &zeros(&[2, 3, 5, 8])),
+            "heads_q = 4 is not a multiple of heads_kv = 3",
+        );
+        expect(plain.forward(&zeros(&[8]), &x, &x), "at least two axes");
+        expect(plain.forward(&bools(&[2, 4, 3, 8]), &x, &x), "bool tensor");
+        let mask = Mask::keep(bools(&[5, 3])).unwrap();
+        expect(
+            plain.clone().mask(mask).forward(&x, &x, &x),
+            "[5, 3] does not broadcast to [batch, heads_q, len_q, len_k] = [2, 4, 3, 3]",
+        );
+        expect(plain.clone().bias(zeros(&[7])).forward(&x, &x, &x), "does not broadcast");
+        expect(plain.clone().softcap(-1.0).forward(&x, &x, &x), "softcap = -1");
+        expect(plain.clone().scale(f32::NAN).forward(&x, &x, &x), "scale = NaN");
+        expect(plain.clone().key_lengths(vec![1]).forward(&x, &x, &x), "key_lengths has 1 entries");
+        expect(plain.clone().key_lengths(vec![1, 4]).forward(&x, &x, &x), "key_lengths[1] = 4 is more than len_k = 3");
+        assert!(Mask::keep(x.clone()).unwrap_err().to_string().contains("bias"));
+        assert!(Tensor::from_slice(&device, &[2, 3], &[0.0f32; 5]).is_err());
+        assert!(Tensor::from_slice(&device, &[usize::MAX, 3], &[0.0f32; 5]).is_err());
+        if device.gpu().is_some() {
+            let other = Tensor::from_slice(Device::Cpu, &[2, 4, 3, 8], &[0.0f32; 192]).unwrap();
+            expect(plain.forward(&x, &other, &x), "lives on cpu");
+        }
+    }
+}
