@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn json_as_python_writes_it() {
-        let json = parse_json(r#"{"a": [NaN, -Infinity, 1], "b": "NaN \\" Infinity"}"#).unwrap();
+        let json = parse_json(r#"{"a": [NaN, -Infinity, 1], "b": "NaN \" Infinity"}"#).unwrap();
         assert_eq!(json["a"][2], 1);
         assert!(json["a"][0].is_null() && json["a"][1].is_null());
         assert_eq!(json["b"], "NaN \" Infinity");
