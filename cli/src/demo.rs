@@ -113,7 +113,8 @@ fn attend(target: &Target, example: &Example) -> Result<(bool, Vec<f32>)> {
         line(if n == 0 { "kernels" } else { "" }, kernel);
     }
     let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
-    line("time", &format!("first call {} (with compiling), again {}", ms(first), ms(again)));
+    let compiling = if device.gpu().is_some() { " (it compiles the kernels)" } else { "" };
+    line("time", &format!("first call {}{compiling}, again {}", ms(first), ms(again)));
     line("output", &format!("{verdict}, at most {off:.1e} from the expected output ({ALLOWED:.0e} is allowed)"));
     line("weights", &format!("at most {weights_off:.1e} from the expected weights"));
     Ok((ok, weights))

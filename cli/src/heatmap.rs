@@ -86,7 +86,7 @@ pub fn write(path: &Path, map: &Heatmap<'_>) -> Result<()> {
                     let ink = if value > 0.6 { BLACK } else { WHITE };
                     let number = format!("{value:.2}");
                     text(
-                        &number[1..],
+                        number.strip_prefix('0').unwrap_or(&number),
                         (x + CELL / 2, y + CELL / 2),
                         16,
                         Pos::new(HPos::Center, VPos::Center),
@@ -122,12 +122,12 @@ pub fn write(path: &Path, map: &Heatmap<'_>) -> Result<()> {
 
         for y in 0..grid.1 {
             let value = 1.0 - y as f32 / (grid.1 - 1).max(1) as f32;
-            rectangle((bar_left, top + y), (bar_left + bar_width, top + y), colour(value))?;
+            rectangle((bar_left, top + y), (bar_left + bar_width, top + y + 1), colour(value))?;
         }
         for tick in 0..=4 {
             let value = f64::from(tick) / 4.0;
             let y = top + ((1.0 - value) * f64::from(grid.1 - 1)).round() as i32;
-            rectangle((bar_left + bar_width, y), (bar_left + bar_width + 6, y), BLACK)?;
+            rectangle((bar_left + bar_width, y), (bar_left + bar_width + 6, y + 1), BLACK)?;
             text(
                 &format!("{value:.2}"),
                 (bar_left + bar_width + 12, y),

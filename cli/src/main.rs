@@ -26,8 +26,8 @@ use error::Result;
     version,
     about = "Attention on any GPU, with a CPU backend",
     after_help = "\
-Without a command: a real layer attends over a real sentence, the result is held against float64, and a
-heatmap is written to attn-heatmap.png.
+Without a command: a real layer attends over a real sentence, the result is held against \
+float64, and a heatmap is written to attn-heatmap.png.
 
 Examples:
   attn                                             the layer and the sentence, on the best adapter
@@ -67,7 +67,8 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             anstream::eprintln!("attn: {error}");
             ExitCode::from(error.exit_status())
@@ -75,20 +76,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: &Cli) -> Result<()> {
+/// Whether all is well; `false` when the output already says what is not.
+fn dispatch(cli: &Cli) -> Result<bool> {
     let adapter = cli.adapter.as_deref();
     match &cli.command {
-        None => demo::demo(adapter),
-        Some(Command::Run(args)) => run::run(args, adapter),
-        Some(Command::Mha(args)) => mha::mha(args, adapter),
-        Some(Command::Devices(args)) => devices::devices(args, adapter),
-        Some(Command::Check(args)) => check::check(args, adapter),
-        Some(Command::Shader(args)) => shader::shader(args),
+        None => demo::demo(adapter)?,
+        Some(Command::Run(args)) => run::run(args, adapter)?,
+        Some(Command::Mha(args)) => mha::mha(args, adapter)?,
+        Some(Command::Devices(args)) => devices::devices(args, adapter)?,
+        Some(Command::Check(args)) => return check::check(args, adapter),
+        Some(Command::Shader(args)) => shader::shader(args)?,
         Some(Command::Completions { shell }) => {
             clap_complete::generate(*shell, &mut Cli::command(), "attn", &mut std::io::stdout());
-            Ok(())
         }
     }
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use crate::target;
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The weights are a PyTorch nn.MultiheadAttention state dict. Inputs are [batch, len, dim] (or [len, dim]);
-without --key and --value the layer attends from the query to itself.
+The weights are a PyTorch nn.MultiheadAttention state dict. Inputs are [batch, len, dim] \
+(or [len, dim]); without --key and --value the layer attends from the query to itself.
+
 The output holds `output`, and `weights` when asked for.
 
 Examples:

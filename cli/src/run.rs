@@ -22,8 +22,10 @@ enum LayoutWord {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Tensors: q, k, v (f32, f16 or bf16), and if there: mask (bool, or u8 of 0 and 1; needs --mask), bias,
-key_lengths (integers, one per batch entry). Masks and biases broadcast to [batch, heads, len_q, len_k].
+Tensors: q, k, v (f32, f16 or bf16), and if there: mask (bool, or u8 of 0 and 1; needs --mask), \
+bias, key_lengths (integers, one per batch entry). Masks and biases broadcast to \
+[batch, heads, len_q, len_k], whatever the layout. A tensor of another name is an error.
+
 The output holds `output`, and `lse` and `weights` when asked for, in the type of q (lse in f32).
 
 Examples:

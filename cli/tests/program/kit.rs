@@ -1,0 +1,106 @@
+//! Running the program, and files to run it on.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use safetensors::Dtype;
+
+/// Every adapter of this machine by index, and `cpu`.
+pub fn adapters() -> Vec<String> {
+    let adapters = wgpu_attention::Gpu::adapters().into_iter().map(|adapter| adapter.index.to_string());
+    adapters.chain(["cpu".to_string()]).collect()
+}
+
+/// What a call of the program left.
+pub struct Ran {
+    pub status: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Ran {
+    /// The last line of stdout.
+    pub fn last_line(&self) -> &str {
+        self.stdout.lines().last().unwrap_or_default()
+    }
+    /// The program's own lines on stderr: drivers write there too.
+    pub fn errors(&self) -> String {
+        self.stderr.lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect::<Vec<_>>().join("\n")
+    }
+    /// Ended with `status`, without a panic, and stderr holds `part`.
+    #[track_caller]
+    pub fn refused(&self, status: i32, part: &str) {
+        assert_eq!(self.status, Some(status), "{}\n{}", self.stdout, self.stderr);
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        assert!(self.stderr.contains(part), "\"{part}\" is not in: {}", self.stderr);
+    }
+    #[track_caller]
+    pub fn succeeded(&self) {
+        assert_eq!(self.status, Some(0), "{}\n{}", self.stdout, self.stderr);
+    }
+}
+
+/// Runs `attn` in `folder`.
+pub fn attn(folder: &Path, args: &[&str]) -> Ran {
+    let output = Command::new(env!("CARGO_BIN_EXE_attn"))
+        .args(args)
+        .current_dir(folder)
+        .env_remove("WGPU_ADAPTER_NAME")
+        .output()
+        .expect("the program starts");
+    Ran {
+        status: output.status.code(),
+        stdout: String::from_utf8(output.stdout).expect("UTF-8"),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+pub fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary folder")
+}
+
+/// A folder of the project's cases.
+pub fn cases(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases").join(name)
+}
+
+pub type Entry<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
+
+pub fn floats<'a>(name: &'a str, shape: &[usize], data: &[f32]) -> Entry<'a> {
+    (name, Dtype::F32, shape.to_vec(), data.iter().flat_map(|x| x.to_le_bytes()).collect())
+}
+
+pub fn save(path: &Path, entries: &[Entry<'_>]) {
+    let views = entries.iter().map(|(name, dtype, shape, data)| {
+        (*name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).expect("a tensor that fits"))
+    });
+    std::fs::write(path, safetensors::serialize(views, None).expect("serialises")).expect("written");
+}
+
+/// Shape and values of a float tensor in a safetensors file.
+pub fn load(path: &Path, name: &str) -> (Vec<usize>, Vec<f64>) {
+    let bytes = std::fs::read(path).expect("the file is there");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a valid file");
+    let view = file.tensor(name).expect("the tensor is there");
+    let data = view.data();
+    let values = match view.dtype() {
+        Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
+        Dtype::F64 => data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
+        Dtype::F16 => data.chunks_exact(2).map(|b| half::f16::from_le_bytes(b.try_into().unwrap()).to_f64()).collect(),
+        other => panic!("{name} is {other:?}"),
+    };
+    (view.shape().to_vec(), values)
+}
+
+#[track_caller]
+pub fn close(got: &[f64], expected: &[f64], allowed: f64) {
+    assert_eq!(got.len(), expected.len());
+    for (n, (a, b)) in got.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= allowed, "element {n}: {a} instead of {b}");
+    }
+}
+
+/// Even, harmless, different numbers.
+pub fn numbers(count: usize, seed: f32) -> Vec<f32> {
+    (0..count).map(|i| ((i as f32 + seed) * 0.7).sin()).collect()
+}

@@ -1,0 +1,336 @@
+//! `attn run` and `attn mha`: the user's own tensors in and out.
+
+use std::path::Path;
+
+use npyz::WriterBuilder;
+use safetensors::Dtype;
+
+use crate::kit::{adapters, attn, cases, close, floats, folder, load, numbers, save};
+
+const SHAPE: [usize; 4] = [2, 2, 3, 4];
+const LEN: usize = 2 * 2 * 3 * 4;
+
+/// Attention of `[2, 2, 3, 4]` tensors in float64: output, weights and LSE.
+fn expected(q: &[f32], k: &[f32], v: &[f32], sees: impl Fn(usize, usize, usize) -> bool) -> [Vec<f64>; 3] {
+    let [mut output, mut weights, mut lse] = [vec![], vec![], vec![]];
+    for b in 0..2 {
+        for h in 0..2 {
+            let row = |x: &[f32], i: usize| -> Vec<f64> {
+                x[((b * 2 + h) * 3 + i) * 4..][..4].iter().map(|&x| x.into()).collect()
+            };
+            for i in 0..3 {
+                let score = |j: usize| row(q, i).iter().zip(row(k, j)).map(|(a, b)| a * b).sum::<f64>() / 2.0;
+                let e: Vec<f64> = (0..3).map(|j| if sees(b, i, j) { score(j).exp() } else { 0.0 }).collect();
+                let sum: f64 = e.iter().sum();
+                lse.push(sum.ln());
+                weights.extend(e.iter().map(|x| x / sum));
+                output.extend((0..4).map(|d| (0..3).map(|j| e[j] / sum * row(v, j)[d]).sum::<f64>()));
+            }
+        }
+    }
+    [output, weights, lse]
+}
+
+fn qkv() -> [Vec<f32>; 3] {
+    [numbers(LEN, 0.0), numbers(LEN, 100.0), numbers(LEN, 200.0)]
+}
+
+fn save_qkv(path: &Path, more: Vec<crate::kit::Entry<'_>>) -> [Vec<f32>; 3] {
+    let [q, k, v] = qkv();
+    let mut entries = vec![floats("q", &SHAPE, &q), floats("k", &SHAPE, &k), floats("v", &SHAPE, &v)];
+    entries.extend(more);
+    save(path, &entries);
+    [q, k, v]
+}
+
+#[test]
+fn run_gives_output_weights_and_lse() {
+    for adapter in adapters() {
+        let folder = folder();
+        let mask = ("mask", Dtype::BOOL, vec![3, 3], vec![1, 0, 1, 1, 1, 1, 0, 1, 1]);
+        let [q, k, v] = save_qkv(&folder.path().join("in.safetensors"), vec![mask]);
+        let out = folder.path().join("out.safetensors");
+        let keep = |i: usize, j: usize| !matches!((i, j), (0, 1) | (2, 0));
+        let call = |more: &[&str]| {
+            let mut args = vec!["run", "in.safetensors", "-o", "out.safetensors", "--adapter", &adapter];
+            args.extend(more);
+            attn(folder.path(), &args).succeeded();
+        };
+        call(&["--mask", "keep", "--weights", "--lse"]);
+        let [output, weights, lse] = expected(&q, &k, &v, |_, i, j| keep(i, j));
+        for (name, shape, values) in
+            [("output", &SHAPE[..], &output), ("weights", &[2, 2, 3, 3][..], &weights), ("lse", &[2, 2, 3][..], &lse)]
+        {
+            let (got_shape, got) = load(&out, name);
+            assert_eq!(got_shape, shape, "{name}");
+            close(&got, values, 1e-6);
+        }
+        call(&["--mask", "drop", "--causal", "2"]);
+        let [output, ..] = expected(&q, &k, &v, |_, i, j| !keep(i, j));
+        // Rows 1 sees nothing when the mask is turned round: output 0.
+        let output: Vec<f64> = output.iter().map(|x| if x.is_nan() { 0.0 } else { *x }).collect();
+        close(&load(&out, "output").1, &output, 1e-6);
+    }
+}
+
+#[test]
+fn run_composes_window_causal_and_lengths() {
+    let folder = folder();
+    let lengths = ("key_lengths", Dtype::I64, vec![2], [3i64, 2].iter().flat_map(|x| x.to_le_bytes()).collect());
+    let [q, k, v] = save_qkv(&folder.path().join("in.safetensors"), vec![lengths]);
+    for adapter in adapters() {
+        let args = [
+            "run",
+            "in.safetensors",
+            "-o",
+            "out.safetensors",
+            "--causal",
+            "top-left",
+            "--window",
+            "1,-",
+            "--adapter",
+            &adapter,
+        ];
+        attn(folder.path(), &args).succeeded();
+        let [output, ..] = expected(&q, &k, &v, |b, i, j| j <= i && i <= j + 1 && j < 3 - b);
+        close(&load(&folder.path().join("out.safetensors"), "output").1, &output, 1e-6);
+    }
+}
+
+fn write_npy(path: &Path, shape: &[u64], data: &[f32], order: npyz::Order) {
+    let file = std::fs::File::create(path).unwrap();
+    let mut writer =
+        npyz::WriteOptions::new().default_dtype().order(order).shape(shape).writer(file).begin_nd().unwrap();
+    writer.extend(data).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn numpy_files_and_folders_give_the_same_numbers() {
+    let folder = folder();
+    let [q, k, v] = save_qkv(&folder.path().join("in.safetensors"), vec![]);
+    std::fs::create_dir(folder.path().join("arrays")).unwrap();
+    for (name, data) in [("q", &q), ("k", &k), ("v", &v)] {
+        write_npy(&folder.path().join(format!("arrays/{name}.npy")), &[2, 2, 3, 4], data, npyz::Order::C);
+    }
+    let [output, ..] = expected(&q, &k, &v, |_, _, _| true);
+    let read = |path: &str| -> Vec<f64> {
+        let bytes = std::fs::read(folder.path().join(path)).unwrap();
+        npyz::NpyFile::new(&bytes[..]).unwrap().into_vec::<f32>().unwrap().into_iter().map(f64::from).collect()
+    };
+    for adapter in adapters() {
+        attn(folder.path(), &["run", "arrays", "-o", "out.npy", "--adapter", &adapter]).succeeded();
+        close(&read("out.npy"), &output, 1e-6);
+        let files = ["--q", "arrays/q.npy", "--k", "arrays/k.npy", "--v", "arrays/v.npy"];
+        let mut args = vec!["run", "-o", "out.npz", "--lse", "--adapter", &adapter];
+        args.extend(files);
+        attn(folder.path(), &args).succeeded();
+        // An .npz is read back by the program itself, one array of several by name.
+        let bytes = std::fs::read(folder.path().join("out.npz")).unwrap();
+        let mut archive = npyz::npz::NpzArchive::new(std::io::Cursor::new(bytes)).unwrap();
+        let values: Vec<f32> = archive.by_name("output").unwrap().unwrap().into_vec().unwrap();
+        close(&values.into_iter().map(f64::from).collect::<Vec<_>>(), &output, 1e-6);
+        assert!(archive.by_name("lse").unwrap().is_some());
+    }
+    // Column-major files hold the same array.
+    let mut turned = vec![0.0; LEN];
+    for (n, &x) in q.iter().enumerate() {
+        let [b, h, i, d] = [n / 24, n / 12 % 2, n / 4 % 3, n % 4];
+        turned[b + 2 * (h + 2 * (i + 3 * d))] = x;
+    }
+    write_npy(&folder.path().join("arrays/q.npy"), &[2, 2, 3, 4], &turned, npyz::Order::Fortran);
+    attn(folder.path(), &["run", "arrays", "-o", "out.npy", "--adapter", "cpu"]).succeeded();
+    close(&read("out.npy"), &output, 1e-6);
+}
+
+#[test]
+fn the_other_layout_and_f16_come_back_as_they_came() {
+    let folder = folder();
+    let [q, k, v] = qkv();
+    let turn = |x: &[f32]| -> Vec<u8> {
+        let at = |b: usize, s: usize, h: usize, d: usize| x[((b * 2 + h) * 3 + s) * 4 + d];
+        let mut bytes = Vec::new();
+        for n in 0..LEN {
+            bytes.extend(half::f16::from_f32(at(n / 24, n / 8 % 3, n / 4 % 2, n % 4)).to_le_bytes());
+        }
+        bytes
+    };
+    let entry = |name, x: &[f32]| (name, Dtype::F16, vec![2, 3, 2, 4], turn(x));
+    save(&folder.path().join("in.safetensors"), &[entry("q", &q), entry("k", &k), entry("v", &v)]);
+    for adapter in adapters() {
+        let args = ["run", "in.safetensors", "-o", "out.safetensors", "--layout", "bshd", "--adapter", &adapter];
+        attn(folder.path(), &args).succeeded();
+        let (shape, got) = load(&folder.path().join("out.safetensors"), "output");
+        assert_eq!(shape, [2, 3, 2, 4]);
+        let [output, ..] = expected(&q, &k, &v, |_, _, _| true);
+        let turned: Vec<f64> =
+            (0..LEN).map(|n| output[((n / 24 * 2 + n / 4 % 2) * 3 + n / 8 % 3) * 4 + n % 4]).collect();
+        close(&got, &turned, 2e-3);
+    }
+}
+
+#[test]
+fn a_layer_gives_what_pytorch_gives() {
+    let folder = folder();
+    for (name, heads) in [("mha_e12_h4_nobias_self", "4"), ("mha_kpm_bool_cross", "4"), ("mha_zero_attn", "")] {
+        let case = cases("torch").join(format!("{name}.safetensors"));
+        let bytes = std::fs::read(&case).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let text: serde_json::Value = serde_json::from_str(&header.metadata().as_ref().unwrap()["case"]).unwrap();
+        let count = text["num_heads"].to_string();
+        assert!(heads.is_empty() || heads == count);
+        let of = |tensor: &str| format!("{}:in.{tensor}", case.display());
+        for adapter in adapters() {
+            let [query, key, value, padding] = ["query", "key", "value", "key_padding_mask"].map(of);
+            let mut args = vec!["mha", "--weights", case.to_str().unwrap(), "--prefix", "param.", "--heads", &count];
+            args.extend(["--query", &query, "-o", "out.safetensors", "--adapter", &adapter]);
+            if header.info("in.key").is_some() {
+                args.extend(["--key", &key, "--value", &value]);
+            }
+            if header.info("in.key_padding_mask").is_some() {
+                args.extend(["--key-padding", &padding, "--mask", "drop"]);
+            }
+            for (flag, on) in [
+                ("--zero-attn", &text["add_zero_attn"]),
+                ("--seq-first", &(!text["batch_first"].as_bool().unwrap()).into()),
+            ] {
+                if on.as_bool().unwrap() {
+                    args.push(flag);
+                }
+            }
+            if text["need_weights"].as_bool().unwrap() {
+                let averaged = text["average_attn_weights"].as_bool().unwrap();
+                args.extend(["--return-weights", if averaged { "averaged" } else { "per-head" }]);
+            }
+            attn(folder.path(), &args).succeeded();
+            let out = folder.path().join("out.safetensors");
+            for (ours, theirs) in [("output", "ref64.out"), ("weights", "ref64.weights")] {
+                if header.info(theirs).is_some() {
+                    let (shape, truth) = load(&case, theirs);
+                    let (got_shape, got) = load(&out, ours);
+                    assert_eq!(got_shape, shape, "{name} {ours}");
+                    close(&got, &truth, 5e-6);
+                }
+            }
+        }
+    }
+}
+
+/// What is in a folder.
+fn listing(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_mask_needs_a_meaning_and_names_must_be_right() {
+    let folder = folder();
+    let mask = ("mask", Dtype::BOOL, vec![3, 3], vec![1; 9]);
+    save_qkv(&folder.path().join("masked.safetensors"), vec![mask]);
+    save_qkv(&folder.path().join("plain.safetensors"), vec![]);
+    save_qkv(&folder.path().join("odd.safetensors"), vec![floats("maks", &[1], &[0.0])]);
+    save(&folder.path().join("few.safetensors"), &[floats("q", &[1, 1], &[0.0]), floats("keys", &[1, 1], &[0.0])]);
+    let run = |file: &str, more: &[&str]| {
+        let mut args = vec!["run", file, "-o", "out.safetensors", "--adapter", "cpu"];
+        args.extend(more);
+        attn(folder.path(), &args)
+    };
+    run("masked.safetensors", &[]).refused(2, "--mask keep");
+    run("plain.safetensors", &["--mask", "keep"]).refused(2, "no tensor \"mask\"");
+    run("odd.safetensors", &[]).refused(1, "\"maks\"");
+    run("few.safetensors", &[]).refused(1, "found keys, q");
+    run("absent.safetensors", &[]).refused(1, "cannot read absent.safetensors");
+    run("plain.safetensors", &["--window", "3"]).refused(2, "two sides");
+    run("plain.safetensors", &["--causal"]).refused(2, "--causal");
+    run("plain.safetensors", &["--softcap", "-1"]).refused(1, "softcap = -1");
+    run("plain.safetensors", &["--adapter-of-mine"]).refused(2, "--adapter-of-mine");
+    attn(folder.path(), &["run", "plain.safetensors", "-o", "out.txt"]).refused(2, "the ending must be");
+    attn(folder.path(), &["run", "plain.safetensors", "-o", "out.npy", "--lse"]).refused(2, "holds one tensor");
+    attn(folder.path(), &["run", "plain.safetensors", "-o", "no/out.npz"]).refused(1, "there is no folder");
+    attn(folder.path(), &["run", "plain.safetensors", "-o", "x.npz", "--adapter", "all"]).refused(2, "makes no sense");
+    for file in listing(folder.path()) {
+        assert!(!file.starts_with("out") && !file.starts_with(".attn"), "{file} was left behind");
+    }
+}
+
+#[test]
+fn shapes_that_disagree_are_named() {
+    let folder = folder();
+    let entry = |name, shape: &[usize]| floats(name, shape, &numbers(shape.iter().product(), 0.0)).clone();
+    for (k, v, say) in
+        [([1, 2, 3, 4], [1, 2, 5, 4], "different lengths"), ([1, 2, 3, 5], [1, 2, 3, 4], "different widths")]
+    {
+        save(&folder.path().join("in.safetensors"), &[entry("q", &[1, 2, 3, 4]), entry("k", &k), entry("v", &v)]);
+        std::fs::write(folder.path().join("out.npz"), "as it was").unwrap();
+        for adapter in adapters() {
+            attn(folder.path(), &["run", "in.safetensors", "-o", "out.npz", "--adapter", &adapter]).refused(1, say);
+        }
+        assert_eq!(std::fs::read(folder.path().join("out.npz")).unwrap(), b"as it was");
+        assert_eq!(listing(folder.path()), ["in.safetensors", "out.npz"]);
+    }
+}
+
+/// An .npy file with this text as its header.
+fn npy(header: &str, data: &[u8]) -> Vec<u8> {
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+#[test]
+fn hostile_numpy_files_are_errors() {
+    let folder = folder();
+    let with_shape = |shape: &str| format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n");
+    let mut long = b"\x93NUMPY\x02\x00".to_vec();
+    long.extend(u32::MAX.to_le_bytes());
+    let files = [
+        Vec::new(),
+        b"\x93NUMPY".to_vec(),
+        b"not an array at all".to_vec(),
+        long,
+        npy(&with_shape("(4611686018427387904,)"), &[0; 16]),
+        npy(&with_shape("(4294967296, 4294967296, 4294967296)"), &[0; 16]),
+        npy(&with_shape("(18446744073709551615, 18446744073709551615)"), &[0; 16]),
+        npy(&with_shape("(-1,)"), &[0; 16]),
+        npy(&with_shape("(5,)"), &[0; 16]),
+        npy(&"(".repeat(9000), &[0; 16]),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n", &[0; 8]),
+        npy("{'descr': '<c8', 'fortran_order': False, 'shape': (1,), }\n", &[0; 8]),
+    ];
+    for (n, bytes) in files.iter().enumerate() {
+        std::fs::write(folder.path().join("bad.npy"), bytes).unwrap();
+        let ran = attn(
+            folder.path(),
+            &["run", "--q", "bad.npy", "--k", "bad.npy", "--v", "bad.npy", "-o", "out.npz", "--adapter", "cpu"],
+        );
+        ran.refused(1, "attn: ");
+        assert!(ran.errors().lines().count() <= 2, "file {n}: {}", ran.stderr);
+        std::fs::write(folder.path().join("bad.npz"), bytes).unwrap();
+        attn(folder.path(), &["run", "bad.npz", "-o", "out.npz", "--adapter", "cpu"]).refused(1, "not a valid .npz");
+    }
+    assert_eq!(listing(folder.path()), ["bad.npy", "bad.npz"]);
+}
+
+#[test]
+fn truncated_safetensors_are_errors() {
+    let folder = folder();
+    save_qkv(&folder.path().join("whole.safetensors"), vec![]);
+    let whole = std::fs::read(folder.path().join("whole.safetensors")).unwrap();
+    for length in (0..whole.len()).step_by(37) {
+        std::fs::write(folder.path().join("in.safetensors"), &whole[..length]).unwrap();
+        attn(folder.path(), &["run", "in.safetensors", "-o", "out.npz", "--adapter", "cpu"])
+            .refused(1, "not a valid safetensors file");
+    }
+    // Offsets and shapes that lie about the data.
+    let header = r#"{"q":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend([0; 16]);
+    std::fs::write(folder.path().join("in.safetensors"), bytes).unwrap();
+    attn(folder.path(), &["run", "in.safetensors", "-o", "out.npz", "--adapter", "cpu"])
+        .refused(1, "not a valid safetensors file");
+}
