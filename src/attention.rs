@@ -188,11 +188,17 @@ impl Attention {
 
     /// Replaces every mask by what `change` makes of it.
     pub(crate) fn for_each_mask(&mut self, change: impl Fn(&Mask) -> Result<Mask>) -> Result<()> {
-        self.masks.iter_mut().try_for_each(|mask| Ok(*mask = change(mask)?))
+        for mask in &mut self.masks {
+            *mask = change(mask)?;
+        }
+        Ok(())
     }
     /// Replaces every bias likewise.
     pub(crate) fn for_each_bias(&mut self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
-        self.biases.iter_mut().try_for_each(|bias| Ok(*bias = change(bias)?))
+        for bias in &mut self.biases {
+            *bias = change(bias)?;
+        }
+        Ok(())
     }
 
     /// Computes attention; returns when the work is submitted (the results are ready when downloaded).

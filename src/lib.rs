@@ -1,5 +1,36 @@
 //! Attention in WGSL compute shaders, driven from Rust through wgpu, on any adapter.
+//!
+//! ```text
+//! S = scale · Q·Kᵀ  →  softcap  →  + bias  →  mask  →  P = softmax(S) over keys  →  O = P·V
+//!
+//! Q [batch, heads_q, len_q, dim_k]    K [batch, heads_kv, len_k, dim_k]    V [batch, heads_kv, len_k, dim_v]
+//! P [batch, heads_q, len_q, len_k]    O [batch, heads_q, len_q, dim_v]     LSE [batch, heads_q, len_q]
+//! ```
+//!
+//! ```
+//! use wgpu_attention::{Attention, Device, Tensor};
+//!
+//! # fn main() -> wgpu_attention::Result<()> {
+//! let device = Device::new()?;
+//! let x = Tensor::from_slice(&device, &[2, 3], &[1.0f32, 0.0, 0.0, 0.0, 1.0, 0.0])?;
+//! let out = Attention::new().scale(0.0).forward(&x, &x, &x)?.output.download()?;
+//! assert_eq!(out, [0.5, 0.5, 0.0, 0.5, 0.5, 0.0]); // scale 0: every key weighs the same
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Where things are: [`Attention`] and [`MultiHeadAttention`] are what a user calls; [`Device`], [`Gpu`] and
+//! [`Tensor`] say where; [`problem`] holds the rules in checked arithmetic; [`kernels`] the shaders as plain
+//! data and the planning of a call; [`reference`] the f64 truth that tests lean on.
+//!
+//! Limits: sequences are shorter than 2²⁹; the scores of a call are held in memory, in slices where the
+//! adapter's limits ask for it; arithmetic is f32.
 #![warn(missing_docs)]
+
+/// The code of the README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod attention;
 #[cfg(feature = "cpu")]

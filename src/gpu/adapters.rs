@@ -117,6 +117,10 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     // GL is last in rank and slow to ask, so an unnamed choice asks it only when nothing else answers.
     let mut found = match (&options.adapter, environment_name()) {
         (None, None) => find(wgpu::Backends::all() - wgpu::Backends::GL).await,
+        (Some(which), _) => match backend_word(which) {
+            Some(backend) => find(backend.into()).await,
+            None => Vec::new(),
+        },
         _ => Vec::new(),
     };
     if found.is_empty() {

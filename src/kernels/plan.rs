@@ -535,7 +535,7 @@ impl Call<'_> {
         };
         let workgroup = workgroup.min(planner.adapter.max_invocations);
         let lanes = lanes.min(workgroup);
-        let row_stride4 = (len_k.next_multiple_of(4) / 4) as u32;
+        let row_stride4 = len_k.div_ceil(4) as u32;
         let mut bindings = vec![Binding { binding: 1, slot: p_slot, offset: p_window.offset, size: p_window.size }];
         let mut lse_offset = 0;
         if operands.lse {
