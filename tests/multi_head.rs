@@ -1,0 +1,365 @@
+//! The layer on every device, against projections and attention in f64.
+
+mod kit;
+
+use kit::{assert_close, bits, devices, gpus, noise};
+use rand::SeedableRng;
+use rand_pcg::Pcg64;
+use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
+use wgpu_attention::reference::{self, Inputs, View};
+use wgpu_attention::{
+    Align, Attention, Device, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, StateDict, Tensor,
+    Weights,
+};
+
+const TOLERANCE: f64 = 4e-6;
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// A layer's output and averaged weights in f64, from its state dict: `[batch, len, dim]` inputs.
+fn truth(
+    config: &MultiHeadConfig,
+    state: &StateDict,
+    [query, key, value]: [(&[usize], &[f32]); 3],
+    padding: Option<&[bool]>,
+    causal: bool,
+) -> (Vec<f64>, Vec<f64>) {
+    let get = |name: &str| state.get(name).map(|t| (t.shape().to_vec(), wide(t.data())));
+    let rows = |heads: usize, dim: usize| heads * dim;
+    let widths = [
+        rows(config.num_heads, config.head_dim),
+        rows(config.heads_kv, config.head_dim),
+        rows(config.heads_kv, config.value_head_dim),
+    ];
+    let inputs_dims = [config.embed_dim, config.kdim, config.vdim];
+    let biases = get("in_proj_bias").map(|(_, data)| data);
+    let mut projected = Vec::new();
+    for (n, (shape, x)) in [query, key, value].into_iter().enumerate() {
+        let start: usize = widths[..n].iter().sum();
+        let w = match get("in_proj_weight") {
+            Some((_, data)) => data[start * config.embed_dim..][..widths[n] * inputs_dims[n]].to_vec(),
+            None => get(["q_proj_weight", "k_proj_weight", "v_proj_weight"][n]).unwrap().1,
+        };
+        let (wl, xl, bl) = (
+            Layout::contiguous(&[widths[n], inputs_dims[n]]).unwrap(),
+            Layout::contiguous(shape).unwrap(),
+            Layout::contiguous(&[widths[n]]).unwrap(),
+        );
+        let bias = biases.as_ref().map(|all| &all[start..start + widths[n]]);
+        let y = reference::project(
+            View { data: &wide(x), layout: &xl },
+            View { data: &w, layout: &wl },
+            bias.map(|data| View { data, layout: &bl }),
+        );
+        // Extra keys behind every batch entry.
+        let (batch, len, width) = (shape[0], shape[1], widths[n]);
+        let mut extended = Vec::new();
+        for b in 0..batch {
+            extended.extend_from_slice(&y[b * len * width..(b + 1) * len * width]);
+            if n > 0 {
+                if let Some((_, row)) = get(["", "bias_k", "bias_v"][n]) {
+                    extended.extend(row);
+                }
+                if config.add_zero_attn {
+                    extended.extend(vec![0.0; width]);
+                }
+            }
+        }
+        projected.push(extended);
+    }
+    let extra = usize::from(config.add_bias_kv) + usize::from(config.add_zero_attn);
+    let (batch, len_q, len_k) = (query.0[0], query.0[1], key.0[1] + extra);
+    let shapes = [
+        [batch, len_q, config.num_heads, config.head_dim],
+        [batch, len_k, config.heads_kv, config.head_dim],
+        [batch, len_k, config.heads_kv, config.value_head_dim],
+    ];
+    let [ql, kl, vl] = shapes.map(|shape| Layout::contiguous(&shape).unwrap().permute(&[0, 2, 1, 3]).unwrap());
+    let positions = Positions { causal, align: Align::TopLeft, ..Default::default() };
+    let problem = Problem::new(ql.shape(), kl.shape(), vl.shape(), None, None, &positions, extra).unwrap();
+    let mask_layout = Layout::contiguous(&[batch, 1, 1, len_k - extra]).unwrap().broadcast_to(&problem.mask_shape());
+    let mask_layout = mask_layout.unwrap();
+    let inputs = Inputs {
+        q: View { data: &projected[0], layout: &ql },
+        k: View { data: &projected[1], layout: &kl },
+        v: View { data: &projected[2], layout: &vl },
+        masks: padding.map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Drop)).into_iter().collect(),
+        biases: vec![],
+    };
+    let attended = reference::attention(&problem, &inputs);
+    // [b, h, i, d] to [b, i, h · d].
+    let joined_width = config.num_heads * config.value_head_dim;
+    let heads = Layout::contiguous(&[batch, config.num_heads, len_q, config.value_head_dim]).unwrap();
+    let joined: Vec<f64> = heads.permute(&[0, 2, 1, 3]).unwrap().positions().map(|at| attended.output[at]).collect();
+    let (_, w_o) = get("out_proj.weight").unwrap();
+    let bias = get("out_proj.bias").map(|(_, data)| data);
+    let (jl, wl, bl) = (
+        Layout::contiguous(&[batch, len_q, joined_width]).unwrap(),
+        Layout::contiguous(&[config.embed_dim, joined_width]).unwrap(),
+        Layout::contiguous(&[config.embed_dim]).unwrap(),
+    );
+    let output = reference::project(
+        View { data: &joined, layout: &jl },
+        View { data: &w_o, layout: &wl },
+        bias.as_ref().map(|data| View { data, layout: &bl }),
+    );
+    let square = len_q * len_k;
+    let averaged = (0..batch * square)
+        .map(|at| {
+            let of = |h: usize| attended.weights[(at / square * config.num_heads + h) * square + at % square];
+            (0..config.num_heads).map(of).sum::<f64>() / config.num_heads as f64
+        })
+        .collect();
+    (output, averaged)
+}
+
+#[test]
+fn self_and_cross_attention_match_the_truth() {
+    let base = || MultiHeadConfig::new(24, 4).unwrap();
+    let configs = [
+        base(),
+        base().bias(false),
+        base().heads_kv(2),
+        base().kdim(10).vdim(17),
+        base().add_bias_kv(true),
+        base().add_zero_attn(true),
+        base().add_bias_kv(true).add_zero_attn(true).kdim(9),
+        base().head_dims(5, 7),
+        MultiHeadConfig::new(35, 7).unwrap(),
+    ];
+    for (name, device) in devices() {
+        for (n, config) in configs.iter().enumerate() {
+            let mut rng = Pcg64::seed_from_u64(n as u64);
+            let what = format!("{config:?} on {name}");
+            let layer = MultiHeadAttention::new(&device, config.clone(), 11).unwrap();
+            let state = layer.state_dict().unwrap();
+            let (batch, len_q, len_k) = (2, 9, 13);
+            let padding: Vec<bool> = (0..batch * len_k).map(|at| at % 5 == 3).collect();
+            let is_self = config.kdim == config.embed_dim && config.vdim == config.embed_dim;
+            let data = [(len_q, config.embed_dim), (len_k, config.kdim), (len_k, config.vdim)]
+                .map(|(len, width)| (vec![batch, len, width], noise(&mut rng, batch * len * width)));
+            let [q, k, v] = [0, 1, 2].map(|i| Tensor::from_slice(&device, &data[i].0, &data[i].1).unwrap());
+
+            let mask = Mask::drop(Tensor::from_bools(&device, &[batch, len_k], &padding).unwrap()).unwrap();
+            let attention = Attention::new().key_padding(mask).weights(Weights::Averaged);
+            let out = layer.forward(&q, &k, &v, &attention).unwrap();
+            let views = [0, 1, 2].map(|i| (data[i].0.as_slice(), data[i].1.as_slice()));
+            let (output, weights) = truth(config, &state, views, Some(&padding), false);
+            assert_close(&what, &out.output.download().unwrap(), &output, TOLERANCE);
+            assert_close(&what, &out.weights.unwrap().download().unwrap(), &weights, TOLERANCE);
+
+            if is_self {
+                // One input three times takes another road: one product for Q, K and V.
+                let causal = Attention::new().causal(Align::TopLeft);
+                let out = layer.forward(&q, &q, &q, &causal).unwrap().output.download().unwrap();
+                let (output, _) = truth(config, &state, [views[0]; 3], None, true);
+                assert_close(&what, &out, &output, TOLERANCE);
+                // Key and value the same, the query another.
+                let out = layer.forward(&q, &k, &k, &Attention::new()).unwrap().output.download().unwrap();
+                let (output, _) = truth(config, &state, [views[0], views[1], views[1]], None, false);
+                assert_close(&what, &out, &output, TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn parameter_counts() {
+    for (config, count) in [
+        (MultiHeadConfig::new(512, 8).unwrap(), 4 * 512 * 512 + 4 * 512),
+        (MultiHeadConfig::new(12, 4).unwrap().bias(false), 576),
+        (MultiHeadConfig::new(6, 3).unwrap(), 168),
+        (MultiHeadConfig::new(16, 4).unwrap().heads_kv(1).bias(false), 16 * 16 * 2 + 2 * 4 * 16),
+    ] {
+        assert_eq!(config.parameter_count().unwrap(), count);
+        let layer = MultiHeadAttention::new(Device::Cpu, config, 0).unwrap();
+        let held: usize = layer.state_dict().unwrap().iter().map(|(_, tensor)| tensor.data().len()).sum();
+        assert_eq!((layer.parameter_count(), held), (count, count));
+    }
+}
+
+#[test]
+fn weights_move_over_unchanged() {
+    for (name, device) in devices() {
+        for config in [
+            MultiHeadConfig::new(12, 3).unwrap().add_bias_kv(true),
+            MultiHeadConfig::new(12, 3).unwrap().kdim(5),
+            MultiHeadConfig::new(12, 6).unwrap().heads_kv(2).bias(false),
+        ] {
+            let layer = MultiHeadAttention::new(&device, config.clone(), 5).unwrap();
+            let state = layer.state_dict().unwrap();
+            let bytes = state.to_safetensors().unwrap();
+            let read = StateDict::from_safetensors(&bytes).unwrap();
+            assert_eq!(read, state, "{name}");
+            let again = MultiHeadAttention::from_state_dict(&device, &read, "", config.num_heads).unwrap();
+            assert_eq!(again.config(), &config, "{name}");
+            assert_eq!(again.state_dict().unwrap(), state, "{name}");
+        }
+    }
+}
+
+#[test]
+fn keras_kernels_are_pytorch_weights_transposed() {
+    let mut rng = Pcg64::seed_from_u64(2);
+    // [dim, heads, head_dim] with key_dim 3 and value_dim 5.
+    let (dim, heads, key_dim, value_dim) = (8, 2, 3, 5);
+    let mut kernel = |n: usize| noise(&mut rng, n);
+    let (query, key) = (kernel(dim * heads * key_dim), kernel(dim * heads * key_dim));
+    let (value, output) = (kernel(dim * heads * value_dim), kernel(heads * value_dim * dim));
+    let biases = [kernel(heads * key_dim), kernel(heads * key_dim), kernel(heads * value_dim), kernel(dim)];
+    let x = kernel(4 * dim);
+    let config = MultiHeadConfig::new(dim, heads).unwrap().head_dims(key_dim, value_dim);
+    // Keras, written out: einsum("ld,dhk->lhk"), attention per head, einsum("lhv,hvo->lo").
+    let project = |kernel: &[f32], bias: &[f32], width: usize| -> Vec<f64> {
+        (0..4 * heads * width)
+            .map(|at| {
+                let (l, c) = (at / (heads * width), at % (heads * width));
+                let term = |d: usize| f64::from(x[l * dim + d]) * f64::from(kernel[d * heads * width + c]);
+                (0..dim).map(term).sum::<f64>() + f64::from(bias[c])
+            })
+            .collect()
+    };
+    let (q, k) = (project(&query, &biases[0], key_dim), project(&key, &biases[1], key_dim));
+    let v = project(&value, &biases[2], value_dim);
+    let mut expected = vec![0.0; 4 * dim];
+    for l in 0..4 {
+        for h in 0..heads {
+            let score = |j: usize| -> f64 {
+                let term = |e: usize| q[(l * heads + h) * key_dim + e] * k[(j * heads + h) * key_dim + e];
+                ((0..key_dim).map(term).sum::<f64>() / (key_dim as f64).sqrt()).exp()
+            };
+            let total: f64 = (0..4).map(score).sum();
+            for e in 0..value_dim {
+                let head: f64 = (0..4).map(|j| score(j) / total * v[(j * heads + h) * value_dim + e]).sum();
+                for o in 0..dim {
+                    expected[l * dim + o] += head * f64::from(output[(h * value_dim + e) * dim + o]);
+                }
+            }
+        }
+        for o in 0..dim {
+            expected[l * dim + o] += f64::from(biases[3][o]);
+        }
+    }
+    for (name, device) in devices() {
+        let kernels = KerasKernels {
+            query: &query,
+            key: &key,
+            value: &value,
+            output: &output,
+            biases: Some([&biases[0], &biases[1], &biases[2], &biases[3]]),
+        };
+        let layer = MultiHeadAttention::from_keras(&device, config.clone(), kernels).unwrap();
+        let x = Tensor::from_slice(&device, &[1, 4, dim], &x).unwrap();
+        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output.download().unwrap();
+        assert_close(&name, &out, &expected, TOLERANCE);
+        let wrong = KerasKernels { query: &query[1..], ..kernels };
+        let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
+        assert!(message.contains("query kernel has 47 values"), "{message}");
+    }
+}
+
+#[test]
+fn batch_order_and_missing_batch() {
+    for (name, device) in devices() {
+        let config = MultiHeadConfig::new(8, 2).unwrap();
+        let layer = MultiHeadAttention::new(&device, config.clone(), 1).unwrap();
+        let data = noise(&mut Pcg64::seed_from_u64(4), 3 * 5 * 8);
+        let x = Tensor::from_slice(&device, &[3, 5, 8], &data).unwrap();
+        let first = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
+        let seq_first = MultiHeadAttention::new(&device, config.batch_first(false), 1).unwrap();
+        let y = x.permute(&[1, 0, 2]).unwrap();
+        let second = seq_first.forward(&y, &y, &y, &Attention::new()).unwrap().output;
+        assert_eq!(second.shape(), [5, 3, 8]);
+        let back = second.permute(&[1, 0, 2]).unwrap();
+        assert_eq!(bits(&back.download().unwrap()), bits(&first.download().unwrap()), "{name}");
+        let one = x.select(0, 1).unwrap();
+        let alone = layer.forward(&one, &one, &one, &Attention::new().weights(Weights::PerHead)).unwrap();
+        assert_eq!(alone.output.shape(), [5, 8]);
+        assert_eq!(alone.weights.unwrap().shape(), [2, 5, 5]);
+        let expected = first.select(0, 1).unwrap().download().unwrap();
+        assert_eq!(bits(&alone.output.download().unwrap()), bits(&expected), "{name}");
+    }
+}
+
+#[test]
+fn a_layer_in_a_callers_encoder() {
+    for (name, gpu) in gpus() {
+        let device = Device::Gpu(gpu.clone());
+        let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(16, 4).unwrap(), 8).unwrap();
+        let x = Tensor::from_slice(&device, &[2, 6, 16], &noise(&mut Pcg64::seed_from_u64(6), 192)).unwrap();
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let recorded = layer.encode(&gpu, &mut encoder, &x, &x, &x, &Attention::new()).unwrap();
+        gpu.queue().submit([encoder.finish()]);
+        let run = layer.forward(&x, &x, &x, &Attention::new()).unwrap();
+        assert_eq!(bits(&recorded.output.download().unwrap()), bits(&run.output.download().unwrap()), "{name}");
+    }
+}
+
+#[test]
+fn xavier_weights_come_from_the_seed() {
+    let config = MultiHeadConfig::new(64, 4).unwrap();
+    let state = |seed| MultiHeadAttention::new(Device::Cpu, config.clone(), seed).unwrap().state_dict().unwrap();
+    assert_eq!(state(1), state(1));
+    assert_ne!(state(1), state(2));
+    let packed = state(1);
+    let weights = packed.get("in_proj_weight").unwrap().data();
+    // Uniform in ±√(6 / (3 · 64 + 64)).
+    let bound = (6.0f32 / 256.0).sqrt();
+    assert!(weights.iter().all(|w| w.abs() <= bound));
+    let variance = weights.iter().map(|w| f64::from(w * w)).sum::<f64>() / weights.len() as f64;
+    approx::assert_relative_eq!(variance, f64::from(bound * bound) / 3.0, max_relative = 0.05);
+    assert!(packed.get("in_proj_bias").unwrap().data().iter().all(|&b| b == 0.0));
+}
+
+#[test]
+fn wrong_layers_are_errors_with_the_numbers() {
+    let say = |result: Result<MultiHeadAttention, wgpu_attention::Error>, part: &str| {
+        let message = result.expect_err(part).to_string();
+        assert!(message.contains(part), "{message}");
+    };
+    let message = MultiHeadConfig::new(10, 3).unwrap_err().to_string();
+    assert!(message.contains("embed_dim = 10 is not a positive multiple of num_heads = 3"), "{message}");
+    assert!(MultiHeadConfig::new(10, 0).is_err());
+    let config = MultiHeadConfig::new(12, 4).unwrap();
+    say(
+        MultiHeadAttention::new(Device::Cpu, config.clone().heads_kv(3), 0),
+        "num_heads = 4 is not a multiple of heads_kv = 3",
+    );
+    say(MultiHeadAttention::new(Device::Cpu, config.clone().kdim(0), 0), "kdim must be at least 1");
+    say(MultiHeadAttention::new(Device::Cpu, config.clone().kdim(usize::MAX), 0), "overflows");
+
+    let layer = MultiHeadAttention::new(Device::Cpu, config, 0).unwrap();
+    let state = layer.state_dict().unwrap();
+    let load =
+        |state: &StateDict, prefix: &str, heads| MultiHeadAttention::from_state_dict(Device::Cpu, state, prefix, heads);
+    say(load(&state, "layer.", 4), "no tensor layer.out_proj.weight");
+    say(load(&state, "", 5), "not a positive multiple");
+    let mut wrong = state.clone();
+    wrong.insert("in_proj_weight", HostTensor::new(&[35, 12], vec![0.0; 420]).unwrap());
+    say(load(&wrong, "", 4), "in_proj_weight has shape [35, 12]");
+    let mut wrong = state.clone();
+    wrong.insert("in_proj_bias", HostTensor::new(&[7], vec![0.0; 7]).unwrap());
+    say(load(&wrong, "", 4), "in_proj_bias has 7 values; 36 are expected");
+    let mut wrong = state;
+    wrong.insert("bias_k", HostTensor::new(&[1, 1, 12], vec![0.0; 12]).unwrap());
+    say(load(&wrong, "", 4), "must come together");
+    for bytes in [&b""[..], b"12345678", &[255; 64], b"\x10\0\0\0\0\0\0\0{\"a\": nonsense!}"] {
+        assert!(StateDict::from_safetensors(bytes).unwrap_err().to_string().contains("not a valid safetensors file"));
+    }
+
+    let x = |shape: &[usize]| Tensor::from_slice(Device::Cpu, shape, &vec![0.0f32; shape.iter().product()]).unwrap();
+    let call = |q: &[usize], k: &[usize], v: &[usize]| layer.forward(&x(q), &x(k), &x(v), &Attention::new());
+    for (q, k, v, part) in [
+        (&[2, 3, 11][..], &[2, 3, 12][..], &[2, 3, 12][..], "must be 12 wide"),
+        (&[2, 3, 12], &[2, 3, 12], &[2, 4, 12], "key and value one length"),
+        (&[2, 3, 12], &[1, 3, 12], &[1, 3, 12], "one batch size"),
+        (&[3, 12], &[1, 3, 12], &[1, 3, 12], "or all have none"),
+        (&[12], &[12], &[12], "three axes"),
+    ] {
+        let message = call(q, k, v).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+    assert_eq!(call(&[2, 0, 12], &[2, 3, 12], &[2, 3, 12]).unwrap().output.shape(), [2, 0, 12]);
+}
