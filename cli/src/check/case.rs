@@ -44,11 +44,16 @@ impl Case {
     pub fn get(&self, key: &str) -> &Value {
         &self.json[key]
     }
-    pub fn flag(&self, key: &str) -> bool {
-        self.json[key].as_bool().unwrap_or(false)
+    /// False when missing.
+    pub fn flag(&self, key: &str) -> Result<bool> {
+        match &self.json[key] {
+            Value::Null => Ok(false),
+            Value::Bool(flag) => Ok(*flag),
+            other => fail!("the case's \"{key}\" is {other}; true or false is needed"),
+        }
     }
-    pub fn float(&self, key: &str) -> Option<f64> {
-        self.json[key].as_f64()
+    pub fn float(&self, key: &str) -> Result<Option<f64>> {
+        as_float(key, &self.json[key])
     }
     pub fn count(&self, key: &str) -> Result<usize> {
         let value = &self.json[key];
@@ -87,7 +92,7 @@ impl Case {
     /// Holds results against ONNX's answers, and f32 also against float64. Every `out.*` must be there.
     pub fn against_onnx(&self, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
         let mut all = Vec::new();
-        let (Some(rtol), Some(atol)) = (self.float("rtol"), self.float("atol")) else {
+        let (Some(rtol), Some(atol)) = (self.float("rtol")?, self.float("atol")?) else {
             return Err(Error::Failed("the case gives no rtol and atol".into()).into());
         };
         let expected = self.with_prefix("out.")?;
@@ -100,7 +105,7 @@ impl Case {
                 return Err(Stop::Skip(format!("the output {name} is not known")));
             };
             let is_bf16 = matches!(expected.values(), Values::BF16(_));
-            let rtol = self.float("rtol_bf16_outputs").filter(|_| is_bf16).unwrap_or(rtol);
+            let rtol = self.float("rtol_bf16_outputs")?.filter(|_| is_bf16).unwrap_or(rtol);
             all.push(held(name, "out", got, expected, |x| atol + rtol * x.abs()));
             if let Some(truth) = self.file.get(&format!("ref64.{name}"))?
                 && matches!(expected.values(), Values::F32(_))
@@ -152,6 +157,22 @@ impl Case {
         };
         let errors = torch.to_f64().into_iter().zip(truth).map(|(a, b)| (a - b).abs());
         Ok(Some(errors.filter(|error| error.is_finite()).fold(0.0, f64::max)))
+    }
+}
+
+/// A number, or nothing; another type must not be taken for nothing.
+pub fn as_float(name: &str, value: &Value) -> Result<Option<f64>> {
+    match value.as_f64() {
+        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; a number is needed"),
+        number => Ok(number),
+    }
+}
+
+/// A whole number, or nothing.
+pub fn as_int(name: &str, value: &Value) -> Result<Option<i64>> {
+    match value.as_i64() {
+        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; a whole number is needed"),
+        number => Ok(number),
     }
 }
 
