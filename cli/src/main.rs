@@ -87,7 +87,10 @@ fn dispatch(cli: &Cli) -> Result<bool> {
         Some(Command::Check(args)) => return check::check(args, adapter),
         Some(Command::Shader(args)) => shader::shader(args)?,
         Some(Command::Completions { shell }) => {
-            clap_complete::generate(*shell, &mut Cli::command(), "attn", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "attn", &mut script);
+            // anstream ends quietly where a pipe is closed early.
+            anstream::print!("{}", String::from_utf8_lossy(&script));
         }
     }
     Ok(true)

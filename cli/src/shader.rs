@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  attn shader                list the names
-  attn shader scores.wgsl    a file as it stands
-  attn shader softmax/workgroup64x64")]
+  attn shader                     list the names
+  attn shader scores.wgsl         a file as it stands
+  attn shader softmax/lanes1x8    a variant as it runs")]
 pub struct ShaderArgs {
     /// A file (softmax.wgsl) or a kernel variant, as `attn` and `attn devices` print them; without it, all names
     name: Option<String>,

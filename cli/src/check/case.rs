@@ -44,11 +44,16 @@ impl Case {
     pub fn get(&self, key: &str) -> &Value {
         &self.json[key]
     }
-    pub fn flag(&self, key: &str) -> bool {
-        self.json[key].as_bool().unwrap_or(false)
+    /// False when missing.
+    pub fn flag(&self, key: &str) -> Result<bool> {
+        match &self.json[key] {
+            Value::Null => Ok(false),
+            Value::Bool(flag) => Ok(*flag),
+            other => fail!("the case's \"{key}\" is {other}; true or false is needed"),
+        }
     }
-    pub fn float(&self, key: &str) -> Option<f64> {
-        self.json[key].as_f64()
+    pub fn float(&self, key: &str) -> Result<Option<f64>> {
+        as_float(key, &self.json[key])
     }
     pub fn count(&self, key: &str) -> Result<usize> {
         let value = &self.json[key];
@@ -87,21 +92,20 @@ impl Case {
     /// Holds results against ONNX's answers, and f32 also against float64. Every `out.*` must be there.
     pub fn against_onnx(&self, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
         let mut all = Vec::new();
-        let (Some(rtol), Some(atol)) = (self.float("rtol"), self.float("atol")) else {
+        let (Some(rtol), Some(atol)) = (self.float("rtol")?, self.float("atol")?) else {
             return Err(Error::Failed("the case gives no rtol and atol".into()).into());
         };
         let expected = self.with_prefix("out.")?;
-        if let Some(outputs) = self.json["outputs"].as_object() {
-            for name in outputs.keys().filter(|name| expected.iter().all(|(have, _)| have != *name)) {
-                return Err(Error::Failed(format!("the file holds no out.{name}, which the case lists")).into());
-            }
+        let listed = self.json["outputs"].as_object().into_iter().flat_map(|outputs| outputs.keys());
+        if let Some(name) = listed.into_iter().find(|name| expected.iter().all(|(have, _)| have != *name)) {
+            return Err(Error::Failed(format!("the file holds no out.{name}, which the case lists")).into());
         }
         for (name, expected) in &expected {
             let Some((_, got)) = results.iter().find(|(have, _)| have == name) else {
                 return Err(Stop::Skip(format!("the output {name} is not known")));
             };
             let is_bf16 = matches!(expected.values(), Values::BF16(_));
-            let rtol = self.float("rtol_bf16_outputs").filter(|_| is_bf16).unwrap_or(rtol);
+            let rtol = self.float("rtol_bf16_outputs")?.filter(|_| is_bf16).unwrap_or(rtol);
             all.push(held(name, "out", got, expected, |x| atol + rtol * x.abs()));
             if let Some(truth) = self.file.get(&format!("ref64.{name}"))?
                 && matches!(expected.values(), Values::F32(_))
@@ -121,7 +125,7 @@ impl Case {
             let Some(truth) = self.file.get(&format!("ref64.{name}"))? else { continue };
             let values = truth.to_f64();
             let most = largest_finite(&values);
-            let torch = self.torch_error(name, &values)?;
+            let torch = self.torch_error(name, dtype, &values)?;
             let limit = match dtype {
                 Dtype::F16 => match torch.filter(|&error| error > 0.0) {
                     Some(error) => error,
@@ -136,7 +140,7 @@ impl Case {
     }
 
     /// PyTorch's own largest error on an output, as recorded or from its own result.
-    fn torch_error(&self, name: &str, truth: &[f64]) -> Result<Option<f64>> {
+    fn torch_error(&self, name: &str, dtype: Dtype, truth: &[f64]) -> Result<Option<f64>> {
         if let Some(error) = self.json["torch_err"][name]["max_abs"].as_f64() {
             return Ok(Some(error));
         }
@@ -145,12 +149,30 @@ impl Case {
             // does, so its relative error stands in.
             let out = &self.json["torch_err"]["out"];
             return Ok(match (name, out["max_abs"].as_f64(), out["ref_max"].as_f64()) {
-                ("weights", Some(error), Some(most)) if most > 0.0 => Some(error / most * largest_finite(truth)),
+                ("weights", Some(error), Some(most)) if most > 0.0 && dtype == Dtype::F32 => {
+                    Some(error / most * largest_finite(truth))
+                }
                 _ => None,
             });
         };
         let errors = torch.to_f64().into_iter().zip(truth).map(|(a, b)| (a - b).abs());
         Ok(Some(errors.filter(|error| error.is_finite()).fold(0.0, f64::max)))
+    }
+}
+
+/// A number, or nothing; another type must not be taken for nothing.
+pub fn as_float(name: &str, value: &Value) -> Result<Option<f64>> {
+    match value.as_f64() {
+        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; a number is needed"),
+        number => Ok(number),
+    }
+}
+
+/// A whole number, or nothing.
+pub fn as_int(name: &str, value: &Value) -> Result<Option<i64>> {
+    match value.as_i64() {
+        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; a whole number is needed"),
+        number => Ok(number),
     }
 }
 

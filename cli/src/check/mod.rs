@@ -24,7 +24,8 @@ what to compute. Tensors: in.* and param.* go in, out.* (ONNX) and ref64.* (floa
 
 Allowed: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest value from \
 float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
-PyTorch's own f16.
+PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
+relative to the largest value.
 
 Examples:
   attn check tests/cases/onnx

@@ -4,13 +4,29 @@ use serde_json::Value;
 use wgpu_attention::{Align, Attention, Device, Mask, ScoreStage, Tensor};
 
 use super::Stop;
-use super::case::Case;
+use super::case::{Case, as_float, as_int};
 use super::compare::Comparison;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 
 fn attribute<'a>(case: &'a Case, name: &str) -> &'a Value {
     &case.get("attributes")[name]
+}
+fn int(case: &Case, name: &str) -> Result<Option<i64>> {
+    as_int(name, attribute(case, name))
+}
+fn float(case: &Case, name: &str) -> Result<Option<f64>> {
+    as_float(name, attribute(case, name))
+}
+/// One side of the window; -1 leaves it open.
+fn window_side(case: &Case, name: &str) -> Result<Option<usize>> {
+    match int(case, name)? {
+        None | Some(-1) => Ok(None),
+        Some(n) => match usize::try_from(n) {
+            Ok(n) => Ok(Some(n)),
+            Err(_) => fail!("{name} = {n} must be -1 or not negative"),
+        },
+    }
 }
 
 /// Attention of opsets 23 to 25.
@@ -58,17 +74,13 @@ pub fn attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> 
         align = Align::PerBatch(valid.iter().map(|&n| n as i64 - len_q as i64).collect());
         attention = attention.key_lengths(valid.iter().map(|&n| n.min(len_k)).collect());
     }
-    attention = if attribute(case, "is_causal").as_i64().unwrap_or(0) != 0 {
-        attention.causal(align)
-    } else {
-        attention.align(align)
-    };
-    let side = |name: &str| attribute(case, name).as_i64().and_then(|n| usize::try_from(n).ok());
-    attention = attention.window(side("left_window_size"), side("right_window_size"));
-    if let Some(scale) = attribute(case, "scale").as_f64() {
+    attention =
+        if int(case, "is_causal")?.unwrap_or(0) != 0 { attention.causal(align) } else { attention.align(align) };
+    attention = attention.window(window_side(case, "left_window_size")?, window_side(case, "right_window_size")?);
+    if let Some(scale) = float(case, "scale")? {
         attention = attention.scale(scale as f32);
     }
-    if let Some(cap) = attribute(case, "softcap").as_f64().filter(|&cap| cap != 0.0) {
+    if let Some(cap) = float(case, "softcap")?.filter(|&cap| cap != 0.0) {
         attention = attention.softcap(cap as f32);
     }
     if let Some(mask) = case.optional("attn_mask")? {
@@ -79,7 +91,7 @@ pub fn attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> 
             attention.bias(mask.upload("attn_mask", device)?)
         };
     }
-    let stage = match attribute(case, "qk_matmul_output_mode").as_i64().unwrap_or(0) {
+    let stage = match int(case, "qk_matmul_output_mode")?.unwrap_or(0) {
         0 => ScoreStage::Scaled,
         1 => ScoreStage::Capped,
         2 => ScoreStage::Masked,
@@ -114,7 +126,7 @@ fn stop(message: &str) -> Stop {
 /// `[batch, len, heads * dim]` as `[batch, heads, len, dim]`; four axes stay.
 fn four_axes(case: &Case, heads: &str, tensor: Tensor) -> Result<Tensor> {
     let [b, s, width] = *tensor.shape() else { return Ok(tensor) };
-    let count = attribute(case, heads).as_u64().unwrap_or(0) as usize;
+    let count = usize::try_from(int(case, heads)?.unwrap_or(0)).unwrap_or(0);
     if count == 0 || !width.is_multiple_of(count) {
         fail!("{:?} does not split into {heads} = {count} heads", tensor.shape());
     }
@@ -161,11 +173,11 @@ fn pad_keys(mask: &Array, len_k: usize) -> Result<Array> {
 
 /// Softmax since opset 13: over one axis.
 pub fn softmax(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
-    if case.get("opset").as_i64().is_some_and(|opset| opset < 13) {
+    if as_int("opset", case.get("opset"))?.is_some_and(|opset| opset < 13) {
         return Err(Stop::Skip("before opset 13 Softmax flattens its input".into()));
     }
     case.expect_inputs(&["input"])?;
-    let axis = attribute(case, "axis").as_i64().unwrap_or(-1) as isize;
+    let axis = int(case, "axis")?.unwrap_or(-1) as isize;
     let result = wgpu_attention::softmax(&case.upload("input", device)?, axis)?;
     case.against_onnx(&[("output", Array::download(&result)?)])
 }

@@ -20,13 +20,13 @@ pub fn sdpa(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
             attention.bias(mask.upload("attn_mask", device)?)
         };
     }
-    if case.flag("is_causal_top_left") {
+    if case.flag("is_causal_top_left")? {
         attention = attention.causal(Align::TopLeft);
     }
-    if let Some(scale) = case.float("scale") {
+    if let Some(scale) = case.float("scale")? {
         attention = attention.scale(scale as f32);
     }
-    if let Some(cap) = case.float("softcap") {
+    if let Some(cap) = case.float("softcap")? {
         attention = attention.softcap(cap as f32);
     }
     let attended = attention.forward(&q, &k, &v)?;
@@ -50,6 +50,9 @@ pub fn varlen(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     };
     let mut attention = Attention::new().lse(true);
     attention = match case.get("causal").as_str() {
+        None if !case.get("causal").is_null() => {
+            return Err(Error::Failed(format!("the case's \"causal\" is {}", case.get("causal"))).into());
+        }
         None => attention,
         Some("bottom_right") => attention.causal(Align::BottomRight),
         Some("top_left") => attention.causal(Align::TopLeft),
@@ -94,17 +97,17 @@ pub fn mha(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
         state.insert(name, HostTensor::new(array.shape(), array.to_f32())?);
     }
     let layer = MultiHeadAttention::from_state_dict(device, &state, "", case.count("num_heads")?)?
-        .with_zero_attn(case.flag("add_zero_attn"))
-        .with_batch_first(case.flag("batch_first"));
+        .with_zero_attn(case.flag("add_zero_attn")?)
+        .with_batch_first(case.flag("batch_first")?);
     let query = case.upload("query", device)?;
-    let (key, value) = if case.flag("self_attention") {
+    let (key, value) = if case.flag("self_attention")? {
         (query.clone(), query.clone())
     } else {
         (case.upload("key", device)?, case.upload("value", device)?)
     };
     let mut attention = Attention::new();
-    if case.flag("need_weights") {
-        let averaged = case.flag("average_attn_weights");
+    if case.flag("need_weights")? {
+        let averaged = case.flag("average_attn_weights")?;
         attention = attention.weights(if averaged { Weights::Averaged } else { Weights::PerHead });
     }
     let key_padding = case.optional("key_padding_mask")?;
@@ -120,7 +123,7 @@ pub fn mha(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
         }
         Some(bias) => attention = attention.bias(bias.upload("attn_mask", device)?),
         // With a mask, is_causal only says what the mask is.
-        None if case.flag("is_causal") => attention = attention.causal(Align::TopLeft),
+        None if case.flag("is_causal")? => attention = attention.causal(Align::TopLeft),
         None => {}
     }
     let result = layer.forward(&query, &key, &value, &attention)?;

@@ -29,15 +29,20 @@ fn several_adapters_add_up() {
     assert!(ran.stdout.contains("cpu (the CPU backend): 1 passed, 0 failed, 0 skipped"));
 }
 
-/// A case file with one tensor changed by `change`, or another header text.
-fn copy_case(from: &Path, to: &Path, rename_op: Option<&str>, change: impl Fn(&str, Dtype, &mut Vec<u8>)) {
+/// A case file with one tensor changed by `change`, or another member in its header.
+fn copy_case(
+    from: &Path,
+    to: &Path,
+    member: Option<(&str, serde_json::Value)>,
+    change: impl Fn(&str, Dtype, &mut Vec<u8>),
+) {
     let bytes = std::fs::read(from).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let mut metadata = header.metadata().clone().unwrap();
-    if let Some(op) = rename_op {
+    if let Some((path, value)) = member {
         let mut case: serde_json::Value = serde_json::from_str(&metadata["case"]).unwrap();
-        case["op"] = op.into();
+        *case.pointer_mut(path).unwrap() = value;
         metadata.insert("case".into(), case.to_string());
     }
     let tensors: Vec<_> = file
@@ -101,11 +106,29 @@ fn a_nan_where_a_number_is_expected_fails() {
 fn an_unknown_op_is_skipped_with_the_reason() {
     let folder = folder();
     let case = cases("onnx").join("test_attention_4d.safetensors");
-    copy_case(&case, &folder.path().join("odd.safetensors"), Some("Telepathy"), |_, _, _| {});
+    copy_case(&case, &folder.path().join("odd.safetensors"), Some(("/op", "Telepathy".into())), |_, _, _| {});
     let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu", "--verbose"]);
     ran.succeeded();
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
     assert!(ran.stdout.contains("skipped odd: the op Telepathy is not known"), "{}", ran.stdout);
+}
+
+#[test]
+fn an_attribute_that_cannot_be_read_is_never_ignored() {
+    let folder = folder();
+    for (case, path) in [
+        ("onnx/test_attention_4d_softcap", "/attributes/softcap"),
+        ("onnx/test_attention_4d_causal", "/attributes/is_causal"),
+        ("onnx/test_softmax_axis_0", "/attributes/axis"),
+        ("torch/sdpa_causal_tl_q5_kv12", "/is_causal_top_left"),
+        ("torch/sdpa_scale_neg", "/scale"),
+    ] {
+        let to = folder.path().join("odd.safetensors");
+        copy_case(&cases(&format!("{case}.safetensors")), &to, Some((path, "yes".into())), |_, _, _| {});
+        let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
+        assert_eq!(ran.status, Some(1));
+        assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped", "{case}");
+    }
 }
 
 #[test]
