@@ -39,6 +39,7 @@ mod device;
 mod error;
 mod gpu;
 pub mod kernels;
+mod memory;
 mod multi_head;
 pub mod problem;
 mod record;

@@ -9,6 +9,8 @@ use crate::cpu;
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::gpu;
+#[cfg(feature = "cpu")]
+use crate::memory::check_floats;
 use crate::problem::{Layout, Problem};
 use crate::tensor::Tensor;
 
@@ -53,8 +55,9 @@ impl Recording {
             Recording::Gpu(recording) => recording.project(x, w, bias, extra),
             #[cfg(feature = "cpu")]
             Recording::Cpu => {
-                let views: Vec<_> = extra.iter().map(|row| row.map(cpu::View::of)).collect();
                 let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
+                check_floats("a projection", &shape)?;
+                let views: Vec<_> = extra.iter().map(|row| row.map(cpu::View::of)).collect();
                 let layout = Layout::contiguous(&shape)?;
                 let out = cpu::project(cpu::View::of(x), cpu::View::of(w), bias.map(cpu::View::of), &views);
                 Ok(Tensor::from_cpu(out, layout, x.dtype()))
@@ -85,6 +88,12 @@ impl Recording {
                         "encoding into a given output needs an adapter; the CPU backend has none"
                     ));
                 }
+                let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = *problem;
+                let square = [batch, heads_q, len_q, len_k];
+                check_floats("the output", &[batch, heads_q, len_q, dim_v.max(1)])?;
+                if wanted.weights != Weights::None || wanted.scores.is_some() {
+                    check_floats("the weights", &square)?;
+                }
                 let inputs = cpu::Inputs {
                     q: cpu::View::of(&operands.q),
                     k: cpu::View::of(&operands.k),
@@ -94,11 +103,9 @@ impl Recording {
                 };
                 let answer = cpu::attention(problem, &inputs, wanted, &layout);
                 let dtype = operands.q.dtype();
-                let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
                 let tensor = |data: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
                     Ok(Tensor::from_cpu(data, Layout::contiguous(shape)?, dtype))
                 };
-                let square = [batch, heads_q, len_q, len_k];
                 Ok(Attended {
                     output: Tensor::from_cpu(answer.output, layout, dtype),
                     lse: answer

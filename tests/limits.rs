@@ -268,6 +268,15 @@ fn more_memory_than_there_is_is_said_before_allocating() {
     }
 }
 
+#[test]
+fn the_cpu_backend_refuses_what_the_machine_cannot_hold() {
+    // No element in, 2^50 rows out.
+    let q = Tensor::from_slice(Device::Cpu, &[1 << 22, 1 << 20, 1 << 8, 0], &[0.0f32; 0]).unwrap();
+    let k = Tensor::from_slice(Device::Cpu, &[1 << 22, 1 << 20, 1, 0], &[0.0f32; 0]).unwrap();
+    let message = Attention::new().forward(&q, &k, &k).unwrap_err().to_string();
+    assert!(message.contains("the memory"), "{message}");
+}
+
 fn raw(gpu: &Gpu) -> wgpu::Buffer {
     gpu.device().create_buffer(&wgpu::BufferDescriptor {
         label: None,

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::{AdapterClass, Capabilities};
+use crate::memory::system_memory;
 
 /// Which adapter to take.
 #[derive(Clone, Debug, Default)]
@@ -182,18 +183,4 @@ pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, without_sub
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment).max(16),
         memory: (class == AdapterClass::Cpu).then(system_memory).flatten(),
     }
-}
-
-/// Bytes of memory of the machine: what a software adapter has.
-#[cfg(not(target_arch = "wasm32"))]
-fn system_memory() -> Option<u64> {
-    let system = sysinfo::System::new_with_specifics(
-        sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
-    );
-    Some(system.total_memory()).filter(|&bytes| bytes > 0)
-}
-
-#[cfg(target_arch = "wasm32")]
-fn system_memory() -> Option<u64> {
-    None
 }
