@@ -86,7 +86,7 @@ fn every_variant_validates_and_translates() {
 
 #[test]
 fn params_have_the_layout_that_the_shaders_read() {
-    let all: [(Kernel, Vec<(&str, usize, usize)>, usize); 8] = [
+    let all = [
         (Kernel::Scores, params::Scores::fields(), size_of::<params::Scores>()),
         (Kernel::Softmax, params::Softmax::fields(), size_of::<params::Softmax>()),
         (Kernel::WeightedSum, params::WeightedSum::fields(), size_of::<params::WeightedSum>()),

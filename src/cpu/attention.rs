@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::ops::Range;
 
 use faer::linalg::matmul::matmul;
@@ -9,12 +10,21 @@ use super::{Inputs, Matrix, Outputs, exp};
 use crate::attention::{Wanted, Weights};
 use crate::problem::{Layout, Problem, ScoreStage};
 
-/// Bytes of scores that one task holds: half of a common L2 cache.
-const TILE_BYTES: usize = 256 << 10;
-
 /// Rows per task: query rows of all heads that share keys count together.
-fn tile_rows(len_k: usize) -> usize {
-    (TILE_BYTES / 4 / len_k.max(1)).clamp(8, 128)
+const TILE_ROWS: usize = 128;
+
+/// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
+const TILE_KEYS: usize = 512;
+
+thread_local! {
+    // Kept between calls: fresh memory of this size costs more than the arithmetic on it.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    scores: Vec<f32>,
 }
 
 /// Attention of a checked problem; `output` is the layout of the result, contiguous in some order.
@@ -31,7 +41,6 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
     if rows > 0 && len_k > 0 {
         // Rows that share keys lie side by side: [b, kv head] first, then the rows of the group.
         let per_head = problem.group() * len_q;
-        let per_tile = tile_rows(len_k);
         let heads: Vec<(Matrix<'_>, Values<'_>)> = (0..batch * heads_kv)
             .into_par_iter()
             .map(|n| {
@@ -42,14 +51,16 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
         let mut tiles = Vec::new();
         let mut rest = Slices { out: &mut out, lse: &mut lse, weights: &mut weights, scores: &mut scores };
         for (n, (k, v)) in heads.iter().enumerate() {
-            for first in (0..per_head).step_by(per_tile) {
-                let count = per_tile.min(per_head - first);
+            for first in (0..per_head).step_by(TILE_ROWS) {
+                let count = TILE_ROWS.min(per_head - first);
                 let slices = rest.split_off(count, dim_v, len_k);
                 let (b, head_kv) = (n / heads_kv, n % heads_kv);
                 tiles.push((Tile { problem, inputs, b, head_kv, first, count, k, v, stage }, slices));
             }
         }
-        tiles.into_par_iter().for_each(|(tile, slices)| tile.run(slices));
+        tiles.into_par_iter().for_each(|(tile, slices)| {
+            SCRATCH.with_borrow_mut(|scratch| tile.run(scratch, slices));
+        });
     }
 
     let averaged = (wanted.weights == Weights::Averaged).then(|| average(problem, &weights));
@@ -110,33 +121,46 @@ impl Tile<'_> {
         (self.head_kv * self.problem.group() + r / self.problem.len_q, r % self.problem.len_q)
     }
 
-    /// `scale · Q·Kᵀ` of the tile's rows and a range of keys.
-    fn products(&self, low: usize, high: usize) -> Vec<f32> {
-        let Problem { dim_k, scale, .. } = *self.problem;
-        let width = high - low;
-        let mut s = vec![0.0f32; self.count * width];
-        if dim_k > 0 && width > 0 {
-            let step = self.inputs.q.layout.strides()[3];
-            let mut q = Vec::with_capacity(self.count * dim_k);
-            for row in 0..self.count {
-                let (h, i) = self.query(row);
-                let at = self.inputs.q.layout.at(&[self.b, h, i, 0]);
-                q.extend((0..dim_k).map(|d| self.inputs.q.data[at + d * step]));
+    /// The tile's queries, one after the other.
+    fn queries(&self, q: &mut Vec<f32>) {
+        let Problem { dim_k, .. } = *self.problem;
+        let step = self.inputs.q.layout.strides()[3];
+        q.clear();
+        for row in 0..self.count {
+            let (h, i) = self.query(row);
+            let at = self.inputs.q.layout.at(&[self.b, h, i, 0]);
+            match step {
+                _ if dim_k == 0 => {}
+                1 => q.extend_from_slice(&self.inputs.q.data[at..at + dim_k]),
+                _ => q.extend((0..dim_k).map(|d| self.inputs.q.data[at + d * step])),
             }
-            let q = faer::MatRef::from_row_major_slice(&q, self.count, dim_k);
-            let s = MatMut::from_row_major_slice_mut(&mut s, self.count, width);
-            matmul(s, Accum::Replace, q, self.k.rows(low, high).transpose(), scale, Par::Seq);
         }
-        s
     }
 
-    fn run(&self, slices: Slices<'_>) {
+    /// `scale · Q·Kᵀ` of the tile's rows and a range of keys.
+    fn products(&self, q: &[f32], keys: Range<usize>, scores: &mut Vec<f32>) {
+        let Problem { dim_k, scale, .. } = *self.problem;
+        scores.resize(self.count * keys.len(), 0.0);
+        if dim_k == 0 {
+            scores.fill(0.0);
+        } else if !keys.is_empty() {
+            let q = faer::MatRef::from_row_major_slice(q, self.count, dim_k);
+            let s = MatMut::from_row_major_slice_mut(scores, self.count, keys.len());
+            matmul(s, Accum::Replace, q, self.k.rows(keys.start, keys.end).transpose(), scale, Par::Seq);
+        }
+    }
+
+    /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys, the output rescaled when a
+    /// block raises the maximum (Dao 2023, section 3.1).
+    fn run(&self, scratch: &mut Scratch, slices: Slices<'_>) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = pulp::Arch::new();
         let ruled = self.problem.ruled_keys();
         let band = self.problem.band(self.b);
+        let Scratch { q, scores } = scratch;
+        self.queries(q);
 
-        // The keys that any row may see; all of them where scores are handed out.
+        // The keys that any row may see.
         let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
         let mut low = ranges.iter().map(|range| range.start).min().unwrap_or(0);
         let mut high = ranges.iter().map(|range| range.end).max().unwrap_or(0);
@@ -145,54 +169,70 @@ impl Tile<'_> {
         }
         if let Some(stage) = self.stage {
             // Apart from the scores that are summed, so that asking changes no bit of the output.
-            let mut all = self.products(0, len_k);
-            for (row, (line, range)) in all.chunks_mut(len_k).zip(&ranges).enumerate() {
+            self.products(q, 0..len_k, scores);
+            for (row, (line, range)) in scores.chunks_mut(len_k).zip(&ranges).enumerate() {
                 self.rules(row, range.clone(), 0, line, stage);
             }
-            slices.scores.copy_from_slice(&all);
+            slices.scores.copy_from_slice(scores);
         }
-        if low >= high {
-            return;
-        }
-        let width = high - low;
-        let mut s = self.products(low, high);
 
-        let mut factors = vec![0.0; self.count];
-        for (row, range) in ranges.iter().enumerate() {
-            let line = &mut s[row * width..][..width];
-            self.rules(row, range.clone(), low, line, ScoreStage::Masked);
-            let peak = exp::peak(arch, line);
-            let broken = line.iter().any(|x| x.is_nan());
-            if peak == f32::NEG_INFINITY && !broken {
-                line.fill(0.0);
+        let mut peaks = vec![f32::NEG_INFINITY; self.count];
+        let mut sums = vec![0.0; self.count];
+        // What each block's weights were shifted by, for those who want them.
+        let mut shifts = Vec::new();
+        let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
+        for keys in &blocks {
+            let width = keys.len();
+            self.products(q, keys.clone(), scores);
+            for (row, line) in scores.chunks_mut(width).enumerate() {
+                self.rules(row, ranges[row].clone(), keys.start, line, ScoreStage::Masked);
+                let before = peaks[row];
+                peaks[row] = before.max(exp::peak(arch, line));
+                // While nothing is visible every shift gives zeros, and −∞ would give NaN.
+                let shift = if peaks[row] == f32::NEG_INFINITY { 0.0 } else { peaks[row] };
+                if peaks[row] > before && keys.start > low {
+                    let factor = (before - peaks[row]).exp();
+                    sums[row] *= factor;
+                    exp::scale(arch, &mut slices.out[row * dim_v..][..dim_v], factor);
+                }
+                sums[row] += exp::exp_and_sum(arch, line, shift);
+                if !slices.weights.is_empty() {
+                    slices.weights[row * len_k + keys.start..][..width].copy_from_slice(line);
+                    shifts.push(shift);
+                }
+            }
+            if dim_v > 0 {
+                let p = faer::MatRef::from_row_major_slice(scores, self.count, width);
+                let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
+                let accumulate = if keys.start == low { Accum::Replace } else { Accum::Add };
+                matmul(o, accumulate, p, self.v.matrix.rows(keys.start, keys.end), 1.0, Par::Seq);
+                self.add_not_finite(scores, keys, slices.out);
+            }
+        }
+
+        for row in 0..self.count {
+            let (peak, sum) = (peaks[row], sums[row]);
+            let out = &mut slices.out[row * dim_v..][..dim_v];
+            if sum == 0.0 {
+                // Nothing was visible.
+                out.fill(0.0);
                 continue;
             }
-            let hidden: Vec<usize> =
-                if broken { (0..width).filter(|&j| line[j] == f32::NEG_INFINITY).collect() } else { Vec::new() };
-            let sum = exp::exp_and_sum(arch, line, peak);
-            slices.lse[row] = if broken { f32::NAN } else { peak + sum.ln() };
-            factors[row] = 1.0 / sum;
+            slices.lse[row] = peak + sum.ln();
+            exp::scale(arch, out, 1.0 / sum);
             if !slices.weights.is_empty() {
-                let to = &mut slices.weights[row * len_k + low..][..width];
-                exp::scale_into(arch, to, line, factors[row]);
-                // 0 · NaN: a masked key weighs 0 also in a row that is NaN.
-                hidden.iter().for_each(|&j| to[j] = 0.0);
-            }
-        }
-
-        if dim_v == 0 {
-            return;
-        }
-        let p = faer::MatRef::from_row_major_slice(&s, self.count, width);
-        let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
-        matmul(o, Accum::Replace, p, self.v.matrix.rows(low, high), 1.0, Par::Seq);
-        self.add_not_finite(&s, low, width, slices.out);
-        for (o, &factor) in slices.out.chunks_mut(dim_v).zip(&factors) {
-            if factor == 0.0 {
-                // Nothing was visible, or the sum is infinite and every weight 0.
-                o.fill(0.0);
-            } else {
-                o.iter_mut().for_each(|x| *x *= factor);
+                let weights = &mut slices.weights[row * len_k..][..len_k];
+                if sum.is_nan() {
+                    // A masked key weighs 0 also in a row that is NaN.
+                    let (h, i) = self.query(row);
+                    let weight = |j| if self.visible(h, i, j) { f32::NAN } else { 0.0 };
+                    weights.iter_mut().enumerate().for_each(|(j, to)| *to = weight(j));
+                } else {
+                    for (block, keys) in blocks.iter().enumerate() {
+                        let shift = shifts[block * self.count + row];
+                        exp::scale(arch, &mut weights[keys.clone()], (shift - peak).exp() / sum);
+                    }
+                }
             }
         }
     }
@@ -246,12 +286,12 @@ impl Tile<'_> {
     }
 
     /// Adds the terms of values that are not finite, which were taken as 0, where a row may see them.
-    fn add_not_finite(&self, p: &[f32], low: usize, width: usize, out: &mut [f32]) {
-        for &(j, d, value) in self.v.not_finite.iter().filter(|(j, ..)| (low..low + width).contains(j)) {
+    fn add_not_finite(&self, p: &[f32], keys: &Range<usize>, out: &mut [f32]) {
+        for &(j, d, value) in self.v.not_finite.iter().filter(|(j, ..)| keys.contains(j)) {
             for row in 0..self.count {
                 let (h, i) = self.query(row);
                 if self.visible(h, i, j) {
-                    out[row * self.problem.dim_v + d] += p[row * width + j - low] * value;
+                    out[row * self.problem.dim_v + d] += p[row * keys.len() + j - keys.start] * value;
                 }
             }
         }

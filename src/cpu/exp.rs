@@ -1,118 +1,158 @@
 //! Vector loops over a row of scores. `pulp` compiles them for each SIMD level and picks at run time.
 
-/// `exp(x)` for `x ≤ 0`, 0 below −87; within 2 ulp. Cephes `expf`, written without branches or table so
-/// that loops over it become vector code. NaN stays NaN.
+use pulp::{Arch, Simd, WithSimd};
+
+/// The most lanes that any SIMD level has.
+const MOST_LANES: usize = 16;
+
+/// `exp(x)` for `x ≤ 0`, 0 below −87; within 2 ulp. Cephes `expf`, without branches or table. NaN stays NaN.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     // Adding and taking away 1.5 · 2^23 rounds to the nearest integer, which stays in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    let y = p * r * r + r + 1.0;
-    let power = (shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23;
-    if x < -87.0 { 0.0 } else { y * f32::from_bits(power) }
-}
-
-/// Independent partial results per loop, so that neighbours need not wait for each other.
-const LANES: usize = 16;
-
-#[inline(always)]
-fn join(lanes: [f32; LANES], mut f: impl FnMut(f32, f32) -> f32) -> f32 {
-    let mut width = LANES / 2;
-    let mut lanes = lanes;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = f(lanes[i], lanes[i + width]);
-        }
-        width /= 2;
+    let number = |x: f32| simd.splat_f32s(x);
+    let shifted = simd.mul_add_e_f32s(x, number(std::f32::consts::LOG2_E), number(ROUND));
+    let n = simd.sub_f32s(shifted, number(ROUND));
+    let r = simd.mul_add_e_f32s(n, number(-0.693_359_4), x);
+    let r = simd.mul_add_e_f32s(n, number(2.121_944_4e-4), r);
+    let mut p = number(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = simd.mul_add_e_f32s(p, r, number(c));
     }
-    lanes[0]
+    let y = simd.add_f32s(simd.mul_add_e_f32s(simd.mul_f32s(p, r), r, r), number(1.0));
+    let exponent =
+        simd.add_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(127u32.wrapping_sub(ROUND.to_bits())));
+    let power = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(exponent, simd.splat_u32s(23)));
+    let tiny = simd.less_than_f32s(x, number(-87.0));
+    simd.select_f32s(tiny, number(0.0), simd.mul_f32s(y, power))
 }
 
 /// The largest element that is not NaN; −∞ for none.
-pub fn peak(arch: pulp::Arch, row: &[f32]) -> f32 {
-    arch.dispatch(
+pub fn peak(arch: Arch, row: &[f32]) -> f32 {
+    struct Peak<'a>(&'a [f32]);
+    impl WithSimd for Peak<'_> {
+        type Output = f32;
         #[inline(always)]
-        || {
-            let greater = |a: f32, b: f32| if b > a { b } else { a };
-            let mut lanes = [f32::NEG_INFINITY; LANES];
-            let (chunks, rest) = row.as_chunks::<LANES>();
-            for chunk in chunks {
-                for i in 0..LANES {
-                    lanes[i] = greater(lanes[i], chunk[i]);
+        fn with_simd<S: Simd>(self, simd: S) -> f32 {
+            // Not the maximum instruction: levels differ in what they make of NaN.
+            let greater = |a: S::f32s, b: S::f32s| simd.select_f32s(simd.greater_than_f32s(b, a), b, a);
+            let (vectors, rest) = S::as_simd_f32s(self.0);
+            let (fours, ones) = vectors.as_chunks::<4>();
+            let mut peaks = [simd.splat_f32s(f32::NEG_INFINITY); 4];
+            for four in fours {
+                for (peak, &x) in peaks.iter_mut().zip(four) {
+                    *peak = greater(*peak, x);
                 }
             }
-            rest.iter().fold(join(lanes, greater), |a, &b| greater(a, b))
-        },
-    )
+            for &x in ones {
+                peaks[0] = greater(peaks[0], x);
+            }
+            let [a, b, c, d] = peaks;
+            let most = simd.reduce_max_f32s(greater(greater(a, b), greater(c, d)));
+            rest.iter().fold(most, |a, &b| if b > a { b } else { a })
+        }
+    }
+    arch.dispatch(Peak(row))
 }
 
-/// Replaces `x` by `exp(x − peak)` and returns the sum.
-pub fn exp_and_sum(arch: pulp::Arch, row: &mut [f32], peak: f32) -> f32 {
-    arch.dispatch(
+/// Replaces `x` by `exp(x − shift)` and returns the sum.
+pub fn exp_and_sum(arch: Arch, row: &mut [f32], shift: f32) -> f32 {
+    struct Exp<'a>(&'a mut [f32], f32);
+    impl WithSimd for Exp<'_> {
+        type Output = f32;
         #[inline(always)]
-        || {
-            let mut lanes = [0.0; LANES];
-            let (chunks, rest) = row.as_chunks_mut::<LANES>();
-            for chunk in chunks {
-                for i in 0..LANES {
-                    chunk[i] = exp(chunk[i] - peak);
-                    lanes[i] += chunk[i];
+        fn with_simd<S: Simd>(self, simd: S) -> f32 {
+            let shift = simd.splat_f32s(self.1);
+            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+            let (fours, ones) = vectors.as_chunks_mut::<4>();
+            let mut sums = [simd.splat_f32s(0.0); 4];
+            for four in fours {
+                for (sum, x) in sums.iter_mut().zip(four) {
+                    *x = exp(simd, simd.sub_f32s(*x, shift));
+                    *sum = simd.add_f32s(*sum, *x);
                 }
             }
-            for x in rest.iter_mut() {
-                *x = exp(*x - peak);
+            for x in ones {
+                *x = exp(simd, simd.sub_f32s(*x, shift));
+                sums[0] = simd.add_f32s(sums[0], *x);
             }
-            join(lanes, |a, b| a + b) + rest.iter().sum::<f32>()
-        },
-    )
+            if !rest.is_empty() {
+                let mut last = [f32::NEG_INFINITY; MOST_LANES];
+                last[..rest.len()].copy_from_slice(rest);
+                let (vectors, _) = S::as_mut_simd_f32s(&mut last);
+                vectors[0] = exp(simd, simd.sub_f32s(vectors[0], shift));
+                sums[1] = simd.add_f32s(sums[1], vectors[0]);
+                rest.copy_from_slice(&last[..rest.len()]);
+            }
+            let [a, b, c, d] = sums;
+            simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)))
+        }
+    }
+    arch.dispatch(Exp(row, shift))
 }
 
 /// True when every element is finite.
-pub fn all_finite(arch: pulp::Arch, row: &[f32]) -> bool {
-    arch.dispatch(
+pub fn all_finite(arch: Arch, row: &[f32]) -> bool {
+    struct Finite<'a>(&'a [f32]);
+    impl WithSimd for Finite<'_> {
+        type Output = bool;
         #[inline(always)]
-        || row.iter().fold(0u32, |worst, x| worst.max(x.to_bits() & 0x7fff_ffff)) < 0x7f80_0000,
-    )
+        fn with_simd<S: Simd>(self, simd: S) -> bool {
+            let (vectors, rest) = S::as_simd_f32s(self.0);
+            let zero = simd.splat_f32s(0.0);
+            // 0 · x is NaN for what is not finite, and NaN stays in a sum.
+            let sum = vectors.iter().fold(zero, |sum, &x| simd.mul_add_e_f32s(x, zero, sum));
+            simd.reduce_sum_f32s(sum) == 0.0 && rest.iter().all(|x| x.is_finite())
+        }
+    }
+    arch.dispatch(Finite(row))
 }
 
-/// `to = from · factor`.
-pub fn scale_into(arch: pulp::Arch, to: &mut [f32], from: &[f32], factor: f32) {
-    arch.dispatch(
+/// `row *= factor`.
+pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
+    struct Scale<'a>(&'a mut [f32], f32);
+    impl WithSimd for Scale<'_> {
+        type Output = ();
         #[inline(always)]
-        || to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * factor),
-    );
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+            let factor = simd.splat_f32s(self.1);
+            vectors.iter_mut().for_each(|x| *x = simd.mul_f32s(*x, factor));
+            rest.iter_mut().for_each(|x| *x *= self.1);
+        }
+    }
+    arch.dispatch(Scale(row, factor));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn one(x: f32) -> f32 {
+        let mut row = [x];
+        exp_and_sum(Arch::new(), &mut row, 0.0);
+        row[0]
+    }
+
     #[test]
     fn exp_is_within_two_ulp() {
-        let mut worst = 0.0f64;
-        for step in 0..870_000 {
-            let x = -(step as f32) * 1e-4;
-            let exact = f64::from(x).exp();
-            let ulp = f64::from(exact as f32) * f64::from(f32::EPSILON);
-            worst = worst.max((f64::from(exp(x)) - exact).abs() / ulp);
-        }
+        let mut row: Vec<f32> = (0..870_000).map(|step| -(step as f32) * 1e-4).collect();
+        let exact: Vec<f64> = row.iter().map(|&x| f64::from(x).exp()).collect();
+        exp_and_sum(Arch::new(), &mut row, 0.0);
+        let ulps = row
+            .iter()
+            .zip(&exact)
+            .map(|(&y, &exact)| (f64::from(y) - exact).abs() / (f64::from(exact as f32) * f64::from(f32::EPSILON)));
+        let worst = ulps.fold(0.0, f64::max);
         assert!(worst < 2.0, "{worst} ulp");
-        assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
-        assert!(exp(f32::NAN).is_nan());
+        assert_eq!((one(0.0), one(-88.0), one(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+        assert!(one(f32::NAN).is_nan());
     }
 
     #[test]
     fn rows_of_every_length() {
-        let arch = pulp::Arch::new();
-        for len in 0..70usize {
+        let arch = Arch::new();
+        for len in 0..150usize {
             let row: Vec<f32> = (0..len).map(|i| (i as f32 * 0.37).sin()).collect();
             let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(peak(arch, &row), highest);
@@ -120,12 +160,21 @@ mod tests {
             let sum = exp_and_sum(arch, &mut weights, highest.max(-1.0));
             let exact: f64 = row.iter().map(|&x| f64::from(x - highest.max(-1.0)).exp()).sum();
             assert!((f64::from(sum) - exact).abs() <= 1e-6 * exact.max(1.0), "{len}");
+            let mut halves = row.clone();
+            scale(arch, &mut halves, 0.5);
+            assert!(halves.iter().zip(&row).all(|(half, x)| *half == x * 0.5));
             assert!(all_finite(arch, &row));
             for at in 0..len {
                 for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                     let mut row = row.clone();
                     row[at] = bad;
                     assert!(!all_finite(arch, &row));
+                    if bad.is_nan() {
+                        row[at] = f32::NEG_INFINITY;
+                        let without = peak(arch, &row);
+                        row[at] = bad;
+                        assert_eq!(peak(arch, &row), without);
+                    }
                 }
             }
         }

@@ -19,10 +19,11 @@ pub(crate) fn softmax(x: View<'_>, axis: usize) -> Vec<f32> {
             *x = out[start + j * step];
         }
         let peak = exp::peak(arch, &row);
-        let empty = peak == f32::NEG_INFINITY && !row.iter().any(|x| x.is_nan());
-        let factor = if empty { 0.0 } else { 1.0 / exp::exp_and_sum(arch, &mut row, peak) };
+        // A row of −∞ keeps its zeros: any shift but −∞ gives them.
+        let sum = exp::exp_and_sum(arch, &mut row, if peak == f32::NEG_INFINITY { 0.0 } else { peak });
+        let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
         for (j, x) in row.iter().enumerate() {
-            out[start + j * step] = if empty { 0.0 } else { x * factor };
+            out[start + j * step] = x * factor;
         }
     }
     out
