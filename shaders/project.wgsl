@@ -125,14 +125,23 @@ fn main(
     let first_out = out_block * params.outs_per_block;
     let end_out = min(first_out + params.outs_per_block, params.dim_out);
 
+    // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
+    var x_base: array<u32, ROWS>;
+    var y_base: array<u32, ROWS>;
+    // @unroll
+    for (var r = 0u; r < ROWS; r++) {
+        x_base[r] = params.x_offset + row_base(row + r, params.x_strides);
+        y_base[r] = params.y_offset + row_base(row + r, params.y_strides);
+    }
+
     for (var chunk = 0u; chunk < params.chunks; chunk++) {
+        let last = chunk + 1u == params.chunks;
         var x_tile: array<vec4<f32>, ROWS * DEPTH4>;
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            let at = params.x_offset + row_base(row + r, params.x_strides);
             // @unroll
             for (var d = 0u; d < DEPTH4; d++) {
-                x_tile[r * DEPTH4 + d] = load_x(at, chunk * DEPTH4 + d);
+                x_tile[r * DEPTH4 + d] = load_x(x_base[r], chunk * DEPTH4 + d);
             }
         }
         for (var j = first_out; j < end_out; j += OUTS) {
@@ -140,36 +149,42 @@ fn main(
             if (chunk > 0u) {
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
-                    sum[r] = load_y(params.y_offset + row_base(row + r, params.y_strides), j);
+                    sum[r] = load_y(y_base[r], j);
                 }
             }
             var mine: vec4<f32>;
             // @unroll
-            for (var d = 0u; d < DEPTH4; d++) {
+            for (var c = 0u; c < OUTS; c++) {
+                var part: array<f32, ROWS>;
                 // @unroll
-                for (var c = 0u; c < OUTS; c++) {
-                    if ((d * OUTS + c) % SHARE == 0u) {
-                        let part = d * OUTS + c + lane;
-                        let out = min(j + part % OUTS, params.dim_out - 1u);
-                        mine = load_w(params.w_offset + out * params.w_strides.x, chunk * DEPTH4 + part / OUTS);
+                for (var d = 0u; d < DEPTH4; d++) {
+                    if ((c * DEPTH4 + d) % SHARE == 0u) {
+                        let place = c * DEPTH4 + d + lane;
+                        let out = min(j + place / DEPTH4, params.dim_out - 1u);
+                        mine = load_w(params.w_offset + out * params.w_strides.x, chunk * DEPTH4 + place % DEPTH4);
                     }
                     // @block share
                     let w4 = mine;
                     // @end
                     // @unroll
                     for (var r = 0u; r < ROWS; r++) {
-                        sum[r][c] += dot(x_tile[r * DEPTH4 + d], w4);
+                        let x4 = x_tile[r * DEPTH4 + d];
+                        part[r] = fma(x4.w, w4.w, fma(x4.z, w4.z, fma(x4.y, w4.y, fma(x4.x, w4.x, part[r]))));
                     }
                 }
+                // @unroll
+                for (var r = 0u; r < ROWS; r++) {
+                    sum[r][c] += part[r];
+                }
             }
-            let last = chunk + 1u == params.chunks;
+            var bias4: vec4<f32>;
+            if (last) {
+                bias4 = bias_of(j);
+            }
             // @unroll
             for (var r = 0u; r < ROWS; r++) {
                 if (row + r < params.rows) {
-                    if (last) {
-                        sum[r] += bias_of(j);
-                    }
-                    store_y(params.y_offset + row_base(row + r, params.y_strides), j, sum[r]);
+                    store_y(y_base[r], j, sum[r] + bias4);
                 }
             }
         }

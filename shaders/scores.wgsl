@@ -238,21 +238,27 @@ fn main(
                 }
                 var mine: vec4<f32>;
                 // @unroll
-                for (var d = 0u; d < DEPTH4; d++) {
+                for (var c = 0u; c < KEYS; c++) {
+                    var part: array<f32, ROWS>;
                     // @unroll
-                    for (var c = 0u; c < KEYS; c++) {
-                        if ((d * KEYS + c) % SHARE == 0u) {
-                            let part = d * KEYS + c + lane;
-                            let key = min(j + part % KEYS, params.len_k - 1u);
-                            mine = load_k(k_base + key * params.k_strides.z, chunk * DEPTH4 + part / KEYS);
+                    for (var d = 0u; d < DEPTH4; d++) {
+                        if ((c * DEPTH4 + d) % SHARE == 0u) {
+                            let place = c * DEPTH4 + d + lane;
+                            let key = min(j + place / DEPTH4, params.len_k - 1u);
+                            mine = load_k(k_base + key * params.k_strides.z, chunk * DEPTH4 + place % DEPTH4);
                         }
                         // @block share
                         let k4 = mine;
                         // @end
                         // @unroll
                         for (var r = 0u; r < ROWS; r++) {
-                            sum[r][c] += dot(q_tile[r * DEPTH4 + d], k4);
+                            let q4 = q_tile[r * DEPTH4 + d];
+                            part[r] = fma(q4.w, k4.w, fma(q4.z, k4.z, fma(q4.y, k4.y, fma(q4.x, k4.x, part[r]))));
                         }
+                    }
+                    // @unroll
+                    for (var r = 0u; r < ROWS; r++) {
+                        sum[r][c] += part[r];
                     }
                 }
             }

@@ -219,7 +219,7 @@ fn main(
                 // @end
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
-                    part[r] += weight[r][c] * v4;
+                    part[r] = fma(vec4<f32>(weight[r][c]), v4, part[r]);
                 }
             }
             // @unroll

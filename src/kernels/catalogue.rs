@@ -195,7 +195,7 @@ pub fn scores(
     stage: u32,
 ) -> Variant {
     let mut name = String::from("scores");
-    let statement = "let k4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);";
+    let statement = "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);";
     let mut changes = share(Changes::default(), tile, &mut name, statement);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded).flag("SOFTCAP", softcap);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
@@ -291,7 +291,7 @@ fn join_nan(local: u32, x: bool) -> bool { return x; }",
 /// A variant of `project.wgsl`.
 pub fn project(tile: Tile, wide_x: bool, wide_w: bool, wide_y: bool, padded: bool, bias: bool) -> Variant {
     let mut name = String::from("project");
-    let statement = "let w4 = subgroupBroadcast(mine, (d * OUTS + c) % SHARE);";
+    let statement = "let w4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);";
     let mut changes = share(Changes::default(), tile, &mut name, statement);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
