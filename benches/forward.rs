@@ -43,6 +43,7 @@ fn time(mut run: impl FnMut()) -> [f64; 3] {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let (own, words): (Vec<_>, Vec<_>) = words.into_iter().partition(|w| w.contains(','));
     let (shapes, adapters): (Vec<_>, Vec<_>) = words.into_iter().partition(|w| w.starts_with('P') && w.len() == 2);
     let device = match adapters.first().map(String::as_str) {
         Some("cpu") => Device::Cpu,
@@ -52,17 +53,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let wait = |device: &Device| device.gpu().map_or(Ok(()), |gpu| gpu.wait());
     println!("{} {}", device.name(), device.gpu().map_or(String::new(), |gpu| gpu.info().driver_info.clone()));
     println!("{:<12} {:>12} {:>12} {:>12} {:>10}", "shape", "first ms", "best ms", "median ms", "GFLOP/s");
-    let wanted = |name: &str| shapes.is_empty() || shapes.iter().any(|shape| shape == name);
-    for (name, [b, hq, hkv, sq, skv, d], causal) in SHAPES {
-        if !wanted(name) {
-            continue;
-        }
+    let wanted = |name: &str| shapes.is_empty() && own.is_empty() || shapes.iter().any(|shape| shape == name);
+    let own_shapes = own.iter().map(|word| {
+        let mut numbers = word.split(',').map(|n| n.parse().expect("b,hq,hkv,sq,skv,d"));
+        let shape = std::array::from_fn(|_| numbers.next().expect("six numbers"));
+        (word.as_str(), shape, numbers.next().is_some_and(|n| n == 1))
+    });
+    for (name, [b, hq, hkv, sq, skv, d], causal) in
+        SHAPES.into_iter().filter(|&(name, ..)| wanted(name)).chain(own_shapes)
+    {
         let q = Tensor::from_slice(&device, &[b, hq, sq, d], &noise(b * hq * sq * d, 1))?;
         let k = Tensor::from_slice(&device, &[b, hkv, skv, d], &noise(b * hkv * skv * d, 2))?;
         let v = Tensor::from_slice(&device, &[b, hkv, skv, d], &noise(b * hkv * skv * d, 3))?;
         let visible: usize = if causal { (0..sq).map(|i| (i + 1).min(skv)).sum() } else { sq * skv };
         let flops = 4.0 * (b * hq * visible * d) as f64;
-        for (what, weights) in [("", Weights::None), (" +weights", Weights::PerHead)] {
+        for (what, weights) in [("", Weights::None)] {
             let mut attention = Attention::new().weights(weights);
             if causal {
                 attention = attention.causal(Align::TopLeft);

@@ -3,6 +3,7 @@
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::Gpu;
+use crate::kernels::Method;
 use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, ScoreStage, as_four_axes};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
@@ -74,6 +75,7 @@ pub struct Attention {
     lse: bool,
     weights: Weights,
     scores: Option<ScoreStage>,
+    method: Method,
     extra_keys: usize,
 }
 
@@ -109,6 +111,7 @@ pub(crate) struct Wanted {
     pub lse: bool,
     pub weights: Weights,
     pub scores: Option<ScoreStage>,
+    pub method: Method,
 }
 
 impl Attention {
@@ -177,6 +180,11 @@ impl Attention {
     /// Returns the scores at a stage (ONNX's `qk_matmul_output`).
     pub fn scores(mut self, stage: Option<ScoreStage>) -> Self {
         self.scores = stage;
+        self
+    }
+    /// Which kernels compute the output on an adapter; [`Method::Auto`] unless given.
+    pub fn method(mut self, method: Method) -> Self {
+        self.method = method;
         self
     }
     /// The last `count` keys are seen by every query, whatever the masks say; masks and biases are
@@ -303,7 +311,7 @@ impl Attention {
             })
             .collect::<Result<Vec<_>>>()?;
         let output = output.map(|output| four("output", output)).transpose()?;
-        let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores };
+        let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores, method: self.method };
         let operands = Operands { q: q4, k: k4, v: v4, masks, biases };
         let attended = recording.attention(&problem, &operands, wanted, output.as_ref())?;
         restore_axes(attended, q.shape())

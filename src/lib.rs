@@ -52,6 +52,7 @@ pub use attention::{Attended, Attention, Mask, Weights, softmax};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions};
+pub use kernels::Method;
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
 pub use state_dict::{HostTensor, StateDict};

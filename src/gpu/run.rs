@@ -201,6 +201,7 @@ impl Recording {
                 weights: wanted.weights == Weights::PerHead,
                 averaged: wanted.weights == Weights::Averaged,
                 stage: wanted.scores,
+                method: wanted.method,
             },
             &self.gpu.0.capabilities,
         )?;

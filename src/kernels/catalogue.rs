@@ -12,6 +12,10 @@ pub enum Kernel {
     Softmax,
     /// `O = P·V`.
     WeightedSum,
+    /// All three in one, without the scores in memory.
+    Flash,
+    /// Outputs of splits of the keys joined by their LSE.
+    Merge,
     /// `Y = X·Wᵀ + b`.
     Project,
     /// Extra keys behind a projection.
@@ -26,10 +30,12 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 8] = [
+    pub const ALL: [Kernel; 10] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
+        Kernel::Flash,
+        Kernel::Merge,
         Kernel::Project,
         Kernel::Append,
         Kernel::MeanHeads,
@@ -43,6 +49,8 @@ impl Kernel {
             Kernel::Scores => "scores",
             Kernel::Softmax => "softmax",
             Kernel::WeightedSum => "weighted_sum",
+            Kernel::Flash => "flash",
+            Kernel::Merge => "merge",
             Kernel::Project => "project",
             Kernel::Append => "append",
             Kernel::MeanHeads => "mean_heads",
@@ -57,6 +65,8 @@ impl Kernel {
             Kernel::Scores => include_str!("../../shaders/scores.wgsl"),
             Kernel::Softmax => include_str!("../../shaders/softmax.wgsl"),
             Kernel::WeightedSum => include_str!("../../shaders/weighted_sum.wgsl"),
+            Kernel::Flash => include_str!("../../shaders/flash.wgsl"),
+            Kernel::Merge => include_str!("../../shaders/merge.wgsl"),
             Kernel::Project => include_str!("../../shaders/project.wgsl"),
             Kernel::Append => include_str!("../../shaders/append.wgsl"),
             Kernel::MeanHeads => include_str!("../../shaders/mean_heads.wgsl"),
@@ -85,7 +95,7 @@ impl Variant {
 
     /// True when the text uses subgroup operations.
     pub fn uses_subgroups(&self) -> bool {
-        self.changes.blocks.contains_key("share")
+        self.changes.blocks.contains_key("lane_builtin")
     }
 
     /// Bytes of workgroup memory the variant declares.
@@ -164,14 +174,15 @@ impl Rules {
 const LANE_BUILTIN: &str = "    @builtin(subgroup_invocation_id) subgroup_lane: u32,";
 const LANE: &str = "    let lane = subgroup_lane % SHARE;";
 
-fn share(changes: Changes, tile: Tile, name: &mut String, statement: &'static str) -> Changes {
+fn share(changes: Changes, tile: Tile, name: &mut String, blocks: &[(&'static str, &'static str)]) -> Changes {
     let changes = changes.number("WORKGROUP", tile.workgroup).number("ROWS", tile.rows).number("SHARE", tile.share);
     name.push_str(&format!("/rows{}x{}", tile.rows, tile.workgroup));
     if tile.share == 1 {
         return changes;
     }
     name.push_str(&format!("/subgroup{}", tile.share));
-    changes.block("lane_builtin", LANE_BUILTIN).block("lane", LANE).block("share", statement)
+    let changes = changes.block("lane_builtin", LANE_BUILTIN).block("lane", LANE);
+    blocks.iter().fold(changes, |changes, &(name, statement)| changes.block(name, statement))
 }
 
 /// `/wide` when every operand is read in vec4s, else the letters of those that are.
@@ -195,8 +206,8 @@ pub fn scores(
     stage: u32,
 ) -> Variant {
     let mut name = String::from("scores");
-    let statement = "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);";
-    let mut changes = share(Changes::default(), tile, &mut name, statement);
+    let shared = [("share", "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
+    let mut changes = share(Changes::default(), tile, &mut name, &shared);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded).flag("SOFTCAP", softcap);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
     if wide_q {
@@ -231,8 +242,8 @@ pub fn scores(
 /// A variant of `weighted_sum.wgsl`; `tile.depth4` counts columns.
 pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, rules: Rules) -> Variant {
     let mut name = String::from("weighted_sum");
-    let statement = "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);";
-    let mut changes = share(Changes::default(), tile, &mut name, statement);
+    let shared = [("share", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);")];
+    let mut changes = share(Changes::default(), tile, &mut name, &shared);
     if tile.share > 1 {
         changes = changes.block("any_not_finite", "let careful = subgroupAny(any(found));");
     }
@@ -268,6 +279,113 @@ pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, ru
     Variant { kernel: Kernel::WeightedSum, changes, name }
 }
 
+/// How `flash.wgsl` is cut: every width stands in registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlashTile {
+    /// Invocations per workgroup.
+    pub workgroup: u32,
+    /// Rows per invocation.
+    pub rows: u32,
+    /// Keys per step, at most 4.
+    pub keys: u32,
+    /// Lanes that share their loads through subgroup operations; 1 without.
+    pub share: u32,
+    /// vec4s of a query and a key.
+    pub depth4: u32,
+    /// vec4s of a value.
+    pub cols4: u32,
+}
+
+/// Which operands of `flash.wgsl` are read and written in vec4s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlashWide {
+    /// Queries.
+    pub q: bool,
+    /// Keys.
+    pub k: bool,
+    /// Values.
+    pub v: bool,
+    /// The output.
+    pub o: bool,
+}
+
+/// A variant of `flash.wgsl`.
+pub fn flash(tile: FlashTile, wide: FlashWide, padded: [bool; 2], softcap: bool, lse: bool, rules: Rules) -> Variant {
+    let mut name = String::from("flash");
+    let shared = [
+        ("share_k", "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);"),
+        ("share_v", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);"),
+        ("any_not_finite", "let careful = subgroupAny(any(found));"),
+    ];
+    let FlashTile { workgroup, rows, keys, share: lanes, depth4, cols4 } = tile;
+    let mut changes = share(Changes::default(), Tile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared);
+    changes = changes.number("KEYS", keys).number("DEPTH4", depth4).number("COLS4", cols4);
+    changes = changes.flag("PADDED_K", padded[0]).flag("PADDED_V", padded[1]);
+    let mark = |padded| if padded { "_padded" } else { "" };
+    name.push_str(&format!("/keys{keys}/dims{}{}x{}{}", depth4 * 4, mark(padded[0]), cols4 * 4, mark(padded[1])));
+    if wide.q {
+        changes = changes.alias("QElem", "vec4<f32>").block(
+            "load_q",
+            "fn load_q(at: u32, d4: u32) -> vec4<f32> {
+    return select(q[at / 4u + d4], vec4<f32>(), PADDED_K && d4 * 4u >= params.dim_k);
+}",
+        );
+    }
+    if wide.k {
+        changes = changes.alias("KElem", "vec4<f32>").block(
+            "load_k",
+            "fn load_k(at: u32, d4: u32) -> vec4<f32> {
+    return select(k[at / 4u + d4], vec4<f32>(), PADDED_K && d4 * 4u >= params.dim_k);
+}",
+        );
+    }
+    if wide.v {
+        changes = changes.alias("VElem", "vec4<f32>").block(
+            "load_v",
+            "fn load_v(at: u32, d4: u32) -> vec4<f32> {
+    return select(v[at / 4u + d4], vec4<f32>(), PADDED_V && d4 * 4u >= params.dim_v);
+}",
+        );
+    }
+    if wide.o {
+        changes = changes.alias("OElem", "vec4<f32>").block(
+            "store_o",
+            "fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
+    if (!PADDED_V || d4 * 4u < params.dim_v) {
+        if (add) {
+            o[at / 4u + d4] += value;
+        } else {
+            o[at / 4u + d4] = value;
+        }
+    }
+}",
+        );
+    }
+    name_wide(&mut name, &[("q", wide.q), ("k", wide.k), ("v", wide.v), ("o", wide.o)]);
+    changes = changes.flag("SOFTCAP", softcap);
+    if softcap {
+        name.push_str("/softcap");
+    } else {
+        changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
+    }
+    if lse {
+        name.push_str("/lse");
+    } else {
+        changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
+    }
+    changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
+    Variant { kernel: Kernel::Flash, changes, name }
+}
+
+/// A variant of `merge.wgsl`.
+pub fn merge(lse: bool) -> Variant {
+    if lse {
+        return Variant { kernel: Kernel::Merge, changes: Changes::default(), name: "merge/lse".into() };
+    }
+    let changes = Changes::default().block("lse", "fn store_lse(at: u32, value: f32) {}");
+    Variant { kernel: Kernel::Merge, changes, name: "merge".into() }
+}
+
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
@@ -291,8 +409,8 @@ fn join_nan(local: u32, x: bool) -> bool { return x; }",
 /// A variant of `project.wgsl`.
 pub fn project(tile: Tile, wide_x: bool, wide_w: bool, wide_y: bool, padded: bool, bias: bool) -> Variant {
     let mut name = String::from("project");
-    let statement = "let w4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);";
-    let mut changes = share(Changes::default(), tile, &mut name, statement);
+    let shared = [("share", "let w4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
+    let mut changes = share(Changes::default(), tile, &mut name, &shared);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
     if wide_x {
@@ -407,6 +525,48 @@ pub fn variants() -> Vec<Variant> {
             }
         }
     }
+    for (workgroup, share, depth4, cols4, keys) in [
+        (8, 1, 16, 16, 4),
+        (8, 4, 16, 16, 4),
+        (8, 8, 16, 16, 4),
+        (64, 1, 16, 16, 4),
+        (64, 8, 16, 16, 4),
+        (8, 8, 32, 16, 2),
+        (8, 8, 128, 128, 1),
+        (8, 4, 1, 3, 4),
+    ] {
+        for rows in [1, 4] {
+            let tile = FlashTile { workgroup, rows, keys, share, depth4, cols4 };
+            let all_wide = FlashWide { q: true, k: true, v: true, o: true };
+            let narrow = FlashWide { q: false, k: false, v: false, o: false };
+            for (n, rules) in rules.into_iter().enumerate() {
+                let wide = if n == 2 { narrow } else { all_wide };
+                // Seven buffers at most, the four operands among them.
+                let rules = Rules { masks: rules.masks.min(1), ..rules };
+                let lse = rules.buffers() < 3;
+                if rows == 4 || n == 0 {
+                    all.push(flash(tile, wide, [n == 2; 2], n == 2, lse, rules));
+                }
+            }
+            all.push(flash(
+                tile,
+                FlashWide { k: false, v: false, ..all_wide },
+                [true, false],
+                false,
+                false,
+                Rules::default(),
+            ));
+            all.push(flash(
+                tile,
+                FlashWide { q: false, o: false, ..all_wide },
+                [true, false],
+                false,
+                false,
+                Rules::default(),
+            ));
+        }
+    }
+    all.extend([merge(true), merge(false)]);
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
     }

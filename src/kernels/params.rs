@@ -101,6 +101,71 @@ params! {
 }
 
 params! {
+    /// `flash.wgsl`
+    Flash {
+        q_strides: [u32; 4],
+        k_strides: [u32; 4],
+        v_strides: [u32; 4],
+        o_strides: [u32; 4],
+        mask_a_strides: [u32; 4],
+        mask_b_strides: [u32; 4],
+        bias_strides: [u32; 4],
+        band: [i32; 4],
+        q_offset: u32,
+        k_offset: u32,
+        v_offset: u32,
+        o_offset: u32,
+        mask_a_offset: u32,
+        mask_b_offset: u32,
+        bias_offset: u32,
+        mask_a_keeps: u32,
+        mask_b_keeps: u32,
+        batch_0: u32,
+        row_0: u32,
+        key_0: u32,
+        heads_kv: u32,
+        group: u32,
+        len_q: u32,
+        len_k: u32,
+        ruled_keys: u32,
+        dim_k: u32,
+        dim_v: u32,
+        row_blocks: u32,
+        splits: u32,
+        keys_per_split: u32,
+        o_split_stride: u32,
+        lse_offset: u32,
+        lse_strides: [u32; 3],
+        workgroups: u32,
+        minus_infinity: u32,
+        not_a_number: u32,
+        scale: f32,
+        softcap: f32,
+    }
+}
+
+params! {
+    /// `merge.wgsl`
+    Merge {
+        o_strides: [u32; 4],
+        lse_strides: [u32; 3],
+        lse_offset: u32,
+        o_offset: u32,
+        heads: u32,
+        len_q: u32,
+        rows: u32,
+        splits: u32,
+        dim: u32,
+        row_stride: u32,
+        total: u32,
+        workgroups: u32,
+        minus_infinity: u32,
+        not_a_number: u32,
+        pad: u32,
+    }
+}
+
+params! {
     /// `softmax.wgsl`
     Softmax {
         rows: u32,

@@ -1,297 +1,22 @@
-//! From a call to its steps: which variants run, over which parts of which buffers. Plain data,
-//! printable, testable on made-up adapters.
-//!
-//! Work that is larger than a limit is cut into slices: first along the batch, then heads, then query
-//! rows, then keys, so that every binding and every dispatch fits.
+//! Attention in three passes, and the rules of masking as kernels bind them.
 
-use bytemuck::Pod;
-
-use super::capabilities::{AdapterClass, Capabilities};
-use super::catalogue::{self, FoldSource, Rules, Tile, Variant};
-use super::params;
-use crate::error::{Error, Result, shape_error};
+use super::super::capabilities::{AdapterClass, Capabilities};
+use super::super::catalogue::{self, FoldSource, Rules};
+use super::super::params;
+use super::{
+    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, NOTHING, Part, Plan, Planner, Slot, Window,
+    check_buffer, flash, is_wide, padded_bytes, rows_padded, strides_used, strides4, window,
+};
+use crate::error::Result;
 use crate::problem::{Band, Layout, MaskMeaning, NO_BOUND, Problem, ScoreStage, checked_len};
-
-/// A buffer of a plan. The caller of a plan says which real buffer stands behind each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Slot {
-    /// Queries, or the input of a projection or copy.
-    Q,
-    /// Keys, or the weight of a projection.
-    K,
-    /// Values.
-    V,
-    /// The n-th boolean mask.
-    Mask(usize),
-    /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
-    Bias(usize),
-    /// The band table, one `vec4<i32>` per batch entry.
-    Bands,
-    /// The result.
-    Output,
-    /// Log-sum-exp.
-    Lse,
-    /// Weights per head.
-    Weights,
-    /// Weights averaged over heads.
-    Averaged,
-    /// Scores at the stage asked for.
-    Stage,
-    /// Working memory, sizes in [`Plan::scratch`].
-    Scratch(usize),
-}
-
-/// A part of a buffer bound to a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Binding {
-    /// The `@binding` number.
-    pub binding: u32,
-    /// The buffer.
-    pub slot: Slot,
-    /// First byte, a multiple of the adapter's offset alignment.
-    pub offset: u64,
-    /// Bytes, a multiple of 16; a smaller buffer's end bounds it.
-    pub size: u64,
-}
-
-/// One dispatch.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    /// The kernel.
-    pub variant: Variant,
-    /// The uniform block.
-    pub params: Vec<u8>,
-    /// The storage buffers.
-    pub bindings: Vec<Binding>,
-    /// Workgroups in x and y.
-    pub workgroups: [u32; 2],
-}
-
-/// The steps of a call and the memory they need.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Plan {
-    /// In order.
-    pub steps: Vec<Step>,
-    /// Bytes of each working buffer.
-    pub scratch: Vec<u64>,
-    /// Where per-head weights lie: rows padded to whole vec4s.
-    pub weights: Option<Layout>,
-    /// Where averaged weights lie, likewise.
-    pub averaged: Option<Layout>,
-    /// Where the scores of a stage lie, likewise.
-    pub stage: Option<Layout>,
-    /// The band table, when bands differ within the batch.
-    pub bands: Vec<[i32; 4]>,
-}
-
-/// The operands of an attention call: four axes each, masks and biases broadcast to
-/// [`Problem::mask_shape`].
-#[derive(Clone, Debug)]
-pub struct AttentionOperands<'a> {
-    /// `[b, hq, i, d]`
-    pub q: &'a Layout,
-    /// `[b, hkv, j, d]`
-    pub k: &'a Layout,
-    /// `[b, hkv, j, d]`
-    pub v: &'a Layout,
-    /// `[b, hq, i, d]`
-    pub output: &'a Layout,
-    /// Boolean masks.
-    pub masks: Vec<(&'a Layout, MaskMeaning)>,
-    /// Additive biases.
-    pub biases: Vec<&'a Layout>,
-    /// Whether to write the LSE.
-    pub lse: bool,
-    /// Whether to keep the weights per head.
-    pub weights: bool,
-    /// Whether to average the weights over heads.
-    pub averaged: bool,
-    /// Scores to write out. [`ScoreStage::Weights`] is `weights`.
-    pub stage: Option<ScoreStage>,
-}
-
-const MINUS_INFINITY: u32 = 0xff80_0000;
-const NOT_A_NUMBER: u32 = 0x7fc0_0000;
-/// A binding that is never read.
-const NOTHING: Binding = Binding { binding: 1, slot: Slot::Scratch(0), offset: 0, size: 16 };
-
-/// `count` entries of an axis from `start` on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part {
-    start: usize,
-    count: usize,
-}
-
-impl Part {
-    /// `total` cut into parts of at most `size`.
-    fn all(total: usize, size: usize) -> impl Iterator<Item = Part> {
-        let size = size.max(1);
-        (0..total.div_ceil(size)).map(move |n| Part { start: n * size, count: size.min(total - n * size) })
-    }
-
-    /// The part of another axis that `each` of these entries share one of.
-    fn grouped(self, each: usize) -> Part {
-        let start = self.start / each;
-        Part { start, count: (self.start + self.count).div_ceil(each) - start }
-    }
-
-    /// Cut off at `end`.
-    fn within(self, end: usize) -> Part {
-        let start = self.start.min(end);
-        Part { start, count: (self.start + self.count).min(end) - start }
-    }
-}
-
-/// A part of a strided operand as a binding: bytes, and where element 0 of the part lies in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Window {
-    offset: u64,
-    size: u64,
-    first: u64,
-}
-
-fn window(layout: &Layout, parts: &[Part], element: u64, alignment: u64) -> Window {
-    let mut start = layout.offset() as u64;
-    let mut extent = 1u64;
-    for (part, &stride) in parts.iter().zip(layout.strides()) {
-        start += part.start as u64 * stride as u64;
-        extent += part.count.saturating_sub(1) as u64 * stride as u64;
-    }
-    let offset = start * element / alignment * alignment;
-    let first = start - offset / element;
-    Window { offset, size: ((first + extent) * element).next_multiple_of(16), first }
-}
-
-/// True when rows may be read four elements at a time.
-fn is_wide(layout: &Layout) -> bool {
-    let (&dim, lead) = layout.shape().split_last().expect("four axes");
-    let (&step, strides) = layout.strides().split_last().expect("four axes");
-    let used = lead.iter().zip(strides).filter(|&(&n, _)| n > 1);
-    dim.is_multiple_of(4)
-        && dim > 0
-        && step == 1
-        && layout.offset().is_multiple_of(4)
-        && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
-}
-
-fn strides4(layout: &Layout) -> [u32; 4] {
-    let mut out = [0; 4];
-    for (to, (&stride, &n)) in out.iter_mut().zip(layout.strides().iter().zip(layout.shape())) {
-        // The stride of an axis of length 1 is never used, and may be anything.
-        *to = if n > 1 { stride as u32 } else { 0 };
-    }
-    out
-}
-
-fn rows_padded(shape: &[usize]) -> Result<Layout> {
-    let (&width, lead) = shape.split_last().expect("a last axis");
-    let mut padded = shape.to_vec();
-    padded[lead.len()] = width.next_multiple_of(4);
-    Layout::contiguous(&padded)?.narrow(lead.len(), 0, width)
-}
-
-/// Bytes of the buffer behind a tensor of rows padded to whole vec4s.
-pub fn padded_bytes(layout: &Layout) -> u64 {
-    (layout.end() as u64 * 4).next_multiple_of(16)
-}
-
-struct Planner<'a> {
-    adapter: &'a Capabilities,
-    plan: Plan,
-}
-
-impl Planner<'_> {
-    fn push<P: Pod>(
-        &mut self,
-        variant: Variant,
-        workgroups: u64,
-        params: impl FnOnce(u32) -> P,
-        bindings: Vec<Binding>,
-    ) -> Result<()> {
-        let adapter = self.adapter;
-        let most = u64::from(adapter.max_workgroups);
-        let y = workgroups.div_ceil(most);
-        let x = workgroups.div_ceil(y.max(1));
-        let too_many =
-            |what: String, needs: String| Error::Unsupported { what, adapter: adapter.adapter.clone(), needs };
-        if y > most || workgroups > u64::from(u32::MAX) {
-            return Err(too_many(format!("{} with {workgroups} workgroups", variant.name), "fewer workgroups".into()));
-        }
-        if bindings.len() as u32 > adapter.max_storage_buffers {
-            return Err(too_many(
-                variant.name.clone(),
-                format!("{} storage buffers, {} are offered", bindings.len(), adapter.max_storage_buffers),
-            ));
-        }
-        if variant.workgroup_memory() > adapter.workgroup_memory {
-            return Err(too_many(
-                variant.name.clone(),
-                format!(
-                    "{} bytes of workgroup memory, {} are offered",
-                    variant.workgroup_memory(),
-                    adapter.workgroup_memory
-                ),
-            ));
-        }
-        for binding in &bindings {
-            if binding.size > adapter.max_binding {
-                return Err(too_many(
-                    format!("{}: a binding of {} bytes that cannot be split further", variant.name, binding.size),
-                    format!("at most {} bytes per binding", adapter.max_binding),
-                ));
-            }
-        }
-        if workgroups > 0 {
-            let params = bytemuck::bytes_of(&params(workgroups as u32)).to_vec();
-            self.plan.steps.push(Step { variant, params, bindings, workgroups: [x as u32, y as u32] });
-        }
-        Ok(())
-    }
-
-    fn tile(&self, rows: usize, depth4: usize) -> Tile {
-        let adapter = self.adapter;
-        let (workgroup, most_depth) = match adapter.class {
-            // One SIMD vector of lanes, many registers.
-            AdapterClass::Cpu => (8, 16),
-            AdapterClass::Gpu => (64, 8),
-        };
-        let workgroup = workgroup.min(adapter.max_invocations);
-        let chunks = depth4.div_ceil(most_depth).max(1);
-        let depth4 = depth4.div_ceil(chunks).max(1) as u32;
-        let share = match adapter.subgroup_min {
-            // Lanes share whole loads: 4 · depth4 vec4s must divide evenly.
-            Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
-            Some(4..) if workgroup >= 4 => 4,
-            _ => 1,
-        };
-        // More rows per invocation reuse each load more often, and take as much longer to compile: a
-        // small call is done before that pays.
-        let rows = match rows as u64 {
-            n if n >= 8 * u64::from(workgroup) => 4,
-            n if n > u64::from(workgroup) => 2,
-            _ => 1,
-        };
-        Tile { workgroup, rows, share, depth4 }
-    }
-
-    /// Pieces to cut one axis of the work into, so that all cores find work.
-    fn pieces(&self, workgroups: u64, axis: usize, least: usize) -> usize {
-        let target = match self.adapter.class {
-            AdapterClass::Cpu => 64,
-            AdapterClass::Gpu => 2048,
-        };
-        let wanted = target / workgroups.max(1);
-        (wanted.max(1) as usize).min(axis.div_ceil(least)).max(1)
-    }
-}
 
 /// Sizes of the slices along batch, heads, query rows and keys.
 #[derive(Clone, Copy, Debug)]
-struct Slices {
-    batch: usize,
-    heads: usize,
-    rows: usize,
-    keys: usize,
+pub(super) struct Slices {
+    pub batch: usize,
+    pub heads: usize,
+    pub rows: usize,
+    pub keys: usize,
 }
 
 /// The attention call `problem` over `operands`.
@@ -331,31 +56,22 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         return Ok(planner.plan);
     }
 
-    // Which rules are read where they lie, and which are folded into one bias first.
-    let mut rules = Rules {
-        bands: problem.bands.len() > 1,
-        masks: operands.masks.len() as u32,
-        bias: !operands.biases.is_empty(),
-        banded: !problem.is_unbanded(),
-    };
-    let mut fold_rules = false;
-    let mut fold_bands = false;
-    if rules.masks > 2 || operands.biases.len() > 1 || 3 + rules.buffers() > adapter.max_storage_buffers {
-        fold_rules = true;
-        (rules.masks, rules.bias) = (0, true);
-        if 3 + rules.buffers() > adapter.max_storage_buffers {
-            fold_bands = true;
-            (rules.bands, rules.banded) = (false, false);
+    let mut call = Call::new(problem, operands, adapter, 3);
+    planner.plan.bands = call.band_table();
+    if operands.method != Method::ThreePasses
+        && let Some(fused) = flash::attention(problem, operands, adapter)?
+    {
+        if !operands.weights && !operands.averaged && operands.stage.is_none() {
+            return Ok(fused);
         }
+        // The output is the fused one whatever else is asked for: asking changes no bit of it.
+        planner.plan.steps = fused.steps;
+        planner.plan.scratch = fused.scratch;
+        if planner.plan.bands.is_empty() {
+            planner.plan.bands = fused.bands;
+        }
+        call.output = false;
     }
-    if rules.bands {
-        planner.plan.bands = problem.bands.iter().map(|band| [band.keys, band.lo, band.hi, 0]).collect();
-    }
-    let call = Call { problem, operands, rules, fold_rules, fold_bands, align: adapter.offset_alignment };
-    if fold_bands {
-        planner.plan.bands = problem.bands.iter().map(|band| [band.keys, band.lo, band.hi, 0]).collect();
-    }
-
     // The largest slices whose bindings all fit.
     let mut slices = Slices { batch, heads: heads_q, rows: len_q, keys: len_k };
     while call.largest_binding(slices, planner.plan.weights.as_ref()) > adapter.max_binding {
@@ -382,15 +98,22 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     debug_assert!(slices.heads == 1 || slices.rows == len_q);
 
     let scratch_rows = checked_len(&[slices.batch, slices.heads, slices.rows, len_k.next_multiple_of(4)])?;
-    let mut scratch = vec![if planner.plan.weights.is_some() { 16 } else { scratch_rows as u64 * 4 }];
-    if fold_rules {
+    let in_place = planner.plan.weights.is_some() || !call.weighs();
+    let mut scratch = vec![if in_place { 16 } else { scratch_rows as u64 * 4 }];
+    if call.fold_rules {
         let [b, h, i, j] = call.folded_shape(slices);
         scratch.push(((checked_len(&[b, h, i, j])? * 4) as u64).next_multiple_of(16).max(16));
     }
     for &bytes in &scratch {
         check_buffer(adapter, "working memory", bytes)?;
     }
-    planner.plan.scratch = scratch;
+    // What ran before is done with its working memory.
+    for (n, bytes) in scratch.into_iter().enumerate() {
+        match planner.plan.scratch.get_mut(n) {
+            Some(known) => *known = bytes.max(*known),
+            None => planner.plan.scratch.push(bytes),
+        }
+    }
 
     for b in Part::all(batch, slices.batch) {
         for h in Part::all(heads_q, slices.heads) {
@@ -402,35 +125,64 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     Ok(planner.plan)
 }
 
-fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {
-    let too_large = |limit_name, limit| Error::TooLarge {
-        what: what.into(),
-        needed,
-        limit_name,
-        limit,
-        adapter: adapter.adapter.clone(),
-    };
-    if needed > adapter.max_buffer {
-        return Err(too_large("the largest buffer", adapter.max_buffer));
-    }
-    match adapter.memory {
-        Some(memory) if needed > memory => Err(too_large("the memory", memory)),
-        _ => Ok(()),
-    }
+/// A call and how its rules of masking reach the kernels.
+pub(super) struct Call<'a> {
+    pub problem: &'a Problem,
+    pub operands: &'a AttentionOperands<'a>,
+    pub rules: Rules,
+    /// Masks and biases become one bias first.
+    pub fold_rules: bool,
+    /// Bands too.
+    pub fold_bands: bool,
+    /// Whether these passes give the output and the LSE, or only weights and scores.
+    pub output: bool,
+    pub align: u64,
 }
 
-struct Call<'a> {
-    problem: &'a Problem,
-    operands: &'a AttentionOperands<'a>,
-    rules: Rules,
-    fold_rules: bool,
-    fold_bands: bool,
-    align: u64,
-}
+impl<'a> Call<'a> {
+    /// Reads the rules where they lie as long as the adapter has storage buffers for them beside `others`.
+    pub fn new(
+        problem: &'a Problem,
+        operands: &'a AttentionOperands<'a>,
+        adapter: &Capabilities,
+        others: u32,
+    ) -> Call<'a> {
+        let mut rules = Rules {
+            bands: problem.bands.len() > 1,
+            masks: operands.masks.len() as u32,
+            bias: !operands.biases.is_empty(),
+            banded: !problem.is_unbanded(),
+        };
+        // Metal's compiler needs one of eight for itself.
+        let most = adapter.max_storage_buffers.min(7);
+        let too_many = |rules: Rules| others + rules.buffers() > most;
+        let fold_rules = rules.masks > 2 || operands.biases.len() > 1 || too_many(rules);
+        if fold_rules {
+            (rules.masks, rules.bias) = (0, true);
+        }
+        let fold_bands = fold_rules && too_many(rules);
+        if fold_bands {
+            (rules.bands, rules.banded) = (false, false);
+        }
+        Call { problem, operands, rules, fold_rules, fold_bands, output: true, align: adapter.offset_alignment }
+    }
 
-impl Call<'_> {
+    /// Whether these passes compute weights.
+    fn weighs(&self) -> bool {
+        let AttentionOperands { weights, averaged, stage, .. } = *self.operands;
+        self.output || weights || averaged || stage == Some(ScoreStage::Weights)
+    }
+
+    /// The table that kernels or the folding read, where bands differ or are folded.
+    pub fn band_table(&self) -> Vec<[i32; 4]> {
+        if !self.rules.bands && !self.fold_bands {
+            return Vec::new();
+        }
+        self.problem.bands.iter().map(|band| [band.keys, band.lo, band.hi, 0]).collect()
+    }
+
     /// The axes along which any folded rule differs, as long as in the slice.
-    fn folded_shape(&self, slices: Slices) -> [usize; 4] {
+    pub(super) fn folded_shape(&self, slices: Slices) -> [usize; 4] {
         let full = [slices.batch, slices.heads, slices.rows, slices.keys.min(self.problem.ruled_keys())];
         let sources = self.operands.masks.iter().map(|(layout, _)| *layout).chain(self.operands.biases.iter().copied());
         let mut shape = [1; 4];
@@ -450,27 +202,17 @@ impl Call<'_> {
         shape
     }
 
-    /// Bytes of the largest binding of any step at these slice sizes.
-    fn largest_binding(&self, slices: Slices, weights: Option<&Layout>) -> u64 {
+    /// Bytes of the largest binding of an operand or rule at these slice sizes.
+    pub(super) fn largest_operand(&self, slices: Slices) -> u64 {
         let Slices { batch, heads, rows, keys } = slices;
-        let part = |count| Part { start: 0, count };
         // Worst case over all slices: a head slice may straddle one more key/value head.
         let heads_kv = (heads.div_ceil(self.problem.group())
             + usize::from(!heads.is_multiple_of(self.problem.group())))
         .min(self.problem.heads_kv);
-        // The start of a later slice may lie anywhere within the alignment.
-        let slack = self.align;
-        let size = |layout: &Layout, counts: [usize; 4], element: u64| {
-            window(layout, &counts.map(part), element, self.align).size.saturating_add(slack)
-        };
+        let size = |layout: &Layout, counts: [usize; 4], element: u64| self.binding_size(layout, counts, element);
         let whole = usize::MAX >> 32;
         let dims = |layout: &Layout| layout.shape()[3].min(whole);
         let operands = self.operands;
-        let padded = self.problem.len_k.next_multiple_of(4) as u64;
-        let scratch = match weights {
-            Some(layout) => size(layout, [batch, heads, rows, self.problem.len_k], 4),
-            None => batch as u64 * heads as u64 * rows as u64 * padded * 4,
-        };
         let ruled = keys.min(self.problem.ruled_keys());
         let masks = operands.masks.iter().map(|(layout, _)| size(layout, [batch, heads, rows, ruled], 1));
         let biases = operands.biases.iter().map(|layout| size(layout, [batch, heads, rows, ruled], 4));
@@ -481,7 +223,6 @@ impl Call<'_> {
             size(operands.k, [batch, heads_kv, keys, dims(operands.k)], 4),
             size(operands.v, [batch, heads_kv, keys, dims(operands.v)], 4),
             size(operands.output, [batch, heads, rows, dims(operands.output)], 4),
-            scratch,
             folded,
         ]
         .into_iter()
@@ -489,6 +230,23 @@ impl Call<'_> {
         .chain(biases)
         .max()
         .unwrap_or(0)
+    }
+
+    fn binding_size(&self, layout: &Layout, counts: [usize; 4], element: u64) -> u64 {
+        let parts = counts.map(|count| Part { start: 0, count });
+        // The start of a later slice may lie anywhere within the alignment.
+        window(layout, &parts, element, self.align).size.saturating_add(self.align)
+    }
+
+    /// Bytes of the largest binding of any of the three passes.
+    fn largest_binding(&self, slices: Slices, weights: Option<&Layout>) -> u64 {
+        let Slices { batch, heads, rows, .. } = slices;
+        let len_k = self.problem.len_k;
+        let scores = match weights {
+            Some(layout) => self.binding_size(layout, [batch, heads, rows, len_k], 4),
+            None => batch as u64 * heads as u64 * rows as u64 * len_k.next_multiple_of(4) as u64 * 4,
+        };
+        self.largest_operand(slices).max(scores)
     }
 
     fn plan_slice(&self, planner: &mut Planner<'_>, at: [Part; 3], slices: Slices) -> Result<()> {
@@ -524,7 +282,12 @@ impl Call<'_> {
                 let to = (Slot::Stage, &layout, part);
                 self.scores(planner, [b, h, i, j], head_kv, to, &rules_bound, stage)?;
             }
-            self.scores(planner, [b, h, i, j], head_kv, (p_slot, &p_layout, p_window), &rules_bound, 2)?;
+            if self.weighs() {
+                self.scores(planner, [b, h, i, j], head_kv, (p_slot, &p_layout, p_window), &rules_bound, 2)?;
+            }
+        }
+        if !self.weighs() {
+            return Ok(());
         }
 
         let rows = b.count as u64 * h.count as u64 * i.count as u64;
@@ -538,14 +301,15 @@ impl Call<'_> {
         let row_stride4 = len_k.div_ceil(4) as u32;
         let mut bindings = vec![Binding { binding: 1, slot: p_slot, offset: p_window.offset, size: p_window.size }];
         let mut lse_offset = 0;
-        if operands.lse {
+        let lse = operands.lse && self.output;
+        if lse {
             let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
             let part = window(&lse, &[b, h, i], 4, self.align);
             lse_offset = part.first as u32;
             bindings.push(Binding { binding: 2, slot: Slot::Lse, offset: part.offset, size: part.size });
         }
         planner.push(
-            catalogue::softmax(workgroup, lanes, operands.lse),
+            catalogue::softmax(workgroup, lanes, lse),
             rows.div_ceil(u64::from(workgroup / lanes)),
             |workgroups| params::Softmax {
                 rows: rows as u32,
@@ -592,7 +356,7 @@ impl Call<'_> {
             )?;
         }
 
-        if problem.dim_v == 0 {
+        if problem.dim_v == 0 || !self.output {
             return Ok(());
         }
         for j in Part::all(len_k, slices.keys) {
@@ -603,7 +367,7 @@ impl Call<'_> {
         Ok(())
     }
 
-    fn band(&self) -> [i32; 4] {
+    pub(super) fn band(&self) -> [i32; 4] {
         let band = if self.fold_bands || self.problem.bands.len() > 1 {
             Band { keys: NO_BOUND, lo: -NO_BOUND, hi: NO_BOUND }
         } else {
@@ -755,7 +519,7 @@ impl Call<'_> {
     }
 
     /// Binds the rules for a slice, after folding them if they must be.
-    fn bind_rules(
+    pub(super) fn bind_rules(
         &self,
         planner: &mut Planner<'_>,
         [b, h, i]: [Part; 3],
@@ -799,7 +563,7 @@ impl Call<'_> {
     }
 
     /// Folds every rule of a slice into Scratch(1); returns its strides.
-    fn fold(&self, planner: &mut Planner<'_>, parts: [Part; 4], slices: Slices) -> Result<[u32; 4]> {
+    pub(super) fn fold(&self, planner: &mut Planner<'_>, parts: [Part; 4], slices: Slices) -> Result<[u32; 4]> {
         let Call { problem, operands, .. } = *self;
         let limits = self.folded_shape(slices);
         let mut shape = [1; 4];
@@ -846,25 +610,18 @@ impl Call<'_> {
     }
 }
 
-/// Strides for an operand whose last axis is walked in fours, beyond its end too.
-fn strides_used(layout: &Layout) -> [u32; 4] {
-    let mut out = strides4(layout);
-    out[3] = layout.strides()[3] as u32;
-    out
-}
-
 #[derive(Clone, Copy, Debug, Default)]
-struct BoundRule {
-    strides: [u32; 4],
-    first: u32,
-    keeps: u32,
+pub(super) struct BoundRule {
+    pub strides: [u32; 4],
+    pub first: u32,
+    pub keeps: u32,
 }
 
 #[derive(Clone, Debug, Default)]
-struct BoundRules {
-    bindings: Vec<Binding>,
-    masks: [BoundRule; 2],
-    bias: BoundRule,
+pub(super) struct BoundRules {
+    pub bindings: Vec<Binding>,
+    pub masks: [BoundRule; 2],
+    pub bias: BoundRule,
 }
 
 impl Planner<'_> {
@@ -938,210 +695,4 @@ impl Planner<'_> {
         }
         Ok(())
     }
-}
-
-/// `Y = X·Wᵀ + b` with rows appended: X `[b, l, in]` (Q), W `[out, in]` (K), b `[out]` (Bias 0), extra
-/// rows (Bias 1, 2, …; `None`: zeros), Y `[b, l + extra, out]` row-major (Output).
-pub fn project(
-    x: &Layout,
-    w: &Layout,
-    bias: Option<&Layout>,
-    extra: &[Option<&Layout>],
-    adapter: &Capabilities,
-) -> Result<Plan> {
-    let (&[batch, len, dim_in], &[dim_out, dim_w]) = (x.shape(), w.shape()) else {
-        return Err(shape_error!(
-            "a projection needs X [b, l, in] and W [out, in], not {:?} and {:?}",
-            x.shape(),
-            w.shape()
-        ));
-    };
-    if dim_in != dim_w {
-        return Err(shape_error!("X {:?} is {dim_in} wide but W {:?} takes {dim_w}", x.shape(), w.shape()));
-    }
-    let y = Layout::contiguous(&[batch, len + extra.len(), dim_out])?;
-    check_buffer(adapter, "a projection", padded_bytes(&y))?;
-    let mut planner = Planner { adapter, plan: Plan::default() };
-    let align = adapter.offset_alignment;
-    let mut size = [batch, len, dim_out];
-    let every_in = Part { start: 0, count: dim_in };
-    loop {
-        let [b, l, o] = size.map(|count| Part { start: 0, count });
-        let largest = window(x, &[b, l, every_in], 4, align)
-            .size
-            .max(window(w, &[o, every_in], 4, align).size)
-            .max(window(&y, &[b, l, o], 4, align).size)
-            + align;
-        if largest <= adapter.max_binding || size == [1, 1, 1] || batch * len * dim_out == 0 {
-            break;
-        }
-        let w_too_large = window(w, &[o, every_in], 4, align).size + align > adapter.max_binding;
-        let axis = if w_too_large && size[2] > 1 { 2 } else { (0..3).find(|&axis| size[axis] > 1).unwrap_or(2) };
-        size[axis] = size[axis].div_ceil(2);
-        if axis == 2 && size[2] > 4 {
-            size[2] = size[2].next_multiple_of(4);
-        }
-    }
-    for b in Part::all(batch, size[0]) {
-        for l in Part::all(len, size[1]) {
-            for o in Part::all(dim_out, size[2]) {
-                let x_at = window(x, &[b, l, every_in], 4, align);
-                let w_at = window(w, &[o, every_in], 4, align);
-                let y_at = window(&y, &[b, l, o], 4, align);
-                let rows = b.count * l.count;
-                let dim4 = dim_in.div_ceil(4);
-                let tile = planner.tile(rows, dim4);
-                let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
-                let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
-                let out_blocks = planner.pieces(row_blocks as u64, o.count, 64);
-                let outs_per_block = o.count.div_ceil(out_blocks).next_multiple_of(4);
-                let out_blocks = o.count.div_ceil(outs_per_block);
-                let mut bindings = vec![
-                    Binding { binding: 1, slot: Slot::Q, offset: x_at.offset, size: x_at.size },
-                    Binding { binding: 2, slot: Slot::K, offset: w_at.offset, size: w_at.size },
-                    Binding { binding: 3, slot: Slot::Output, offset: y_at.offset, size: y_at.size },
-                ];
-                let mut bias_at = (0, 0);
-                if let Some(layout) = bias {
-                    let at = window(layout, &[o], 4, align);
-                    bias_at = (at.first as u32, layout.strides()[0] as u32);
-                    bindings.push(Binding { binding: 4, slot: Slot::Bias(0), offset: at.offset, size: at.size });
-                }
-                let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
-                let stride = |layout: &Layout, axis: usize| layout.strides()[axis] as u32;
-                planner.push(
-                    catalogue::project(
-                        tile,
-                        is_wide(x),
-                        is_wide(w),
-                        wide_y,
-                        chunks * tile.depth4 as usize != dim4,
-                        bias.is_some(),
-                    ),
-                    row_blocks as u64 * out_blocks as u64,
-                    |workgroups| params::Project {
-                        x_strides: [stride(x, 0), stride(x, 1), stride(x, 2), 0],
-                        w_strides: [stride(w, 0), stride(w, 1), 0, 0],
-                        y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
-                        x_offset: x_at.first as u32,
-                        w_offset: w_at.first as u32,
-                        y_offset: y_at.first as u32,
-                        bias_offset: bias_at.0,
-                        bias_stride: bias_at.1,
-                        rows: rows as u32,
-                        len: l.count as u32,
-                        dim_in: dim_in as u32,
-                        dim_out: o.count as u32,
-                        chunks: chunks as u32,
-                        row_blocks: row_blocks as u32,
-                        out_blocks: out_blocks as u32,
-                        outs_per_block: outs_per_block as u32,
-                        workgroups,
-                        pad_0: 0,
-                        pad_1: 0,
-                    },
-                    bindings,
-                )?;
-            }
-        }
-    }
-    for (n, row) in extra.iter().enumerate() {
-        for b in Part::all(batch, size[0]) {
-            let at = window(&y, &[b, Part { start: len + n, count: 1 }, Part { start: 0, count: dim_out }], 4, align);
-            let mut bindings = vec![Binding { binding: 1, slot: Slot::Output, offset: at.offset, size: at.size }];
-            let mut row_at = (0, 0);
-            if let Some(layout) = row {
-                let at = window(layout, &[Part { start: 0, count: dim_out }], 4, align);
-                row_at = (at.first as u32, layout.strides()[0] as u32);
-                bindings.push(Binding { binding: 2, slot: Slot::Bias(1 + n), offset: at.offset, size: at.size });
-            }
-            planner.push(
-                catalogue::append(row.is_none()),
-                (b.count as u64 * dim_out as u64).div_ceil(64),
-                |workgroups| params::Append {
-                    y_offset: at.first as u32,
-                    y_batch_stride: y.strides()[0] as u32,
-                    row_offset: row_at.0,
-                    row_stride: row_at.1,
-                    width: dim_out as u32,
-                    batch: b.count as u32,
-                    workgroups,
-                    pad: 0,
-                },
-                bindings,
-            )?;
-        }
-    }
-    Ok(planner.plan)
-}
-
-/// Softmax over the last axis of X (at most four axes, any strides): X (Q) is copied into rows of
-/// whole vec4s (Output, [`Plan::weights`]) and weighed there.
-pub fn softmax(x: &Layout, adapter: &Capabilities) -> Result<Plan> {
-    let mut planner = Planner { adapter, plan: Plan::default() };
-    let out = rows_padded(x.shape())?;
-    check_buffer(adapter, "the softmax", padded_bytes(&out))?;
-    planner.plan.weights = Some(out.clone());
-    if x.is_empty() {
-        return Ok(planner.plan);
-    }
-    let align = adapter.offset_alignment;
-    let mut size = [x.shape()[0], x.shape()[1], x.shape()[2]];
-    let every = Part { start: 0, count: x.shape()[3] };
-    let parts = |at: [Part; 3]| [at[0], at[1], at[2], every];
-    while let Some(axis) = (0..3).find(|&axis| size[axis] > 1) {
-        let at = parts(size.map(|count| Part { start: 0, count }));
-        if window(x, &at, 4, align).size.max(window(&out, &at, 4, align).size) + align <= adapter.max_binding {
-            break;
-        }
-        size[axis] = size[axis].div_ceil(2);
-    }
-    let width4 = x.shape()[3].div_ceil(4);
-    for a in Part::all(x.shape()[0], size[0]) {
-        for b in Part::all(x.shape()[1], size[1]) {
-            for c in Part::all(x.shape()[2], size[2]) {
-                let at = parts([a, b, c]);
-                let (from, to) = (window(x, &at, 4, align), window(&out, &at, 4, align));
-                let rows = a.count * b.count * c.count;
-                let total = (rows * width4 * 4) as u64;
-                planner.push(
-                    catalogue::copy(),
-                    total.div_ceil(64),
-                    |workgroups| params::Copy {
-                        x_strides: strides4(x),
-                        shape: at.map(|part| part.count as u32),
-                        x_offset: from.first as u32,
-                        y_offset: to.first as u32,
-                        y_row_stride: width4 as u32 * 4,
-                        total: total as u32,
-                        workgroups,
-                        fill: MINUS_INFINITY,
-                        pad_0: 0,
-                        pad_1: 0,
-                    },
-                    vec![
-                        Binding { binding: 1, slot: Slot::Q, offset: from.offset, size: from.size },
-                        Binding { binding: 2, slot: Slot::Output, offset: to.offset, size: to.size },
-                    ],
-                )?;
-                let (workgroup, lanes) = if adapter.class == AdapterClass::Cpu { (8, 1) } else { (64, 64) };
-                planner.push(
-                    catalogue::softmax(workgroup, lanes, false),
-                    (rows as u64).div_ceil(u64::from(workgroup / lanes)),
-                    |workgroups| params::Softmax {
-                        rows: rows as u32,
-                        width4: width4 as u32,
-                        row_stride4: width4 as u32,
-                        s_offset4: (to.first / 4) as u32,
-                        lse_offset: 0,
-                        workgroups,
-                        minus_infinity: MINUS_INFINITY,
-                        not_a_number: NOT_A_NUMBER,
-                    },
-                    vec![Binding { binding: 1, slot: Slot::Output, offset: to.offset, size: to.size }],
-                )?;
-            }
-        }
-    }
-    Ok(planner.plan)
 }

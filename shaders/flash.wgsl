@@ -1,0 +1,484 @@
+// O = softmax(scale · Q·Kᵀ → softcap → + bias → mask) · V, LSE = ln Σ exp S          fused
+// Q [b, h, i, d]   K, V [b, h / group, j, d]   O [b, h, i, d]   LSE [b, h, i]
+//
+// FlashAttention-2 (Dao 2023, algorithm 1): the scores of KEYS keys at a time, a running maximum and sum
+// per row (Milakov and Gimelshein 2018), the output rescaled when the maximum grows. Each invocation
+// keeps ROWS rows of Q and O in registers. A row is a query of a head; the rows of all heads that share
+// keys lie one after another. With subgroups, SHARE lanes load different parts of K and V and hand
+// them round. Keys may be cut into splits, each with its own O and LSE; merge.wgsl joins them.
+//
+// 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: the
+// sum takes a value that is not finite as 0; where there was one, the terms that a row may see are
+// added at the end.
+
+const WORKGROUP: u32 = 64u;
+const ROWS: u32 = 1u;
+const KEYS: u32 = 4u;
+const DEPTH4: u32 = 4u;
+const COLS4: u32 = 4u;
+const SHARE: u32 = 1u;
+const SOFTCAP: bool = true;
+const BANDED: bool = true;
+// True with a mask or a bias.
+const LISTED: bool = true;
+// True when the registers hold more than the width of a key, of a value.
+const PADDED_K: bool = true;
+const PADDED_V: bool = true;
+
+const_assert KEYS <= 4u;
+const_assert KEYS * DEPTH4 % SHARE == 0u;
+const_assert KEYS * COLS4 % SHARE == 0u;
+
+alias QElem = f32;
+alias KElem = f32;
+alias VElem = f32;
+alias OElem = f32;
+
+struct Params {
+    q_strides: vec4<u32>,
+    k_strides: vec4<u32>,
+    v_strides: vec4<u32>,
+    o_strides: vec4<u32>,
+    mask_a_strides: vec4<u32>,
+    mask_b_strides: vec4<u32>,
+    bias_strides: vec4<u32>,
+    // Valid keys, lowest and highest visible key relative to the query.
+    band: vec4<i32>,
+    q_offset: u32,
+    k_offset: u32,
+    v_offset: u32,
+    o_offset: u32,
+    mask_a_offset: u32,
+    mask_b_offset: u32,
+    bias_offset: u32,
+    mask_a_keeps: u32,
+    mask_b_keeps: u32,
+    batch_0: u32,
+    row_0: u32,
+    key_0: u32,
+    heads_kv: u32,
+    // Query heads per key/value head.
+    group: u32,
+    len_q: u32,
+    len_k: u32,
+    ruled_keys: u32,
+    dim_k: u32,
+    dim_v: u32,
+    row_blocks: u32,
+    splits: u32,
+    keys_per_split: u32,
+    // From the output of one split to the next.
+    o_split_stride: u32,
+    lse_offset: u32,
+    // Batch, head, split.
+    lse_strides: vec3<u32>,
+    workgroups: u32,
+    minus_infinity: u32,
+    not_a_number: u32,
+    scale: f32,
+    softcap: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<QElem>;
+@group(0) @binding(2) var<storage, read> k: array<KElem>;
+@group(0) @binding(3) var<storage, read_write> o: array<OElem>;
+@group(0) @binding(8) var<storage, read> v: array<VElem>;
+
+// @block lse
+@group(0) @binding(9) var<storage, read_write> lse: array<f32>;
+fn store_lse(at: u32, value: f32) {
+    lse[at] = value;
+}
+// @end
+
+// @block bands
+@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
+fn band_of(b: u32) -> vec4<i32> {
+    return bands[params.batch_0 + b];
+}
+// @end
+
+// @block mask_a
+@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
+fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
+    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
+    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
+}
+// @end
+
+// @block mask_b
+@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
+fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
+    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
+    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
+}
+// @end
+
+// @block bias
+@group(0) @binding(7) var<storage, read> bias: array<f32>;
+fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
+    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block visible
+// Whether query i may see key j, all rules together; a bias of −∞ hides too.
+fn visible(b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> bool {
+    let row = i32(i + params.row_0);
+    let key = i32(j + params.key_0);
+    if (u32(key) >= params.ruled_keys) {
+        return true;
+    }
+    if (BANDED && !(key < band.x && key >= row + band.y && key <= row + band.z)) {
+        return false;
+    }
+    return passes_a(b, h, i, j) && passes_b(b, h, i, j)
+        && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
+}
+// @end
+
+// @block load_q
+fn load_q(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.q_strides.w;
+    let first = at + d * step;
+    // Lanes beyond the width must be 0, so that what lies there never enters.
+    return select(
+        vec4<f32>(),
+        vec4<f32>(q[first], q[first + step], q[first + 2u * step], q[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_k),
+    );
+}
+// @end
+
+// @block load_k
+fn load_k(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.k_strides.w;
+    let first = at + d * step;
+    // Lanes beyond the width must be 0, so that what lies there never enters.
+    return select(
+        vec4<f32>(),
+        vec4<f32>(k[first], k[first + step], k[first + 2u * step], k[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_k),
+    );
+}
+// @end
+
+// @block load_v
+fn load_v(at: u32, d4: u32) -> vec4<f32> {
+    let d = d4 * 4u;
+    let step = params.v_strides.w;
+    let first = at + d * step;
+    // Lanes beyond the width must be 0, so that what lies there never enters.
+    return select(
+        vec4<f32>(),
+        vec4<f32>(v[first], v[first + step], v[first + 2u * step], v[first + 3u * step]),
+        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_v),
+    );
+}
+// @end
+
+// @block store_o
+fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
+    // @unroll
+    for (var e = 0u; e < 4u; e++) {
+        let d = d4 * 4u + e;
+        if (d < params.dim_v) {
+            let here = at + d * params.o_strides.w;
+            if (add) {
+                o[here] += value[e];
+            } else {
+                o[here] = value[e];
+            }
+        }
+    }
+}
+// @end
+
+// @block tanh
+// Cephes tanhf: a driver's own tanh may overflow or lose small arguments.
+fn tanh_exact(x: vec4<f32>) -> vec4<f32> {
+    let z = x * x;
+    let small = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
+        + 1.33314422036e-1) * z - 3.33332819422e-1) * z * x + x;
+    let a = min(abs(x), vec4<f32>(20.0));
+    let large = sign(x) * (1.0 - 2.0 / (exp2(a * 2.8853900817779268) + 1.0));
+    return select(large, small, abs(x) < vec4<f32>(0.625));
+}
+// @end
+
+const LOG2_E: f32 = 1.4426950408889634;
+const LN_2: f32 = 0.6931471805599453;
+// The running maximum starts at the least finite number: WGSL has no literal for −∞.
+const LEAST: f32 = -3.4028234663852886e38;
+
+fn not_finite(x: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
+
+struct Scores {
+    x: vec4<f32>,
+    // False for what is no key, may not be seen, or is −∞.
+    seen: vec4<bool>,
+}
+
+// Scores of keys j, j + 1, …
+fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>) -> Scores {
+    let step = vec4<u32>(0u, 1u, 2u, 3u);
+    var x = sum * params.scale;
+    if (SOFTCAP) {
+        let is_nan = (bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
+        x = select(params.softcap * tanh_exact(x / params.softcap), x, is_nan);
+    }
+    var seen = (vec4<u32>(j) + step < vec4<u32>(end)) & (step < vec4<u32>(KEYS));
+    let key = vec4<i32>(vec4<u32>(j + params.key_0) + step);
+    if (BANDED) {
+        let row = vec4<i32>(i32(i + params.row_0));
+        let inside = (key < vec4<i32>(band.x)) & (key >= row + vec4<i32>(band.y)) & (key <= row + vec4<i32>(band.z));
+        seen = seen & (inside | (key >= vec4<i32>(i32(params.ruled_keys))));
+    }
+    if (LISTED) {
+        // @unroll
+        for (var c = 0u; c < 4u; c++) {
+            if (c < KEYS) {
+                let ruled = u32(key[c]) < params.ruled_keys;
+                let bias = bias_at(b, h, i, j + c);
+                let passes = passes_a(b, h, i, j + c) & passes_b(b, h, i, j + c)
+                    & (bitcast<u32>(bias) != params.minus_infinity);
+                x[c] = select(x[c], x[c] + bias, ruled);
+                seen[c] = seen[c] & (passes | !ruled);
+            }
+        }
+    }
+    return Scores(x, seen & (bitcast<vec4<u32>>(x) != vec4<u32>(params.minus_infinity)));
+}
+
+// exp(x − peak) of what is seen; the floor keeps −∞ out of exp2, which some drivers get wrong.
+fn weigh(scores: Scores, peak: f32) -> vec4<f32> {
+    return select(vec4<f32>(), exp2(max((scores.x - peak) * LOG2_E, vec4<f32>(-200.0))), scores.seen);
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    // @block lane_builtin
+    // @end
+) {
+    // @block lane
+    let lane = 0u;
+    // @end
+    let index = workgroup.y * workgroups.x + workgroup.x;
+    if (index >= params.workgroups) {
+        return;
+    }
+    let split = index % params.splits;
+    let row_block = (index / params.splits) % params.row_blocks;
+    let bh = index / (params.splits * params.row_blocks);
+    let head_kv = bh % params.heads_kv;
+    let b = bh / params.heads_kv;
+    let band = band_of(b);
+
+    let rows = params.group * params.len_q;
+    let first_row = row_block * WORKGROUP * ROWS;
+    let row = first_row + local * ROWS;
+    let k_base = params.k_offset + b * params.k_strides.x + head_kv * params.k_strides.y;
+    let v_base = params.v_offset + b * params.v_strides.x + head_kv * params.v_strides.y;
+
+    // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
+    var head: array<u32, ROWS>;
+    var query: array<u32, ROWS>;
+    var q_tile: array<vec4<f32>, ROWS * DEPTH4>;
+    // @unroll
+    for (var r = 0u; r < ROWS; r++) {
+        let at = min(row + r, rows - 1u);
+        head[r] = head_kv * params.group + at / params.len_q;
+        query[r] = at % params.len_q;
+        let q_base = params.q_offset + b * params.q_strides.x + head[r] * params.q_strides.y
+            + query[r] * params.q_strides.z;
+        // @unroll
+        for (var d = 0u; d < DEPTH4; d++) {
+            q_tile[r * DEPTH4 + d] = load_q(q_base, d);
+        }
+    }
+
+    // Which key and which part of it this lane loads, load by load.
+    var k_lane: array<u32, KEYS * DEPTH4 / SHARE>;
+    var k_part: array<u32, KEYS * DEPTH4 / SHARE>;
+    // @unroll
+    for (var n = 0u; n < KEYS * DEPTH4 / SHARE; n++) {
+        k_lane[n] = k_base + (n * SHARE + lane) / DEPTH4 * params.k_strides.z;
+        k_part[n] = (n * SHARE + lane) % DEPTH4;
+    }
+    var v_lane: array<u32, KEYS * COLS4 / SHARE>;
+    var v_part: array<u32, KEYS * COLS4 / SHARE>;
+    // @unroll
+    for (var n = 0u; n < KEYS * COLS4 / SHARE; n++) {
+        v_lane[n] = v_base + (n * SHARE + lane) % KEYS * params.v_strides.z;
+        v_part[n] = (n * SHARE + lane) / KEYS;
+    }
+
+    // The keys of this split that any row of this workgroup can see by position.
+    var start = split * params.keys_per_split;
+    var end = min(start + params.keys_per_split, params.len_k);
+    if (BANDED) {
+        let last_row = min(first_row + WORKGROUP * ROWS, rows) - 1u;
+        let one_head = first_row / params.len_q == last_row / params.len_q;
+        let first_query = select(0u, first_row % params.len_q, one_head);
+        let last_query = select(params.len_q - 1u, last_row % params.len_q, one_head);
+        let low = u32(max(i32(first_query + params.row_0) + band.y - i32(params.key_0), 0));
+        if (params.ruled_keys >= params.key_0 + params.len_k) {
+            let high = i32(last_query + params.row_0) + band.z - i32(params.key_0);
+            end = min(end, u32(max(min(high, band.x - 1 - i32(params.key_0)) + 1, 0)));
+            start = max(start, low / KEYS * KEYS);
+        } else {
+            // The extra keys at the end are seen by every row.
+            start = max(start, min(low, max(params.ruled_keys, params.key_0) - params.key_0) / KEYS * KEYS);
+        }
+    }
+
+    var sum: array<vec4<f32>, ROWS * COLS4>;
+    var peak: array<f32, ROWS>;
+    var total: array<f32, ROWS>;
+    // The largest bits, without sign, of a score that was seen: NaN and +∞ make a row NaN. Bits, since
+    // drivers differ on NaN in max and exp2.
+    var worst: array<vec4<u32>, ROWS>;
+    var found = vec4<bool>();
+    // @unroll
+    for (var r = 0u; r < ROWS; r++) {
+        peak[r] = LEAST;
+    }
+    for (var j = start; j < end; j += KEYS) {
+        var mine: vec4<f32>;
+        var weight: array<vec4<f32>, ROWS>;
+        // @unroll
+        for (var c = 0u; c < KEYS; c++) {
+            var part: array<f32, ROWS>;
+            // @unroll
+            for (var d = 0u; d < DEPTH4; d++) {
+                if ((c * DEPTH4 + d) % SHARE == 0u) {
+                    // Behind the last key lies what is not seen.
+                    let n = (c * DEPTH4 + d) / SHARE;
+                    mine = load_k(k_lane[n] + j * params.k_strides.z, k_part[n]);
+                }
+                // @block share_k
+                let k4 = mine;
+                // @end
+                // @unroll
+                for (var r = 0u; r < ROWS; r++) {
+                    let q4 = q_tile[r * DEPTH4 + d];
+                    part[r] = fma(q4.w, k4.w, fma(q4.z, k4.z, fma(q4.y, k4.y, fma(q4.x, k4.x, part[r]))));
+                }
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                weight[r][c] = part[r];
+            }
+        }
+        var factor: array<f32, ROWS>;
+        // @unroll
+        for (var r = 0u; r < ROWS; r++) {
+            var scores = finish(weight[r], b, head[r], query[r], j, end, band);
+            worst[r] = max(worst[r], select(vec4<u32>(), bitcast<vec4<u32>>(scores.x) & vec4<u32>(0x7fffffffu), scores.seen));
+            scores.x = select(vec4<f32>(LEAST), scores.x, scores.seen);
+            let highest = max(peak[r], max(max(scores.x.x, scores.x.y), max(scores.x.z, scores.x.w)));
+            factor[r] = exp2(max((peak[r] - highest) * LOG2_E, -200.0));
+            peak[r] = highest;
+            weight[r] = weigh(scores, highest);
+            total[r] = total[r] * factor[r] + ((weight[r].x + weight[r].y) + (weight[r].z + weight[r].w));
+        }
+        // @unroll
+        for (var d = 0u; d < COLS4; d++) {
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                sum[r * COLS4 + d] *= factor[r];
+            }
+            // @unroll
+            for (var c = 0u; c < KEYS; c++) {
+                if ((d * KEYS + c) % SHARE == 0u) {
+                    let n = (d * KEYS + c) / SHARE;
+                    mine = load_v(v_lane[n] + j * params.v_strides.z, v_part[n]);
+                    found = found | not_finite(mine);
+                    mine = select(mine, vec4<f32>(), not_finite(mine));
+                }
+                // @block share_v
+                let v4 = mine;
+                // @end
+                // @unroll
+                for (var r = 0u; r < ROWS; r++) {
+                    sum[r * COLS4 + d] = fma(vec4<f32>(weight[r][c]), v4, sum[r * COLS4 + d]);
+                }
+            }
+        }
+    }
+
+    let nan = bitcast<f32>(params.not_a_number);
+    var o_base: array<u32, ROWS>;
+    var divisor: array<f32, ROWS>;
+    // @unroll
+    for (var r = 0u; r < ROWS; r++) {
+        o_base[r] = params.o_offset + b * params.o_strides.x + head[r] * params.o_strides.y
+            + query[r] * params.o_strides.z + split * params.o_split_stride;
+        let is_nan = any(worst[r] >= vec4<u32>(0x7f800000u));
+        // A row without visible keys has total 0 and stays 0.
+        divisor[r] = select(select(1.0 / total[r], 0.0, total[r] == 0.0), nan, is_nan);
+        if (row + r < rows) {
+            // @unroll
+            for (var d = 0u; d < COLS4; d++) {
+                store_o(o_base[r], d, select(sum[r * COLS4 + d] * divisor[r], vec4<f32>(nan), is_nan), false);
+            }
+            let value = select(peak[r] + log2(total[r]) * LN_2, bitcast<f32>(params.minus_infinity), total[r] == 0.0);
+            store_lse(
+                params.lse_offset + dot(params.lse_strides, vec3<u32>(b, head[r], split)) + query[r],
+                select(value, nan, is_nan),
+            );
+        }
+    }
+
+    // @block any_not_finite
+    let careful = any(found);
+    // @end
+    if (!careful) {
+        return;
+    }
+    for (var r = 0u; r < min(ROWS, rows - min(row, rows)); r++) {
+        var h = 0u;
+        var i = 0u;
+        var at = 0u;
+        var row_peak = 0.0;
+        var row_divisor = 0.0;
+        // @unroll
+        for (var n = 0u; n < ROWS; n++) {
+            if (n == r) {
+                h = head[n];
+                i = query[n];
+                at = o_base[n];
+                row_peak = peak[n];
+                row_divisor = divisor[n];
+            }
+        }
+        let q_base = params.q_offset + b * params.q_strides.x + h * params.q_strides.y + i * params.q_strides.z;
+        for (var d = 0u; d < COLS4; d++) {
+            var term = vec4<f32>();
+            var sees = false;
+            for (var j = start; j < end; j++) {
+                let value = load_v(v_base + j * params.v_strides.z, d);
+                if (any(not_finite(value)) && visible(b, h, i, j, band)) {
+                    var part = 0.0;
+                    for (var e = 0u; e < DEPTH4; e++) {
+                        part += dot(load_q(q_base, e), load_k(k_base + j * params.k_strides.z, e));
+                    }
+                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band), row_peak).x * row_divisor;
+                    term += select(vec4<f32>(), weight * value, not_finite(value));
+                    sees = true;
+                }
+            }
+            if (sees) {
+                store_o(at, d, term, true);
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+// O = Σ_s w_s · O_s,  w_s = exp(LSE_s − LSE),  LSE = ln Σ_s exp LSE_s
+// O_s [s, row, d]   LSE_s [s, row]   O [b, h, i, d]   LSE [b, h, i]; row = (b, h, i)
+//
+// Joins the outputs of splits of the keys, each with its own log-sum-exp (Dao et al. 2023,
+// "Flash-Decoding"), in the order of the splits. A split that saw no key (LSE −∞) weighs 0. One
+// invocation per row and four columns.
+
+const WORKGROUP: u32 = 64u;
+
+struct Params {
+    o_strides: vec4<u32>,
+    lse_strides: vec3<u32>,
+    lse_offset: u32,
+    o_offset: u32,
+    heads: u32,
+    len_q: u32,
+    rows: u32,
+    splits: u32,
+    dim: u32,
+    // From row to row of the parts.
+    row_stride: u32,
+    total: u32,
+    workgroups: u32,
+    minus_infinity: u32,
+    not_a_number: u32,
+    pad: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> parts: array<f32>;
+@group(0) @binding(2) var<storage, read> part_lse: array<f32>;
+@group(0) @binding(3) var<storage, read_write> o: array<f32>;
+
+// @block lse
+@group(0) @binding(4) var<storage, read_write> lse: array<f32>;
+fn store_lse(at: u32, value: f32) {
+    lse[at] = value;
+}
+// @end
+
+const LOG2_E: f32 = 1.4426950408889634;
+const LN_2: f32 = 0.6931471805599453;
+const LEAST: f32 = -3.4028234663852886e38;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let index = workgroup.y * workgroups.x + workgroup.x;
+    let at = index * WORKGROUP + local;
+    if (index >= params.workgroups || at >= params.total) {
+        return;
+    }
+    let dim4 = max((params.dim + 3u) / 4u, 1u);
+    let row = at / dim4;
+    let column = at % dim4 * 4u;
+
+    var peak = LEAST;
+    var is_nan = false;
+    for (var s = 0u; s < params.splits; s++) {
+        let value = part_lse[s * params.rows + row];
+        is_nan = is_nan || (bitcast<u32>(value) & 0x7fffffffu) > 0x7f800000u;
+        peak = max(peak, value);
+    }
+    var sum = 0.0;
+    var joined = vec4<f32>();
+    for (var s = 0u; s < params.splits; s++) {
+        let value = part_lse[s * params.rows + row];
+        if (bitcast<u32>(value) != params.minus_infinity) {
+            let weight = exp2(max((value - peak) * LOG2_E, -200.0));
+            let first = (s * params.rows + row) * params.row_stride + column;
+            sum += weight;
+            joined += weight * vec4<f32>(parts[first], parts[first + 1u], parts[first + 2u], parts[first + 3u]);
+        }
+    }
+    let nan = bitcast<f32>(params.not_a_number);
+    let factor = select(select(1.0 / sum, 0.0, sum == 0.0), nan, is_nan);
+    let i = row % params.len_q;
+    let h = row / params.len_q % params.heads;
+    let b = row / params.len_q / params.heads;
+    let to = params.o_offset + dot(params.o_strides.xyz, vec3<u32>(b, h, i));
+    // @unroll
+    for (var e = 0u; e < 4u; e++) {
+        if (column + e < params.dim) {
+            o[to + (column + e) * params.o_strides.w] = joined[e] * factor;
+        }
+    }
+    if (column == 0u) {
+        let value = select(peak + log2(sum) * LN_2, bitcast<f32>(params.minus_infinity), sum == 0.0);
+        store_lse(params.lse_offset + dot(params.lse_strides, vec3<u32>(b, h, i)), select(value, nan, is_nan));
+    }
+}

@@ -1,0 +1,318 @@
+//! Fused attention: no scores in memory.
+
+use super::super::capabilities::{AdapterClass, Capabilities};
+use super::super::catalogue::{self, FlashTile, FlashWide};
+use super::super::params;
+use super::passes::{Call, Slices};
+use super::{
+    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer, is_wide,
+    strides_used, window,
+};
+use crate::error::{Result, value_error};
+use crate::problem::{Layout, Problem, checked_len};
+
+/// The widest head whose rows fit registers.
+const MOST_DIM: usize = 512;
+/// Multiply-adds that an invocation writes out per step: more take longer to compile than they gain.
+const UNROLLED: u32 = 2048;
+/// Keys of a split: fewer are not worth joining.
+const LEAST_SPLIT: usize = 256;
+
+/// The plan of a fused call; none where the call needs scores in memory or does not fit.
+pub(super) fn attention(
+    problem: &Problem,
+    operands: &AttentionOperands<'_>,
+    adapter: &Capabilities,
+) -> Result<Option<Plan>> {
+    match Fused::new(problem, operands, adapter) {
+        Ok(fused) => fused.plan().map(Some),
+        Err(reason) if operands.method == Method::Fused => {
+            Err(value_error!("attention cannot run fused: {reason}; leave the method on auto"))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+struct Fused<'a> {
+    call: Call<'a>,
+    adapter: &'a Capabilities,
+    tile: FlashTile,
+    slices: Slices,
+    /// Pieces of the keys, each with its own output, and keys per piece.
+    splits: usize,
+    keys_per_split: usize,
+}
+
+impl<'a> Fused<'a> {
+    fn new(
+        problem: &'a Problem,
+        operands: &'a AttentionOperands<'a>,
+        adapter: &'a Capabilities,
+    ) -> std::result::Result<Fused<'a>, String> {
+        let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = *problem;
+        if dim_k == 0 || dim_v == 0 || dim_k > MOST_DIM || dim_v > MOST_DIM {
+            return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {MOST_DIM}"));
+        }
+        let tile = tile(adapter, problem.group() * len_q, dim_k, dim_v);
+        // Along the batch nothing may differ: the same row gives the same bits in every batch.
+        let row_blocks = (problem.group() * len_q).div_ceil((tile.workgroup * tile.rows) as usize);
+        let target = match adapter.class {
+            AdapterClass::Cpu => 16,
+            AdapterClass::Gpu => 512,
+        };
+        let splits = (target / (row_blocks * heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
+        let keys_per_split = len_k.div_ceil(splits).next_multiple_of(16);
+        let splits = len_k.div_ceil(keys_per_split);
+
+        let lse = operands.lse || splits > 1;
+        let call = Call::new(problem, operands, adapter, 4 + u32::from(lse));
+        if 4 + u32::from(lse) + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
+            return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
+        }
+        let mut fused = Fused {
+            call,
+            adapter,
+            tile,
+            slices: Slices { batch, heads: heads_q, rows: len_q, keys: len_k },
+            splits,
+            keys_per_split,
+        };
+        let group = problem.group();
+        let most_work = match adapter.class {
+            // Half a second at 40 GFLOP/s: a dispatch cannot be interrupted.
+            AdapterClass::Cpu => 20e9,
+            AdapterClass::Gpu => 1e12,
+        };
+        loop {
+            let Slices { batch, heads, rows, .. } = fused.slices;
+            let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
+            let fits = fused.largest_binding() <= adapter.max_binding;
+            if fits && pairs * 2.0 * (dim_k + dim_v) as f64 <= most_work {
+                return Ok(fused);
+            }
+            let slices = &mut fused.slices;
+            if batch > 1 {
+                slices.batch = batch.div_ceil(2);
+            } else if heads > group {
+                slices.heads = (heads / group).div_ceil(2) * group;
+            } else if rows > 32 {
+                slices.rows = rows.div_ceil(2).next_multiple_of(32);
+            } else if fits {
+                return Ok(fused);
+            } else if rows > 1 {
+                slices.rows = rows.div_ceil(2);
+            } else {
+                return Err(format!("a binding of {} bytes is too large", fused.largest_binding()));
+            }
+        }
+    }
+
+    /// Bytes of the largest binding of any step.
+    fn largest_binding(&self) -> u64 {
+        let Slices { batch, heads, rows, .. } = self.slices;
+        let problem = self.call.problem;
+        let partial = if self.splits > 1 {
+            (self.splits * batch * heads * rows) as u64 * problem.dim_v.next_multiple_of(4) as u64 * 4
+        } else {
+            0
+        };
+        self.call.largest_operand(self.slices).max(partial)
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let Problem { batch, heads_q, len_q, dim_v, .. } = *self.call.problem;
+        let mut planner = Planner { adapter: self.adapter, plan: Plan::default() };
+        planner.plan.bands = self.call.band_table();
+        // Partial outputs, folded rules, partial LSE.
+        let mut scratch = vec![16; 3];
+        if self.call.fold_rules {
+            let folded = checked_len(&self.call.folded_shape(self.slices))?;
+            scratch[1] = ((folded * 4) as u64).next_multiple_of(16).max(16);
+        }
+        if self.splits > 1 {
+            let rows = checked_len(&[self.splits, self.slices.batch, self.slices.heads, self.slices.rows])?;
+            scratch[0] = checked_len(&[rows, dim_v.next_multiple_of(4)])? as u64 * 4;
+            scratch[2] = (rows as u64 * 4).next_multiple_of(16);
+        }
+        for &bytes in &scratch {
+            check_buffer(self.adapter, "working memory", bytes)?;
+        }
+        planner.plan.scratch = scratch;
+        for b in Part::all(batch, self.slices.batch) {
+            for h in Part::all(heads_q, self.slices.heads) {
+                for i in Part::all(len_q, self.slices.rows) {
+                    self.slice(&mut planner, [b, h, i])?;
+                }
+            }
+        }
+        Ok(planner.plan)
+    }
+
+    fn slice(&self, planner: &mut Planner<'_>, at: [Part; 3]) -> Result<()> {
+        let Call { problem, operands, rules, align, .. } = self.call;
+        let [b, h, i] = at;
+        let group = problem.group();
+        let head_kv = h.grouped(group);
+        let every = |dim| Part { start: 0, count: dim };
+        let j = every(problem.len_k);
+        let q = window(operands.q, &[b, h, i, every(problem.dim_k)], 4, align);
+        let k = window(operands.k, &[b, head_kv, j, every(problem.dim_k)], 4, align);
+        let v = window(operands.v, &[b, head_kv, j, every(problem.dim_v)], 4, align);
+        let o = window(operands.output, &[b, h, i, every(problem.dim_v)], 4, align);
+        let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
+        let lse_at = window(&lse, &[b, h, i], 4, align);
+        let bound = self.call.bind_rules(planner, at, j, self.slices)?;
+
+        let split = self.splits > 1;
+        let rows = b.count * h.count * i.count;
+        // Where a split writes: row-major, apart from the others.
+        let row_stride = problem.dim_v.next_multiple_of(4);
+        let part = Layout::contiguous(&[b.count, h.count, i.count, row_stride])?.narrow(3, 0, problem.dim_v)?;
+        let to = if split { &part } else { operands.output };
+        let mut bindings = vec![
+            Binding { binding: 1, slot: Slot::Q, offset: q.offset, size: q.size },
+            Binding { binding: 2, slot: Slot::K, offset: k.offset, size: k.size },
+            Binding { binding: 8, slot: Slot::V, offset: v.offset, size: v.size },
+        ];
+        if split {
+            let sizes = [0, 2].map(|n| planner.plan.scratch[n]);
+            bindings.push(Binding { binding: 3, slot: Slot::Scratch(0), offset: 0, size: sizes[0] });
+            bindings.push(Binding { binding: 9, slot: Slot::Scratch(2), offset: 0, size: sizes[1] });
+        } else {
+            bindings.push(Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size });
+            if operands.lse {
+                bindings.push(Binding { binding: 9, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
+            }
+        }
+        bindings.extend(&bound.bindings);
+        let row_blocks = (group * i.count).div_ceil((self.tile.workgroup * self.tile.rows) as usize);
+        let wide = FlashWide {
+            q: is_wide(operands.q),
+            k: is_wide(operands.k),
+            v: is_wide(operands.v),
+            // Rows of a split are padded to whole vec4s.
+            o: if split { problem.dim_v.is_multiple_of(4) } else { is_wide(operands.output) },
+        };
+        let padded = [self.tile.depth4 as usize * 4 != problem.dim_k, self.tile.cols4 as usize * 4 != problem.dim_v];
+        let lse_strides = if split {
+            [(h.count * i.count) as u32, i.count as u32, rows as u32]
+        } else {
+            [lse.strides()[0] as u32, lse.strides()[1] as u32, 0]
+        };
+        planner.push(
+            catalogue::flash(self.tile, wide, padded, problem.softcap.is_some(), operands.lse || split, rules),
+            (b.count * head_kv.count * row_blocks * self.splits) as u64,
+            |workgroups| params::Flash {
+                q_strides: strides_used(operands.q),
+                k_strides: strides_used(operands.k),
+                v_strides: strides_used(operands.v),
+                o_strides: strides_used(to),
+                mask_a_strides: bound.masks[0].strides,
+                mask_b_strides: bound.masks[1].strides,
+                bias_strides: bound.bias.strides,
+                band: self.call.band(),
+                q_offset: q.first as u32,
+                k_offset: k.first as u32,
+                v_offset: v.first as u32,
+                o_offset: if split { 0 } else { o.first as u32 },
+                mask_a_offset: bound.masks[0].first,
+                mask_b_offset: bound.masks[1].first,
+                bias_offset: bound.bias.first,
+                mask_a_keeps: bound.masks[0].keeps,
+                mask_b_keeps: bound.masks[1].keeps,
+                batch_0: if problem.bands.len() > 1 { b.start as u32 } else { 0 },
+                row_0: i.start as u32,
+                key_0: 0,
+                heads_kv: head_kv.count as u32,
+                group: group as u32,
+                len_q: i.count as u32,
+                len_k: problem.len_k as u32,
+                ruled_keys: problem.ruled_keys() as u32,
+                dim_k: problem.dim_k as u32,
+                dim_v: problem.dim_v as u32,
+                row_blocks: row_blocks as u32,
+                splits: self.splits as u32,
+                keys_per_split: self.keys_per_split as u32,
+                o_split_stride: (rows * row_stride) as u32,
+                lse_offset: if split { 0 } else { lse_at.first as u32 },
+                lse_strides,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+                not_a_number: NOT_A_NUMBER,
+                scale: problem.scale,
+                softcap: problem.softcap.unwrap_or(1.0),
+            },
+            bindings,
+        )?;
+        if !split {
+            return Ok(());
+        }
+        let total = rows as u64 * problem.dim_v.div_ceil(4) as u64;
+        let sizes = [0, 2].map(|n| planner.plan.scratch[n]);
+        let mut bindings = vec![
+            Binding { binding: 1, slot: Slot::Scratch(0), offset: 0, size: sizes[0] },
+            Binding { binding: 2, slot: Slot::Scratch(2), offset: 0, size: sizes[1] },
+            Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
+        ];
+        if operands.lse {
+            bindings.push(Binding { binding: 4, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
+        }
+        planner.push(
+            catalogue::merge(operands.lse),
+            total.div_ceil(64),
+            |workgroups| params::Merge {
+                o_strides: strides_used(operands.output),
+                o_offset: o.first as u32,
+                lse_offset: lse_at.first as u32,
+                heads: h.count as u32,
+                len_q: i.count as u32,
+                rows: rows as u32,
+                splits: self.splits as u32,
+                dim: problem.dim_v as u32,
+                row_stride: row_stride as u32,
+                total: total as u32,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+                not_a_number: NOT_A_NUMBER,
+                lse_strides: [lse.strides()[0] as u32, lse.strides()[1] as u32, 1],
+                pad: 0,
+            },
+            bindings,
+        )
+    }
+}
+
+/// The tile for calls of `rows` rows per key/value head.
+fn tile(adapter: &Capabilities, rows: usize, dim_k: usize, dim_v: usize) -> FlashTile {
+    let workgroup: u32 = match adapter.class {
+        AdapterClass::Cpu => 8,
+        AdapterClass::Gpu => 64,
+    };
+    let workgroup = workgroup.min(adapter.max_invocations);
+    let share = match adapter.subgroup_min {
+        Some(8..) if workgroup >= 8 => 8,
+        Some(4..) if workgroup >= 4 => 4,
+        _ => 1,
+    };
+    let widest = dim_k.max(dim_v).div_ceil(4) as u32;
+    let keys = match widest {
+        ..=16 => 4,
+        17..=32 => 2,
+        _ => 1,
+    };
+    // Lanes share whole loads: keys · depth4 vec4s must divide evenly.
+    let step = (share / keys).max(1);
+    let [depth4, cols4] = [dim_k, dim_v].map(|dim| (dim.div_ceil(4) as u32).next_multiple_of(step));
+    let most_rows = match adapter.class {
+        AdapterClass::Cpu => (UNROLLED / (4 * keys * (depth4 + cols4))).max(1),
+        // Registers are few.
+        AdapterClass::Gpu => 1,
+    };
+    let wanted = match rows as u64 {
+        n if n >= 8 * u64::from(workgroup) => 4,
+        n if n > u64::from(workgroup) => 2,
+        _ => 1,
+    };
+    let rows = [4, 2, 1].into_iter().find(|&rows| rows <= most_rows.min(wanted)).unwrap_or(1);
+    FlashTile { workgroup, rows, keys, share, depth4, cols4 }
+}

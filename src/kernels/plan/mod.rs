@@ -1,0 +1,332 @@
+//! From a call to its steps: which variants run, over which parts of which buffers. Plain data,
+//! printable, testable on made-up adapters.
+//!
+//! Work that is larger than a limit is cut into slices: first along the batch, then heads, then query
+//! rows, then keys, so that every binding and every dispatch fits.
+
+mod flash;
+mod passes;
+mod project;
+mod softmax;
+
+pub use passes::attention;
+pub use project::project;
+pub use softmax::softmax;
+
+use bytemuck::Pod;
+
+use super::capabilities::{AdapterClass, Capabilities};
+use super::catalogue::{Tile, Variant};
+use crate::error::{Error, Result};
+use crate::problem::{Layout, MaskMeaning, ScoreStage};
+
+/// A buffer of a plan. The caller of a plan says which real buffer stands behind each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// Queries, or the input of a projection or copy.
+    Q,
+    /// Keys, or the weight of a projection.
+    K,
+    /// Values.
+    V,
+    /// The n-th boolean mask.
+    Mask(usize),
+    /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
+    Bias(usize),
+    /// The band table, one `vec4<i32>` per batch entry.
+    Bands,
+    /// The result.
+    Output,
+    /// Log-sum-exp.
+    Lse,
+    /// Weights per head.
+    Weights,
+    /// Weights averaged over heads.
+    Averaged,
+    /// Scores at the stage asked for.
+    Stage,
+    /// Working memory, sizes in [`Plan::scratch`].
+    Scratch(usize),
+}
+
+/// A part of a buffer bound to a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// The `@binding` number.
+    pub binding: u32,
+    /// The buffer.
+    pub slot: Slot,
+    /// First byte, a multiple of the adapter's offset alignment.
+    pub offset: u64,
+    /// Bytes, a multiple of 16; a smaller buffer's end bounds it.
+    pub size: u64,
+}
+
+/// One dispatch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// The kernel.
+    pub variant: Variant,
+    /// The uniform block.
+    pub params: Vec<u8>,
+    /// The storage buffers.
+    pub bindings: Vec<Binding>,
+    /// Workgroups in x and y.
+    pub workgroups: [u32; 2],
+}
+
+/// The steps of a call and the memory they need.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// Bytes of each working buffer.
+    pub scratch: Vec<u64>,
+    /// Where per-head weights lie: rows padded to whole vec4s.
+    pub weights: Option<Layout>,
+    /// Where averaged weights lie, likewise.
+    pub averaged: Option<Layout>,
+    /// Where the scores of a stage lie, likewise.
+    pub stage: Option<Layout>,
+    /// The band table, when bands differ within the batch.
+    pub bands: Vec<[i32; 4]>,
+}
+
+/// The operands of an attention call: four axes each, masks and biases broadcast to
+/// [`Problem::mask_shape`].
+#[derive(Clone, Debug)]
+pub struct AttentionOperands<'a> {
+    /// `[b, hq, i, d]`
+    pub q: &'a Layout,
+    /// `[b, hkv, j, d]`
+    pub k: &'a Layout,
+    /// `[b, hkv, j, d]`
+    pub v: &'a Layout,
+    /// `[b, hq, i, d]`
+    pub output: &'a Layout,
+    /// Boolean masks.
+    pub masks: Vec<(&'a Layout, MaskMeaning)>,
+    /// Additive biases.
+    pub biases: Vec<&'a Layout>,
+    /// Whether to write the LSE.
+    pub lse: bool,
+    /// Whether to keep the weights per head.
+    pub weights: bool,
+    /// Whether to average the weights over heads.
+    pub averaged: bool,
+    /// Scores to write out. [`ScoreStage::Weights`] is `weights`.
+    pub stage: Option<ScoreStage>,
+    /// Which kernels to use.
+    pub method: Method,
+}
+
+/// Which kernels compute a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Method {
+    /// Fused wherever it can be. Weights and scores that are asked for are computed beside it.
+    #[default]
+    Auto,
+    /// Scores, softmax and weighted sum one after the other.
+    ThreePasses,
+    /// The output from one kernel that holds no scores; an error where that cannot be.
+    Fused,
+}
+
+const MINUS_INFINITY: u32 = 0xff80_0000;
+const NOT_A_NUMBER: u32 = 0x7fc0_0000;
+/// A binding that is never read.
+const NOTHING: Binding = Binding { binding: 1, slot: Slot::Scratch(0), offset: 0, size: 16 };
+
+/// `count` entries of an axis from `start` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    start: usize,
+    count: usize,
+}
+
+impl Part {
+    /// `total` cut into parts of at most `size`.
+    fn all(total: usize, size: usize) -> impl Iterator<Item = Part> {
+        let size = size.max(1);
+        (0..total.div_ceil(size)).map(move |n| Part { start: n * size, count: size.min(total - n * size) })
+    }
+
+    /// The part of another axis that `each` of these entries share one of.
+    fn grouped(self, each: usize) -> Part {
+        let start = self.start / each;
+        Part { start, count: (self.start + self.count).div_ceil(each) - start }
+    }
+
+    /// Cut off at `end`.
+    fn within(self, end: usize) -> Part {
+        let start = self.start.min(end);
+        Part { start, count: (self.start + self.count).min(end) - start }
+    }
+}
+
+/// A part of a strided operand as a binding: bytes, and where element 0 of the part lies in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Window {
+    offset: u64,
+    size: u64,
+    first: u64,
+}
+
+fn window(layout: &Layout, parts: &[Part], element: u64, alignment: u64) -> Window {
+    let mut start = layout.offset() as u64;
+    let mut extent = 1u64;
+    for (part, &stride) in parts.iter().zip(layout.strides()) {
+        start += part.start as u64 * stride as u64;
+        extent += part.count.saturating_sub(1) as u64 * stride as u64;
+    }
+    let offset = start * element / alignment * alignment;
+    let first = start - offset / element;
+    Window { offset, size: ((first + extent) * element).next_multiple_of(16), first }
+}
+
+/// True when rows may be read four elements at a time.
+fn is_wide(layout: &Layout) -> bool {
+    let (&dim, lead) = layout.shape().split_last().expect("four axes");
+    let (&step, strides) = layout.strides().split_last().expect("four axes");
+    let used = lead.iter().zip(strides).filter(|&(&n, _)| n > 1);
+    dim.is_multiple_of(4)
+        && dim > 0
+        && step == 1
+        && layout.offset().is_multiple_of(4)
+        && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
+}
+
+fn strides4(layout: &Layout) -> [u32; 4] {
+    let mut out = [0; 4];
+    for (to, (&stride, &n)) in out.iter_mut().zip(layout.strides().iter().zip(layout.shape())) {
+        // The stride of an axis of length 1 is never used, and may be anything.
+        *to = if n > 1 { stride as u32 } else { 0 };
+    }
+    out
+}
+
+fn rows_padded(shape: &[usize]) -> Result<Layout> {
+    let (&width, lead) = shape.split_last().expect("a last axis");
+    let mut padded = shape.to_vec();
+    padded[lead.len()] = width.next_multiple_of(4);
+    Layout::contiguous(&padded)?.narrow(lead.len(), 0, width)
+}
+
+/// Bytes of the buffer behind a tensor of rows padded to whole vec4s.
+pub fn padded_bytes(layout: &Layout) -> u64 {
+    (layout.end() as u64 * 4).next_multiple_of(16)
+}
+
+struct Planner<'a> {
+    adapter: &'a Capabilities,
+    plan: Plan,
+}
+
+impl Planner<'_> {
+    fn push<P: Pod>(
+        &mut self,
+        variant: Variant,
+        workgroups: u64,
+        params: impl FnOnce(u32) -> P,
+        bindings: Vec<Binding>,
+    ) -> Result<()> {
+        let adapter = self.adapter;
+        let most = u64::from(adapter.max_workgroups);
+        let y = workgroups.div_ceil(most);
+        let x = workgroups.div_ceil(y.max(1));
+        let too_many =
+            |what: String, needs: String| Error::Unsupported { what, adapter: adapter.adapter.clone(), needs };
+        if y > most || workgroups > u64::from(u32::MAX) {
+            return Err(too_many(format!("{} with {workgroups} workgroups", variant.name), "fewer workgroups".into()));
+        }
+        if bindings.len() as u32 > adapter.max_storage_buffers {
+            return Err(too_many(
+                variant.name.clone(),
+                format!("{} storage buffers, {} are offered", bindings.len(), adapter.max_storage_buffers),
+            ));
+        }
+        if variant.workgroup_memory() > adapter.workgroup_memory {
+            return Err(too_many(
+                variant.name.clone(),
+                format!(
+                    "{} bytes of workgroup memory, {} are offered",
+                    variant.workgroup_memory(),
+                    adapter.workgroup_memory
+                ),
+            ));
+        }
+        for binding in &bindings {
+            if binding.size > adapter.max_binding {
+                return Err(too_many(
+                    format!("{}: a binding of {} bytes that cannot be split further", variant.name, binding.size),
+                    format!("at most {} bytes per binding", adapter.max_binding),
+                ));
+            }
+        }
+        if workgroups > 0 {
+            let params = bytemuck::bytes_of(&params(workgroups as u32)).to_vec();
+            self.plan.steps.push(Step { variant, params, bindings, workgroups: [x as u32, y as u32] });
+        }
+        Ok(())
+    }
+
+    fn tile(&self, rows: usize, depth4: usize) -> Tile {
+        let adapter = self.adapter;
+        let (workgroup, most_depth) = match adapter.class {
+            // One SIMD vector of lanes, many registers.
+            AdapterClass::Cpu => (8, 16),
+            AdapterClass::Gpu => (64, 8),
+        };
+        let workgroup = workgroup.min(adapter.max_invocations);
+        let chunks = depth4.div_ceil(most_depth).max(1);
+        let depth4 = depth4.div_ceil(chunks).max(1) as u32;
+        let share = match adapter.subgroup_min {
+            // Lanes share whole loads: 4 · depth4 vec4s must divide evenly.
+            Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
+            Some(4..) if workgroup >= 4 => 4,
+            _ => 1,
+        };
+        // More rows per invocation reuse each load more often, and take as much longer to compile: a
+        // small call is done before that pays.
+        let rows = match rows as u64 {
+            n if n >= 8 * u64::from(workgroup) => 4,
+            n if n > u64::from(workgroup) => 2,
+            _ => 1,
+        };
+        Tile { workgroup, rows, share, depth4 }
+    }
+
+    /// Pieces to cut one axis of the work into, so that all cores find work.
+    fn pieces(&self, workgroups: u64, axis: usize, least: usize) -> usize {
+        let target = match self.adapter.class {
+            AdapterClass::Cpu => 64,
+            AdapterClass::Gpu => 2048,
+        };
+        let wanted = target / workgroups.max(1);
+        (wanted.max(1) as usize).min(axis.div_ceil(least)).max(1)
+    }
+}
+
+fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {
+    let too_large = |limit_name, limit| Error::TooLarge {
+        what: what.into(),
+        needed,
+        limit_name,
+        limit,
+        adapter: adapter.adapter.clone(),
+    };
+    if needed > adapter.max_buffer {
+        return Err(too_large("the largest buffer", adapter.max_buffer));
+    }
+    match adapter.memory {
+        Some(memory) if needed > memory => Err(too_large("the memory", memory)),
+        _ => Ok(()),
+    }
+}
+
+/// Strides for an operand whose last axis is walked in fours, beyond its end too.
+fn strides_used(layout: &Layout) -> [u32; 4] {
+    let mut out = strides4(layout);
+    out[3] = layout.strides()[3] as u32;
+    out
+}

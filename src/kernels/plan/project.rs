@@ -1,0 +1,143 @@
+//! The projections of a layer.
+
+use super::super::capabilities::Capabilities;
+use super::super::catalogue;
+use super::super::params;
+use super::{Binding, Part, Plan, Planner, Slot, check_buffer, is_wide, padded_bytes, window};
+use crate::error::{Result, shape_error};
+use crate::problem::Layout;
+
+/// `Y = X·Wᵀ + b` with rows appended: X `[b, l, in]` (Q), W `[out, in]` (K), b `[out]` (Bias 0), extra
+/// rows (Bias 1, 2, …; `None`: zeros), Y `[b, l + extra, out]` row-major (Output).
+pub fn project(
+    x: &Layout,
+    w: &Layout,
+    bias: Option<&Layout>,
+    extra: &[Option<&Layout>],
+    adapter: &Capabilities,
+) -> Result<Plan> {
+    let (&[batch, len, dim_in], &[dim_out, dim_w]) = (x.shape(), w.shape()) else {
+        return Err(shape_error!(
+            "a projection needs X [b, l, in] and W [out, in], not {:?} and {:?}",
+            x.shape(),
+            w.shape()
+        ));
+    };
+    if dim_in != dim_w {
+        return Err(shape_error!("X {:?} is {dim_in} wide but W {:?} takes {dim_w}", x.shape(), w.shape()));
+    }
+    let y = Layout::contiguous(&[batch, len + extra.len(), dim_out])?;
+    check_buffer(adapter, "a projection", padded_bytes(&y))?;
+    let mut planner = Planner { adapter, plan: Plan::default() };
+    let align = adapter.offset_alignment;
+    let mut size = [batch, len, dim_out];
+    let every_in = Part { start: 0, count: dim_in };
+    loop {
+        let [b, l, o] = size.map(|count| Part { start: 0, count });
+        let largest = window(x, &[b, l, every_in], 4, align)
+            .size
+            .max(window(w, &[o, every_in], 4, align).size)
+            .max(window(&y, &[b, l, o], 4, align).size)
+            + align;
+        if largest <= adapter.max_binding || size == [1, 1, 1] || batch * len * dim_out == 0 {
+            break;
+        }
+        let w_too_large = window(w, &[o, every_in], 4, align).size + align > adapter.max_binding;
+        let axis = if w_too_large && size[2] > 1 { 2 } else { (0..3).find(|&axis| size[axis] > 1).unwrap_or(2) };
+        size[axis] = size[axis].div_ceil(2);
+        if axis == 2 && size[2] > 4 {
+            size[2] = size[2].next_multiple_of(4);
+        }
+    }
+    for b in Part::all(batch, size[0]) {
+        for l in Part::all(len, size[1]) {
+            for o in Part::all(dim_out, size[2]) {
+                let x_at = window(x, &[b, l, every_in], 4, align);
+                let w_at = window(w, &[o, every_in], 4, align);
+                let y_at = window(&y, &[b, l, o], 4, align);
+                let rows = b.count * l.count;
+                let dim4 = dim_in.div_ceil(4);
+                let tile = planner.tile(rows, dim4);
+                let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
+                let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
+                let out_blocks = planner.pieces(row_blocks as u64, o.count, 64);
+                let outs_per_block = o.count.div_ceil(out_blocks).next_multiple_of(4);
+                let out_blocks = o.count.div_ceil(outs_per_block);
+                let mut bindings = vec![
+                    Binding { binding: 1, slot: Slot::Q, offset: x_at.offset, size: x_at.size },
+                    Binding { binding: 2, slot: Slot::K, offset: w_at.offset, size: w_at.size },
+                    Binding { binding: 3, slot: Slot::Output, offset: y_at.offset, size: y_at.size },
+                ];
+                let mut bias_at = (0, 0);
+                if let Some(layout) = bias {
+                    let at = window(layout, &[o], 4, align);
+                    bias_at = (at.first as u32, layout.strides()[0] as u32);
+                    bindings.push(Binding { binding: 4, slot: Slot::Bias(0), offset: at.offset, size: at.size });
+                }
+                let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
+                let stride = |layout: &Layout, axis: usize| layout.strides()[axis] as u32;
+                planner.push(
+                    catalogue::project(
+                        tile,
+                        is_wide(x),
+                        is_wide(w),
+                        wide_y,
+                        chunks * tile.depth4 as usize != dim4,
+                        bias.is_some(),
+                    ),
+                    row_blocks as u64 * out_blocks as u64,
+                    |workgroups| params::Project {
+                        x_strides: [stride(x, 0), stride(x, 1), stride(x, 2), 0],
+                        w_strides: [stride(w, 0), stride(w, 1), 0, 0],
+                        y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
+                        x_offset: x_at.first as u32,
+                        w_offset: w_at.first as u32,
+                        y_offset: y_at.first as u32,
+                        bias_offset: bias_at.0,
+                        bias_stride: bias_at.1,
+                        rows: rows as u32,
+                        len: l.count as u32,
+                        dim_in: dim_in as u32,
+                        dim_out: o.count as u32,
+                        chunks: chunks as u32,
+                        row_blocks: row_blocks as u32,
+                        out_blocks: out_blocks as u32,
+                        outs_per_block: outs_per_block as u32,
+                        workgroups,
+                        pad_0: 0,
+                        pad_1: 0,
+                    },
+                    bindings,
+                )?;
+            }
+        }
+    }
+    for (n, row) in extra.iter().enumerate() {
+        for b in Part::all(batch, size[0]) {
+            let at = window(&y, &[b, Part { start: len + n, count: 1 }, Part { start: 0, count: dim_out }], 4, align);
+            let mut bindings = vec![Binding { binding: 1, slot: Slot::Output, offset: at.offset, size: at.size }];
+            let mut row_at = (0, 0);
+            if let Some(layout) = row {
+                let at = window(layout, &[Part { start: 0, count: dim_out }], 4, align);
+                row_at = (at.first as u32, layout.strides()[0] as u32);
+                bindings.push(Binding { binding: 2, slot: Slot::Bias(1 + n), offset: at.offset, size: at.size });
+            }
+            planner.push(
+                catalogue::append(row.is_none()),
+                (b.count as u64 * dim_out as u64).div_ceil(64),
+                |workgroups| params::Append {
+                    y_offset: at.first as u32,
+                    y_batch_stride: y.strides()[0] as u32,
+                    row_offset: row_at.0,
+                    row_stride: row_at.1,
+                    width: dim_out as u32,
+                    batch: b.count as u32,
+                    workgroups,
+                    pad: 0,
+                },
+                bindings,
+            )?;
+        }
+    }
+    Ok(planner.plan)
+}
