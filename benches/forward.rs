@@ -67,7 +67,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let v = Tensor::from_slice(&device, &[b, hkv, skv, d], &noise(b * hkv * skv * d, 3))?;
         let visible: usize = if causal { (0..sq).map(|i| (i + 1).min(skv)).sum() } else { sq * skv };
         let flops = 4.0 * (b * hq * visible * d) as f64;
-        for (what, weights) in [("", Weights::None)] {
+        for (what, weights) in [("", Weights::None), ("+weights", Weights::PerHead)] {
             let mut attention = Attention::new().weights(weights);
             if causal {
                 attention = attention.causal(Align::TopLeft);
@@ -78,7 +78,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             });
             println!(
                 "{:<12} {first:>12.1} {best:>12.2} {ms:>12.2} {:>10.1}",
-                format!("{name}{what}"),
+                format!("{name} {what}"),
                 flops / ms / 1e6
             );
         }

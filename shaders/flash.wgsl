@@ -345,7 +345,7 @@ fn main(
     var total: array<f32, ROWS>;
     // The largest bits, without sign, of a score that was seen: NaN and +∞ make a row NaN. Bits, since
     // drivers differ on NaN in max and exp2.
-    var worst: array<vec4<u32>, ROWS>;
+    var worst: array<u32, ROWS>;
     var found = vec4<bool>();
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
@@ -382,13 +382,22 @@ fn main(
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
             var scores = finish(weight[r], b, head[r], query[r], j, end, band);
-            worst[r] = max(worst[r], select(vec4<u32>(), bitcast<vec4<u32>>(scores.x) & vec4<u32>(0x7fffffffu), scores.seen));
             scores.x = select(vec4<f32>(LEAST), scores.x, scores.seen);
-            let highest = max(peak[r], max(max(scores.x.x, scores.x.y), max(scores.x.z, scores.x.w)));
+            var highest = peak[r];
+            // @unroll
+            for (var c = 0u; c < KEYS; c++) {
+                worst[r] = max(worst[r], select(0u, bitcast<u32>(scores.x[c]) & 0x7fffffffu, scores.seen[c]));
+                highest = max(highest, scores.x[c]);
+            }
             factor[r] = exp2(max((peak[r] - highest) * LOG2_E, -200.0));
             peak[r] = highest;
             weight[r] = weigh(scores, highest);
-            total[r] = total[r] * factor[r] + ((weight[r].x + weight[r].y) + (weight[r].z + weight[r].w));
+            var added = 0.0;
+            // @unroll
+            for (var c = 0u; c < KEYS; c++) {
+                added += weight[r][c];
+            }
+            total[r] = total[r] * factor[r] + added;
         }
         // @unroll
         for (var d = 0u; d < COLS4; d++) {
@@ -422,7 +431,7 @@ fn main(
     for (var r = 0u; r < ROWS; r++) {
         o_base[r] = params.o_offset + b * params.o_strides.x + head[r] * params.o_strides.y
             + query[r] * params.o_strides.z + split * params.o_split_stride;
-        let is_nan = any(worst[r] >= vec4<u32>(0x7f800000u));
+        let is_nan = worst[r] >= 0x7f800000u;
         // A row without visible keys has total 0 and stays 0.
         divisor[r] = select(select(1.0 / total[r], 0.0, total[r] == 0.0), nan, is_nan);
         if (row + r < rows) {
@@ -441,10 +450,8 @@ fn main(
     // @block any_not_finite
     let careful = any(found);
     // @end
-    if (!careful) {
-        return;
-    }
-    for (var r = 0u; r < min(ROWS, rows - min(row, rows)); r++) {
+    let repairs = select(0u, min(ROWS, rows - min(row, rows)), careful);
+    for (var r = 0u; r < repairs; r++) {
         var h = 0u;
         var i = 0u;
         var at = 0u;
@@ -461,14 +468,15 @@ fn main(
             }
         }
         let q_base = params.q_offset + b * params.q_strides.x + h * params.q_strides.y + i * params.q_strides.z;
-        for (var d = 0u; d < COLS4; d++) {
+        // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
+        for (var d = 0u; d < (params.dim_v + 3u) / 4u; d++) {
             var term = vec4<f32>();
             var sees = false;
             for (var j = start; j < end; j++) {
                 let value = load_v(v_base + j * params.v_strides.z, d);
                 if (any(not_finite(value)) && visible(b, h, i, j, band)) {
                     var part = 0.0;
-                    for (var e = 0u; e < DEPTH4; e++) {
+                    for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
                         part += dot(load_q(q_base, e), load_k(k_base + j * params.k_strides.z, e));
                     }
                     let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band), row_peak).x * row_divisor;

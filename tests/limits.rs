@@ -4,7 +4,7 @@ mod kit;
 
 use kit::{Call, Order, gpus};
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
-use wgpu_attention::kernels::{AdapterClass, Capabilities, Plan, Slot};
+use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::{Attention, Device, Error, Gpu, MultiHeadAttention, MultiHeadConfig, Tensor, Weights, wgpu};
 
@@ -14,7 +14,8 @@ fn problem(q: [usize; 4], k: [usize; 4]) -> Problem {
     Problem::new(&q, &k, &k, None, None, &Positions::default(), 0).unwrap()
 }
 
-/// Plans a plain call with `masks` boolean masks and `biases` biases of full size.
+/// Plans a plain call with `masks` boolean masks and `biases` biases of full size in three passes; what
+/// fits them must fit with fused kernels too, by themselves or because planning falls back.
 fn plan(
     q: [usize; 4],
     k: [usize; 4],
@@ -25,7 +26,7 @@ fn plan(
     let problem = problem(q, k);
     let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
     let full = Layout::contiguous(&problem.mask_shape()).unwrap();
-    let operands = AttentionOperands {
+    let passes = AttentionOperands {
         q: &q,
         k: &k,
         v: &k,
@@ -36,8 +37,13 @@ fn plan(
         weights: false,
         averaged: false,
         stage: None,
+        method: Method::ThreePasses,
     };
-    plan::attention(&problem, &operands, adapter)
+    let planned = plan::attention(&problem, &passes, adapter);
+    if planned.is_ok() {
+        check(&plan::attention(&problem, &AttentionOperands { method: Method::Auto, ..passes }, adapter)?, adapter);
+    }
+    planned
 }
 
 /// What must hold of every plan on every adapter.

@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::reference::{self, Inputs, Outputs, View};
-use wgpu_attention::{Align, Attended, Attention, Device, Gpu, GpuOptions, Mask, Tensor, Weights};
+use wgpu_attention::{Align, Attended, Attention, Device, Gpu, GpuOptions, Mask, Method, Tensor, Weights};
 
 /// Every adapter, each with and without its subgroup kernels, and the CPU backend. No adapter at all
 /// is a failure: `./test` installs a software one.
@@ -254,6 +254,14 @@ impl Call {
         // Asking for less changes no bit of the output.
         let bare = self.run(device, &data, self.attention()).unwrap();
         assert_eq!(bits(&bare.output.download().unwrap()), bits(&output), "{}", what("output without weights"));
+
+        // The taught method gives the same within tolerance.
+        if device.gpu().is_some() {
+            let taught = self.attention().lse(true).method(Method::ThreePasses);
+            let taught = self.run(device, &data, taught).unwrap();
+            assert_close(&what("output in three passes"), &taught.output.download().unwrap(), &truth.output, tolerance);
+            assert_close(&what("lse in three passes"), &taught.lse.unwrap().download().unwrap(), &truth.lse, tolerance);
+        }
 
         let averaged = self.run(device, &data, self.attention().weights(Weights::Averaged)).unwrap();
         let [batch, heads, len_q, _] = self.q;

@@ -13,8 +13,8 @@ use crate::problem::{Layout, Problem, checked_len};
 
 /// The widest head whose rows fit registers.
 const MOST_DIM: usize = 512;
-/// Multiply-adds that an invocation writes out per step: more take longer to compile than they gain.
-const UNROLLED: u32 = 2048;
+/// vec4s of Q and O that an invocation of a software adapter keeps: more take seconds to compile.
+const KEPT: u32 = 128;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
 
@@ -296,6 +296,8 @@ fn tile(adapter: &Capabilities, rows: usize, dim_k: usize, dim_v: usize) -> Flas
     };
     let widest = dim_k.max(dim_v).div_ceil(4) as u32;
     let keys = match widest {
+        // Where every lane loads for itself, the loads outweigh all else.
+        _ if share == 1 && adapter.class == AdapterClass::Cpu => 1,
         ..=16 => 4,
         17..=32 => 2,
         _ => 1,
@@ -304,7 +306,7 @@ fn tile(adapter: &Capabilities, rows: usize, dim_k: usize, dim_v: usize) -> Flas
     let step = (share / keys).max(1);
     let [depth4, cols4] = [dim_k, dim_v].map(|dim| (dim.div_ceil(4) as u32).next_multiple_of(step));
     let most_rows = match adapter.class {
-        AdapterClass::Cpu => (UNROLLED / (4 * keys * (depth4 + cols4))).max(1),
+        AdapterClass::Cpu => (KEPT / (depth4 + cols4)).max(1),
         // Registers are few.
         AdapterClass::Gpu => 1,
     };
