@@ -3,6 +3,8 @@
 
 const WORKGROUP: u32 = 64u;
 
+alias XElem = f32;
+
 struct Params {
     x_strides: vec4<u32>,
     shape: vec4<u32>,
@@ -17,8 +19,14 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<XElem>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
+
+// @block element
+fn element(at: u32) -> f32 {
+    return x[at];
+}
+// @end
 
 @compute @workgroup_size(WORKGROUP)
 fn main(
@@ -37,7 +45,7 @@ fn main(
     let b = (row / params.shape.z) % params.shape.y;
     let a = row / (params.shape.z * params.shape.y);
     if (j < params.shape.w) {
-        y[params.y_offset + flat] = x[params.x_offset + dot(params.x_strides, vec4<u32>(a, b, c, j))];
+        y[params.y_offset + flat] = element(params.x_offset + dot(params.x_strides, vec4<u32>(a, b, c, j)));
     } else {
         y[params.y_offset + flat] = bitcast<f32>(params.fill);
     }

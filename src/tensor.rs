@@ -5,17 +5,20 @@ use std::sync::Arc;
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::GpuBuffer;
+use crate::kernels::Operand;
 use crate::problem::{Dtype, Element, Layout, checked_len};
 
 /// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
 ///
-/// Floats are held as f32; a tensor made from f16 or bf16 values remembers it, and so do the results
-/// computed from it: they come back rounded to that type.
+/// On an adapter f16 and bf16 values are held as such, two to a word; on the CPU backend as f32. Results
+/// computed from them come back rounded to that type, whatever they were held in.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     storage: Storage,
     layout: Layout,
     dtype: Dtype,
+    /// What the buffer holds: `dtype`, or f32 to be rounded to it.
+    stored: Dtype,
 }
 
 #[derive(Clone, Debug)]
@@ -39,13 +42,13 @@ impl Tensor {
     /// Uploads `data` (f32, f16 or bf16), row-major.
     pub fn from_slice<T: Element>(device: impl Into<Device>, shape: &[usize], data: &[T]) -> Result<Tensor> {
         check_len(shape, data.len())?;
-        let floats: Vec<f32> = data.iter().map(|x| x.to_f32()).collect();
-        let storage = match device.into() {
-            Device::Gpu(gpu) => Storage::Gpu(gpu.upload("tensor", bytemuck::cast_slice(&floats))?),
+        let layout = Layout::contiguous(shape)?;
+        let (storage, stored) = match device.into() {
+            Device::Gpu(gpu) => (Storage::Gpu(gpu.upload("tensor", bytemuck::cast_slice(data))?), T::DTYPE),
             #[cfg(feature = "cpu")]
-            Device::Cpu => Storage::Cpu(floats.into()),
+            Device::Cpu => (Storage::Cpu(data.iter().map(|x| x.to_f32()).collect()), Dtype::F32),
         };
-        Ok(Tensor { storage, layout: Layout::contiguous(shape)?, dtype: T::DTYPE })
+        Ok(Tensor { storage, layout, dtype: T::DTYPE, stored })
     }
 
     /// Uploads a boolean tensor, one byte per element. What true means is said by [`Mask`](crate::Mask).
@@ -57,11 +60,11 @@ impl Tensor {
             #[cfg(feature = "cpu")]
             Device::Cpu => Storage::CpuBool(bytes.into()),
         };
-        Ok(Tensor { storage, layout: Layout::contiguous(shape)?, dtype: Dtype::Bool })
+        Ok(Tensor { storage, layout: Layout::contiguous(shape)?, dtype: Dtype::Bool, stored: Dtype::Bool })
     }
 
-    /// A view of the caller's own buffer: f32 elements (or bytes packed four to a word for
-    /// [`Dtype::Bool`]), usage `STORAGE`, and `COPY_SRC` if it is to be downloaded.
+    /// A view of the caller's own buffer: elements of `dtype`, packed (halves two to a word, [`Dtype::Bool`]
+    /// one to a byte), strides and offset in elements; usage `STORAGE`, and `COPY_SRC` if it is to be downloaded.
     pub fn from_wgpu(
         gpu: &crate::Gpu,
         buffer: &wgpu::Buffer,
@@ -75,17 +78,17 @@ impl Tensor {
         }
         let available = (buffer.size() / dtype.stored_size()) as usize;
         let layout = Layout::strided(shape, strides, offset, available)?;
-        Ok(Tensor { storage: Storage::Gpu(gpu.adopt(buffer)), layout, dtype })
+        Ok(Tensor { storage: Storage::Gpu(gpu.adopt(buffer)), layout, dtype, stored: dtype })
     }
 
     #[cfg(feature = "cpu")]
     pub(crate) fn from_cpu(data: Vec<f32>, layout: Layout, dtype: Dtype) -> Tensor {
         debug_assert!(layout.end() <= data.len());
-        Tensor { storage: Storage::Cpu(data.into()), layout, dtype }
+        Tensor { storage: Storage::Cpu(data.into()), layout, dtype, stored: Dtype::F32 }
     }
 
-    pub(crate) fn from_gpu(buffer: GpuBuffer, layout: Layout, dtype: Dtype) -> Tensor {
-        Tensor { storage: Storage::Gpu(buffer), layout, dtype }
+    pub(crate) fn from_gpu(buffer: GpuBuffer, layout: Layout, dtype: Dtype, stored: Dtype) -> Tensor {
+        Tensor { storage: Storage::Gpu(buffer), layout, dtype, stored }
     }
 
     /// Where it lives.
@@ -108,6 +111,14 @@ impl Tensor {
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
+    /// What the buffer holds.
+    pub(crate) fn stored(&self) -> Dtype {
+        self.stored
+    }
+    /// What kernels need to know of it.
+    pub(crate) fn operand(&self) -> Operand<'_> {
+        Operand { layout: &self.layout, stored: self.stored }
+    }
     pub(crate) fn storage(&self) -> &Storage {
         &self.storage
     }
@@ -122,7 +133,7 @@ impl Tensor {
     }
 
     pub(crate) fn with_layout(&self, layout: Layout) -> Tensor {
-        Tensor { storage: self.storage.clone(), layout, dtype: self.dtype }
+        Tensor { storage: self.storage.clone(), layout, dtype: self.dtype, stored: self.stored }
     }
 
     /// The axes in another order: `[batch, len, heads, dim]` to `[batch, heads, len, dim]` is `[0, 2, 1, 3]`.
@@ -184,7 +195,11 @@ impl Tensor {
         };
         match &self.storage {
             Storage::Gpu(buffer) => {
-                buffer.read(start as u64 * 4..end as u64 * 4, |bytes| gather(bytemuck::cast_slice(bytes))).await
+                let size = self.stored.stored_size();
+                // Copies are of whole words.
+                let (from, to) = (start as u64 * size / 4 * 4, (end as u64 * size).next_multiple_of(4));
+                let skipped = start - (from / size) as usize;
+                buffer.read(from..to, |bytes| gather(&self.stored.floats(bytes)[skipped..])).await
             }
             #[cfg(feature = "cpu")]
             Storage::Cpu(data) => Ok(gather(&data[start..end])),

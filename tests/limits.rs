@@ -27,10 +27,10 @@ fn plan(
     let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
     let full = Layout::contiguous(&problem.mask_shape()).unwrap();
     let passes = AttentionOperands {
-        q: &q,
-        k: &k,
-        v: &k,
-        output: &q,
+        q: (&q).into(),
+        k: (&k).into(),
+        v: (&k).into(),
+        output: (&q).into(),
         masks: vec![(&full, MaskMeaning::Keep); masks],
         biases: vec![&full; biases],
         lse: true,

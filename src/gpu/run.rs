@@ -7,8 +7,9 @@ use super::{Gpu, lock};
 use crate::attention::{Attended, Operands, Wanted, Weights};
 use crate::device::Device;
 use crate::error::{Result, value_error};
+use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, padded_bytes};
-use crate::kernels::{Plan, Slot, Step, Variant};
+use crate::kernels::{Operand, Plan, Slot, Step, Variant};
 use crate::problem::{Dtype, Layout, Problem, ScoreStage};
 use crate::tensor::{Storage, Tensor};
 
@@ -121,8 +122,37 @@ impl Recording {
         &self.device
     }
 
+    /// A new tensor of f32 that is rounded to `dtype` on download.
     fn output(&self, what: &str, layout: Layout, bytes: u64, dtype: Dtype) -> Result<Tensor> {
-        Ok(Tensor::from_gpu(self.gpu.allocate(what, bytes, Purpose::Call)?, layout, dtype))
+        Ok(Tensor::from_gpu(self.gpu.allocate(what, bytes, Purpose::Call)?, layout, dtype, Dtype::F32))
+    }
+
+    /// The same values in a buffer of f32, for kernels that read nothing else.
+    fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
+        if matches!(x.stored(), Dtype::F32 | Dtype::Bool) {
+            return Ok(x.clone());
+        }
+        // What is repeated along an axis is widened once.
+        let mut once = x.layout().clone();
+        for axis in 0..once.rank() {
+            if once.strides()[axis] == 0 && once.shape()[axis] > 1 {
+                once = once.narrow(axis, 0, 1)?;
+            }
+        }
+        let layout = Layout::contiguous(once.shape())?;
+        let mut four = once;
+        while four.rank() < 4 {
+            four = four.unsqueeze(0)?;
+        }
+        let plan = plan::widen(Operand { layout: &four, stored: x.stored() }, &self.gpu.0.capabilities)?;
+        let bytes = padded_bytes(&layout);
+        let wide = self.output("a tensor widened to f32", layout, bytes, x.dtype())?;
+        self.add(plan, |slot| match slot {
+            Slot::Q => Some(buffer_of(x).clone()),
+            Slot::Output => Some(buffer_of(&wide).clone()),
+            _ => None,
+        })?;
+        Ok(wide.with_layout(wide.layout().broadcast_to(x.shape())?))
     }
 
     fn add(&mut self, plan: Plan, find: impl Fn(Slot) -> Option<GpuBuffer>) -> Result<()> {
@@ -158,8 +188,16 @@ impl Recording {
         bias: Option<&Tensor>,
         extra: &[Option<&Tensor>],
     ) -> Result<Tensor> {
+        let bias = bias.map(|bias| self.widened(bias)).transpose()?;
+        let bias = bias.as_ref();
+        let extra = extra
+            .iter()
+            .map(|row| row.map(|row| self.widened(row)).transpose())
+            .collect::<Result<Vec<Option<Tensor>>>>()?;
+        let extra: Vec<Option<&Tensor>> = extra.iter().map(Option::as_ref).collect();
         let layouts: Vec<Option<&Layout>> = extra.iter().map(|row| row.map(Tensor::layout)).collect();
-        let plan = plan::project(x.layout(), w.layout(), bias.map(Tensor::layout), &layouts, &self.gpu.0.capabilities)?;
+        let plan =
+            plan::project(x.operand(), w.operand(), bias.map(Tensor::layout), &layouts, &self.gpu.0.capabilities)?;
         let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
         let layout = Layout::contiguous(&shape)?;
         let bytes = padded_bytes(&layout);
@@ -187,14 +225,30 @@ impl Recording {
         output_layout: Layout,
     ) -> Result<Attended> {
         let Operands { q, k, v, masks, biases } = operands;
+        let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
+        let dtype = q.dtype();
         let output_layout = output.map_or(output_layout, |output| output.layout().clone());
+        let stored = match output {
+            Some(output) => output.stored(),
+            None if is_wide(&output_layout) => dtype,
+            None => Dtype::F32,
+        };
+        if stored != Dtype::F32 && !is_wide(&output_layout) {
+            return Err(value_error!(
+                "an output of {stored} must have rows, strides and an offset of whole fours: shape {:?}, strides {:?}, \
+                 offset {}",
+                output_layout.shape(),
+                output_layout.strides(),
+                output_layout.offset()
+            ));
+        }
         let plan = plan::attention(
             problem,
             &AttentionOperands {
-                q: q.layout(),
-                k: k.layout(),
-                v: v.layout(),
-                output: &output_layout,
+                q: q.operand(),
+                k: k.operand(),
+                v: v.operand(),
+                output: Operand { layout: &output_layout, stored },
                 masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
                 biases: biases.iter().map(Tensor::layout).collect(),
                 lse: wanted.lse,
@@ -205,7 +259,6 @@ impl Recording {
             },
             &self.gpu.0.capabilities,
         )?;
-        let dtype = q.dtype();
         let square = |recording: &Recording, what: &str, layout: &Option<Layout>| {
             let make = |layout: &Layout| recording.output(what, layout.clone(), padded_bytes(layout), dtype);
             layout.as_ref().map(make).transpose()
@@ -222,10 +275,16 @@ impl Recording {
             })
             .transpose()?;
         let output = match output {
-            Some(output) => output.clone(),
+            Some(output) if plan.output == stored => output.clone(),
+            Some(_) => {
+                return Err(value_error!(
+                    "three passes add up their output in f32; an output buffer of {stored} needs the fused method"
+                ));
+            }
             None => {
-                let bytes = padded_bytes(&output_layout);
-                self.output("output", output_layout, bytes, dtype)?
+                let bytes = (output_layout.end() as u64 * plan.output.stored_size()).next_multiple_of(16);
+                let buffer = self.gpu.allocate("output", bytes, Purpose::Call)?;
+                Tensor::from_gpu(buffer, output_layout, dtype, plan.output)
             }
         };
         self.add(plan, |slot| {
@@ -268,7 +327,7 @@ impl Recording {
         if layout.rank() > 4 {
             return Err(value_error!("softmax of a tensor with {rank} axes: at most 4 are supported on an adapter"));
         }
-        let plan = plan::softmax(&layout, &self.gpu.0.capabilities)?;
+        let plan = plan::softmax(Operand { layout: &layout, stored: x.stored() }, &self.gpu.0.capabilities)?;
         let padded = plan.weights.clone().expect("a softmax has a result");
         let bytes = padded_bytes(&padded);
         let out = self.output("softmax", padded, bytes, x.dtype())?;

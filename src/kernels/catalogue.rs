@@ -1,7 +1,9 @@
 //! Every kernel and its legal variants.
 
+use super::access::{self, Access};
 use super::specialise::{Changes, specialise};
 use crate::error::{Result, value_error};
+use crate::problem::Dtype;
 
 /// A shader file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -185,48 +187,16 @@ fn share(changes: Changes, tile: Tile, name: &mut String, blocks: &[(&'static st
     blocks.iter().fold(changes, |changes, &(name, statement)| changes.block(name, statement))
 }
 
-/// `/wide` when every operand is read in vec4s, else the letters of those that are.
-fn name_wide(name: &mut String, operands: &[(&str, bool)]) {
-    if operands.iter().all(|&(_, wide)| wide) {
-        name.push_str("/wide");
-    } else if operands.iter().any(|&(_, wide)| wide) {
-        name.push_str("/wide_");
-        name.extend(operands.iter().filter(|&&(_, wide)| wide).map(|&(letter, _)| letter));
-    }
-}
-
 /// A variant of `scores.wgsl`. `stage`: 0 scaled, 1 after the softcap, 2 after bias and mask.
-pub fn scores(
-    tile: Tile,
-    wide_q: bool,
-    wide_k: bool,
-    padded: bool,
-    softcap: bool,
-    rules: Rules,
-    stage: u32,
-) -> Variant {
+pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rules: Rules, stage: u32) -> Variant {
     let mut name = String::from("scores");
     let shared = [("share", "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded).flag("SOFTCAP", softcap);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    if wide_q {
-        changes = changes.alias("QElem", "vec4<f32>").block(
-            "load_q",
-            "fn load_q(at: u32, d4: u32) -> vec4<f32> {
-    return select(q[at / 4u + d4], vec4<f32>(), PADDED && d4 * 4u >= params.dim);
-}",
-        );
-    }
-    if wide_k {
-        changes = changes.alias("KElem", "vec4<f32>").block(
-            "load_k",
-            "fn load_k(at: u32, d4: u32) -> vec4<f32> {
-    return select(k[at / 4u + d4], vec4<f32>(), PADDED && d4 * 4u >= params.dim);
-}",
-        );
-    }
-    name_wide(&mut name, &[("q", wide_q), ("k", wide_k)]);
+    changes = access::load(changes, &access::Q, "params.dim", "PADDED", q);
+    changes = access::load(changes, &access::K, "params.dim", "PADDED", k);
+    access::name(&mut name, &[("q", q), ("k", k)]);
     if softcap {
         name.push_str("/softcap");
     } else {
@@ -240,7 +210,7 @@ pub fn scores(
 }
 
 /// A variant of `weighted_sum.wgsl`; `tile.depth4` counts columns.
-pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, rules: Rules) -> Variant {
+pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: Rules) -> Variant {
     let mut name = String::from("weighted_sum");
     let shared = [("share", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
@@ -249,29 +219,9 @@ pub fn weighted_sum(tile: Tile, wide_v: bool, wide_o: bool, accumulate: bool, ru
     }
     changes = changes.number("COLS4", tile.depth4).flag("ACCUMULATE", accumulate);
     name.push_str(&format!("/columns{}", tile.depth4 * 4));
-    if wide_v {
-        changes = changes.alias("VElem", "vec4<f32>").block(
-            "load_v",
-            "fn load_v(at: u32, d4: u32) -> vec4<f32> {
-    return select(v[at / 4u + d4], vec4<f32>(), d4 * 4u >= params.dim);
-}",
-        );
-    }
-    if wide_o {
-        changes = changes.alias("OElem", "vec4<f32>").block(
-            "store_o",
-            "fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
-    if (d4 * 4u < params.dim) {
-        if (add) {
-            o[at / 4u + d4] += value;
-        } else {
-            o[at / 4u + d4] = value;
-        }
-    }
-}",
-        );
-    }
-    name_wide(&mut name, &[("v", wide_v), ("o", wide_o)]);
+    changes = access::load(changes, &access::V, "params.dim", "true", v);
+    changes = access::store(changes, "params.dim", "false", o);
+    access::name(&mut name, &[("v", v), ("o", o)]);
     if accumulate {
         name.push_str("/accumulate");
     }
@@ -296,21 +246,28 @@ pub struct FlashTile {
     pub cols4: u32,
 }
 
-/// Which operands of `flash.wgsl` are read and written in vec4s.
+/// How the operands of `flash.wgsl` are read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FlashWide {
+pub struct FlashAccess {
     /// Queries.
-    pub q: bool,
+    pub q: Access,
     /// Keys.
-    pub k: bool,
+    pub k: Access,
     /// Values.
-    pub v: bool,
+    pub v: Access,
     /// The output.
-    pub o: bool,
+    pub o: Access,
 }
 
 /// A variant of `flash.wgsl`.
-pub fn flash(tile: FlashTile, wide: FlashWide, padded: [bool; 2], softcap: bool, lse: bool, rules: Rules) -> Variant {
+pub fn flash(
+    tile: FlashTile,
+    access: FlashAccess,
+    padded: [bool; 2],
+    softcap: bool,
+    lse: bool,
+    rules: Rules,
+) -> Variant {
     let mut name = String::from("flash");
     let shared = [
         ("share_k", "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);"),
@@ -323,45 +280,12 @@ pub fn flash(tile: FlashTile, wide: FlashWide, padded: [bool; 2], softcap: bool,
     changes = changes.flag("PADDED_K", padded[0]).flag("PADDED_V", padded[1]);
     let mark = |padded| if padded { "_padded" } else { "" };
     name.push_str(&format!("/keys{keys}/dims{}{}x{}{}", depth4 * 4, mark(padded[0]), cols4 * 4, mark(padded[1])));
-    if wide.q {
-        changes = changes.alias("QElem", "vec4<f32>").block(
-            "load_q",
-            "fn load_q(at: u32, d4: u32) -> vec4<f32> {
-    return select(q[at / 4u + d4], vec4<f32>(), PADDED_K && d4 * 4u >= params.dim_k);
-}",
-        );
-    }
-    if wide.k {
-        changes = changes.alias("KElem", "vec4<f32>").block(
-            "load_k",
-            "fn load_k(at: u32, d4: u32) -> vec4<f32> {
-    return select(k[at / 4u + d4], vec4<f32>(), PADDED_K && d4 * 4u >= params.dim_k);
-}",
-        );
-    }
-    if wide.v {
-        changes = changes.alias("VElem", "vec4<f32>").block(
-            "load_v",
-            "fn load_v(at: u32, d4: u32) -> vec4<f32> {
-    return select(v[at / 4u + d4], vec4<f32>(), PADDED_V && d4 * 4u >= params.dim_v);
-}",
-        );
-    }
-    if wide.o {
-        changes = changes.alias("OElem", "vec4<f32>").block(
-            "store_o",
-            "fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
-    if (!PADDED_V || d4 * 4u < params.dim_v) {
-        if (add) {
-            o[at / 4u + d4] += value;
-        } else {
-            o[at / 4u + d4] = value;
-        }
-    }
-}",
-        );
-    }
-    name_wide(&mut name, &[("q", wide.q), ("k", wide.k), ("v", wide.v), ("o", wide.o)]);
+    let FlashAccess { q, k, v, o } = access;
+    changes = access::load(changes, &access::Q, "params.dim_k", "PADDED_K", q);
+    changes = access::load(changes, &access::K, "params.dim_k", "PADDED_K", k);
+    changes = access::load(changes, &access::V, "params.dim_v", "PADDED_V", v);
+    changes = access::store(changes, "params.dim_v", "!PADDED_V", o);
+    access::name(&mut name, &[("q", q), ("k", k), ("v", v), ("o", o)]);
     changes = changes.flag("SOFTCAP", softcap);
     if softcap {
         name.push_str("/softcap");
@@ -407,28 +331,14 @@ fn join_nan(local: u32, x: bool) -> bool { return x; }",
 }
 
 /// A variant of `project.wgsl`.
-pub fn project(tile: Tile, wide_x: bool, wide_w: bool, wide_y: bool, padded: bool, bias: bool) -> Variant {
+pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
     let mut name = String::from("project");
     let shared = [("share", "let w4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    if wide_x {
-        changes = changes.alias("XElem", "vec4<f32>").block(
-            "load_x",
-            "fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    return select(x[at / 4u + d4], vec4<f32>(), PADDED && d4 * 4u >= params.dim_in);
-}",
-        );
-    }
-    if wide_w {
-        changes = changes.alias("WElem", "vec4<f32>").block(
-            "load_w",
-            "fn load_w(at: u32, d4: u32) -> vec4<f32> {
-    return select(w[at / 4u + d4], vec4<f32>(), PADDED && d4 * 4u >= params.dim_in);
-}",
-        );
-    }
+    changes = access::load(changes, &access::X, "params.dim_in", "PADDED", x);
+    changes = access::load(changes, &access::W, "params.dim_in", "PADDED", w);
     if wide_y {
         changes = changes.alias("YElem", "vec4<f32>").block(
             "y_vector",
@@ -436,7 +346,7 @@ pub fn project(tile: Tile, wide_x: bool, wide_w: bool, wide_y: bool, padded: boo
 fn store_y(at: u32, o: u32, value: vec4<f32>) { y[(at + o) / 4u] = value; }",
         );
     }
-    name_wide(&mut name, &[("x", wide_x), ("w", wide_w), ("y", wide_y)]);
+    access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
     if !bias {
         changes = changes.block("bias", "fn bias_of(o: u32) -> vec4<f32> { return vec4<f32>(); }");
     } else {
@@ -484,15 +394,19 @@ pub fn fold(source: FoldSource, accumulate: bool) -> Variant {
     Variant { kernel: Kernel::Fold, changes, name }
 }
 
-/// `copy.wgsl`.
-pub fn copy() -> Variant {
-    Variant { kernel: Kernel::Copy, changes: Changes::default(), name: "copy".into() }
+/// `copy.wgsl` from a buffer that holds `stored`.
+pub fn copy(stored: Dtype) -> Variant {
+    let mut name = String::from("copy");
+    access::name(&mut name, &[("x", Access { wide: false, stored })]);
+    Variant { kernel: Kernel::Copy, changes: access::element(Changes::default(), stored), name }
 }
 
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
     let mut all = Vec::new();
+    let [wide, narrow] = [Access::WIDE, Access::NARROW];
+    let halves = |stored| [true, false].map(|wide| Access { wide, stored });
     let rules = [
         Rules::default(),
         Rules { banded: true, ..Rules::default() },
@@ -506,22 +420,29 @@ pub fn variants() -> Vec<Variant> {
         for rows in [1, 2, 4] {
             let tile = Tile { workgroup, rows, share, depth4 };
             let wide_choices: &[bool] = if rows == 4 { &[true, false] } else { &[true] };
-            for &wide in wide_choices {
+            for &is_wide in wide_choices {
+                let access = if is_wide { Access::WIDE } else { Access::NARROW };
                 for rules in rules {
                     if rows < 4 && rules != Rules::default() {
                         continue;
                     }
-                    all.push(scores(tile, wide, wide, !wide, rules.masks == 1, rules, 2));
-                    all.push(weighted_sum(tile, wide, wide, false, rules));
+                    all.push(scores(tile, access, access, !is_wide, rules.masks == 1, rules, 2));
+                    all.push(weighted_sum(tile, access, access, false, rules));
                 }
-                all.push(project(tile, wide, wide, wide, !wide, wide));
+                all.push(project(tile, access, access, is_wide, !is_wide, is_wide));
             }
             if rows == 4 {
-                all.push(scores(tile, true, false, true, true, Rules::default(), 0));
-                all.push(scores(tile, false, true, true, true, Rules::default(), 1));
-                all.push(weighted_sum(tile, false, true, true, Rules::default()));
-                all.push(weighted_sum(tile, true, false, true, Rules::default()));
-                all.push(project(tile, true, false, false, true, true));
+                let (f16, bf16) = (halves(Dtype::F16), halves(Dtype::BF16));
+                let plain = Rules::default();
+                all.push(scores(tile, wide, narrow, true, true, plain, 0));
+                all.push(scores(tile, narrow, wide, true, true, plain, 1));
+                all.push(scores(tile, f16[0], bf16[1], true, false, plain, 2));
+                all.push(scores(tile, bf16[0], f16[1], true, false, plain, 2));
+                all.push(weighted_sum(tile, narrow, wide, true, plain));
+                all.push(weighted_sum(tile, wide, narrow, true, plain));
+                all.push(weighted_sum(tile, f16[0], narrow, false, plain));
+                all.push(project(tile, wide, narrow, false, true, true));
+                all.push(project(tile, f16[0], bf16[0], true, false, true));
             }
         }
     }
@@ -537,40 +458,37 @@ pub fn variants() -> Vec<Variant> {
     ] {
         for rows in [1, 4] {
             let tile = FlashTile { workgroup, rows, keys, share, depth4, cols4 };
-            let all_wide = FlashWide { q: true, k: true, v: true, o: true };
-            let narrow = FlashWide { q: false, k: false, v: false, o: false };
+            let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
+            let all_narrow = FlashAccess { q: narrow, k: narrow, v: narrow, o: narrow };
             for (n, rules) in rules.into_iter().enumerate() {
-                let wide = if n == 2 { narrow } else { all_wide };
+                let access = if n == 2 { all_narrow } else { all_wide };
                 // Seven buffers at most, the four operands among them.
                 let rules = Rules { masks: rules.masks.min(1), ..rules };
                 let lse = rules.buffers() < 3;
                 if rows == 4 || n == 0 {
-                    all.push(flash(tile, wide, [n == 2; 2], n == 2, lse, rules));
+                    all.push(flash(tile, access, [n == 2; 2], n == 2, lse, rules));
                 }
             }
-            all.push(flash(
-                tile,
-                FlashWide { k: false, v: false, ..all_wide },
-                [true, false],
-                false,
-                false,
-                Rules::default(),
-            ));
-            all.push(flash(
-                tile,
-                FlashWide { q: false, o: false, ..all_wide },
-                [true, false],
-                false,
-                false,
-                Rules::default(),
-            ));
+            let mut mixed = vec![
+                FlashAccess { k: narrow, v: narrow, ..all_wide },
+                FlashAccess { q: narrow, o: narrow, ..all_wide },
+            ];
+            for stored in [Dtype::F16, Dtype::BF16] {
+                let [wide, narrow] = halves(stored);
+                mixed.push(FlashAccess { q: wide, k: wide, v: wide, o: wide });
+                mixed.push(FlashAccess { q: narrow, k: narrow, v: narrow, o: Access::NARROW });
+            }
+            for access in mixed {
+                all.push(flash(tile, access, [true, false], false, false, Rules::default()));
+            }
         }
     }
     all.extend([merge(true), merge(false)]);
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
     }
-    all.extend([append(false), append(true), mean_heads(false), mean_heads(true), copy()]);
+    all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
+    all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
     for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
         all.extend([fold(source, false), fold(source, true)]);
     }

@@ -1,12 +1,14 @@
 //! The first floor: kernels as pure data. Which shader files there are, how a variant's text is made,
 //! and which steps a call takes on an adapter of given capabilities. No wgpu, no GPU.
 
+pub mod access;
 mod capabilities;
 pub mod catalogue;
 pub mod params;
 pub mod plan;
 mod specialise;
 
+pub use access::{Access, Operand};
 pub use capabilities::{AdapterClass, Capabilities};
 pub use catalogue::{Kernel, Variant, variant_names, variant_source};
 pub use plan::{Binding, Method, Plan, Slot, Step};

@@ -10,6 +10,7 @@
 //!   out, with `i` replaced by its value. Old drivers (Mesa 22) do not unroll by themselves, and
 //!   registers cannot be indexed by a variable.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
@@ -22,7 +23,7 @@ pub struct Changes {
     /// Types of `alias` lines.
     pub aliases: BTreeMap<&'static str, &'static str>,
     /// Bodies of blocks.
-    pub blocks: BTreeMap<&'static str, &'static str>,
+    pub blocks: BTreeMap<&'static str, Cow<'static, str>>,
 }
 
 impl Changes {
@@ -42,8 +43,8 @@ impl Changes {
         self
     }
     /// Another body for a block.
-    pub fn block(mut self, name: &'static str, body: &'static str) -> Self {
-        self.blocks.insert(name, body);
+    pub fn block(mut self, name: &'static str, body: impl Into<Cow<'static, str>>) -> Self {
+        self.blocks.insert(name, body.into());
         self
     }
 }

@@ -1,11 +1,14 @@
-//! Element types. The device computes in f32; f16 and bf16 are converted on upload and download.
+//! Element types. Arithmetic is in f32; f16 and bf16 are ways to store.
+
+use std::borrow::Cow;
 
 use half::{bf16, f16};
 
 /// The element type a tensor was given in, and is given back in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// 32-bit float.
+    #[default]
     F32,
     /// IEEE half precision.
     F16,
@@ -16,11 +19,22 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes of one element as stored on the device (f16 and bf16 are held as f32).
+    /// Bytes of one element as stored on an adapter.
     pub fn stored_size(self) -> u64 {
         match self {
             Dtype::Bool => 1,
-            _ => 4,
+            Dtype::F16 | Dtype::BF16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+
+    /// The values of bytes in this type.
+    pub(crate) fn floats(self, bytes: &[u8]) -> Cow<'_, [f32]> {
+        match self {
+            Dtype::F16 => bytemuck::cast_slice::<u8, f16>(bytes).iter().map(|x| x.to_f32()).collect(),
+            Dtype::BF16 => bytemuck::cast_slice::<u8, bf16>(bytes).iter().map(|x| x.to_f32()).collect(),
+            Dtype::F32 => Cow::Borrowed(bytemuck::cast_slice(bytes)),
+            Dtype::Bool => bytes.iter().map(|&x| f32::from(u8::from(x != 0))).collect(),
         }
     }
 
@@ -53,7 +67,7 @@ mod sealed {
 }
 
 /// A float type that tensors are made from and read back as.
-pub trait Element: Copy + Send + Sync + sealed::Sealed + 'static {
+pub trait Element: bytemuck::Pod + Send + Sync + sealed::Sealed + 'static {
     /// The tensor type of these elements.
     const DTYPE: Dtype;
     /// The value as f32.

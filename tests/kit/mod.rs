@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::reference::{self, Inputs, Outputs, View};
-use wgpu_attention::{Align, Attended, Attention, Device, Gpu, GpuOptions, Mask, Method, Tensor, Weights};
+use wgpu_attention::{Align, Attended, Attention, Device, Element, Gpu, GpuOptions, Mask, Method, Tensor, Weights};
 
 /// Every adapter, each with and without its subgroup kernels, and the CPU backend. No adapter at all
 /// is a failure: `./test` installs a software one.
@@ -291,10 +291,10 @@ pub struct Data {
 }
 
 /// Uploads row-major `[b, h, s, d]` data so that it lies in memory as `order` says.
-pub fn place(
+pub fn place<T: Element>(
     device: &Device,
     shape: [usize; 4],
-    data: &[f32],
+    data: &[T],
     order: Order,
     part: usize,
 ) -> wgpu_attention::Result<Tensor> {
@@ -306,10 +306,10 @@ pub fn place(
         Order::Bhds => ([0, 1, 3, 2], [0, 1, 3, 2]),
     };
     let placed = layout.permute(&axes)?;
-    let values: Vec<f32> = placed.positions().map(|at| data[at]).collect();
+    let values: Vec<T> = placed.positions().map(|at| data[at]).collect();
     if order == Order::Packed {
         // What lies between is NaN: it must never be read into a result.
-        let mut packed = vec![f32::NAN; b * s * 3 * h * d];
+        let mut packed = vec![T::from_f32(f32::NAN); b * s * 3 * h * d];
         for (at, &value) in values.iter().enumerate() {
             let (row, within) = (at / (h * d), at % (h * d));
             packed[(row * 3 + part) * h * d + within] = value;

@@ -1,11 +1,12 @@
 //! Fused attention: no scores in memory.
 
+use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, FlashTile, FlashWide};
+use super::super::catalogue::{self, FlashAccess, FlashTile};
 use super::super::params;
 use super::passes::{Call, Slices};
 use super::{
-    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer, is_wide,
+    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer,
     strides_used, window,
 };
 use crate::error::{Result, value_error};
@@ -155,10 +156,10 @@ impl<'a> Fused<'a> {
         let head_kv = h.grouped(group);
         let every = |dim| Part { start: 0, count: dim };
         let j = every(problem.len_k);
-        let q = window(operands.q, &[b, h, i, every(problem.dim_k)], 4, align);
-        let k = window(operands.k, &[b, head_kv, j, every(problem.dim_k)], 4, align);
-        let v = window(operands.v, &[b, head_kv, j, every(problem.dim_v)], 4, align);
-        let o = window(operands.output, &[b, h, i, every(problem.dim_v)], 4, align);
+        let q = window(&operands.q, &[b, h, i, every(problem.dim_k)], operands.q.element(), align);
+        let k = window(&operands.k, &[b, head_kv, j, every(problem.dim_k)], operands.k.element(), align);
+        let v = window(&operands.v, &[b, head_kv, j, every(problem.dim_v)], operands.v.element(), align);
+        let o = window(&operands.output, &[b, h, i, every(problem.dim_v)], operands.output.element(), align);
         let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
         let lse_at = window(&lse, &[b, h, i], 4, align);
         let bound = self.call.bind_rules(planner, at, j, self.slices)?;
@@ -168,7 +169,7 @@ impl<'a> Fused<'a> {
         // Where a split writes: row-major, apart from the others.
         let row_stride = problem.dim_v.next_multiple_of(4);
         let part = Layout::contiguous(&[b.count, h.count, i.count, row_stride])?.narrow(3, 0, problem.dim_v)?;
-        let to = if split { &part } else { operands.output };
+        let to = if split { &part } else { operands.output.layout };
         let mut bindings = vec![
             Binding { binding: 1, slot: Slot::Q, offset: q.offset, size: q.size },
             Binding { binding: 2, slot: Slot::K, offset: k.offset, size: k.size },
@@ -186,12 +187,16 @@ impl<'a> Fused<'a> {
         }
         bindings.extend(&bound.bindings);
         let row_blocks = (group * i.count).div_ceil((self.tile.workgroup * self.tile.rows) as usize);
-        let wide = FlashWide {
-            q: is_wide(operands.q),
-            k: is_wide(operands.k),
-            v: is_wide(operands.v),
+        let access = FlashAccess {
+            q: operands.q.access(),
+            k: operands.k.access(),
+            v: operands.v.access(),
             // Rows of a split are padded to whole vec4s.
-            o: if split { problem.dim_v.is_multiple_of(4) } else { is_wide(operands.output) },
+            o: if split {
+                Access { wide: problem.dim_v.is_multiple_of(4), ..Access::WIDE }
+            } else {
+                operands.output.access()
+            },
         };
         let padded = [self.tile.depth4 as usize * 4 != problem.dim_k, self.tile.cols4 as usize * 4 != problem.dim_v];
         let lse_strides = if split {
@@ -200,12 +205,12 @@ impl<'a> Fused<'a> {
             [lse.strides()[0] as u32, lse.strides()[1] as u32, 0]
         };
         planner.push(
-            catalogue::flash(self.tile, wide, padded, problem.softcap.is_some(), operands.lse || split, rules),
+            catalogue::flash(self.tile, access, padded, problem.softcap.is_some(), operands.lse || split, rules),
             (b.count * head_kv.count * row_blocks * self.splits) as u64,
             |workgroups| params::Flash {
-                q_strides: strides_used(operands.q),
-                k_strides: strides_used(operands.k),
-                v_strides: strides_used(operands.v),
+                q_strides: strides_used(&operands.q),
+                k_strides: strides_used(&operands.k),
+                v_strides: strides_used(&operands.v),
                 o_strides: strides_used(to),
                 mask_a_strides: bound.masks[0].strides,
                 mask_b_strides: bound.masks[1].strides,
@@ -261,7 +266,7 @@ impl<'a> Fused<'a> {
             catalogue::merge(operands.lse),
             total.div_ceil(64),
             |workgroups| params::Merge {
-                o_strides: strides_used(operands.output),
+                o_strides: strides_used(&operands.output),
                 o_offset: o.first as u32,
                 lse_offset: lse_at.first as u32,
                 heads: h.count as u32,

@@ -11,14 +11,15 @@ mod softmax;
 
 pub use passes::attention;
 pub use project::project;
-pub use softmax::softmax;
+pub use softmax::{softmax, widen};
 
 use bytemuck::Pod;
 
+use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
 use super::catalogue::{Tile, Variant};
 use crate::error::{Error, Result};
-use crate::problem::{Layout, MaskMeaning, ScoreStage};
+use crate::problem::{Dtype, Layout, MaskMeaning, ScoreStage};
 
 /// A buffer of a plan. The caller of a plan says which real buffer stands behind each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,6 +89,8 @@ pub struct Plan {
     pub averaged: Option<Layout>,
     /// Where the scores of a stage lie, likewise.
     pub stage: Option<Layout>,
+    /// How the output is to be stored: as asked for, or as f32 where the kernels cannot.
+    pub output: Dtype,
     /// The band table, when bands differ within the batch.
     pub bands: Vec<[i32; 4]>,
 }
@@ -97,13 +100,13 @@ pub struct Plan {
 #[derive(Clone, Debug)]
 pub struct AttentionOperands<'a> {
     /// `[b, hq, i, d]`
-    pub q: &'a Layout,
+    pub q: Operand<'a>,
     /// `[b, hkv, j, d]`
-    pub k: &'a Layout,
+    pub k: Operand<'a>,
     /// `[b, hkv, j, d]`
-    pub v: &'a Layout,
-    /// `[b, hq, i, d]`
-    pub output: &'a Layout,
+    pub v: Operand<'a>,
+    /// `[b, hq, i, d]`, stored as the caller would like it: see [`Plan::output`].
+    pub output: Operand<'a>,
     /// Boolean masks.
     pub masks: Vec<(&'a Layout, MaskMeaning)>,
     /// Additive biases.
@@ -182,18 +185,6 @@ fn window(layout: &Layout, parts: &[Part], element: u64, alignment: u64) -> Wind
     let offset = start * element / alignment * alignment;
     let first = start - offset / element;
     Window { offset, size: ((first + extent) * element).next_multiple_of(16), first }
-}
-
-/// True when rows may be read four elements at a time.
-fn is_wide(layout: &Layout) -> bool {
-    let (&dim, lead) = layout.shape().split_last().expect("four axes");
-    let (&step, strides) = layout.strides().split_last().expect("four axes");
-    let used = lead.iter().zip(strides).filter(|&(&n, _)| n > 1);
-    dim.is_multiple_of(4)
-        && dim > 0
-        && step == 1
-        && layout.offset().is_multiple_of(4)
-        && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
 }
 
 fn strides4(layout: &Layout) -> [u32; 4] {

@@ -1,14 +1,15 @@
 //! Attention in three passes, and the rules of masking as kernels bind them.
 
+use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, FoldSource, Rules};
 use super::super::params;
 use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, NOTHING, Part, Plan, Planner, Slot, Window,
-    check_buffer, flash, is_wide, padded_bytes, rows_padded, strides_used, strides4, window,
+    check_buffer, flash, padded_bytes, rows_padded, strides_used, strides4, window,
 };
 use crate::error::Result;
-use crate::problem::{Band, Layout, MaskMeaning, NO_BOUND, Problem, ScoreStage, checked_len};
+use crate::problem::{Band, Dtype, Layout, MaskMeaning, NO_BOUND, Problem, ScoreStage, checked_len};
 
 /// Sizes of the slices along batch, heads, query rows and keys.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +43,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
             check_buffer(adapter, what, padded_bytes(layout))?;
         }
     }
+    planner.plan.output = operands.output.stored;
     if problem.is_empty() {
         if let Some(averaged) = planner.plan.averaged.clone().filter(|layout| !layout.is_empty()) {
             // The mean over no head is 0.
@@ -56,21 +58,27 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         return Ok(planner.plan);
     }
 
-    let mut call = Call::new(problem, operands, adapter, 3);
-    planner.plan.bands = call.band_table();
-    if operands.method != Method::ThreePasses
-        && let Some(fused) = flash::attention(problem, operands, adapter)?
-    {
+    let fused = match operands.method {
+        Method::ThreePasses => None,
+        _ => flash::attention(problem, operands, adapter)?,
+    };
+    let has_output = fused.is_some();
+    if let Some(fused) = fused {
         if !operands.weights && !operands.averaged && operands.stage.is_none() {
-            return Ok(fused);
+            return Ok(Plan { output: operands.output.stored, ..fused });
         }
         // The output is the fused one whatever else is asked for: asking changes no bit of it.
         planner.plan.steps = fused.steps;
         planner.plan.scratch = fused.scratch;
-        if planner.plan.bands.is_empty() {
-            planner.plan.bands = fused.bands;
-        }
-        call.output = false;
+        planner.plan.bands = fused.bands;
+    } else {
+        // Sums over slices of the keys add up in the output.
+        planner.plan.output = Dtype::F32;
+    }
+    let passes = AttentionOperands { output: operands.output.layout.into(), ..operands.clone() };
+    let call = Call { output: !has_output, ..Call::new(problem, &passes, adapter, 3) };
+    if planner.plan.bands.is_empty() {
+        planner.plan.bands = call.band_table();
     }
     // The largest slices whose bindings all fit.
     let mut slices = Slices { batch, heads: heads_q, rows: len_q, keys: len_k };
@@ -219,10 +227,10 @@ impl<'a> Call<'a> {
         let folded =
             if self.fold_rules { self.folded_shape(slices).iter().map(|&n| n as u64).product::<u64>() * 4 } else { 0 };
         [
-            size(operands.q, [batch, heads, rows, dims(operands.q)], 4),
-            size(operands.k, [batch, heads_kv, keys, dims(operands.k)], 4),
-            size(operands.v, [batch, heads_kv, keys, dims(operands.v)], 4),
-            size(operands.output, [batch, heads, rows, dims(operands.output)], 4),
+            size(&operands.q, [batch, heads, rows, dims(&operands.q)], operands.q.element()),
+            size(&operands.k, [batch, heads_kv, keys, dims(&operands.k)], operands.k.element()),
+            size(&operands.v, [batch, heads_kv, keys, dims(&operands.v)], operands.v.element()),
+            size(&operands.output, [batch, heads, rows, dims(&operands.output)], operands.output.element()),
             folded,
         ]
         .into_iter()
@@ -387,8 +395,8 @@ impl<'a> Call<'a> {
     ) -> Result<()> {
         let Call { problem, operands, rules, .. } = *self;
         let every = |layout: &Layout| Part { start: 0, count: layout.shape()[3] };
-        let q = window(operands.q, &[b, h, i, every(operands.q)], 4, self.align);
-        let k = window(operands.k, &[b, head_kv, j, every(operands.k)], 4, self.align);
+        let q = window(&operands.q, &[b, h, i, every(&operands.q)], operands.q.element(), self.align);
+        let k = window(&operands.k, &[b, head_kv, j, every(&operands.k)], operands.k.element(), self.align);
         let dim4 = problem.dim_k.div_ceil(4);
         let tile = planner.tile(i.count, dim4);
         let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
@@ -407,8 +415,8 @@ impl<'a> Call<'a> {
         planner.push(
             catalogue::scores(
                 tile,
-                is_wide(operands.q),
-                is_wide(operands.k),
+                operands.q.access(),
+                operands.k.access(),
                 padded,
                 problem.softcap.is_some(),
                 rules,
@@ -416,8 +424,8 @@ impl<'a> Call<'a> {
             ),
             row_blocks * heads * key_blocks as u64,
             |workgroups| params::Scores {
-                q_strides: strides_used(operands.q),
-                k_strides: strides_used(operands.k),
+                q_strides: strides_used(&operands.q),
+                k_strides: strides_used(&operands.k),
                 s_strides: strides4(s_layout),
                 mask_a_strides: bound.masks[0].strides,
                 mask_b_strides: bound.masks[1].strides,
@@ -466,8 +474,8 @@ impl<'a> Call<'a> {
     ) -> Result<()> {
         let Call { problem, operands, rules, .. } = *self;
         let every = |layout: &Layout| Part { start: 0, count: layout.shape()[3] };
-        let v = window(operands.v, &[b, head_kv, j, every(operands.v)], 4, self.align);
-        let o = window(operands.output, &[b, h, i, every(operands.output)], 4, self.align);
+        let v = window(&operands.v, &[b, head_kv, j, every(&operands.v)], operands.v.element(), self.align);
+        let o = window(&operands.output, &[b, h, i, every(&operands.output)], operands.output.element(), self.align);
         let dim4 = problem.dim_v.div_ceil(4);
         let tile = planner.tile(i.count, dim4);
         let column_blocks = dim4.div_ceil(tile.depth4 as usize);
@@ -479,12 +487,12 @@ impl<'a> Call<'a> {
         ];
         bindings.extend(&bound.bindings);
         planner.push(
-            catalogue::weighted_sum(tile, is_wide(operands.v), is_wide(operands.output), j.start > 0, rules),
+            catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), j.start > 0, rules),
             row_blocks * (b.count * h.count) as u64 * column_blocks as u64,
             |workgroups| params::WeightedSum {
                 p_strides: strides4(p_layout),
-                v_strides: strides_used(operands.v),
-                o_strides: strides_used(operands.output),
+                v_strides: strides_used(&operands.v),
+                o_strides: strides_used(&operands.output),
                 mask_a_strides: bound.masks[0].strides,
                 mask_b_strides: bound.masks[1].strides,
                 bias_strides: bound.bias.strides,
@@ -640,19 +648,19 @@ impl Planner<'_> {
             let h = Part { start: 0, count: problem.heads_q };
             let i = Part { start: 0, count: problem.len_q };
             let o = window(
-                operands.output,
+                &operands.output,
                 &[b, h, i, Part { start: 0, count: problem.dim_v }],
-                4,
+                operands.output.element(),
                 self.adapter.offset_alignment,
             );
             let tile = self.tile(i.count, problem.dim_v.div_ceil(4));
             let column_blocks = problem.dim_v.div_ceil(4).div_ceil(tile.depth4 as usize) as u64;
             let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
             self.push(
-                catalogue::weighted_sum(tile, false, is_wide(operands.output), false, rules),
+                catalogue::weighted_sum(tile, Access::NARROW, operands.output.access(), false, rules),
                 row_blocks * h.count as u64 * column_blocks,
                 |workgroups| params::WeightedSum {
-                    o_strides: strides_used(operands.output),
+                    o_strides: strides_used(&operands.output),
                     o_offset: o.first as u32,
                     heads: h.count as u32,
                     group: 1,
@@ -679,7 +687,7 @@ impl Planner<'_> {
         for part in Part::all(elements, (self.adapter.max_binding / 4) as usize) {
             let to = window(&whole, &[part], 4, self.adapter.offset_alignment);
             self.push(
-                catalogue::copy(),
+                catalogue::copy(Dtype::F32),
                 (part.count as u64).div_ceil(64),
                 |workgroups| params::Copy {
                     shape: [1, 1, 1, 0],

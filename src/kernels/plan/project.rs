@@ -1,17 +1,18 @@
 //! The projections of a layer.
 
+use super::super::access::Operand;
 use super::super::capabilities::Capabilities;
 use super::super::catalogue;
 use super::super::params;
-use super::{Binding, Part, Plan, Planner, Slot, check_buffer, is_wide, padded_bytes, window};
+use super::{Binding, Part, Plan, Planner, Slot, check_buffer, padded_bytes, window};
 use crate::error::{Result, shape_error};
 use crate::problem::Layout;
 
 /// `Y = X·Wᵀ + b` with rows appended: X `[b, l, in]` (Q), W `[out, in]` (K), b `[out]` (Bias 0), extra
 /// rows (Bias 1, 2, …; `None`: zeros), Y `[b, l + extra, out]` row-major (Output).
 pub fn project(
-    x: &Layout,
-    w: &Layout,
+    x: Operand<'_>,
+    w: Operand<'_>,
     bias: Option<&Layout>,
     extra: &[Option<&Layout>],
     adapter: &Capabilities,
@@ -34,15 +35,15 @@ pub fn project(
     let every_in = Part { start: 0, count: dim_in };
     loop {
         let [b, l, o] = size.map(|count| Part { start: 0, count });
-        let largest = window(x, &[b, l, every_in], 4, align)
+        let largest = window(&x, &[b, l, every_in], x.element(), align)
             .size
-            .max(window(w, &[o, every_in], 4, align).size)
+            .max(window(&w, &[o, every_in], w.element(), align).size)
             .max(window(&y, &[b, l, o], 4, align).size)
             + align;
         if largest <= adapter.max_binding || size == [1, 1, 1] || batch * len * dim_out == 0 {
             break;
         }
-        let w_too_large = window(w, &[o, every_in], 4, align).size + align > adapter.max_binding;
+        let w_too_large = window(&w, &[o, every_in], w.element(), align).size + align > adapter.max_binding;
         let axis = if w_too_large && size[2] > 1 { 2 } else { (0..3).find(|&axis| size[axis] > 1).unwrap_or(2) };
         size[axis] = size[axis].div_ceil(2);
         if axis == 2 && size[2] > 4 {
@@ -52,8 +53,8 @@ pub fn project(
     for b in Part::all(batch, size[0]) {
         for l in Part::all(len, size[1]) {
             for o in Part::all(dim_out, size[2]) {
-                let x_at = window(x, &[b, l, every_in], 4, align);
-                let w_at = window(w, &[o, every_in], 4, align);
+                let x_at = window(&x, &[b, l, every_in], x.element(), align);
+                let w_at = window(&w, &[o, every_in], w.element(), align);
                 let y_at = window(&y, &[b, l, o], 4, align);
                 let rows = b.count * l.count;
                 let dim4 = dim_in.div_ceil(4);
@@ -79,16 +80,16 @@ pub fn project(
                 planner.push(
                     catalogue::project(
                         tile,
-                        is_wide(x),
-                        is_wide(w),
+                        x.access(),
+                        w.access(),
                         wide_y,
                         chunks * tile.depth4 as usize != dim4,
                         bias.is_some(),
                     ),
                     row_blocks as u64 * out_blocks as u64,
                     |workgroups| params::Project {
-                        x_strides: [stride(x, 0), stride(x, 1), stride(x, 2), 0],
-                        w_strides: [stride(w, 0), stride(w, 1), 0, 0],
+                        x_strides: [stride(&x, 0), stride(&x, 1), stride(&x, 2), 0],
+                        w_strides: [stride(&w, 0), stride(&w, 1), 0, 0],
                         y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
                         x_offset: x_at.first as u32,
                         w_offset: w_at.first as u32,
