@@ -26,11 +26,13 @@ pub enum Kernel {
     Fold,
     /// A strided view made row-major.
     Copy,
+    /// Multiply-adds in registers, to measure an adapter.
+    Probe,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 10] = [
+    pub const ALL: [Kernel; 11] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -41,6 +43,7 @@ impl Kernel {
         Kernel::MeanHeads,
         Kernel::Fold,
         Kernel::Copy,
+        Kernel::Probe,
     ];
 
     /// The file's name without its ending.
@@ -56,6 +59,7 @@ impl Kernel {
             Kernel::MeanHeads => "mean_heads",
             Kernel::Fold => "fold",
             Kernel::Copy => "copy",
+            Kernel::Probe => "probe",
         }
     }
 
@@ -72,6 +76,7 @@ impl Kernel {
             Kernel::MeanHeads => include_str!("../../shaders/mean_heads.wgsl"),
             Kernel::Fold => include_str!("../../shaders/fold.wgsl"),
             Kernel::Copy => include_str!("../../shaders/copy.wgsl"),
+            Kernel::Probe => include_str!("../../shaders/probe.wgsl"),
         }
     }
 }
@@ -489,6 +494,16 @@ pub fn copy() -> Variant {
     Variant { kernel: Kernel::Copy, changes: Changes::default(), name: "copy".into() }
 }
 
+/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains of vec4s, links, and two
+/// for a multiply-add.
+pub const PROBE_OPERATIONS: u32 = 4 * 4 * 16 * 2;
+
+/// A variant of `probe.wgsl`.
+pub fn probe(workgroup: u32) -> Variant {
+    let changes = Changes::default().number("WORKGROUP", workgroup);
+    Variant { kernel: Kernel::Probe, changes, name: format!("probe/{workgroup}") }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -571,6 +586,7 @@ pub fn variants() -> Vec<Variant> {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
     }
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true), copy()]);
+    all.extend([probe(8), probe(64)]);
     for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
         all.extend([fold(source, false), fold(source, true)]);
     }
