@@ -43,9 +43,9 @@ pub(crate) fn multiply_add_ceiling() -> f64 {
             (seconds, (per_thread.into_iter().sum::<usize>() * rounds) as f64 / seconds)
         };
         let mut rounds = 1 << 16;
-        while measure(rounds).0 < 0.02 {
+        while measure(rounds).0 < 0.01 {
             rounds *= 2;
         }
-        (0..5).map(|_| measure(rounds).1).fold(0.0, f64::max)
+        (0..10).map(|_| measure(rounds).1).fold(0.0, f64::max)
     })
 }

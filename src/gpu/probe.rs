@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::kernels::{Slot, plan};
 
 /// Seconds that a measurement takes at least, next to which a submit is nothing.
-const LONG_ENOUGH: f64 = 0.02;
+const LONG_ENOUGH: f64 = 0.01;
 
 impl Gpu {
     /// The most f32 operations per second that this adapter does in multiply-adds, each of which counts
@@ -33,7 +33,7 @@ impl Gpu {
             // A step of eight at most: a clock that wakes up late must not make a dispatch of seconds.
             rounds = (f64::from(rounds) * (1.5 * LONG_ENOUGH / seconds.max(1e-9)).clamp(2.0, 8.0)) as u32;
         }
-        for _ in 0..4 {
+        for _ in 0..9 {
             best = best.max(self.probe(rounds)?.1);
         }
         *known = Some(best);
@@ -77,12 +77,12 @@ mod tests {
                 line.split(['=', 'u']).nth_back(1).unwrap().trim().parse().unwrap()
             };
             let (chains, links) = (number("CHAINS"), number("LINKS"));
-            let elements = f64::from(4 * chains) * y.len() as f64;
+            let elements = f64::from(chains) * y.len() as f64;
             assert_eq!(operations, 2.0 * elements * f64::from(links * rounds));
             let workgroup = y.len() / plan.steps[0].workgroups[0] as usize;
             let steps = (links * rounds) as i32;
             for at in [0, 1, workgroup, y.len() / 2, y.len() - 1] {
-                let starts = (0..4 * chains).map(|n| (at % workgroup) as f64 + f64::from(n) / 4.0);
+                let starts = (0..chains).map(|n| (at % workgroup) as f64 + f64::from(n));
                 let (factor, summand) = (f64::from(0.999f32), f64::from(0.001f32));
                 let decay = factor.powi(steps);
                 let sum: f64 = starts.map(|x| x * decay + summand * (1.0 - decay) / (1.0 - factor)).sum();

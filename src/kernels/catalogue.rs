@@ -494,9 +494,9 @@ pub fn copy() -> Variant {
     Variant { kernel: Kernel::Copy, changes: Changes::default(), name: "copy".into() }
 }
 
-/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains of vec4s, links, and two
-/// for a multiply-add.
-pub const PROBE_OPERATIONS: u32 = 4 * 4 * 16 * 2;
+/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a
+/// multiply-add.
+pub const PROBE_OPERATIONS: u32 = 9 * 32 * 2;
 
 /// A variant of `probe.wgsl`.
 pub fn probe(workgroup: u32) -> Variant {
