@@ -68,8 +68,7 @@ mod tests {
             let rounds = 5;
             let (plan, bytes, operations) = plan::probe(rounds, gpu.capabilities()).unwrap();
             let (_, _, y) = gpu.probe(rounds).unwrap();
-            let y: Vec<f32> =
-                pollster::block_on(y.read(0..bytes, |bytes| bytemuck::pod_collect_to_vec(bytes))).unwrap();
+            let y: Vec<f32> = pollster::block_on(y.read(0..bytes, bytemuck::pod_collect_to_vec)).unwrap();
 
             let number = |name: &str| -> u32 {
                 let source = Kernel::Probe.source();

@@ -139,17 +139,18 @@ fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
 }
 
 /// Refuses what neither this machine nor the device can hold, before anything is allocated.
-fn check_memory(shape: &Shape, device: &Device) -> Result<()> {
+fn check_memory(shape: &Shape, device: &Device, weights: bool) -> Result<()> {
+    let needed = shape.held(weights);
     for (whose, memory) in [("this machine", Device::Cpu.memory()), ("the adapter", device.memory())] {
-        if let Some(memory) = memory.filter(|&memory| shape.bytes() > memory as f64) {
-            fail!("the tensors of {} take {:.0} bytes, but {whose} has {memory}", shape.name, shape.bytes());
+        if let Some(memory) = memory.filter(|&memory| needed > memory as f64) {
+            fail!("the tensors of {} take {needed:.0} bytes, but {whose} has {memory}", shape.name);
         }
     }
     Ok(())
 }
 
 pub fn measure(shape: &Shape, device: &Device, method: Method, weights: Weights, effort: Effort) -> Result<Times> {
-    check_memory(shape, device)?;
+    check_memory(shape, device, weights != Weights::None)?;
     let prepared = Prepared::new(shape, device, method, weights)?;
     let first = prepared.time(device, shape.calls)?;
     // A second call to warm up: pools are filled, caches and clocks are awake.

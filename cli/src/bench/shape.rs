@@ -134,6 +134,14 @@ impl Shape {
         4.0 * self.calls as f64 * elements
     }
 
+    /// Bytes that are held at once, roughly: the operands, and the results of calls that share an encoder.
+    pub fn held(&self, weights: bool) -> f64 {
+        let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = self.problem;
+        let rows = (batch * heads_q * len_q) as f64;
+        let result = 4.0 * rows * (dim_v as f64 + if weights { len_k as f64 } else { 0.0 });
+        self.bytes() / self.calls as f64 + self.calls as f64 * result
+    }
+
     /// Whether memory, not arithmetic, sets the pace.
     pub fn is_decode(&self) -> bool {
         self.work == Work::Attention && self.problem.len_q < FEW_QUERIES
