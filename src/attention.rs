@@ -2,7 +2,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, Profile};
 use crate::kernels::Method;
 use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, ScoreStage, as_four_axes};
 use crate::record::Recording;
@@ -225,6 +225,20 @@ impl Attention {
         let attended = self.record(&mut recording, q, k, v, None)?;
         recording.submit().await?;
         Ok(attended)
+    }
+
+    /// As [`Attention::forward`]; waits until the work is done and tells which kernels ran, and for how
+    /// long where the adapter counts. Only such calls pay for the counting.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward_profiled(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
+        pollster::block_on(self.forward_profiled_async(q, k, v))
+    }
+
+    /// As [`Attention::forward_profiled`], without blocking.
+    pub async fn forward_profiled_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
+        let mut recording = Recording::new(&self.device(q, k, v)?);
+        let output = self.record(&mut recording, q, k, v, None)?;
+        Ok((output, recording.submit_profiled().await?))
     }
 
     /// Records the work into the caller's encoder: nothing is submitted, nothing waits. `output`, if

@@ -58,6 +58,27 @@ impl Device {
         }
     }
 
+    /// The most f32 operations per second that this device does in multiply-adds
+    /// ([`Gpu::multiply_add_ceiling`]); the CPU backend on all its threads. Measured once, then known.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn multiply_add_ceiling(&self) -> Result<f64> {
+        match self {
+            Device::Gpu(gpu) => gpu.multiply_add_ceiling(),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => Ok(crate::cpu::multiply_add_ceiling()),
+        }
+    }
+
+    /// Bytes of memory that tensors on this device can fill, where that is known: the machine's for the CPU
+    /// backend and software adapters.
+    pub fn memory(&self) -> Option<u64> {
+        match self {
+            Device::Gpu(gpu) => gpu.capabilities().memory,
+            #[cfg(feature = "cpu")]
+            Device::Cpu => crate::memory::system_memory(),
+        }
+    }
+
     pub(crate) fn same_as(&self, other: &Device) -> bool {
         match (self, other) {
             (Device::Gpu(a), Device::Gpu(b)) => a.same_as(b),

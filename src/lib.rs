@@ -51,7 +51,7 @@ pub use attention::softmax_async;
 pub use attention::{Attended, Attention, Mask, Weights, softmax};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions};
+pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile};
 pub use kernels::Method;
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};

@@ -6,7 +6,7 @@ use rand::{Rng, RngExt, SeedableRng};
 use crate::attention::{Attended, Attention, Mask};
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, Profile};
 use crate::problem::checked_len;
 use crate::record::Recording;
 use crate::state_dict::{HostTensor, StateDict};
@@ -542,6 +542,32 @@ impl MultiHeadAttention {
         let output = self.record(&mut recording, query, key, value, attention)?;
         recording.submit().await?;
         Ok(output)
+    }
+
+    /// As [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
+    /// long where the adapter counts. Only such calls pay for the counting.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward_profiled(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, Profile)> {
+        pollster::block_on(self.forward_profiled_async(query, key, value, attention))
+    }
+
+    /// As [`MultiHeadAttention::forward_profiled`], without blocking.
+    pub async fn forward_profiled_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, Profile)> {
+        let mut recording = Recording::new(&self.device);
+        let output = self.record(&mut recording, query, key, value, attention)?;
+        Ok((output, recording.submit_profiled().await?))
     }
 
     /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Keep the

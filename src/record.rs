@@ -146,6 +146,15 @@ impl Recording {
         }
     }
 
+    /// As [`Recording::submit`]; waits for the end and tells what ran.
+    pub async fn submit_profiled(self) -> Result<gpu::Profile> {
+        match self {
+            Recording::Gpu(recording) => recording.submit_profiled().await,
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Ok(gpu::Profile::default()),
+        }
+    }
+
     /// Writes what was recorded into the caller's encoder.
     pub fn encode(self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         match self {

@@ -282,9 +282,14 @@ pub fn check_output(path: &Path, names: &[&str]) -> Result<()> {
         "npy" => usage!("{shown}: an .npy file holds one tensor, but {} were asked for; use .npz", names.join(", ")),
         _ => usage!("{shown}: the ending must be .safetensors, .npz or .npy"),
     }
+    check_folder(path)
+}
+
+/// Refuses an output whose folder is not there, before the work is done.
+pub fn check_folder(path: &Path) -> Result<()> {
     let folder = parent(path);
     if !folder.is_dir() {
-        fail!("cannot write {shown}: there is no folder {}", folder.display());
+        fail!("cannot write {}: there is no folder {}", path.display(), folder.display());
     }
     Ok(())
 }
@@ -306,6 +311,15 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result
     file.as_file_mut().sync_all().map_err(|error| cannot(&error))?;
     file.persist(path).map_err(|error| cannot(&error.error))?;
     Ok(())
+}
+
+/// Writes JSON for people and programs.
+pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    let text = format!("{value:#}\n");
+    write_whole(path, |file| {
+        file.write_all(text.as_bytes())
+            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
+    })
 }
 
 /// Writes named arrays in the format that the ending says.

@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use plotters::prelude::*;
+use plotters::style::FontTransform;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontTransform, register_font};
 
 use crate::error::{Error, Result, fail};
 use crate::files;
+use crate::font::{self, FONT, text_width};
 
 /// `values` is `[rows, columns]`, between 0 and 1.
 pub struct Heatmap<'a> {
@@ -21,13 +22,6 @@ const CELL: i32 = 44;
 const TEXT: i32 = 20;
 const TITLE: i32 = 26;
 const MARGIN: i32 = 24;
-/// The advance of the embedded font, which is monospaced, relative to its size; rounded up.
-const ADVANCE: f64 = 0.62;
-const FONT: &str = "embedded";
-
-fn text_width(text: &str, size: i32) -> i32 {
-    (text.chars().count() as f64 * f64::from(size) * ADVANCE).ceil() as i32
-}
 
 /// viridis: even steps in lightness, readable with any colour vision.
 fn colour(value: f32) -> RGBColor {
@@ -39,8 +33,7 @@ pub fn write(path: &Path, map: &Heatmap<'_>) -> Result<()> {
         fail!("{} values do not fill {} rows of {}", map.values.len(), map.rows.len(), map.columns.len());
     }
     let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot draw {}: {error}", path.display()));
-    register_font(FONT, FontStyle::Normal, epaint_default_fonts::HACK_REGULAR)
-        .map_err(|_| cannot(&"the embedded font is not readable"))?;
+    font::register().map_err(|error| cannot(&error))?;
 
     // The layout follows the labels, so that no text is cut.
     let widest = |labels: &[String]| labels.iter().map(|label| text_width(label, TEXT)).max().unwrap_or(0);

@@ -1,11 +1,13 @@
 //! `attn`: attention on any GPU, from the command line.
 
 mod array;
+mod bench;
 mod check;
 mod demo;
 mod devices;
 mod error;
 mod files;
+mod font;
 mod heatmap;
 mod mha;
 mod options;
@@ -36,6 +38,7 @@ Examples:
   attn run in.safetensors -o out.safetensors       attention over your own q, k and v
   attn mha --weights layer.safetensors --heads 8 --query x.npy -o y.npy
   attn check tests/cases/onnx                      hold a folder of cases against their answers
+  attn bench --shape P1 --adapter all              how long calls take
 
 Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call."
 )]
@@ -57,6 +60,8 @@ enum Command {
     Devices(devices::DevicesArgs),
     /// A folder of cases against their expected answers
     Check(check::CheckArgs),
+    /// How long calls take
+    Bench(bench::BenchArgs),
     /// The WGSL of a kernel variant as it runs
     Shader(shader::ShaderArgs),
     /// A completion script for a shell
@@ -85,6 +90,7 @@ fn dispatch(cli: &Cli) -> Result<bool> {
         Some(Command::Mha(args)) => mha::mha(args, adapter)?,
         Some(Command::Devices(args)) => devices::devices(args, adapter)?,
         Some(Command::Check(args)) => return check::check(args, adapter),
+        Some(Command::Bench(args)) => return bench::bench(args, adapter),
         Some(Command::Shader(args)) => shader::shader(args)?,
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -3,10 +3,14 @@
 
 mod attention;
 mod exp;
+#[cfg(not(target_arch = "wasm32"))]
+mod probe;
 mod project;
 mod softmax;
 
 pub(crate) use attention::attention;
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;
 pub(crate) use softmax::softmax;
 

@@ -3,10 +3,14 @@
 
 mod adapters;
 mod buffers;
+// Clocks: a browser's is not the one of std.
+#[cfg(not(target_arch = "wasm32"))]
+mod probe;
 mod run;
 
 pub use adapters::{AdapterSummary, GpuOptions};
 pub(crate) use buffers::GpuBuffer;
+pub use run::Profile;
 pub(crate) use run::Recording;
 
 use std::collections::HashMap;
@@ -31,6 +35,9 @@ struct Inner {
     /// into a caller's encoder reads what it was recorded with.
     constants: Mutex<HashMap<Vec<u8>, wgpu::Buffer>>,
     pool: Pool,
+    /// What [`Gpu::multiply_add_ceiling`] measured.
+    #[cfg(not(target_arch = "wasm32"))]
+    ceiling: Mutex<Option<f64>>,
     /// Why the device was lost, once it is.
     lost: Arc<Mutex<Option<String>>>,
     /// The first error that no scope caught.
@@ -63,7 +70,8 @@ impl Gpu {
     /// The best adapter: a discrete GPU before an integrated one before software, native backends
     /// before GL. `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` narrow the choice.
     ///
-    /// The device is created with the adapter's own limits and the features the kernels use.
+    /// The device is created with the adapter's own limits and those of the features the library
+    /// uses that the adapter has: `SUBGROUP` for its kernels, `TIMESTAMP_QUERY` for [`Profile::gpu_time`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn new() -> Result<Gpu> {
         Gpu::with_options(&GpuOptions::default())
@@ -78,7 +86,7 @@ impl Gpu {
     /// As [`Gpu::with_options`], without blocking.
     pub async fn request(options: &GpuOptions) -> Result<Gpu> {
         let adapter = adapters::choose(options).await?;
-        let features = adapter.features() & wgpu::Features::SUBGROUP;
+        let features = adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY);
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("wgpu-attention"),
             required_features: features,
@@ -105,7 +113,8 @@ impl Gpu {
     }
 
     /// A caller's device and queue. Its error handlers stay as they are; features and limits that
-    /// were not requested are not used. Subgroup kernels need [`wgpu::Features::SUBGROUP`].
+    /// were not requested are not used. Subgroup kernels need [`wgpu::Features::SUBGROUP`], GPU times
+    /// [`wgpu::Features::TIMESTAMP_QUERY`].
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Gpu {
         Gpu::assemble(adapter.get_info(), device, queue, false)
     }
@@ -120,6 +129,8 @@ impl Gpu {
             pipelines: Mutex::default(),
             constants: Mutex::default(),
             pool: Pool::default(),
+            #[cfg(not(target_arch = "wasm32"))]
+            ceiling: Mutex::default(),
             lost: Arc::default(),
             fault: Arc::default(),
         }))

@@ -1,6 +1,7 @@
 //! Compiling variants and executing plans.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::buffers::{GpuBuffer, Purpose};
 use super::{Gpu, lock};
@@ -86,6 +87,16 @@ impl Gpu {
     }
 }
 
+/// What ran in a call, and for how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Profile {
+    /// The kernel variants in the order they ran, each once; none on the CPU backend.
+    pub kernels: Vec<String>,
+    /// From the start to the end of the compute pass by the adapter's own clock; `None` on the CPU backend,
+    /// and where the device lacks [`wgpu::Features::TIMESTAMP_QUERY`].
+    pub gpu_time: Option<Duration>,
+}
+
 /// A planned step with its real buffers.
 struct Bound {
     step: Step,
@@ -155,7 +166,7 @@ impl Recording {
         Ok(wide.with_layout(wide.layout().broadcast_to(x.shape())?))
     }
 
-    fn add(&mut self, plan: Plan, find: impl Fn(Slot) -> Option<GpuBuffer>) -> Result<()> {
+    pub fn add(&mut self, plan: Plan, find: impl Fn(Slot) -> Option<GpuBuffer>) -> Result<()> {
         let scratch = plan
             .scratch
             .iter()
@@ -386,10 +397,20 @@ impl Recording {
         })
     }
 
-    fn dispatch(&self, pipelines: &[Arc<Pipeline>], encoder: &mut wgpu::CommandEncoder) {
+    fn dispatch(
+        &self,
+        pipelines: &[Arc<Pipeline>],
+        encoder: &mut wgpu::CommandEncoder,
+        timestamps: Option<&wgpu::QuerySet>,
+    ) {
         let groups: Vec<_> = self.steps.iter().zip(pipelines).map(|(bound, p)| self.bind_group(p, bound)).collect();
-        let mut pass = encoder
-            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
+        let timestamp_writes = timestamps.map(|query_set| wgpu::ComputePassTimestampWrites {
+            query_set,
+            beginning_of_pass_write_index: Some(0),
+            end_of_pass_write_index: Some(1),
+        });
+        let mut pass =
+            encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes });
         for ((bound, pipeline), group) in self.steps.iter().zip(pipelines).zip(&groups) {
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, group, &[]);
@@ -407,10 +428,59 @@ impl Recording {
         let gpu = self.gpu.clone();
         gpu.scoped(&self.label(), || {
             let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
-            self.dispatch(&pipelines, &mut encoder);
+            self.dispatch(&pipelines, &mut encoder, None);
             gpu.0.queue.submit([encoder.finish()]);
         })
         .await
+    }
+
+    /// As [`Recording::submit`]; waits for the end and tells what ran.
+    pub async fn submit_profiled(self) -> Result<Profile> {
+        let mut profile = Profile::default();
+        for bound in &self.steps {
+            if !profile.kernels.contains(&bound.step.variant.name) {
+                profile.kernels.push(bound.step.variant.name.clone());
+            }
+        }
+        let gpu = self.gpu.clone();
+        if self.steps.is_empty() || !gpu.0.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+            self.submit().await?;
+            #[cfg(not(target_arch = "wasm32"))]
+            gpu.wait()?;
+            return Ok(profile);
+        }
+        gpu.check()?;
+        let pipelines = self.pipelines().await?;
+        let bytes = 2 * u64::from(wgpu::QUERY_SIZE);
+        let label = Some("timestamps");
+        let buffer = gpu
+            .scoped(&self.label(), || {
+                let device = &gpu.0.device;
+                let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
+                    label,
+                    ty: wgpu::QueryType::Timestamp,
+                    count: 2,
+                });
+                let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+                    label,
+                    size: bytes,
+                    usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
+                    mapped_at_creation: false,
+                });
+                let mut encoder = device.create_command_encoder(&Default::default());
+                self.dispatch(&pipelines, &mut encoder, Some(&queries));
+                encoder.resolve_query_set(&queries, 0..2, &buffer, 0);
+                gpu.0.queue.submit([encoder.finish()]);
+                buffer
+            })
+            .await?;
+        let ticks: [u64; 2] = gpu.adopt(&buffer).read(0..bytes, bytemuck::pod_read_unaligned).await?;
+        // A driver that does not really count leaves zeros.
+        let elapsed = ticks[1].checked_sub(ticks[0]).filter(|&elapsed| elapsed > 0);
+        profile.gpu_time = elapsed.map(|elapsed| {
+            Duration::from_nanos((elapsed as f64 * f64::from(gpu.0.queue.get_timestamp_period())) as u64)
+        });
+        Ok(profile)
     }
 
     /// Into the caller's encoder: one compute pass, no submit.
@@ -431,6 +501,6 @@ impl Recording {
                 value_error!("a browser compiles asynchronously: run forward_async once on these shapes before encode")
             })?
         };
-        self.gpu.scoped_now(&self.label(), || self.dispatch(&pipelines, encoder))
+        self.gpu.scoped_now(&self.label(), || self.dispatch(&pipelines, encoder, None))
     }
 }

@@ -28,11 +28,13 @@ pub enum Kernel {
     Fold,
     /// A strided view made row-major.
     Copy,
+    /// Multiply-adds in registers, to measure an adapter.
+    Probe,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 10] = [
+    pub const ALL: [Kernel; 11] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -43,6 +45,7 @@ impl Kernel {
         Kernel::MeanHeads,
         Kernel::Fold,
         Kernel::Copy,
+        Kernel::Probe,
     ];
 
     /// The file's name without its ending.
@@ -58,6 +61,7 @@ impl Kernel {
             Kernel::MeanHeads => "mean_heads",
             Kernel::Fold => "fold",
             Kernel::Copy => "copy",
+            Kernel::Probe => "probe",
         }
     }
 
@@ -74,6 +78,7 @@ impl Kernel {
             Kernel::MeanHeads => include_str!("../../shaders/mean_heads.wgsl"),
             Kernel::Fold => include_str!("../../shaders/fold.wgsl"),
             Kernel::Copy => include_str!("../../shaders/copy.wgsl"),
+            Kernel::Probe => include_str!("../../shaders/probe.wgsl"),
         }
     }
 }
@@ -401,6 +406,16 @@ pub fn copy(stored: Dtype) -> Variant {
     Variant { kernel: Kernel::Copy, changes: access::element(Changes::default(), stored), name }
 }
 
+/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a
+/// multiply-add.
+pub const PROBE_OPERATIONS: u32 = 9 * 32 * 2;
+
+/// A variant of `probe.wgsl`.
+pub fn probe(workgroup: u32) -> Variant {
+    let changes = Changes::default().number("WORKGROUP", workgroup);
+    Variant { kernel: Kernel::Probe, changes, name: format!("probe/{workgroup}") }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -489,6 +504,7 @@ pub fn variants() -> Vec<Variant> {
     }
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
+    all.extend([probe(8), probe(64)]);
     for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
         all.extend([fold(source, false), fold(source, true)]);
     }

@@ -265,3 +265,13 @@ params! {
         pad_1: u32,
     }
 }
+
+params! {
+    /// `probe.wgsl`
+    Probe {
+        factor: f32,
+        summand: f32,
+        rounds: u32,
+        workgroups: u32,
+    }
+}

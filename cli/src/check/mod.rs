@@ -98,10 +98,7 @@ impl Outcome {
 pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     let names = case_names(&args.dir, args.filter.as_deref())?;
     if let Some(path) = &args.json {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        if folder.is_some_and(|folder| !folder.is_dir()) {
-            fail!("cannot write {}: there is no such folder", path.display());
-        }
+        files::check_folder(path)?;
     }
     let targets = target::targets(adapter)?;
     let mut total = Tally::default();
@@ -124,12 +121,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
             "skipped": total.skipped,
             "cases": report,
         });
-        let text = format!("{report:#}\n");
-        files::write_whole(path, |file| {
-            use std::io::Write;
-            file.write_all(text.as_bytes())
-                .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
-        })?;
+        files::write_json(path, &report)?;
     }
     anstream::println!("{total}");
     Ok(total.failed == 0)

@@ -1,5 +1,6 @@
 //! The built program, run as a user runs it: on every adapter of this machine and on the CPU backend.
 
+mod bench;
 mod check;
 mod kit;
 mod main_job;

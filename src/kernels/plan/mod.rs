@@ -6,10 +6,14 @@
 
 mod flash;
 mod passes;
+#[cfg(not(target_arch = "wasm32"))]
+mod probe;
 mod project;
 mod softmax;
 
 pub use passes::attention;
+#[cfg(not(target_arch = "wasm32"))]
+pub use probe::probe;
 pub use project::project;
 pub use softmax::{softmax, widen};
 

@@ -1,0 +1,210 @@
+//! Timing one shape on one device.
+
+use std::time::{Duration, Instant};
+
+use wgpu_attention::problem::Problem;
+use wgpu_attention::{
+    Align, Attention, Device, Gpu, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights,
+};
+
+use super::shape::{Shape, Work};
+use crate::error::{Result, fail};
+
+/// How long to measure.
+#[derive(Clone, Copy, Debug)]
+pub enum Effort {
+    /// So many calls.
+    Calls(usize),
+    /// Calls for so many seconds, but a few at least.
+    Seconds(f64),
+}
+
+const LEAST_CALLS: usize = 3;
+const MOST_CALLS: usize = 1000;
+
+/// Milliseconds, each call waited for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Times {
+    pub first: f64,
+    pub best: f64,
+    pub median: f64,
+    /// By the adapter's own clock.
+    pub gpu: Option<f64>,
+    /// Calls that the median is of.
+    pub count: usize,
+    /// The kernels that ran.
+    pub kernels: Vec<String>,
+}
+
+/// A call with its operands on the device.
+enum Prepared {
+    Attention { attention: Attention, operands: Box<[Tensor; 3]> },
+    Layer { attention: Attention, layer: Box<MultiHeadAttention>, x: Tensor },
+}
+
+impl Prepared {
+    fn new(shape: &Shape, device: &Device, method: Method, weights: Weights) -> Result<Prepared> {
+        let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = shape.problem;
+        let mut attention = Attention::new().method(method).weights(weights);
+        if shape.causal {
+            attention = attention.causal(Align::BottomRight);
+        }
+        Ok(match shape.work {
+            Work::Attention => {
+                let q = noise(device, &[batch, heads_q, len_q, dim_k], 1)?;
+                let k = noise(device, &[batch, heads_kv, len_k, dim_k], 2)?;
+                let v = noise(device, &[batch, heads_kv, len_k, dim_v], 3)?;
+                Prepared::Attention { attention, operands: Box::new([q, k, v]) }
+            }
+            Work::Layer => {
+                let config = MultiHeadConfig::new(shape.width(), heads_q)?;
+                let layer = Box::new(MultiHeadAttention::new(device, config, 1)?);
+                let x = noise(device, &[batch, len_q, shape.width()], 4)?;
+                Prepared::Layer { attention, layer, x }
+            }
+        })
+    }
+
+    fn forward(&self) -> Result<()> {
+        match self {
+            Prepared::Attention { attention, operands } => {
+                let [q, k, v] = &**operands;
+                attention.forward(q, k, v)?;
+            }
+            Prepared::Layer { attention, layer, x } => {
+                layer.forward(x, x, x, attention)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn profile(&self) -> Result<Profile> {
+        Ok(match self {
+            Prepared::Attention { attention, operands } => {
+                let [q, k, v] = &**operands;
+                attention.forward_profiled(q, k, v)?.1
+            }
+            Prepared::Layer { attention, layer, x } => layer.forward_profiled(x, x, x, attention)?.1,
+        })
+    }
+
+    /// Records a call; the results, which must live until the submit.
+    fn encode(&self, gpu: &Gpu, encoder: &mut wgpu_attention::wgpu::CommandEncoder) -> Result<[Option<Tensor>; 2]> {
+        Ok(match self {
+            Prepared::Attention { attention, operands } => {
+                let [q, k, v] = &**operands;
+                let attended = attention.encode(gpu, encoder, q, k, v, None)?;
+                [Some(attended.output), attended.weights]
+            }
+            Prepared::Layer { attention, layer, x } => {
+                let output = layer.encode(gpu, encoder, x, x, x, attention)?;
+                [Some(output.output), output.weights]
+            }
+        })
+    }
+
+    /// Milliseconds of all calls, to the end of the last.
+    fn time(&self, device: &Device, calls: usize) -> Result<f64> {
+        let start = Instant::now();
+        match device.gpu() {
+            Some(gpu) if calls > 1 => {
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                let mut results = Vec::with_capacity(calls);
+                for _ in 0..calls {
+                    results.push(self.encode(gpu, &mut encoder)?);
+                }
+                gpu.queue().submit([encoder.finish()]);
+                gpu.wait()?;
+            }
+            Some(gpu) => {
+                self.forward()?;
+                gpu.wait()?;
+            }
+            None => (0..calls).try_for_each(|_| self.forward())?,
+        }
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+}
+
+/// Even numbers between −1 and 1, the same in every run.
+fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
+    let mut state = seed;
+    let data: Vec<f32> = (0..shape.iter().product())
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect();
+    Ok(Tensor::from_slice(device, shape, &data)?)
+}
+
+/// Refuses what neither this machine nor the device can hold, before anything is allocated.
+fn check_memory(shape: &Shape, device: &Device, weights: bool) -> Result<()> {
+    let needed = shape.held(weights);
+    for (whose, memory) in [("this machine", Device::Cpu.memory()), ("the adapter", device.memory())] {
+        if let Some(memory) = memory.filter(|&memory| needed > memory as f64) {
+            fail!("the tensors of {} take {needed:.0} bytes, but {whose} has {memory}", shape.name);
+        }
+    }
+    Ok(())
+}
+
+pub fn measure(shape: &Shape, device: &Device, method: Method, weights: Weights, effort: Effort) -> Result<Times> {
+    check_memory(shape, device, weights != Weights::None)?;
+    let prepared = Prepared::new(shape, device, method, weights)?;
+    let first = prepared.time(device, shape.calls)?;
+    // A second call to warm up: pools are filled, caches and clocks are awake.
+    prepared.time(device, shape.calls)?;
+    let started = Instant::now();
+    let mut times = Vec::new();
+    loop {
+        let done = match effort {
+            Effort::Calls(calls) => times.len() >= calls,
+            Effort::Seconds(seconds) => {
+                times.len() >= MOST_CALLS
+                    || times.len() >= LEAST_CALLS && started.elapsed() >= Duration::from_secs_f64(seconds)
+            }
+        };
+        if done {
+            break;
+        }
+        times.push(prepared.time(device, shape.calls)?);
+    }
+    let count = times.len();
+
+    // Apart, so that reading the adapter's clock costs the times above nothing.
+    let profile = prepared.profile()?;
+    let mut gpu_times: Vec<Duration> = Vec::new();
+    if shape.calls == 1 && profile.gpu_time.is_some() {
+        for _ in 0..count.min(10) {
+            gpu_times.extend(prepared.profile()?.gpu_time);
+        }
+    }
+    let mut gpu_times: Vec<f64> = gpu_times.into_iter().map(|time| time.as_secs_f64() * 1e3).collect();
+    let best = times.iter().copied().fold(f64::INFINITY, f64::min);
+    let median = median(&mut times).expect("one call at least");
+    Ok(Times { first, best, median, gpu: self::median(&mut gpu_times), count, kernels: profile.kernels })
+}
+
+/// The middle value, or the mean of the two in the middle.
+fn median(times: &mut [f64]) -> Option<f64> {
+    times.sort_by(f64::total_cmp);
+    let middle = times.len() / 2;
+    match times.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(times[middle]),
+        _ => Some((times[middle - 1] + times[middle]) / 2.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(&mut []), None);
+        assert_eq!(median(&mut [3.0, 1.0, 9.0]), Some(3.0));
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 9.0]), Some(3.0));
+    }
+}

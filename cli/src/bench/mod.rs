@@ -1,0 +1,369 @@
+//! `attn bench`: how long calls take.
+
+mod measure;
+mod plot;
+mod shape;
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde_json::json;
+use wgpu_attention::{Method, Weights};
+
+use crate::error::{Result, usage};
+use crate::files;
+use crate::progress::Spinner;
+use crate::target::{self, Target, backend_name};
+use measure::{Effort, Times, measure};
+use plot::{Line, Plot};
+use shape::{Shape, Work};
+
+/// Which kernels compute the output.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum MethodWord {
+    /// Fused wherever it can be
+    Auto,
+    /// One kernel that holds no scores
+    Fused,
+    /// Scores, softmax and weighted sum one after the other
+    Passes,
+}
+
+impl MethodWord {
+    fn method(self) -> Method {
+        match self {
+            MethodWord::Auto => Method::Auto,
+            MethodWord::Fused => Method::Fused,
+            MethodWord::Passes => Method::ThreePasses,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            MethodWord::Auto => "auto",
+            MethodWord::Fused => "fused",
+            MethodWord::Passes => "passes",
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Shapes are b,hq,hkv,sq,skv,d: batch, query heads, key/value heads, queries, keys, width; all f32.
+`:causal` behind one hides the keys after each query (the last query sees every key), `:xN` puts N \
+calls into one encoder and gives their time together. Named:
+  P1  1,12,12,512,512,64              P5  1,4,4,4096,4096,64:causal
+  P2  1,12,12,1024,1024,64:causal     P6  a self-attention layer, width 512, 8 heads, batch 8, length 128
+  P3  1,32,8,512,512,128:causal       P7  4,8,8,128,512,64
+  P4  1,32,8,1,4096,128 (decode)      P9  1,8,8,64,64,64; and P9:x100
+
+Each call is waited for. The first call is told apart: it compiles the kernels that no row before it \
+compiled. The median is of calls after a warm-up, GFLOP/s and GB/s are of the median. Operations are \
+the multiply-adds of the matrix products over visible keys, two each; the ceiling is what a kernel of \
+multiply-adds in registers reaches on the adapter. Bytes are each operand read once and the output \
+written once. GPU ms is the compute pass by the adapter's own clock, in calls of its own.
+
+Examples:
+  attn bench
+  attn bench --adapter all --shape P1 --shape 1,16,4,1,8192,128 --json times.json
+  attn bench --lengths 128,256,512,1024 --heads 8 --dim 64 --method fused,passes --plot times.png")]
+pub struct BenchArgs {
+    /// A named shape or b,hq,hkv,sq,skv,d, then :causal, :xN or both; may be repeated [default: all named ones]
+    #[arg(long = "shape", value_name = "SHAPE", value_parser = Shape::parse)]
+    shapes: Vec<Shape>,
+    /// Times self-attention of these lengths
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = positive)]
+    lengths: Vec<usize>,
+    /// Query heads of the lengths, or query and key/value heads
+    #[arg(long, value_name = "HQ[,HKV]", default_value = "8", value_parser = parse_heads, requires = "lengths")]
+    heads: [usize; 2],
+    /// Width of a head of the lengths
+    #[arg(long, default_value = "64", value_parser = positive, requires = "lengths")]
+    dim: usize,
+    /// Batch of the lengths
+    #[arg(long, default_value = "1", value_parser = positive, requires = "lengths")]
+    batch: usize,
+    /// The lengths are causal
+    #[arg(long, requires = "lengths")]
+    causal: bool,
+    /// Which kernels; several for a comparison. The CPU backend has one way only
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
+    method: Vec<MethodWord>,
+    /// Also time each shape with its attention weights returned
+    #[arg(long)]
+    weights: bool,
+    /// Timed calls per row
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "seconds")]
+    repeat: Option<usize>,
+    /// Seconds of timed calls per row; three calls at least [default: 1.5]
+    #[arg(long, value_name = "S", value_parser = parse_seconds)]
+    seconds: Option<f64>,
+    /// Write every row
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw time over length, one line per method and adapter: .png or .svg
+    #[arg(long, value_name = "FILE", requires = "lengths")]
+    plot: Option<PathBuf>,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.trim().parse().ok().filter(|&n| n >= 1).ok_or_else(|| "a whole number of at least 1 is needed".into())
+}
+
+fn parse_heads(text: &str) -> Result<[usize; 2], String> {
+    let (q, kv) = text.split_once(',').unwrap_or((text, text));
+    Ok([positive(q)?, positive(kv)?])
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    const MOST: f64 = 3600.0;
+    text.parse().ok().filter(|s| (0.0..=MOST).contains(s)).ok_or_else(|| format!("0 to {MOST} seconds are needed"))
+}
+
+/// One measurement, done or failed.
+struct Row<'a> {
+    shape: &'a Shape,
+    /// Where in the sweep of lengths.
+    length: Option<usize>,
+    method: Option<MethodWord>,
+    weights: bool,
+    /// Operations per second that the device could do.
+    ceiling: f64,
+    times: Result<Times>,
+}
+
+impl Row<'_> {
+    fn way(&self) -> String {
+        let method = self.method.map_or("", MethodWord::name);
+        match (method, self.weights) {
+            (method, false) => method.to_string(),
+            ("", true) => "weights".into(),
+            (method, true) => format!("{method}, weights"),
+        }
+    }
+
+    /// In 10⁹ per second.
+    fn rate(&self, amount: f64, times: &Times) -> f64 {
+        amount / (times.median * 1e6)
+    }
+
+    fn kernel(times: &Times) -> String {
+        if times.kernels.is_empty() { "cpu".into() } else { times.kernels.join(" + ") }
+    }
+
+    fn json(&self, target: &Target) -> serde_json::Value {
+        let problem = &self.shape.problem;
+        let times = self.times.as_ref().ok();
+        let gflops = times.map(|times| self.rate(self.shape.operations(), times));
+        let info = target.device.gpu().map(|gpu| gpu.info());
+        json!({
+            "shape": self.shape.name,
+            "operation": match self.shape.work { Work::Attention => "attention", Work::Layer => "layer" },
+            "batch": problem.batch,
+            "heads_q": problem.heads_q,
+            "heads_kv": problem.heads_kv,
+            "len_q": problem.len_q,
+            "len_k": problem.len_k,
+            "dim": problem.dim_k,
+            "causal": self.shape.causal,
+            "calls": self.shape.calls,
+            "adapter": target.device.name(),
+            "backend": info.map_or("cpu", |info| backend_name(info.backend)),
+            "driver": info.map(|info| format!("{} {}", info.driver, info.driver_info).trim().to_string()),
+            "method": self.method.map(MethodWord::name),
+            "weights": self.weights,
+            "kernel": times.map(Row::kernel),
+            "kernels": times.map(|times| &times.kernels),
+            "first_ms": times.map(|times| times.first),
+            "best_ms": times.map(|times| times.best),
+            "median_ms": times.map(|times| times.median),
+            "gpu_ms": times.and_then(|times| times.gpu),
+            "timed_calls": times.map(|times| times.count),
+            "operations": self.shape.operations(),
+            "gflops": gflops,
+            "ceiling_gflops": self.ceiling / 1e9,
+            "percent_of_ceiling": gflops.map(|gflops| gflops * 1e11 / self.ceiling),
+            "bytes": self.shape.bytes(),
+            "gb_per_s": times.map(|times| self.rate(self.shape.bytes(), times)),
+            "error": self.times.as_ref().err().map(|error| error.to_string()),
+        })
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let dash = || "–".to_string();
+        let mut cells = vec![self.shape.name.clone(), self.way()];
+        match &self.times {
+            Err(error) => {
+                cells.extend(std::iter::repeat_with(dash).take(7));
+                cells.push(format!("does not run: {error}"));
+            }
+            Ok(times) => {
+                let gflops = self.rate(self.shape.operations(), times);
+                cells.extend([times.first, times.best, times.median].map(digits));
+                cells.push(times.gpu.map_or_else(dash, digits));
+                cells.push(digits(gflops));
+                cells.push(format!("{:.0} %", gflops * 1e11 / self.ceiling));
+                cells.push(match self.shape.is_decode() {
+                    true => {
+                        let gb = self.rate(self.shape.bytes(), times);
+                        format!("{} of {} MB", digits(gb), digits(self.shape.bytes() / 1e6))
+                    }
+                    false => dash(),
+                });
+                cells.push(Row::kernel(times).replace(" + ", "\n"));
+            }
+        }
+        cells
+    }
+}
+
+/// Three digits that matter.
+fn digits(value: f64) -> String {
+    match value {
+        x if x >= 99.95 => format!("{x:.0}"),
+        x if x >= 9.995 => format!("{x:.1}"),
+        x if x >= 0.9995 => format!("{x:.2}"),
+        x => format!("{x:.3}"),
+    }
+}
+
+/// Whether every row could be measured.
+pub fn bench(args: &BenchArgs, adapter: Option<&str>) -> Result<bool> {
+    let mut lengths = args.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    if let Some(path) = &args.plot {
+        plot::check_ending(path)?;
+        files::check_folder(path)?;
+        if lengths.len() < 2 {
+            usage!("--plot draws time over length: --lengths needs at least two different ones");
+        }
+    }
+    if let Some(path) = &args.json {
+        files::check_folder(path)?;
+    }
+    let mut shapes: Vec<(Shape, Option<usize>)> = args.shapes.iter().map(|shape| (shape.clone(), None)).collect();
+    for &len in &lengths {
+        let shape = Shape::square(args.batch, args.heads, len, args.dim, args.causal);
+        shapes.push((shape.map_err(crate::error::Error::Usage)?, Some(len)));
+    }
+    if shapes.is_empty() {
+        shapes = Shape::named().into_iter().map(|shape| (shape, None)).collect();
+    }
+    let effort = args.repeat.map_or(Effort::Seconds(args.seconds.unwrap_or(1.5)), Effort::Calls);
+    let mut methods = args.method.clone();
+    let mut seen = Vec::new();
+    methods.retain(|method| {
+        !seen.contains(method) && {
+            seen.push(*method);
+            true
+        }
+    });
+
+    let targets = target::targets(adapter)?;
+    let mut report = Vec::new();
+    let mut lines = Vec::new();
+    let mut complete = true;
+    for target in &targets {
+        target.announce();
+        let rows = rows(target, &shapes, &methods, args.weights, effort)?;
+        print_table(target, &rows);
+        complete &= rows.iter().all(|row| row.times.is_ok());
+        report.extend(rows.iter().map(|row| row.json(target)));
+        lines.extend(sweep(target, &rows));
+    }
+    if let Some(path) = &args.json {
+        files::write_json(path, &serde_json::Value::Array(report))?;
+    }
+    if let Some(path) = &args.plot {
+        let [heads_q, heads_kv] = args.heads;
+        let heads = if heads_q == heads_kv { heads_q.to_string() } else { format!("{heads_q} over {heads_kv}") };
+        let causal = if args.causal { ", causal" } else { "" };
+        let title = format!("attention: batch {}, heads {heads}, width {}{causal}", args.batch, args.dim);
+        plot::write(path, &Plot { title: &title, lengths: &lengths, lines: &lines })?;
+        anstream::println!("plot written to {}", path.display());
+    }
+    Ok(complete)
+}
+
+/// Measures everything on one device.
+fn rows<'a>(
+    target: &Target,
+    shapes: &'a [(Shape, Option<usize>)],
+    methods: &[MethodWord],
+    with_weights: bool,
+    effort: Effort,
+) -> Result<Vec<Row<'a>>> {
+    let device = &target.device;
+    let ceiling = device.multiply_add_ceiling()?;
+    let methods: Vec<Option<MethodWord>> = match device.gpu() {
+        Some(_) => methods.iter().copied().map(Some).collect(),
+        None => vec![None],
+    };
+    let kept: &[bool] = if with_weights { &[false, true] } else { &[false] };
+    let total = shapes.len() * methods.len() * kept.len();
+    let mut rows = Vec::with_capacity(total);
+    for (shape, length) in shapes {
+        for &method in &methods {
+            for &weights in kept {
+                let done = rows.len() + 1;
+                let _spinner = Spinner::start(format!("{} on {}, {done} of {total}", shape.name, device.name()));
+                let wanted = if weights { Weights::PerHead } else { Weights::None };
+                let method_of_call = method.map_or(Method::Auto, MethodWord::method);
+                let times = measure(shape, device, method_of_call, wanted, effort);
+                rows.push(Row { shape, length: *length, method, weights, ceiling, times });
+            }
+        }
+    }
+    Ok(rows)
+}
+
+fn print_table(target: &Target, rows: &[Row<'_>]) {
+    let Some(first) = rows.first() else { return };
+    anstream::println!("{}; multiply-add ceiling {} GFLOP/s", target.label(), digits(first.ceiling / 1e9));
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header([
+        "shape",
+        "method",
+        "first ms",
+        "best ms",
+        "median ms",
+        "GPU ms",
+        "GFLOP/s",
+        "ceiling",
+        "GB/s",
+        "kernels",
+    ]);
+    for row in rows {
+        table.add_row(row.cells());
+    }
+    for column in 2..9 {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    anstream::println!("{table}\n");
+}
+
+/// The rows of the sweep as lines: one per method, with weights and without.
+fn sweep(target: &Target, rows: &[Row<'_>]) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::new();
+    for row in rows {
+        let (Some(length), Ok(times)) = (row.length, &row.times) else { continue };
+        let mut name = match target.device.gpu() {
+            Some(gpu) => format!("{} ({})", gpu.info().name, backend_name(gpu.info().backend)),
+            None => "cpu backend".into(),
+        };
+        let way = row.way();
+        if !way.is_empty() {
+            name = format!("{way}: {name}");
+        }
+        match lines.iter_mut().find(|line| line.name == name) {
+            Some(line) => line.points.push((length, times.median)),
+            None => lines.push(Line { name, points: vec![(length, times.median)] }),
+        }
+    }
+    lines
+}

@@ -1,0 +1,206 @@
+//! What is timed: shapes by name, or the user's own.
+
+use wgpu_attention::Align;
+use wgpu_attention::problem::{Positions, Problem, checked_len};
+
+/// Queries from which on the arithmetic outweighs the reading of keys and values.
+const FEW_QUERIES: usize = 16;
+/// Calls in one encoder.
+const MOST_CALLS: usize = 10_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Attention over Q, K and V.
+    Attention,
+    /// A self-attention layer with its four projections, as wide as all heads together.
+    Layer,
+}
+
+/// One thing to time. Only made by [`Shape::parse`] and [`Shape::square`], which check it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// As the user wrote it.
+    pub name: String,
+    pub work: Work,
+    pub problem: Problem,
+    pub causal: bool,
+    /// Calls in one encoder.
+    pub calls: usize,
+}
+
+/// Name, work, [batch, heads_q, heads_kv, len_q, len_k, dim], causal, calls.
+type Named = (&'static str, Work, [usize; 6], bool, usize);
+
+const NAMED: [Named; 9] = [
+    ("P1", Work::Attention, [1, 12, 12, 512, 512, 64], false, 1),
+    ("P2", Work::Attention, [1, 12, 12, 1024, 1024, 64], true, 1),
+    ("P3", Work::Attention, [1, 32, 8, 512, 512, 128], true, 1),
+    ("P4", Work::Attention, [1, 32, 8, 1, 4096, 128], false, 1),
+    ("P5", Work::Attention, [1, 4, 4, 4096, 4096, 64], true, 1),
+    ("P6", Work::Layer, [8, 8, 8, 128, 128, 64], false, 1),
+    ("P7", Work::Attention, [4, 8, 8, 128, 512, 64], false, 1),
+    ("P9", Work::Attention, [1, 8, 8, 64, 64, 64], false, 1),
+    ("P9:x100", Work::Attention, [1, 8, 8, 64, 64, 64], false, 100),
+];
+
+impl Shape {
+    /// The shapes with names.
+    pub fn named() -> Vec<Shape> {
+        NAMED.iter().map(|&(name, ..)| Shape::parse(name).expect("a shape of the table")).collect()
+    }
+
+    /// `NAME` or `b,hq,hkv,sq,skv,d`, followed by `:causal`, `:xN` or both.
+    pub fn parse(text: &str) -> Result<Shape, String> {
+        let mut parts = text.split(':');
+        let head = parts.next().unwrap_or_default();
+        let (work, sizes, mut causal) = match NAMED.iter().find(|(name, ..)| name.eq_ignore_ascii_case(head)) {
+            Some(&(_, work, sizes, causal, _)) => (work, sizes, causal),
+            None => (Work::Attention, six_numbers(head)?, false),
+        };
+        let mut calls = 1;
+        for part in parts {
+            match part.strip_prefix('x') {
+                _ if part == "causal" => causal = true,
+                Some(number) => {
+                    calls = number.parse().ok().filter(|calls| (1..=MOST_CALLS).contains(calls)).ok_or_else(|| {
+                        format!("\"{part}\" must say how many calls share an encoder: x1 to x{MOST_CALLS}")
+                    })?;
+                }
+                None => return Err(format!("\"{part}\" is neither causal nor xN (N calls in one encoder)")),
+            }
+        }
+        Shape::new(text, work, sizes, causal, calls)
+    }
+
+    /// Self-attention of one length.
+    pub fn square(batch: usize, heads: [usize; 2], len: usize, dim: usize, causal: bool) -> Result<Shape, String> {
+        let [heads_q, heads_kv] = heads;
+        let name = format!("{batch},{heads_q},{heads_kv},{len},{len},{dim}{}", if causal { ":causal" } else { "" });
+        Shape::new(&name, Work::Attention, [batch, heads_q, heads_kv, len, len, dim], causal, 1)
+    }
+
+    fn new(name: &str, work: Work, sizes: [usize; 6], causal: bool, calls: usize) -> Result<Shape, String> {
+        let [batch, heads_q, heads_kv, len_q, len_k, dim] = sizes;
+        if sizes.contains(&0) {
+            return Err(format!(
+                "b = {batch}, hq = {heads_q}, hkv = {heads_kv}, sq = {len_q}, skv = {len_k}, d = {dim}: \
+                 all must be at least 1"
+            ));
+        }
+        // Where there are more keys than queries, the queries are the last ones: a cache is being read.
+        let positions = Positions { causal, align: Align::BottomRight, ..Positions::default() };
+        let keys = [batch, heads_kv, len_k, dim];
+        let problem = Problem::new(&[batch, heads_q, len_q, dim], &keys, &keys, None, None, &positions, 0)
+            .and_then(|problem| checked_len(&[batch, heads_q, len_q, len_k]).map(|_| problem))
+            .map_err(|error| error.to_string())?;
+        Ok(Shape { name: name.into(), work, problem, causal, calls })
+    }
+
+    /// Width of the layer.
+    pub fn width(&self) -> usize {
+        self.problem.heads_q * self.problem.dim_k
+    }
+
+    /// Floating-point operations of all calls: two for a multiply-add of a matrix product, over visible
+    /// keys only; what the softmax takes is not counted.
+    pub fn operations(&self) -> f64 {
+        let Problem { batch, heads_q, len_q, len_k, dim_k, dim_v, .. } = self.problem;
+        let band = self.problem.band(0);
+        let visible: f64 = match self.causal {
+            true => (0..len_q).map(|i| band.range(i, len_k).len() as f64).sum(),
+            false => len_q as f64 * len_k as f64,
+        };
+        let attention = 2.0 * (batch * heads_q) as f64 * visible * (dim_k + dim_v) as f64;
+        let projections = match self.work {
+            Work::Attention => 0.0,
+            Work::Layer => 8.0 * (batch * len_q) as f64 * (self.width() as f64).powi(2),
+        };
+        self.calls as f64 * (attention + projections)
+    }
+
+    /// Bytes that all calls must move at least: each operand read once, the result written once.
+    pub fn bytes(&self) -> f64 {
+        let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = self.problem;
+        let elements = match self.work {
+            Work::Attention => {
+                (batch * heads_q * len_q) as f64 * (dim_k + dim_v) as f64
+                    + (batch * heads_kv * len_k) as f64 * (dim_k + dim_v) as f64
+            }
+            Work::Layer => {
+                let width = self.width() as f64;
+                2.0 * (batch * len_q) as f64 * width + 4.0 * (width * width + width)
+            }
+        };
+        4.0 * self.calls as f64 * elements
+    }
+
+    /// Bytes that are held at once, roughly: the operands, and the results of calls that share an encoder.
+    pub fn held(&self, weights: bool) -> f64 {
+        let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = self.problem;
+        let rows = (batch * heads_q * len_q) as f64;
+        let result = 4.0 * rows * (dim_v as f64 + if weights { len_k as f64 } else { 0.0 });
+        self.bytes() / self.calls as f64 + self.calls as f64 * result
+    }
+
+    /// Whether memory, not arithmetic, sets the pace.
+    pub fn is_decode(&self) -> bool {
+        self.work == Work::Attention && self.problem.len_q < FEW_QUERIES
+    }
+}
+
+fn six_numbers(text: &str) -> Result<[usize; 6], String> {
+    let unknown = || {
+        let names: Vec<&str> = NAMED.iter().map(|&(name, ..)| name).filter(|name| !name.contains(':')).collect();
+        format!("a shape is b,hq,hkv,sq,skv,d (six whole numbers) or one of {}", names.join(", "))
+    };
+    if !text.contains(',') {
+        return Err(unknown());
+    }
+    let numbers: Vec<usize> = text
+        .split(',')
+        .map(|number| number.trim().parse().map_err(|error| format!("\"{number}\": {error}; {}", unknown())))
+        .collect::<Result<_, String>>()?;
+    numbers.try_into().map_err(|numbers: Vec<usize>| format!("{} numbers; {}", numbers.len(), unknown()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_and_bytes_are_those_of_the_formula() {
+        let shape = |text: &str| Shape::parse(text).unwrap();
+        assert_eq!(shape("P1").operations(), 4.0 * 12.0 * 512.0 * 512.0 * 64.0);
+        assert_eq!(shape("p2").operations(), 4.0 * 12.0 * (1024.0 * 1025.0 / 2.0) * 64.0);
+        let layer = 8.0 * 1024.0 * 512.0 * 512.0 + 4.0 * 64.0 * 128.0 * 128.0 * 64.0;
+        assert_eq!(shape("P6").operations(), layer);
+        assert_eq!(shape("P9:x100").operations(), 100.0 * shape("P9").operations());
+        assert_eq!(shape("P4").bytes(), 4.0 * 2.0 * 128.0 * (32.0 + 8.0 * 4096.0));
+        // Of five keys the two queries see four and five; of two queries before one key the last sees it.
+        assert_eq!(shape("1,1,1,2,5,1:causal").operations(), 4.0 * 9.0);
+        assert_eq!(shape("1,1,1,2,1,1:causal:x3").operations(), 3.0 * 4.0);
+    }
+
+    #[test]
+    fn what_is_not_a_shape_is_refused_with_the_rule() {
+        for (text, part) in [
+            ("P8", "one of P1, P2"),
+            ("", "six whole numbers"),
+            ("1,2,3", "3 numbers"),
+            ("1,2,2,4,4,8,9", "7 numbers"),
+            ("1,2,2,4,x,8", "\"x\""),
+            ("1,2,2,4,-4,8", "\"-4\""),
+            ("1,2,2,0,4,8", "at least 1"),
+            ("1,6,4,8,8,8", "heads_q = 6 is not a multiple of heads_kv = 4"),
+            ("1,1,1,1,600000000,1", "lengths must be below"),
+            ("99999999999,99999999999,1,1,1,1", "does not fit in 64 bits"),
+            ("1,1,1,1,99999999999999999999999,1", "too large"),
+            ("P1:upside-down", "neither causal nor xN"),
+            ("P1:x0", "x1 to x10000"),
+            ("P1:xx", "x1 to x10000"),
+        ] {
+            let message = Shape::parse(text).unwrap_err();
+            assert!(message.contains(part), "{text}: {message}");
+        }
+    }
+}
