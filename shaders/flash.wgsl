@@ -14,8 +14,12 @@
 const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 1u;
 const KEYS: u32 = 4u;
+// vec4s that hold a weight for each of them.
+const GROUPS: u32 = 1u;
 const DEPTH4: u32 = 4u;
 const COLS4: u32 = 4u;
+// Loads per lane and key: DEPTH4 / SHARE, rounded up.
+const K_LOADS: u32 = 4u;
 const SHARE: u32 = 1u;
 const SOFTCAP: bool = true;
 const BANDED: bool = true;
@@ -25,8 +29,8 @@ const LISTED: bool = true;
 const PADDED_K: bool = true;
 const PADDED_V: bool = true;
 
-const_assert KEYS <= 4u;
-const_assert KEYS * DEPTH4 % SHARE == 0u;
+const_assert KEYS <= GROUPS * 4u;
+const_assert K_LOADS * SHARE >= DEPTH4;
 const_assert KEYS * COLS4 % SHARE == 0u;
 
 alias QElem = f32;
@@ -291,27 +295,34 @@ fn main(
     // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
     var head: array<u32, ROWS>;
     var query: array<u32, ROWS>;
+    var q_base: array<u32, ROWS>;
     var q_tile: array<vec4<f32>, ROWS * DEPTH4>;
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         let at = min(row + r, rows - 1u);
         head[r] = head_kv * params.group + at / params.len_q;
         query[r] = at % params.len_q;
-        let q_base = params.q_offset + b * params.q_strides.x + head[r] * params.q_strides.y
+        q_base[r] = params.q_offset + b * params.q_strides.x + head[r] * params.q_strides.y
             + query[r] * params.q_strides.z;
+    }
+    // Loads and stores of single lanes are long pieces of code on software adapters, and take longest to
+    // compile: one for each row stands in a loop, and selects put what it gives into its register.
+    for (var d = 0u; d < DEPTH4; d++) {
         // @unroll
-        for (var d = 0u; d < DEPTH4; d++) {
-            q_tile[r * DEPTH4 + d] = load_q(q_base, d);
+        for (var r = 0u; r < ROWS; r++) {
+            let q4 = load_q(q_base[r], d);
+            // @unroll
+            for (var e = 0u; e < DEPTH4; e++) {
+                q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], q4, d == e);
+            }
         }
     }
 
-    // Which key and which part of it this lane loads, load by load.
-    var k_lane: array<u32, KEYS * DEPTH4 / SHARE>;
-    var k_part: array<u32, KEYS * DEPTH4 / SHARE>;
+    // Which part of a key this lane loads, load by load; which key and which part of its value.
+    var k_part: array<u32, K_LOADS>;
     // @unroll
-    for (var n = 0u; n < KEYS * DEPTH4 / SHARE; n++) {
-        k_lane[n] = k_base + (n * SHARE + lane) / DEPTH4 * params.k_strides.z;
-        k_part[n] = (n * SHARE + lane) % DEPTH4;
+    for (var n = 0u; n < K_LOADS; n++) {
+        k_part[n] = min(n * SHARE + lane, DEPTH4 - 1u);
     }
     var v_lane: array<u32, KEYS * COLS4 / SHARE>;
     var v_part: array<u32, KEYS * COLS4 / SHARE>;
@@ -353,16 +364,16 @@ fn main(
     }
     for (var j = start; j < end; j += KEYS) {
         var mine: vec4<f32>;
-        var weight: array<vec4<f32>, ROWS>;
-        // @unroll
+        var weight: array<vec4<f32>, ROWS * GROUPS>;
+        // Not written out: a quarter of the text, and what the loop carries is little.
         for (var c = 0u; c < KEYS; c++) {
+            // Behind the last key lies what is not seen.
+            let key = k_base + (j + c) * params.k_strides.z;
             var part: array<f32, ROWS>;
             // @unroll
             for (var d = 0u; d < DEPTH4; d++) {
-                if ((c * DEPTH4 + d) % SHARE == 0u) {
-                    // Behind the last key lies what is not seen.
-                    let n = (c * DEPTH4 + d) / SHARE;
-                    mine = load_k(k_lane[n] + j * params.k_strides.z, k_part[n]);
+                if (d % SHARE == 0u) {
+                    mine = load_k(key, k_part[d / SHARE]);
                 }
                 // @block share_k
                 let k4 = mine;
@@ -375,29 +386,36 @@ fn main(
             }
             // @unroll
             for (var r = 0u; r < ROWS; r++) {
-                weight[r][c] = part[r];
+                // @unroll
+                for (var g = 0u; g < GROUPS; g++) {
+                    let is_here = vec4<u32>(4u * g) + vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(c);
+                    weight[r * GROUPS + g] = select(weight[r * GROUPS + g], vec4<f32>(part[r]), is_here);
+                }
             }
         }
         var factor: array<f32, ROWS>;
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            var scores = finish(weight[r], b, head[r], query[r], j, end, band);
-            scores.x = select(vec4<f32>(LEAST), scores.x, scores.seen);
+            var scores: array<Scores, GROUPS>;
             var highest = peak[r];
             // @unroll
-            for (var c = 0u; c < KEYS; c++) {
-                worst[r] = max(worst[r], select(0u, bitcast<u32>(scores.x[c]) & 0x7fffffffu, scores.seen[c]));
-                highest = max(highest, scores.x[c]);
+            for (var g = 0u; g < GROUPS; g++) {
+                scores[g] = finish(weight[r * GROUPS + g], b, head[r], query[r], j + 4u * g, end, band);
+                let x = select(vec4<f32>(LEAST), scores[g].x, scores[g].seen);
+                let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
+                worst[r] = max(max(max(worst[r], bits.x), bits.y), max(bits.z, bits.w));
+                highest = max(max(highest, max(x.x, x.y)), max(x.z, x.w));
+                scores[g].x = x;
             }
             factor[r] = exp2(max((peak[r] - highest) * LOG2_E, -200.0));
             peak[r] = highest;
-            weight[r] = weigh(scores, highest);
-            var added = 0.0;
+            total[r] *= factor[r];
             // @unroll
-            for (var c = 0u; c < KEYS; c++) {
-                added += weight[r][c];
+            for (var g = 0u; g < GROUPS; g++) {
+                let w = weigh(scores[g], highest);
+                weight[r * GROUPS + g] = w;
+                total[r] += (w.x + w.y) + (w.z + w.w);
             }
-            total[r] = total[r] * factor[r] + added;
         }
         // @unroll
         for (var d = 0u; d < COLS4; d++) {
@@ -418,7 +436,7 @@ fn main(
                 // @end
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
-                    sum[r * COLS4 + d] = fma(vec4<f32>(weight[r][c]), v4, sum[r * COLS4 + d]);
+                    sum[r * COLS4 + d] = fma(vec4<f32>(weight[r * GROUPS + c / 4u][c % 4u]), v4, sum[r * COLS4 + d]);
                 }
             }
         }
@@ -435,15 +453,24 @@ fn main(
         // A row without visible keys has total 0 and stays 0.
         divisor[r] = select(select(1.0 / total[r], 0.0, total[r] == 0.0), nan, is_nan);
         if (row + r < rows) {
-            // @unroll
-            for (var d = 0u; d < COLS4; d++) {
-                store_o(o_base[r], d, select(sum[r * COLS4 + d] * divisor[r], vec4<f32>(nan), is_nan), false);
-            }
             let value = select(peak[r] + log2(total[r]) * LN_2, bitcast<f32>(params.minus_infinity), total[r] == 0.0);
             store_lse(
                 params.lse_offset + dot(params.lse_strides, vec3<u32>(b, head[r], split)) + query[r],
                 select(value, nan, is_nan),
             );
+        }
+    }
+    for (var d = 0u; d < COLS4; d++) {
+        // @unroll
+        for (var r = 0u; r < ROWS; r++) {
+            var o4: vec4<f32>;
+            // @unroll
+            for (var e = 0u; e < COLS4; e++) {
+                o4 = select(o4, sum[r * COLS4 + e], d == e);
+            }
+            if (row + r < rows) {
+                store_o(o_base[r], d, select(o4 * divisor[r], vec4<f32>(nan), worst[r] >= 0x7f800000u), false);
+            }
         }
     }
 
@@ -467,7 +494,7 @@ fn main(
                 row_divisor = divisor[n];
             }
         }
-        let q_base = params.q_offset + b * params.q_strides.x + h * params.q_strides.y + i * params.q_strides.z;
+        let q_from = params.q_offset + b * params.q_strides.x + h * params.q_strides.y + i * params.q_strides.z;
         // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
         for (var d = 0u; d < (params.dim_v + 3u) / 4u; d++) {
             var term = vec4<f32>();
@@ -477,7 +504,7 @@ fn main(
                 if (any(not_finite(value)) && visible(b, h, i, j, band)) {
                     var part = 0.0;
                     for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
-                        part += dot(load_q(q_base, e), load_k(k_base + j * params.k_strides.z, e));
+                        part += dot(load_q(q_from, e), load_k(k_base + j * params.k_strides.z, e));
                     }
                     let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band), row_peak).x * row_divisor;
                     term += select(vec4<f32>(), weight * value, not_finite(value));

@@ -57,16 +57,18 @@ fn main(
     let row = at / dim4;
     let column = at % dim4 * 4u;
 
+    // A bound that is more than a parameter: see README.md.
+    let splits = select(0u, params.splits, at < params.total);
     var peak = LEAST;
     var is_nan = false;
-    for (var s = 0u; s < params.splits; s++) {
+    for (var s = 0u; s < splits; s++) {
         let value = part_lse[s * params.rows + row];
         is_nan = is_nan || (bitcast<u32>(value) & 0x7fffffffu) > 0x7f800000u;
         peak = max(peak, value);
     }
     var sum = 0.0;
     var joined = vec4<f32>();
-    for (var s = 0u; s < params.splits; s++) {
+    for (var s = 0u; s < splits; s++) {
         let value = part_lse[s * params.rows + row];
         if (bitcast<u32>(value) != params.minus_infinity) {
             let weight = exp2(max((value - peak) * LOG2_E, -200.0));

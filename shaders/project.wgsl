@@ -10,11 +10,14 @@ const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 4u;
 const OUTS: u32 = 4u;
 const DEPTH4: u32 = 4u;
+const LOADS: u32 = 1u;
+// DEPTH4 / LOADS
+const GROUPS: u32 = 4u;
 const SHARE: u32 = 1u;
 const PADDED: bool = true;
 
 const_assert OUTS == 4u;
-const_assert OUTS * DEPTH4 % SHARE == 0u;
+const_assert LOADS * GROUPS == DEPTH4;
 
 alias XElem = f32;
 alias WElem = f32;
@@ -134,14 +137,25 @@ fn main(
         y_base[r] = params.y_offset + row_base(row + r, params.y_strides);
     }
 
-    for (var chunk = 0u; chunk < params.chunks; chunk++) {
-        let last = chunk + 1u == params.chunks;
+    // A bound that is more than a parameter: see README.md.
+    let chunks = select(0u, params.chunks, row_block < params.row_blocks);
+    for (var chunk = 0u; chunk < chunks; chunk++) {
+        let last = chunk + 1u == chunks;
         var x_tile: array<vec4<f32>, ROWS * DEPTH4>;
-        // @unroll
-        for (var r = 0u; r < ROWS; r++) {
+        // Loads of single lanes are long pieces of code on software adapters, and take longest to compile:
+        // LOADS for each row stand in a loop, and selects put what they give into its register.
+        for (var first = 0u; first < DEPTH4; first += LOADS) {
             // @unroll
-            for (var d = 0u; d < DEPTH4; d++) {
-                x_tile[r * DEPTH4 + d] = load_x(x_base[r], chunk * DEPTH4 + d);
+            for (var r = 0u; r < ROWS; r++) {
+                // @unroll
+                for (var n = 0u; n < LOADS; n++) {
+                    let x4 = load_x(x_base[r], chunk * DEPTH4 + first + n);
+                    // @unroll
+                    for (var e = 0u; e < GROUPS; e++) {
+                        let to = r * DEPTH4 + e * LOADS + n;
+                        x_tile[to] = select(x_tile[to], x4, first == e * LOADS);
+                    }
+                }
             }
         }
         for (var j = first_out; j < end_out; j += OUTS) {
@@ -153,15 +167,15 @@ fn main(
                 }
             }
             var mine: vec4<f32>;
-            // @unroll
+            // Not written out: a loop that fits the instruction cache is faster, and compiles sooner.
             for (var c = 0u; c < OUTS; c++) {
+                let out = min(j + c, params.dim_out - 1u);
+                let w_base = params.w_offset + out * params.w_strides.x;
                 var part: array<f32, ROWS>;
                 // @unroll
                 for (var d = 0u; d < DEPTH4; d++) {
-                    if ((c * DEPTH4 + d) % SHARE == 0u) {
-                        let place = c * DEPTH4 + d + lane;
-                        let out = min(j + place / DEPTH4, params.dim_out - 1u);
-                        mine = load_w(params.w_offset + out * params.w_strides.x, chunk * DEPTH4 + place % DEPTH4);
+                    if (d % SHARE == 0u) {
+                        mine = load_w(w_base, chunk * DEPTH4 + min(d + lane, DEPTH4 - 1u));
                     }
                     // @block share
                     let w4 = mine;
@@ -174,7 +188,7 @@ fn main(
                 }
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
-                    sum[r][c] += part[r];
+                    sum[r] += select(vec4<f32>(), vec4<f32>(part[r]), vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(c));
                 }
             }
             var bias4: vec4<f32>;

@@ -241,7 +241,7 @@ pub struct FlashTile {
     pub workgroup: u32,
     /// Rows per invocation.
     pub rows: u32,
-    /// Keys per step, at most 4.
+    /// Keys per step, at most 8.
     pub keys: u32,
     /// Lanes that share their loads through subgroup operations; 1 without.
     pub share: u32,
@@ -275,13 +275,14 @@ pub fn flash(
 ) -> Variant {
     let mut name = String::from("flash");
     let shared = [
-        ("share_k", "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);"),
+        ("share_k", "let k4 = subgroupBroadcast(mine, d % SHARE);"),
         ("share_v", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);"),
         ("any_not_finite", "let careful = subgroupAny(any(found));"),
     ];
     let FlashTile { workgroup, rows, keys, share: lanes, depth4, cols4 } = tile;
     let mut changes = share(Changes::default(), Tile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared);
-    changes = changes.number("KEYS", keys).number("DEPTH4", depth4).number("COLS4", cols4);
+    changes = changes.number("KEYS", keys).number("GROUPS", keys.div_ceil(4)).number("DEPTH4", depth4);
+    changes = changes.number("COLS4", cols4).number("K_LOADS", depth4.div_ceil(lanes));
     changes = changes.flag("PADDED_K", padded[0]).flag("PADDED_V", padded[1]);
     let mark = |padded| if padded { "_padded" } else { "" };
     name.push_str(&format!("/keys{keys}/dims{}{}x{}{}", depth4 * 4, mark(padded[0]), cols4 * 4, mark(padded[1])));
@@ -338,9 +339,12 @@ fn join_nan(local: u32, x: bool) -> bool { return x; }",
 /// A variant of `project.wgsl`.
 pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
     let mut name = String::from("project");
-    let shared = [("share", "let w4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
+    let shared = [("share", "let w4 = subgroupBroadcast(mine, d % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
-    changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded);
+    // A few loads at a time, as many as divide the depth.
+    let loads = [4, 2, 1].into_iter().find(|n| tile.depth4.is_multiple_of(*n)).unwrap_or(1);
+    changes = changes.number("DEPTH4", tile.depth4).number("LOADS", loads).number("GROUPS", tile.depth4 / loads);
+    changes = changes.flag("PADDED", padded);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
     changes = access::load(changes, &access::X, "params.dim_in", "PADDED", x);
     changes = access::load(changes, &access::W, "params.dim_in", "PADDED", w);

@@ -7,15 +7,15 @@ use super::super::params;
 use super::passes::{Call, Slices};
 use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer,
-    strides_used, window,
+    rows_per_invocation, strides_used, window,
 };
 use crate::error::{Result, value_error};
 use crate::problem::{Layout, Problem, checked_len};
 
 /// The widest head whose rows fit registers.
 const MOST_DIM: usize = 512;
-/// vec4s of Q and O that an invocation of a software adapter keeps: more take seconds to compile.
-const KEPT: u32 = 128;
+/// vec4s of Q and O that an invocation of a software adapter keeps: they fill its first cache.
+const KEPT: u32 = 256;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
 
@@ -54,7 +54,7 @@ impl<'a> Fused<'a> {
         if dim_k == 0 || dim_v == 0 || dim_k > MOST_DIM || dim_v > MOST_DIM {
             return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {MOST_DIM}"));
         }
-        let tile = tile(adapter, problem.group() * len_q, dim_k, dim_v);
+        let tile = tile(adapter, problem.group() * len_q, problem);
         // Along the batch nothing may differ: the same row gives the same bits in every batch.
         let row_blocks = (problem.group() * len_q).div_ceil((tile.workgroup * tile.rows) as usize);
         let target = match adapter.class {
@@ -288,7 +288,7 @@ impl<'a> Fused<'a> {
 }
 
 /// The tile for calls of `rows` rows per key/value head.
-fn tile(adapter: &Capabilities, rows: usize, dim_k: usize, dim_v: usize) -> FlashTile {
+fn tile(adapter: &Capabilities, rows: usize, problem: &Problem) -> FlashTile {
     let workgroup: u32 = match adapter.class {
         AdapterClass::Cpu => 8,
         AdapterClass::Gpu => 64,
@@ -299,27 +299,21 @@ fn tile(adapter: &Capabilities, rows: usize, dim_k: usize, dim_v: usize) -> Flas
         Some(4..) if workgroup >= 4 => 4,
         _ => 1,
     };
-    let widest = dim_k.max(dim_v).div_ceil(4) as u32;
-    let keys = match widest {
-        // Where every lane loads for itself, the loads outweigh all else.
-        _ if share == 1 && adapter.class == AdapterClass::Cpu => 1,
-        ..=16 => 4,
-        17..=32 => 2,
-        _ => 1,
-    };
-    // Lanes share whole loads: keys · depth4 vec4s must divide evenly.
-    let step = (share / keys).max(1);
-    let [depth4, cols4] = [dim_k, dim_v].map(|dim| (dim.div_ceil(4) as u32).next_multiple_of(step));
+    let [depth4, cols4] = [problem.dim_k, problem.dim_v].map(|dim| dim.div_ceil(4) as u32);
     let most_rows = match adapter.class {
         AdapterClass::Cpu => (KEPT / (depth4 + cols4)).max(1),
         // Registers are few.
         AdapterClass::Gpu => 1,
     };
-    let wanted = match rows as u64 {
-        n if n >= 8 * u64::from(workgroup) => 4,
-        n if n > u64::from(workgroup) => 2,
-        _ => 1,
+    let rows = rows_per_invocation(rows, workgroup, most_rows);
+    let keys = match adapter.class {
+        // Where every lane of a software adapter loads for itself, the loads outweigh all else.
+        AdapterClass::Cpu if share == 1 => 1,
+        // More keys per step rescale the output less often, and take longer to compile.
+        AdapterClass::Cpu if rows == 8 && problem.len_k >= 256 => 8,
+        _ => 4,
     };
-    let rows = [4, 2, 1].into_iter().find(|&rows| rows <= most_rows.min(wanted)).unwrap_or(1);
+    // Lanes share whole loads: keys · cols4 vec4s must divide evenly.
+    let cols4 = cols4.next_multiple_of((share / keys).max(1));
     FlashTile { workgroup, rows, keys, share, depth4, cols4 }
 }

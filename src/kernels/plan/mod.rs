@@ -281,13 +281,7 @@ impl Planner<'_> {
             Some(4..) if workgroup >= 4 => 4,
             _ => 1,
         };
-        // More rows per invocation reuse each load more often, and take as much longer to compile: a
-        // small call is done before that pays.
-        let rows = match rows as u64 {
-            n if n >= 8 * u64::from(workgroup) => 4,
-            n if n > u64::from(workgroup) => 2,
-            _ => 1,
-        };
+        let rows = rows_per_invocation(rows, workgroup, 4);
         Tile { workgroup, rows, share, depth4 }
     }
 
@@ -300,6 +294,18 @@ impl Planner<'_> {
         let wanted = target / workgroups.max(1);
         (wanted.max(1) as usize).min(axis.div_ceil(least)).max(1)
     }
+}
+
+/// How many of `rows` rows an invocation takes, at most `most`. More reuse each load more often, and take
+/// as much longer to compile: a small call is done before that pays.
+fn rows_per_invocation(rows: usize, workgroup: u32, most: u32) -> u32 {
+    let wanted = match rows as u64 / u64::from(workgroup) {
+        16.. => 8,
+        8.. => 4,
+        _ if rows > workgroup as usize => 2,
+        _ => 1,
+    };
+    [8, 4, 2, 1].into_iter().find(|&n| n <= most.min(wanted)).unwrap_or(1)
 }
 
 fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {

@@ -1,12 +1,17 @@
 //! The projections of a layer.
 
 use super::super::access::Operand;
-use super::super::capabilities::Capabilities;
-use super::super::catalogue;
+use super::super::capabilities::{AdapterClass, Capabilities};
+use super::super::catalogue::{self, Tile};
 use super::super::params;
-use super::{Binding, Part, Plan, Planner, Slot, check_buffer, padded_bytes, window};
+use super::{Binding, Part, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation, window};
 use crate::error::{Result, shape_error};
 use crate::problem::Layout;
+
+/// vec4s of X that an invocation of a software adapter keeps.
+const KEPT: u32 = 256;
+/// Most vec4s of a row among them.
+const DEEPEST: u32 = 64;
 
 /// `Y = X·Wᵀ + b` with rows appended: X `[b, l, in]` (Q), W `[out, in]` (K), b `[out]` (Bias 0), extra
 /// rows (Bias 1, 2, …; `None`: zeros), Y `[b, l + extra, out]` row-major (Output).
@@ -58,7 +63,7 @@ pub fn project(
                 let y_at = window(&y, &[b, l, o], 4, align);
                 let rows = b.count * l.count;
                 let dim4 = dim_in.div_ceil(4);
-                let tile = planner.tile(rows, dim4);
+                let tile = planner.project_tile(rows, dim4);
                 let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
                 let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
                 let out_blocks = planner.pieces(row_blocks as u64, o.count, 64);
@@ -141,4 +146,19 @@ pub fn project(
         }
     }
     Ok(planner.plan)
+}
+
+impl Planner<'_> {
+    fn project_tile(&self, rows: usize, dim4: usize) -> Tile {
+        let Tile { workgroup, share, .. } = self.tile(rows, dim4);
+        match self.adapter.class {
+            AdapterClass::Gpu => self.tile(rows, dim4),
+            // The rows of X fill the first cache; deep chunks go through Y less often.
+            AdapterClass::Cpu => {
+                let rows = rows_per_invocation(rows, workgroup, 8);
+                let chunks = dim4.div_ceil((KEPT / rows).min(DEEPEST) as usize).max(1);
+                Tile { workgroup, rows, share, depth4: dim4.div_ceil(chunks).max(1) as u32 }
+            }
+        }
+    }
 }
