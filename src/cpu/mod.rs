@@ -3,11 +3,15 @@
 
 mod attention;
 mod exp;
+mod merge;
 mod project;
+mod scatter;
 mod softmax;
 
 pub(crate) use attention::attention;
+pub(crate) use merge::merge;
 pub(crate) use project::project;
+pub(crate) use scatter::scatter;
 pub(crate) use softmax::softmax;
 
 use std::borrow::Cow;

@@ -6,7 +6,7 @@ mod buffers;
 mod run;
 
 pub use adapters::{AdapterSummary, GpuOptions};
-pub(crate) use buffers::GpuBuffer;
+pub(crate) use buffers::{GpuBuffer, Purpose};
 pub(crate) use run::Recording;
 
 use std::collections::HashMap;

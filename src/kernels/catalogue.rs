@@ -26,11 +26,13 @@ pub enum Kernel {
     Fold,
     /// A strided view made row-major.
     Copy,
+    /// Rows written into a cache of keys or values.
+    Scatter,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 10] = [
+    pub const ALL: [Kernel; 11] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -41,6 +43,7 @@ impl Kernel {
         Kernel::MeanHeads,
         Kernel::Fold,
         Kernel::Copy,
+        Kernel::Scatter,
     ];
 
     /// The file's name without its ending.
@@ -56,6 +59,7 @@ impl Kernel {
             Kernel::MeanHeads => "mean_heads",
             Kernel::Fold => "fold",
             Kernel::Copy => "copy",
+            Kernel::Scatter => "scatter",
         }
     }
 
@@ -72,6 +76,7 @@ impl Kernel {
             Kernel::MeanHeads => include_str!("../../shaders/mean_heads.wgsl"),
             Kernel::Fold => include_str!("../../shaders/fold.wgsl"),
             Kernel::Copy => include_str!("../../shaders/copy.wgsl"),
+            Kernel::Scatter => include_str!("../../shaders/scatter.wgsl"),
         }
     }
 }
@@ -386,6 +391,34 @@ pub fn merge(lse: bool) -> Variant {
     Variant { kernel: Kernel::Merge, changes, name: "merge".into() }
 }
 
+/// `merge.wgsl` over two results that lie apart, at any strides.
+pub fn merge_pair() -> Variant {
+    let changes = Changes::default().block(
+        "parts",
+        "@group(0) @binding(1) var<storage, read> out_a: array<f32>;
+@group(0) @binding(2) var<storage, read> lse_a: array<f32>;
+@group(0) @binding(5) var<storage, read> out_b: array<f32>;
+@group(0) @binding(6) var<storage, read> lse_b: array<f32>;
+fn lse_of(s: u32, row: u32, bhi: vec3<u32>) -> f32 {
+    if (s == 0u) {
+        return lse_a[params.a_lse_offset + dot(params.a_lse_strides, bhi)];
+    }
+    return lse_b[params.b_lse_offset + dot(params.b_lse_strides, bhi)];
+}
+fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
+    if (s == 0u) {
+        let step = params.a_strides.w;
+        let at = params.a_offset + dot(params.a_strides.xyz, bhi) + column * step;
+        return vec4<f32>(out_a[at], out_a[at + step], out_a[at + 2u * step], out_a[at + 3u * step]);
+    }
+    let step = params.b_strides.w;
+    let at = params.b_offset + dot(params.b_strides.xyz, bhi) + column * step;
+    return vec4<f32>(out_b[at], out_b[at + step], out_b[at + 2u * step], out_b[at + 3u * step]);
+}",
+    );
+    Variant { kernel: Kernel::Merge, changes, name: "merge/pair".into() }
+}
+
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
@@ -489,6 +522,17 @@ pub fn copy() -> Variant {
     Variant { kernel: Kernel::Copy, changes: Changes::default(), name: "copy".into() }
 }
 
+/// A variant of `scatter.wgsl`.
+pub fn scatter(wide_x: bool) -> Variant {
+    if !wide_x {
+        return Variant { kernel: Kernel::Scatter, changes: Changes::default(), name: "scatter".into() };
+    }
+    let changes = Changes::default()
+        .alias("XElem", "vec4<f32>")
+        .block("load_x", "fn load_x(at: u32, d4: u32) -> vec4<f32> { return x[at / 4u + d4]; }");
+    Variant { kernel: Kernel::Scatter, changes, name: "scatter/wide".into() }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -566,7 +610,7 @@ pub fn variants() -> Vec<Variant> {
             ));
         }
     }
-    all.extend([merge(true), merge(false)]);
+    all.extend([merge(true), merge(false), merge_pair(), scatter(false), scatter(true)]);
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
     }

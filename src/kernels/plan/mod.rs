@@ -5,12 +5,16 @@
 //! rows, then keys, so that every binding and every dispatch fits.
 
 mod flash;
+mod merge;
 mod passes;
 mod project;
+mod scatter;
 mod softmax;
 
+pub use merge::merge;
 pub use passes::attention;
 pub use project::project;
+pub use scatter::scatter;
 pub use softmax::softmax;
 
 use bytemuck::Pod;
@@ -35,6 +39,8 @@ pub enum Slot {
     Bias(usize),
     /// The band table, one `vec4<i32>` per batch entry.
     Bands,
+    /// The table of [`Plan::places`].
+    Places,
     /// The result.
     Output,
     /// Log-sum-exp.
@@ -90,6 +96,8 @@ pub struct Plan {
     pub stage: Option<Layout>,
     /// The band table, when bands differ within the batch.
     pub bands: Vec<[i32; 4]>,
+    /// Which rows a scatter copies where: from, to, count.
+    pub places: Vec<[u32; 4]>,
 }
 
 /// The operands of an attention call: four axes each, masks and biases broadcast to
@@ -307,7 +315,7 @@ impl Planner<'_> {
     }
 }
 
-fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {
+pub(crate) fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {
     let too_large = |limit_name, limit| Error::TooLarge {
         what: what.into(),
         needed,
