@@ -79,7 +79,7 @@ pub struct Attention {
     extra_keys: usize,
 }
 
-/// What [`Attention::forward`] returns.
+/// What [`Attention::forward`] and [`merge`] return.
 #[derive(Clone, Debug)]
 pub struct Attended {
     /// `[batch, heads_q, len_q, dim_v]`, in the memory order of the query.

@@ -273,7 +273,7 @@ impl KvCache {
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
         self.expect_order("attention by position")?;
         let mut recording = Recording::for_step(&self.device);
-        let counts = self.counts(lengths, "q", q.layout())?;
+        let counts = self.counts(lengths, "Q", q.layout())?;
         let attended = self.record_attend(&mut recording, attention, q, &self.rows, &self.sequences, &counts, None)?;
         recording.submit().await?;
         Ok(attended)

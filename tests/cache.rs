@@ -142,7 +142,7 @@ fn a_thousand_steps_allocate_nothing() {
                     let back = [0, 1].map(|_| if rng.random_bool(0.3) { rng.random_range(0..3) } else { 0 });
                     if cache.lengths().iter().all(|&len| len > 150 && len < 590) {
                         cache.rollback_lengths(&back).unwrap();
-                    } else if window.is_none() && cache.lengths().iter().any(|&len| len == 600) {
+                    } else if window.is_none() && cache.lengths().contains(&600) {
                         cache.rollback(400).unwrap();
                     }
                     drop(cache.step(&attention, &q, &token, &token).unwrap());
