@@ -163,8 +163,8 @@ impl Recording {
             for binding in &step.bindings {
                 let table = |part: &Part| Part { buffer: part.buffer.clone(), ..*part };
                 let part = match binding.slot {
-                    Slot::Bands => table(&bands),
-                    Slot::Places => table(&places),
+                    Slot::Bands if !plan.bands.is_empty() => table(&bands),
+                    Slot::Places if !plan.places.is_empty() => table(&places),
                     slot => {
                         let buffer = match slot {
                             Slot::Scratch(n) => Some(scratch[n].clone()),
