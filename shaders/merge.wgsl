@@ -2,7 +2,7 @@
 // O_s [s, row, d]   LSE_s [s, row]   O [b, h, i, d]   LSE [b, h, i]; row = (b, h, i)
 //
 // Joins the outputs of splits of the keys, each with its own log-sum-exp (Dao et al. 2023,
-// "Flash-Decoding"), in the order of the splits. A split that saw no key (LSE −∞) weighs 0. One
+// "Flash-Decoding"), in the order of the splits; or two results that a caller brings. A split that saw no key (LSE −∞) weighs 0. One
 // invocation per row and four columns.
 
 const WORKGROUP: u32 = 64u;
@@ -23,13 +23,34 @@ struct Params {
     workgroups: u32,
     minus_infinity: u32,
     not_a_number: u32,
-    pad: u32,
+    // Of two parts that lie apart.
+    a_offset: u32,
+    b_offset: u32,
+    pad_0: u32,
+    pad_1: u32,
+    pad_2: u32,
+    a_strides: vec4<u32>,
+    b_strides: vec4<u32>,
+    a_lse_strides: vec3<u32>,
+    a_lse_offset: u32,
+    b_lse_strides: vec3<u32>,
+    b_lse_offset: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(3) var<storage, read_write> o: array<f32>;
+
+// @block parts
 @group(0) @binding(1) var<storage, read> parts: array<f32>;
 @group(0) @binding(2) var<storage, read> part_lse: array<f32>;
-@group(0) @binding(3) var<storage, read_write> o: array<f32>;
+fn lse_of(s: u32, row: u32, bhi: vec3<u32>) -> f32 {
+    return part_lse[s * params.rows + row];
+}
+fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
+    let first = (s * params.rows + row) * params.row_stride + column;
+    return vec4<f32>(parts[first], parts[first + 1u], parts[first + 2u], parts[first + 3u]);
+}
+// @end
 
 // @block lse
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
@@ -56,33 +77,33 @@ fn main(
     let dim4 = max((params.dim + 3u) / 4u, 1u);
     let row = at / dim4;
     let column = at % dim4 * 4u;
+    let heads = row / params.len_q;
+    let bhi = vec3<u32>(heads / params.heads, heads % params.heads, row % params.len_q);
 
     // A bound that is more than a parameter: see README.md.
     let splits = select(0u, params.splits, at < params.total);
     var peak = LEAST;
     var is_nan = false;
     for (var s = 0u; s < splits; s++) {
-        let value = part_lse[s * params.rows + row];
-        is_nan = is_nan || (bitcast<u32>(value) & 0x7fffffffu) > 0x7f800000u;
+        let value = lse_of(s, row, bhi);
+        // +∞ too, as in a row with such a score.
+        let bits = bitcast<u32>(value);
+        is_nan = is_nan || ((bits & 0x7fffffffu) >= 0x7f800000u && bits != params.minus_infinity);
         peak = max(peak, value);
     }
     var sum = 0.0;
     var joined = vec4<f32>();
     for (var s = 0u; s < splits; s++) {
-        let value = part_lse[s * params.rows + row];
+        let value = lse_of(s, row, bhi);
         if (bitcast<u32>(value) != params.minus_infinity) {
             let weight = exp2(max((value - peak) * LOG2_E, -200.0));
-            let first = (s * params.rows + row) * params.row_stride + column;
             sum += weight;
-            joined += weight * vec4<f32>(parts[first], parts[first + 1u], parts[first + 2u], parts[first + 3u]);
+            joined += weight * part_of(s, row, bhi, column);
         }
     }
     let nan = bitcast<f32>(params.not_a_number);
     let factor = select(select(1.0 / sum, 0.0, sum == 0.0), nan, is_nan);
-    let i = row % params.len_q;
-    let h = row / params.len_q % params.heads;
-    let b = row / params.len_q / params.heads;
-    let to = params.o_offset + dot(params.o_strides.xyz, vec3<u32>(b, h, i));
+    let to = params.o_offset + dot(params.o_strides.xyz, bhi);
     // @unroll
     for (var e = 0u; e < 4u; e++) {
         if (column + e < params.dim) {
@@ -91,6 +112,6 @@ fn main(
     }
     if (column == 0u) {
         let value = select(peak + log2(sum) * LN_2, bitcast<f32>(params.minus_infinity), sum == 0.0);
-        store_lse(params.lse_offset + dot(params.lse_strides, vec3<u32>(b, h, i)), select(value, nan, is_nan));
+        store_lse(params.lse_offset + dot(params.lse_strides, bhi), select(value, nan, is_nan));
     }
 }

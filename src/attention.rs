@@ -79,7 +79,7 @@ pub struct Attention {
     extra_keys: usize,
 }
 
-/// What [`Attention::forward`] returns.
+/// What [`Attention::forward`] and [`merge`] return.
 #[derive(Clone, Debug)]
 pub struct Attended {
     /// `[batch, heads_q, len_q, dim_v]`, in the memory order of the query.
@@ -194,6 +194,27 @@ impl Attention {
         self
     }
 
+    /// The same rules for queries that stand behind a cache's keys: entry `b` holds `lengths[b]` of them,
+    /// query `i` stands at key `offsets[b] + i`, and sees no more than `window` keys before its own.
+    pub(crate) fn behind(&self, lengths: Vec<usize>, offsets: Vec<i64>, window: Option<usize>) -> Result<Attention> {
+        if self.positions.key_lengths.is_some() {
+            return Err(value_error!("key_lengths is given, but a cache says itself how many keys it holds"));
+        }
+        let mut attention = self.clone();
+        attention.positions = Positions {
+            align: Align::PerBatch(offsets),
+            causal: true,
+            window_left: self.positions.window_left.into_iter().chain(window).min(),
+            window_right: self.positions.window_right,
+            key_lengths: Some(lengths),
+        };
+        Ok(attention)
+    }
+    /// Keys before a query's own that it sees.
+    pub(crate) fn window_left(&self) -> Option<usize> {
+        self.positions.window_left
+    }
+
     /// Replaces every mask by what `change` makes of it.
     pub(crate) fn for_each_mask(&mut self, change: impl Fn(&Mask) -> Result<Mask>) -> Result<()> {
         for mask in &mut self.masks {
@@ -262,7 +283,7 @@ impl Attention {
         Ok(attended)
     }
 
-    fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
+    pub(crate) fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
         let masks = self.masks.iter().chain(&self.key_padding).map(|mask| ("a mask", &mask.tensor));
         let biases = self.biases.iter().map(|bias| ("a bias", bias));
         common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases))
@@ -332,7 +353,7 @@ impl Attention {
     }
 }
 
-fn common_device_is(expected: &Device, device: Device) -> Result<()> {
+pub(crate) fn common_device_is(expected: &Device, device: Device) -> Result<()> {
     if expected.same_as(&device) {
         return Ok(());
     }
@@ -360,16 +381,70 @@ fn restore_axes(attended: Attended, q: &[usize]) -> Result<Attended> {
     })
 }
 
-/// The output's layout `[b, h, s, d]` in the memory order of the query: heads inside the sequence
-/// (`[b, s, h, d]`) when the query has them so, else row-major.
+/// The output's layout `[b, h, s, d]` in the memory order of the query.
 pub(crate) fn output_layout(problem: &Problem, q: &Layout) -> Result<Layout> {
-    let Problem { batch, heads_q, len_q, dim_v, .. } = *problem;
-    let strides = q.strides();
-    if heads_q > 1 && len_q > 1 && strides[1] < strides[2] {
-        Layout::contiguous(&[batch, len_q, heads_q, dim_v])?.permute(&[0, 2, 1, 3])
+    in_order_of(q, [problem.batch, problem.heads_q, problem.len_q, problem.dim_v])
+}
+
+/// A layout of `shape` with the heads inside the sequence (`[b, s, h, d]`) when `like` has them so, else
+/// row-major.
+fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -> Result<Layout> {
+    let strides = like.strides();
+    if heads > 1 && len > 1 && strides[1] < strides[2] {
+        Layout::contiguous(&[batch, len, heads, dim])?.permute(&[0, 2, 1, 3])
     } else {
-        Layout::contiguous(&[batch, heads_q, len_q, dim_v])
+        Layout::contiguous(&[batch, heads, len, dim])
     }
+}
+
+/// Joins attention over two disjoint sets of keys by the log-sum-exps of both (Dao et al. 2023,
+/// "Flash-Decoding"; Ye et al. 2024, "Cascade inference"), as if one call had seen all keys:
+///
+/// ```text
+/// LSE = ln(exp LSE_a + exp LSE_b)      O = exp(LSE_a − LSE) · O_a + exp(LSE_b − LSE) · O_b
+/// ```
+///
+/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; missing leading axes
+/// count as in [`Attention::forward`]. A part with LSE −∞ weighs 0 whatever its output holds; where both
+/// are −∞ the output is 0 and the LSE −∞. NaN goes through, and an LSE of +∞ makes its row NaN.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn merge(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {
+    pollster::block_on(merge_async(out_a, lse_a, out_b, lse_b))
+}
+
+/// As [`merge`], without blocking.
+pub async fn merge_async(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {
+    let device = common_device(out_a, [("LSE a", lse_a), ("output b", out_b), ("LSE b", lse_b)])?;
+    for (name, tensor) in [("output a", out_a), ("LSE a", lse_a), ("output b", out_b), ("LSE b", lse_b)] {
+        tensor.expect_float(name)?;
+    }
+    if out_a.shape() != out_b.shape() {
+        return Err(shape_error!(
+            "output a {:?} and output b {:?} differ: both are [batch, heads, len, dim] of the same queries",
+            out_a.shape(),
+            out_b.shape()
+        ));
+    }
+    let four = |name: &str, tensor: &Tensor| Ok::<_, Error>(tensor.with_layout(as_four_axes(name, tensor.layout())?));
+    let outputs = [four("output a", out_a)?, four("output b", out_b)?];
+    let lse = |name: &str, tensor: &Tensor| -> Result<Tensor> {
+        let rows = &out_a.shape()[..out_a.shape().len() - 1];
+        if tensor.shape() != rows {
+            return Err(shape_error!(
+                "{name} {:?} must be {rows:?}: one value per row of the outputs {:?}",
+                tensor.shape(),
+                out_a.shape()
+            ));
+        }
+        four(name, &tensor.unsqueeze(rows.len())?)?.select(3, 0)
+    };
+    let lses = [lse("LSE a", lse_a)?, lse("LSE b", lse_b)?];
+    let &[b, h, i, d] = outputs[0].shape() else { unreachable!("four axes") };
+    let layout = in_order_of(outputs[0].layout(), [b, h, i, d])?;
+    let mut recording = Recording::new(&device);
+    let [output, lse] = recording.merge([&outputs[0], &outputs[1]], [&lses[0], &lses[1]], layout)?;
+    recording.submit().await?;
+    restore_axes(Attended { output, lse: Some(lse), weights: None, scores: None }, out_a.shape())
 }
 
 /// Softmax over `axis` (negative counts from the end), as `torch.softmax`. A row of −∞ gives zeros.

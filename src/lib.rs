@@ -19,7 +19,7 @@
 //! # }
 //! ```
 //!
-//! Where things are: [`Attention`] and [`MultiHeadAttention`] are what a user calls; [`Device`], [`Gpu`] and
+//! Where things are: [`Attention`], [`MultiHeadAttention`] and [`KvCache`] are what a user calls; [`Device`], [`Gpu`] and
 //! [`Tensor`] say where; [`problem`] holds the rules in checked arithmetic; [`kernels`] the shaders as plain
 //! data and the planning of a call; [`reference`] the f64 truth that tests lean on.
 //!
@@ -33,6 +33,7 @@
 struct Readme;
 
 mod attention;
+mod cache;
 #[cfg(feature = "cpu")]
 mod cpu;
 mod device;
@@ -47,8 +48,10 @@ pub mod reference;
 mod state_dict;
 mod tensor;
 
-pub use attention::softmax_async;
-pub use attention::{Attended, Attention, Mask, Weights, softmax};
+pub use attention::{Attended, Attention, Mask, Weights, merge_async, softmax_async};
+#[cfg(not(target_arch = "wasm32"))]
+pub use attention::{merge, softmax};
+pub use cache::{KvCache, KvCacheConfig, ScatterMode};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile};

@@ -11,7 +11,7 @@ use crate::error::{Result, value_error};
 use crate::gpu;
 #[cfg(feature = "cpu")]
 use crate::memory::check_floats;
-use crate::problem::{Layout, Problem};
+use crate::problem::{Layout, Place, Problem};
 use crate::tensor::Tensor;
 
 pub(crate) enum Recording {
@@ -24,6 +24,15 @@ impl Recording {
     pub fn new(device: &Device) -> Recording {
         match device {
             Device::Gpu(gpu) => Recording::Gpu(gpu::Recording::new(gpu)),
+            #[cfg(feature = "cpu")]
+            Device::Cpu => Recording::Cpu,
+        }
+    }
+
+    /// For a step of a sequence, whose parameters are new every time.
+    pub fn for_step(device: &Device) -> Recording {
+        match device {
+            Device::Gpu(gpu) => Recording::Gpu(gpu::Recording::for_step(gpu)),
             #[cfg(feature = "cpu")]
             Device::Cpu => Recording::Cpu,
         }
@@ -121,6 +130,38 @@ impl Recording {
                         .transpose()?,
                     scores: answer.scores.map(|scores| tensor(scores, &square)).transpose()?,
                 })
+            }
+        }
+    }
+
+    /// Copies rows of X `[b, h, i, d]` into a cache Y `[b, h, rows, d]`: one place per batch entry.
+    pub fn scatter(&mut self, x: &Tensor, y: &mut Tensor, places: &[Place]) -> Result<()> {
+        match self {
+            Recording::Gpu(recording) => recording.scatter(x, y, places),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                let layout = y.layout().clone();
+                let dtype = y.dtype();
+                cpu::scatter(cpu::View::of(x), y.cpu_mut(), &layout, places, |x| dtype.round(x));
+                Ok(())
+            }
+        }
+    }
+
+    /// Joins two results `[b, h, i, d]` over disjoint keys with their LSEs `[b, h, i]`; `layout` is the
+    /// output's.
+    pub fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2], layout: Layout) -> Result<[Tensor; 2]> {
+        match self {
+            Recording::Gpu(recording) => recording.merge(outputs, lses, layout),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("the merged output", layout.shape())?;
+                let [output, lse] = cpu::merge(outputs.map(cpu::View::of), lses.map(cpu::View::of), &layout);
+                let lse_layout = Layout::contiguous(&layout.shape()[..3])?;
+                Ok([
+                    Tensor::from_cpu(output, layout, outputs[0].dtype()),
+                    Tensor::from_cpu(lse, lse_layout, crate::Dtype::F32),
+                ])
             }
         }
     }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
-use crate::gpu::GpuBuffer;
+use crate::gpu::{GpuBuffer, Purpose};
 use crate::kernels::Operand;
+use crate::kernels::plan::check_buffer;
 use crate::problem::{Dtype, Element, Layout, checked_len};
 
 /// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
@@ -85,6 +86,31 @@ impl Tensor {
     pub(crate) fn from_cpu(data: Vec<f32>, layout: Layout, dtype: Dtype) -> Tensor {
         debug_assert!(layout.end() <= data.len());
         Tensor { storage: Storage::Cpu(data.into()), layout, dtype, stored: Dtype::F32 }
+    }
+
+    /// The floats, for writing in place. Whoever else holds the storage keeps it as it was.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn cpu_mut(&mut self) -> &mut [f32] {
+        match &mut self.storage {
+            Storage::Cpu(data) => Arc::make_mut(data),
+            _ => unreachable!("devices and types are checked before"),
+        }
+    }
+
+    /// Memory for a tensor whose elements are written before they are read.
+    pub(crate) fn blank(device: &Device, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
+        match device {
+            Device::Gpu(gpu) => {
+                let bytes = (layout.end() as u64 * dtype.stored_size()).next_multiple_of(16);
+                check_buffer(gpu.capabilities(), what, bytes)?;
+                Ok(Tensor::from_gpu(gpu.allocate(what, bytes, Purpose::Call)?, layout, dtype, dtype))
+            }
+            #[cfg(feature = "cpu")]
+            Device::Cpu => {
+                crate::memory::check_floats(what, &[layout.end()])?;
+                Ok(Tensor::from_cpu(vec![0.0; layout.end()], layout, dtype))
+            }
+        }
     }
 
     pub(crate) fn from_gpu(buffer: GpuBuffer, layout: Layout, dtype: Dtype, stored: Dtype) -> Tensor {

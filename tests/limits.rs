@@ -6,7 +6,10 @@ use kit::{Call, Order, gpus};
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
 use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
-use wgpu_attention::{Attention, Device, Error, Gpu, MultiHeadAttention, MultiHeadConfig, Tensor, Weights, wgpu};
+use wgpu_attention::{
+    Attention, Device, Error, Gpu, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, ScatterMode, Tensor,
+    Weights, merge, wgpu,
+};
 
 const KIB: u64 = 1 << 10;
 
@@ -253,6 +256,41 @@ fn a_projection_larger_than_a_binding() {
         for (cut, whole) in run(&small).iter().zip(&run(&Device::Cpu)) {
             let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
             kit::assert_close(&name, cut, &whole, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn a_cache_larger_than_a_binding() {
+    // Cut by batch and heads, and, where one head is too large, by rows, around the end too.
+    for (binding, capacity) in [(8 * KIB, 40), (4 * KIB, 150)] {
+        for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = binding) {
+            let run = |device: &Device| {
+                let mut cache = KvCache::new(device, KvCacheConfig::new(3, 2, capacity, 24)).unwrap();
+                let tokens = |n: usize, from: f32| {
+                    let data: Vec<f32> = (0..3 * n * 2 * 24).map(|i| (i as f32 * 0.37 + from).sin()).collect();
+                    let x = Tensor::from_slice(device, &[3, n, 2, 24], &data).unwrap();
+                    x.permute(&[0, 2, 1, 3]).unwrap()
+                };
+                let x = tokens(capacity - 10, 1.0);
+                cache.append_lengths(&x, &x, &[capacity - 10, 3, capacity - 20]).unwrap();
+                let x = tokens(10, 2.0);
+                cache.append_lengths(&x, &x, &[10, 7, 0]).unwrap();
+                let one = tokens(1, 3.0);
+                let step = cache.attend(&Attention::new().lse(true), &one).unwrap();
+                let merged = merge(&step.output, step.lse.as_ref().unwrap(), &one, &one.select(3, 0).unwrap()).unwrap();
+                cache.clear();
+                let x = tokens(capacity, 4.0);
+                cache.append(&x, &x).unwrap();
+                let x = tokens(capacity - 5, 5.0);
+                cache.write(&[0, 20, capacity], &x, &x, ScatterMode::Circular).unwrap();
+                [step.output, merged.output, cache.keys().unwrap(), cache.values().unwrap()]
+                    .map(|tensor| tensor.download().unwrap())
+            };
+            for (n, (cut, whole)) in run(&Device::Gpu(gpu)).iter().zip(&run(&Device::Cpu)).enumerate() {
+                let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
+                kit::assert_close(&format!("{name}, result {n}, bindings of {binding}"), cut, &whole, 3e-6);
+            }
         }
     }
 }

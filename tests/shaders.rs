@@ -98,6 +98,7 @@ fn params_have_the_layout_that_the_shaders_read() {
         (Kernel::Fold, params::Fold::fields(), size_of::<params::Fold>()),
         (Kernel::Copy, params::Copy::fields(), size_of::<params::Copy>()),
         (Kernel::Probe, params::Probe::fields(), size_of::<params::Probe>()),
+        (Kernel::Scatter, params::Scatter::fields(), size_of::<params::Scatter>()),
     ];
     for (kernel, fields, size) in all {
         let (module, _) = validate(kernel.name(), kernel.source());

@@ -3,15 +3,19 @@
 
 mod attention;
 mod exp;
+mod merge;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
+mod scatter;
 mod softmax;
 
 pub(crate) use attention::attention;
+pub(crate) use merge::merge;
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;
+pub(crate) use scatter::scatter;
 pub(crate) use softmax::softmax;
 
 use std::borrow::Cow;

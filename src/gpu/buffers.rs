@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 /// Bytes of idle buffers that are kept for the next call.
 const MOST_IDLE: u64 = 1 << 30;
 
+/// What uniform blocks and tables are used as.
+const CONSTANT: wgpu::BufferUsages = wgpu::BufferUsages::UNIFORM.union(wgpu::BufferUsages::STORAGE);
+
 /// What a pooled buffer may be reused for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Purpose {
@@ -19,6 +22,8 @@ pub enum Purpose {
     /// Working memory of work recorded into a caller's encoder. It may still wait for its submit when
     /// it comes back, so an upload, which runs before that submit, must never get it.
     Encoder,
+    /// Uniform blocks and tables of a call whose parameters are new every time.
+    Parameters,
     /// Reading back.
     Staging,
 }
@@ -27,6 +32,7 @@ impl Purpose {
     fn usage(self) -> wgpu::BufferUsages {
         match self {
             Purpose::Staging => wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            Purpose::Parameters => CONSTANT | wgpu::BufferUsages::COPY_DST,
             _ => wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
         }
     }
@@ -166,7 +172,7 @@ impl Gpu {
     }
 
     /// An immutable buffer of these bytes, made once.
-    pub(crate) fn constant(&self, bytes: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
+    pub(crate) fn constant(&self, bytes: &[u8]) -> wgpu::Buffer {
         /// Distinct uniform blocks kept; a program with more shapes than this makes some again.
         const MOST: usize = 4096;
         let mut constants = lock(&self.0.constants);
@@ -177,7 +183,7 @@ impl Gpu {
         let buffer = self.0.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("parameters"),
             size,
-            usage,
+            usage: CONSTANT,
             mapped_at_creation: true,
         });
         // On a lost device mapping fails; the call that uses the buffer reports the loss.

@@ -9,7 +9,7 @@ mod probe;
 mod run;
 
 pub use adapters::{AdapterSummary, GpuOptions};
-pub(crate) use buffers::GpuBuffer;
+pub(crate) use buffers::{GpuBuffer, Purpose};
 pub use run::Profile;
 pub(crate) use run::Recording;
 

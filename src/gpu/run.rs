@@ -11,7 +11,7 @@ use crate::error::{Result, value_error};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, padded_bytes};
 use crate::kernels::{Operand, Plan, Slot, Step, Variant};
-use crate::problem::{Dtype, Layout, Problem, ScoreStage};
+use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage};
 use crate::tensor::{Storage, Tensor};
 
 /// A compiled variant.
@@ -97,10 +97,19 @@ pub struct Profile {
     pub gpu_time: Option<Duration>,
 }
 
+/// A part of a buffer.
+struct Part {
+    /// `None`: of the recording's own parameters.
+    buffer: Option<GpuBuffer>,
+    offset: u64,
+    size: u64,
+}
+
 /// A planned step with its real buffers.
 struct Bound {
     step: Step,
-    buffers: Vec<GpuBuffer>,
+    /// The uniform block first.
+    parts: Vec<(u32, Part)>,
 }
 
 /// Steps on one adapter, to run in one compute pass.
@@ -109,7 +118,12 @@ pub(crate) struct Recording {
     gpu: Gpu,
     steps: Vec<Bound>,
     purpose: Purpose,
+    /// Uniform blocks and tables that go into one pooled buffer; `None` keeps each by its content.
+    parameters: Option<Vec<u8>>,
 }
+
+/// Where a uniform block may begin on any adapter.
+const ALIGNMENT: usize = 256;
 
 fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
     match tensor.storage() {
@@ -121,7 +135,18 @@ fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
 
 impl Recording {
     pub fn new(gpu: &Gpu) -> Recording {
-        Recording { device: Device::Gpu(gpu.clone()), gpu: gpu.clone(), steps: Vec::new(), purpose: Purpose::Call }
+        Recording {
+            device: Device::Gpu(gpu.clone()),
+            gpu: gpu.clone(),
+            steps: Vec::new(),
+            purpose: Purpose::Call,
+            parameters: None,
+        }
+    }
+
+    /// For a step of a sequence: its parameters are new every time, and not worth keeping.
+    pub fn for_step(gpu: &Gpu) -> Recording {
+        Recording { parameters: Some(Vec::new()), ..Recording::new(gpu) }
     }
 
     /// For work that waits in a caller's encoder.
@@ -172,24 +197,53 @@ impl Recording {
             .iter()
             .map(|&bytes| self.gpu.allocate("working memory", bytes, self.purpose))
             .collect::<Result<Vec<_>>>()?;
-        let bands = (!plan.bands.is_empty()).then(|| {
-            let usage = wgpu::BufferUsages::STORAGE;
-            self.gpu.adopt(&self.gpu.constant(bytemuck::cast_slice(&plan.bands), usage))
-        });
+        let bands = self.constant(bytemuck::cast_slice(&plan.bands));
+        let places = self.constant(bytemuck::cast_slice(&plan.places));
         for step in plan.steps {
-            let buffers = step
-                .bindings
-                .iter()
-                .map(|binding| match binding.slot {
-                    Slot::Scratch(n) => Ok(scratch[n].clone()),
-                    Slot::Bands => bands.clone().ok_or(Slot::Bands),
-                    slot => find(slot).ok_or(slot),
-                })
-                .collect::<std::result::Result<Vec<_>, Slot>>()
-                .map_err(|slot| value_error!("{} was planned without a buffer for {slot:?}", step.variant.name))?;
-            self.steps.push(Bound { step, buffers });
+            let mut parts = vec![(0, self.constant(&step.params))];
+            for binding in &step.bindings {
+                let table = |part: &Part| Part { buffer: part.buffer.clone(), ..*part };
+                let part = match binding.slot {
+                    Slot::Bands if !plan.bands.is_empty() => table(&bands),
+                    Slot::Places if !plan.places.is_empty() => table(&places),
+                    slot => {
+                        let buffer = match slot {
+                            Slot::Scratch(n) => Some(scratch[n].clone()),
+                            slot => find(slot),
+                        };
+                        let buffer = buffer.ok_or_else(|| {
+                            value_error!("{} was planned without a buffer for {slot:?}", step.variant.name)
+                        })?;
+                        let total = buffer.raw().size();
+                        // An operand part without elements may begin at the buffer's end: bind its start instead.
+                        let offset = if binding.offset >= total { 0 } else { binding.offset };
+                        let size = binding.size.min((total - offset) / 4 * 4);
+                        Part { buffer: Some(buffer), offset, size }
+                    }
+                };
+                parts.push((binding.binding, part));
+            }
+            self.steps.push(Bound { step, parts });
         }
         Ok(())
+    }
+
+    /// A place for a uniform block or a table.
+    fn constant(&mut self, bytes: &[u8]) -> Part {
+        let size = bytes.len().next_multiple_of(16);
+        match &mut self.parameters {
+            Some(all) => {
+                let offset = all.len().next_multiple_of(ALIGNMENT);
+                all.resize(offset + size, 0);
+                all[offset..][..bytes.len()].copy_from_slice(bytes);
+                Part { buffer: None, offset: offset as u64, size: size as u64 }
+            }
+            None if bytes.is_empty() => Part { buffer: None, offset: 0, size: 0 },
+            None => {
+                let buffer = self.gpu.adopt(&self.gpu.constant(bytes));
+                Part { buffer: Some(buffer), offset: 0, size: size as u64 }
+            }
+        }
     }
 
     pub fn project(
@@ -310,7 +364,7 @@ impl Recording {
                 Slot::Weights => weights.as_ref()?,
                 Slot::Averaged => averaged.as_ref()?,
                 Slot::Stage => stage.as_ref()?,
-                Slot::Bands | Slot::Scratch(_) => return None,
+                Slot::Bands | Slot::Places | Slot::Scratch(_) => return None,
             }))
             .cloned()
         })?;
@@ -359,23 +413,59 @@ impl Recording {
         Ok(out.with_layout(layout.permute(&back)?))
     }
 
-    fn bind_group(&self, pipeline: &Pipeline, bound: &Bound) -> wgpu::BindGroup {
-        let uniform = self.gpu.constant(&bound.step.params, wgpu::BufferUsages::UNIFORM);
-        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: uniform.as_entire_binding() }];
-        for (binding, buffer) in bound.step.bindings.iter().zip(&bound.buffers) {
-            let total = buffer.raw().size();
-            // An operand part without elements may begin at the buffer's end: bind its start instead.
-            let offset = if binding.offset >= total { 0 } else { binding.offset };
-            let size = binding.size.min((total - offset) / 4 * 4);
-            entries.push(wgpu::BindGroupEntry {
-                binding: binding.binding,
-                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: buffer.raw(),
-                    offset,
-                    size: wgpu::BufferSize::new(size),
-                }),
-            });
+    /// Copies rows of X into Y, a cache whose rows are padded to whole vec4s: one place per batch entry.
+    pub fn scatter(&mut self, x: &Tensor, y: &Tensor, places: &[Place]) -> Result<()> {
+        let (from, to) = (buffer_of(x), buffer_of(y));
+        if from.is(to) {
+            return Err(value_error!(
+                "rows cannot be copied within one buffer: the source is a view of the cache itself"
+            ));
         }
+        let plan = plan::scatter(x.operand(), y.operand(), places, &self.gpu.0.capabilities)?;
+        self.add(plan, |slot| match slot {
+            Slot::Q => Some(from.clone()),
+            Slot::Output => Some(to.clone()),
+            _ => None,
+        })
+    }
+
+    /// Joins two results `[b, h, i, d]` with their LSEs `[b, h, i]`.
+    pub fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2], layout: Layout) -> Result<[Tensor; 2]> {
+        let dtype = outputs[0].dtype();
+        let outputs = [self.widened(outputs[0])?, self.widened(outputs[1])?];
+        let lses = [self.widened(lses[0])?, self.widened(lses[1])?];
+        let (outputs, lses) = (outputs.each_ref(), lses.each_ref());
+        let plan =
+            plan::merge(outputs.map(Tensor::layout), lses.map(Tensor::layout), &layout, &self.gpu.0.capabilities)?;
+        let lse_layout = Layout::contiguous(&layout.shape()[..3])?;
+        let (bytes, lse_bytes) = (padded_bytes(&layout), padded_bytes(&lse_layout));
+        let output = self.output("output", layout, bytes, dtype)?;
+        let lse = self.output("lse", lse_layout, lse_bytes, Dtype::F32)?;
+        self.add(plan, |slot| {
+            Some(buffer_of(match slot {
+                Slot::Q => outputs[0],
+                Slot::K => outputs[1],
+                Slot::Bias(n) => *lses.get(n)?,
+                Slot::Output => &output,
+                Slot::Lse => &lse,
+                _ => return None,
+            }))
+            .cloned()
+        })?;
+        Ok([output, lse])
+    }
+
+    fn bind_group(&self, pipeline: &Pipeline, bound: &Bound, parameters: Option<&GpuBuffer>) -> wgpu::BindGroup {
+        let entries: Vec<_> = (bound.parts.iter())
+            .map(|&(binding, ref part)| wgpu::BindGroupEntry {
+                binding,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: part.buffer.as_ref().or(parameters).expect("allocated where there are any").raw(),
+                    offset: part.offset,
+                    size: wgpu::BufferSize::new(part.size),
+                }),
+            })
+            .collect();
         self.gpu.0.device.create_bind_group(&wgpu::BindGroupDescriptor {
             label: Some(&bound.step.variant.name),
             layout: &pipeline.layout,
@@ -400,10 +490,12 @@ impl Recording {
     fn dispatch(
         &self,
         pipelines: &[Arc<Pipeline>],
+        parameters: Option<&GpuBuffer>,
         encoder: &mut wgpu::CommandEncoder,
         timestamps: Option<&wgpu::QuerySet>,
     ) {
-        let groups: Vec<_> = self.steps.iter().zip(pipelines).map(|(bound, p)| self.bind_group(p, bound)).collect();
+        let bind = |(bound, pipeline): (&Bound, &Arc<Pipeline>)| self.bind_group(pipeline, bound, parameters);
+        let groups: Vec<_> = self.steps.iter().zip(pipelines).map(bind).collect();
         let timestamp_writes = timestamps.map(|query_set| wgpu::ComputePassTimestampWrites {
             query_set,
             beginning_of_pass_write_index: Some(0),
@@ -426,9 +518,16 @@ impl Recording {
         }
         let pipelines = self.pipelines().await?;
         let gpu = self.gpu.clone();
+        let parameters = match &self.parameters {
+            Some(bytes) => Some(gpu.allocate("parameters", bytes.len() as u64, Purpose::Parameters)?),
+            None => None,
+        };
         gpu.scoped(&self.label(), || {
+            if let (Some(buffer), Some(bytes)) = (&parameters, &self.parameters) {
+                gpu.0.queue.write_buffer(buffer.raw(), 0, bytes);
+            }
             let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
-            self.dispatch(&pipelines, &mut encoder, None);
+            self.dispatch(&pipelines, parameters.as_ref(), &mut encoder, None);
             gpu.0.queue.submit([encoder.finish()]);
         })
         .await
@@ -468,7 +567,7 @@ impl Recording {
                     mapped_at_creation: false,
                 });
                 let mut encoder = device.create_command_encoder(&Default::default());
-                self.dispatch(&pipelines, &mut encoder, Some(&queries));
+                self.dispatch(&pipelines, None, &mut encoder, Some(&queries));
                 encoder.resolve_query_set(&queries, 0..2, &buffer, 0);
                 gpu.0.queue.submit([encoder.finish()]);
                 buffer
@@ -501,6 +600,6 @@ impl Recording {
                 value_error!("a browser compiles asynchronously: run forward_async once on these shapes before encode")
             })?
         };
-        self.gpu.scoped_now(&self.label(), || self.dispatch(&pipelines, encoder, None))
+        self.gpu.scoped_now(&self.label(), || self.dispatch(&pipelines, None, encoder, None))
     }
 }

@@ -103,6 +103,8 @@ pub const K: Read = read!("k", "KElem", "k_strides.w");
 pub const V: Read = read!("v", "VElem", "v_strides.w");
 /// The input of a projection.
 pub const X: Read = read!("x", "XElem", "x_strides.z");
+/// Rows on their way into a cache.
+pub const ROWS: Read = read!("x", "XElem", "x_strides.w");
 /// The weight of a projection.
 pub const W: Read = read!("w", "WElem", "w_strides.y");
 
@@ -234,6 +236,22 @@ pub fn store(changes: Changes, width: &str, whole: &str, access: Access) -> Chan
 }}"
         ),
     )
+}
+
+/// Rewrites how whole fours of `y` are stored: `store_y(at, d4, value)`.
+pub fn store_fours(changes: Changes, access: Access) -> Changes {
+    match access.stored {
+        Dtype::F16 | Dtype::BF16 => changes.alias("YElem", access.element()).block(
+            "store_y",
+            format!(
+                "{}fn store_y(at: u32, d4: u32, value: vec4<f32>) {{
+    y[at / 4u + d4] = pack_four(value);
+}}",
+                pack(access.stored)
+            ),
+        ),
+        _ => changes,
+    }
 }
 
 /// `/wide` when every operand is read in fours, else the letters of those that are; then the halves.

@@ -30,11 +30,13 @@ pub enum Kernel {
     Copy,
     /// Multiply-adds in registers, to measure an adapter.
     Probe,
+    /// Rows written into a cache of keys or values.
+    Scatter,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 11] = [
+    pub const ALL: [Kernel; 12] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -46,6 +48,7 @@ impl Kernel {
         Kernel::Fold,
         Kernel::Copy,
         Kernel::Probe,
+        Kernel::Scatter,
     ];
 
     /// The file's name without its ending.
@@ -62,6 +65,7 @@ impl Kernel {
             Kernel::Fold => "fold",
             Kernel::Copy => "copy",
             Kernel::Probe => "probe",
+            Kernel::Scatter => "scatter",
         }
     }
 
@@ -79,6 +83,7 @@ impl Kernel {
             Kernel::Fold => include_str!("../../shaders/fold.wgsl"),
             Kernel::Copy => include_str!("../../shaders/copy.wgsl"),
             Kernel::Probe => include_str!("../../shaders/probe.wgsl"),
+            Kernel::Scatter => include_str!("../../shaders/scatter.wgsl"),
         }
     }
 }
@@ -316,6 +321,34 @@ pub fn merge(lse: bool) -> Variant {
     Variant { kernel: Kernel::Merge, changes, name: "merge".into() }
 }
 
+/// `merge.wgsl` over two results that lie apart, at any strides.
+pub fn merge_pair() -> Variant {
+    let changes = Changes::default().block(
+        "parts",
+        "@group(0) @binding(1) var<storage, read> out_a: array<f32>;
+@group(0) @binding(2) var<storage, read> lse_a: array<f32>;
+@group(0) @binding(5) var<storage, read> out_b: array<f32>;
+@group(0) @binding(6) var<storage, read> lse_b: array<f32>;
+fn lse_of(s: u32, row: u32, bhi: vec3<u32>) -> f32 {
+    if (s == 0u) {
+        return lse_a[params.a_lse_offset + dot(params.a_lse_strides, bhi)];
+    }
+    return lse_b[params.b_lse_offset + dot(params.b_lse_strides, bhi)];
+}
+fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
+    if (s == 0u) {
+        let step = params.a_strides.w;
+        let at = params.a_offset + dot(params.a_strides.xyz, bhi) + column * step;
+        return vec4<f32>(out_a[at], out_a[at + step], out_a[at + 2u * step], out_a[at + 3u * step]);
+    }
+    let step = params.b_strides.w;
+    let at = params.b_offset + dot(params.b_strides.xyz, bhi) + column * step;
+    return vec4<f32>(out_b[at], out_b[at + step], out_b[at + 2u * step], out_b[at + 3u * step]);
+}",
+    );
+    Variant { kernel: Kernel::Merge, changes, name: "merge/pair".into() }
+}
+
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
@@ -420,6 +453,15 @@ pub fn probe(workgroup: u32) -> Variant {
     Variant { kernel: Kernel::Probe, changes, name: format!("probe/{workgroup}") }
 }
 
+/// A variant of `scatter.wgsl` into a cache that holds `stored`.
+pub fn scatter(x: Access, stored: Dtype) -> Variant {
+    let mut name = String::from("scatter");
+    let changes = access::load(Changes::default(), &access::ROWS, "params.dim", "false", x);
+    let y = Access { wide: true, stored };
+    access::name(&mut name, &[("x", x), ("y", y)]);
+    Variant { kernel: Kernel::Scatter, changes: access::store_fours(changes, y), name }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -502,7 +544,11 @@ pub fn variants() -> Vec<Variant> {
             }
         }
     }
-    all.extend([merge(true), merge(false)]);
+    all.extend([merge(true), merge(false), merge_pair()]);
+    for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        all.extend([true, false].map(|wide| scatter(Access { wide, stored }, Dtype::F32)));
+        all.extend([true, false].map(|wide| scatter(Access { wide, ..Access::WIDE }, stored)));
+    }
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
     }

@@ -161,7 +161,17 @@ params! {
         workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
-        pad: u32,
+        a_offset: u32,
+        b_offset: u32,
+        pad_0: u32,
+        pad_1: u32,
+        pad_2: u32,
+        a_strides: [u32; 4],
+        b_strides: [u32; 4],
+        a_lse_strides: [u32; 3],
+        a_lse_offset: u32,
+        b_lse_strides: [u32; 3],
+        b_lse_offset: u32,
     }
 }
 
@@ -273,5 +283,25 @@ params! {
         summand: f32,
         rounds: u32,
         workgroups: u32,
+    }
+}
+
+params! {
+    /// `scatter.wgsl`
+    Scatter {
+        x_strides: [u32; 4],
+        y_strides: [u32; 4],
+        x_offset: u32,
+        y_offset: u32,
+        heads: u32,
+        len: u32,
+        dim: u32,
+        rows: u32,
+        place_0: u32,
+        total: u32,
+        workgroups: u32,
+        pad_0: u32,
+        pad_1: u32,
+        pad_2: u32,
     }
 }

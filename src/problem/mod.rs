@@ -82,6 +82,18 @@ impl Band {
     }
 }
 
+/// Rows of one batch entry to copy: `count` rows from `from` on go to `to` and behind it, past the last
+/// row to the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// First row read.
+    pub from: usize,
+    /// First row written.
+    pub to: usize,
+    /// Rows.
+    pub count: usize,
+}
+
 /// The positional rules of one call, before the shapes are known.
 #[derive(Clone, Debug, Default)]
 pub struct Positions {

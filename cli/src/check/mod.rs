@@ -194,6 +194,7 @@ fn run_case(target: &Target, dir: &Path, name: &str) -> Outcome {
         match case.op() {
             "Attention" => onnx::attention(&case, &target.device),
             "Softmax" => onnx::softmax(&case, &target.device),
+            "TensorScatter" => onnx::tensor_scatter(&case, &target.device),
             "sdpa" => torch::sdpa(&case, &target.device),
             "varlen" => torch::varlen(&case, &target.device),
             "mha" => torch::mha(&case, &target.device),

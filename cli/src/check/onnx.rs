@@ -1,7 +1,7 @@
 //! Cases of ONNX's operators.
 
 use serde_json::Value;
-use wgpu_attention::{Align, Attention, Device, Mask, ScoreStage, Tensor};
+use wgpu_attention::{Align, Attention, Device, KvCache, KvCacheConfig, Mask, ScatterMode, ScoreStage, Tensor};
 
 use super::Stop;
 use super::case::{Case, as_float, as_int};
@@ -56,11 +56,13 @@ pub fn attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> 
         four_axes(case, "kv_num_heads", case.upload("K", device)?)?,
         four_axes(case, "kv_num_heads", case.upload("V", device)?)?,
     );
-    let past = case.optional("past_key")?;
-    let past_len = past.as_ref().and_then(|past| past.shape().get(2).copied()).unwrap_or(0);
-    if let Some(past_key) = past {
-        k = append("past_key", &past_key, &k, device)?;
-        v = append("past_value", &case.input("past_value")?, &v, device)?;
+    let past_len = case.optional("past_key")?.and_then(|past| past.shape().get(2).copied()).unwrap_or(0);
+    if case.optional("past_key")?.is_some() {
+        let (past_key, past_value) = (case.upload("past_key", device)?, case.upload("past_value", device)?);
+        let mut cache = cache_for(&past_key, &past_value, k.shape().get(2).copied().unwrap_or(0))?;
+        cache.append(&past_key, &past_value)?;
+        cache.append(&k, &v)?;
+        (k, v) = (cache.keys()?.with_dtype(k.dtype())?, cache.values()?.with_dtype(v.dtype())?);
     }
     let (Some(&len_q), Some(&len_k)) = (q.shape().get(2), k.shape().get(2)) else {
         return Err(stop("Q and K must have three or four axes"));
@@ -133,21 +135,54 @@ fn four_axes(case: &Case, heads: &str, tensor: Tensor) -> Result<Tensor> {
     Ok(tensor.reshape(&[b, s, count, width / count])?.permute(&[0, 2, 1, 3])?)
 }
 
-/// `past` and behind it `new`, along the keys.
-fn append(name: &str, past: &Array, new: &Tensor, device: &Device) -> Result<Tensor> {
-    let (&[b, h, before, d], &[b2, h2, more, d2]) = (past.shape(), new.shape()) else {
-        fail!("{name} {:?} and the new entries {:?} must have four axes", past.shape(), new.shape());
+/// A cache for a past and `more` tokens.
+fn cache_for(k: &Tensor, v: &Tensor, more: usize) -> Result<KvCache> {
+    let (&[batch, heads, len, dim_k], &[_, _, _, dim_v]) = (k.shape(), v.shape()) else {
+        fail!("the past keys {:?} and values {:?} must have four axes", k.shape(), v.shape());
     };
-    if (b, h, d) != (b2, h2, d2) {
-        fail!("{name} {:?} and the new entries {:?} must agree but for axis 2", past.shape(), new.shape());
+    let capacity = len.saturating_add(more);
+    Ok(KvCache::new(k.device(), KvCacheConfig::new(batch, heads, capacity, dim_k).dim_v(dim_v))?)
+}
+
+/// TensorScatter of opset 24: rows of a cache written over.
+pub fn tensor_scatter(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    case.expect_inputs(&["past_cache", "update", "write_indices"])?;
+    let mode = match attribute(case, "mode").as_str() {
+        None if attribute(case, "mode").is_null() => ScatterMode::Linear,
+        Some("linear") => ScatterMode::Linear,
+        Some("circular") => ScatterMode::Circular,
+        _ => return Err(Stop::Skip(format!("the mode {} is not known", attribute(case, "mode")))),
+    };
+    let past = case.upload("past_cache", device)?;
+    let update = case.upload("update", device)?;
+    let rank = past.shape().len();
+    let axis = int(case, "axis")?.unwrap_or(-2);
+    let at = if axis < 0 { axis + rank as i64 } else { axis };
+    if !(3..=4).contains(&rank) || !(1..rank as i64).contains(&at) {
+        return Err(Stop::Skip(format!("axis {axis} of a cache with {rank} axes is not known")));
     }
-    let (past, fresh) = (past.to_f32(), new.download()?);
-    let mut joined = Vec::with_capacity(past.len() + fresh.len());
-    for row in 0..b * h {
-        joined.extend_from_slice(&past[row * before * d..][..before * d]);
-        joined.extend_from_slice(&fresh[row * more * d..][..more * d]);
-    }
-    Array::from_floats(&[b, h, before + more, d], joined, new.dtype())?.upload(name, device)
+    // To [batch, heads, rows, dim], the axis being the rows, and back.
+    let mut axes: Vec<usize> = (0..rank).collect();
+    axes.swap(at as usize, rank - 2);
+    let to_rows = |tensor: Tensor| -> Result<Tensor> {
+        if tensor.shape().len() != rank {
+            fail!("update {:?} and past_cache {:?} must have as many axes", tensor.shape(), past.shape());
+        }
+        let rows = tensor.permute(&axes)?;
+        Ok(if rank == 3 { rows.unsqueeze(1)? } else { rows })
+    };
+    let (rows, update) = (to_rows(past.clone())?, to_rows(update)?);
+    let starts = match case.optional("write_indices")? {
+        Some(starts) => starts.lengths("write_indices")?,
+        None => vec![0; rows.shape()[0]],
+    };
+    // A cache has keys and values: here they are the same.
+    let mut cache = cache_for(&rows, &rows, 0)?;
+    cache.append(&rows, &rows)?;
+    cache.write(&starts, &update, &update, mode)?;
+    let present = if rank == 3 { cache.keys()?.select(1, 0)? } else { cache.keys()? };
+    let present = Array::download(&present.permute(&axes)?.with_dtype(past.dtype())?)?;
+    case.against_onnx(&[("present_cache", present)])
 }
 
 /// A mask whose last axis is shorter than the keys hides those behind it.

@@ -280,7 +280,7 @@ impl<'a> Fused<'a> {
                 minus_infinity: MINUS_INFINITY,
                 not_a_number: NOT_A_NUMBER,
                 lse_strides: [lse.strides()[0] as u32, lse.strides()[1] as u32, 1],
-                pad: 0,
+                ..Default::default()
             },
             bindings,
         )

@@ -5,16 +5,20 @@
 //! rows, then keys, so that every binding and every dispatch fits.
 
 mod flash;
+mod merge;
 mod passes;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
+mod scatter;
 mod softmax;
 
+pub use merge::merge;
 pub use passes::attention;
 #[cfg(not(target_arch = "wasm32"))]
 pub use probe::probe;
 pub use project::project;
+pub use scatter::scatter;
 pub use softmax::{softmax, widen};
 
 use bytemuck::Pod;
@@ -40,6 +44,8 @@ pub enum Slot {
     Bias(usize),
     /// The band table, one `vec4<i32>` per batch entry.
     Bands,
+    /// The table of [`Plan::places`].
+    Places,
     /// The result.
     Output,
     /// Log-sum-exp.
@@ -97,6 +103,8 @@ pub struct Plan {
     pub output: Dtype,
     /// The band table, when bands differ within the batch.
     pub bands: Vec<[i32; 4]>,
+    /// Which rows a scatter copies where: from, to, count.
+    pub places: Vec<[u32; 4]>,
 }
 
 /// The operands of an attention call: four axes each, masks and biases broadcast to
@@ -308,7 +316,7 @@ fn rows_per_invocation(rows: usize, workgroup: u32, most: u32) -> u32 {
     [8, 4, 2, 1].into_iter().find(|&n| n <= most.min(wanted)).unwrap_or(1)
 }
 
-fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {
+pub(crate) fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> Result<()> {
     let too_large = |limit_name, limit| Error::TooLarge {
         what: what.into(),
         needed,

@@ -1,0 +1,570 @@
+//! Keys and values kept between the steps of a sequence.
+
+use std::sync::{Arc, Weak};
+
+use crate::attention::{Attended, Attention, common_device_is};
+use crate::device::Device;
+use crate::error::{Error, Result, shape_error, value_error};
+use crate::gpu::Gpu;
+use crate::problem::{Dtype, Layout, MAX_LEN, Place, as_four_axes, checked_len};
+use crate::record::Recording;
+use crate::tensor::{Tensor, common_device};
+
+/// The shape of a [`KvCache`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvCacheConfig {
+    /// Independent sequences.
+    pub batch: usize,
+    /// Key/value heads.
+    pub heads_kv: usize,
+    /// Keys that a sequence can hold at once.
+    pub capacity: usize,
+    /// Width of a key.
+    pub dim_k: usize,
+    /// Width of a value.
+    pub dim_v: usize,
+    /// Keys before its own that a query sees, as the left side of [`Attention::window`]. With a window,
+    /// which must be less than the capacity, a sequence may go on without end: when the capacity is used
+    /// up, all but the newest `window + (capacity − window) / 2` keys are dropped. Twice the window is a
+    /// good capacity.
+    pub window: Option<usize>,
+    /// What keys and values are held as: f32, or rounded to f16 or bf16 as they come in.
+    pub dtype: Dtype,
+}
+
+impl KvCacheConfig {
+    /// Keys and values `dim` wide, no window, f32.
+    pub fn new(batch: usize, heads_kv: usize, capacity: usize, dim: usize) -> KvCacheConfig {
+        KvCacheConfig { batch, heads_kv, capacity, dim_k: dim, dim_v: dim, window: None, dtype: Dtype::F32 }
+    }
+    /// Values of another width than the keys.
+    pub fn dim_v(mut self, dim_v: usize) -> Self {
+        self.dim_v = dim_v;
+        self
+    }
+    /// Keys before its own that a query sees.
+    pub fn window(mut self, window: Option<usize>) -> Self {
+        self.window = window;
+        self
+    }
+    /// What keys and values are held as.
+    pub fn dtype(mut self, dtype: Dtype) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        let Self { capacity, window, dtype, .. } = *self;
+        if capacity > MAX_LEN {
+            return Err(shape_error!("capacity = {capacity} is more than {MAX_LEN} keys"));
+        }
+        if let Some(window) = window.filter(|&window| window >= capacity) {
+            return Err(value_error!(
+                "capacity = {capacity} must be more than window = {window}: a query needs its own key beside the window"
+            ));
+        }
+        if dtype == Dtype::Bool {
+            return Err(value_error!("a key/value cache holds f32, f16 or bf16, not {dtype}"));
+        }
+        Ok(())
+    }
+
+    /// Rows of keys (0) or values (1), each padded to whole vec4s.
+    fn rows(&self, which: usize) -> Result<Layout> {
+        let dim = [self.dim_k, self.dim_v][which];
+        checked_len(&[dim, 4])?;
+        Layout::contiguous(&[self.batch, self.heads_kv, self.capacity, dim.next_multiple_of(4)])
+    }
+
+    fn allocate(&self, device: &Device, which: usize) -> Result<Tensor> {
+        Tensor::blank(device, ["the key cache", "the value cache"][which], self.rows(which)?, self.dtype)
+    }
+}
+
+/// How [`KvCache::write`] treats rows behind the capacity: the modes of ONNX's TensorScatter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ScatterMode {
+    /// There must be none.
+    #[default]
+    Linear,
+    /// They go on at row 0.
+    Circular,
+}
+
+/// What one sequence holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sequence {
+    /// The position of the key in row 0.
+    first: usize,
+    /// Rows in use.
+    len: usize,
+}
+
+/// Keys and values of past tokens, kept on the device and appended in place: incremental decoding
+/// (Shazeer 2019, "Fast Transformer Decoding", section 2.4).
+///
+/// K `[batch, heads_kv, capacity, dim_k]` and V `[batch, heads_kv, capacity, dim_v]` are allocated once.
+/// Sequences of a batch may have different lengths. Queries are causal by length: the newest token of a
+/// sequence sees all that it holds, or its window. A step of a length that was seen before allocates
+/// nothing.
+///
+/// ```
+/// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, Tensor};
+///
+/// # fn main() -> wgpu_attention::Result<()> {
+/// let device = Device::new()?;
+/// let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 2, 128, 16))?; // 2 heads, 128 tokens
+/// let token = |x: f32| Tensor::from_slice(&device, &[1, 2, 1, 16], &[x; 32]);
+/// for x in [0.1, 0.2, 0.3] {
+///     let attended = cache.step(&Attention::new(), &token(x)?, &token(x)?, &token(x)?)?;
+///     assert_eq!(attended.output.shape(), [1, 2, 1, 16]);
+/// }
+/// cache.rollback(1)?; // the last token was not accepted
+/// assert_eq!(cache.positions(), [2]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct KvCache {
+    config: KvCacheConfig,
+    device: Device,
+    /// Keys and values, rows padded.
+    rows: [Tensor; 2],
+    sequences: Vec<Sequence>,
+    /// A write went around the end: rows no longer lie in the order of positions.
+    is_ring: bool,
+    /// Buffers that work in a caller's encoder still reads, until its token is dropped.
+    retired: Vec<(Weak<()>, [Tensor; 2])>,
+}
+
+/// The state after an append, in force once the work is submitted: until then nothing that is held is
+/// written over, so a call that fails or is given up changes nothing.
+struct Appended {
+    sequences: Vec<Sequence>,
+    /// Other buffers, where old keys were dropped.
+    moved: Option<[Tensor; 2]>,
+    counts: Vec<usize>,
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(device: impl Into<Device>, config: KvCacheConfig) -> Result<KvCache> {
+        let device = device.into();
+        config.check()?;
+        Ok(KvCache {
+            rows: [config.allocate(&device, 0)?, config.allocate(&device, 1)?],
+            sequences: vec![Sequence::default(); config.batch],
+            config,
+            device,
+            is_ring: false,
+            retired: Vec::new(),
+        })
+    }
+
+    /// The shape it was made with.
+    pub fn config(&self) -> &KvCacheConfig {
+        &self.config
+    }
+    /// Where it lives.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+    /// Keys held, per batch entry.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.sequences.iter().map(|sequence| sequence.len).collect()
+    }
+    /// The position of the next token, per batch entry: all tokens so far, those too that a window dropped.
+    pub fn positions(&self) -> Vec<usize> {
+        self.sequences.iter().map(|sequence| sequence.first + sequence.len).collect()
+    }
+    /// The keys held, `[batch, heads_kv, longest, dim_k]`; a shorter sequence has other data behind its end.
+    ///
+    /// A view: what is written later into the same rows, after a rollback, shows through on an adapter. On the
+    /// CPU backend it stays as it was: the next append copies the cache as long as a view is kept.
+    pub fn keys(&self) -> Result<Tensor> {
+        view(&self.rows[0], &self.sequences, self.config.dim_k)
+    }
+    /// The values held, `[batch, heads_kv, longest, dim_v]`, likewise.
+    pub fn values(&self) -> Result<Tensor> {
+        view(&self.rows[1], &self.sequences, self.config.dim_v)
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.sequences.fill(Sequence::default());
+        self.is_ring = false;
+    }
+
+    /// Takes the last `tokens` of every sequence back. With a window, the keys that the next query needs
+    /// must still be held: after old ones were dropped, not everything can be taken back.
+    pub fn rollback(&mut self, tokens: usize) -> Result<()> {
+        self.rollback_lengths(&vec![tokens; self.config.batch])
+    }
+
+    /// As [`KvCache::rollback`], a number of tokens per batch entry; all of them or, on an error, none.
+    pub fn rollback_lengths(&mut self, tokens: &[usize]) -> Result<()> {
+        self.expect_order("a rollback")?;
+        self.expect_per_batch("the list of tokens to take back", tokens.len())?;
+        for (b, (&tokens, sequence)) in tokens.iter().zip(&self.sequences).enumerate() {
+            let Sequence { first, len } = *sequence;
+            let needed = if first == 0 { 0 } else { self.config.window.unwrap_or(0) };
+            let most = len.saturating_sub(needed);
+            if tokens > most {
+                let reason = match first {
+                    0 => format!("it holds {len}"),
+                    _ => format!(
+                        "it holds positions {first} to {}, and the next query needs {needed} keys before it",
+                        first + len - 1
+                    ),
+                };
+                return Err(value_error!("batch entry {b} cannot roll back {tokens} tokens, at most {most}: {reason}"));
+            }
+        }
+        for (&tokens, sequence) in tokens.iter().zip(&mut self.sequences) {
+            sequence.len -= tokens;
+        }
+        Ok(())
+    }
+
+    /// Appends K `[batch, heads_kv, n, dim_k]` and V `[batch, heads_kv, n, dim_v]`, any strides.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        pollster::block_on(self.append_async(k, v, None))
+    }
+
+    /// As [`KvCache::append`]; of batch entry `b` only the first `lengths[b]` of the `n` tokens.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn append_lengths(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
+        pollster::block_on(self.append_async(k, v, Some(lengths)))
+    }
+
+    /// As [`KvCache::append`] or, with lengths, [`KvCache::append_lengths`], without blocking.
+    pub async fn append_async(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
+        let mut recording = Recording::for_step(&self.device);
+        let appended = self.record_append(&mut recording, k, v, lengths)?;
+        recording.submit().await?;
+        drop(self.commit(appended));
+        Ok(())
+    }
+
+    /// Attention of Q `[batch, heads_q, len_q, dim_k]`, the last `len_q` positions of every sequence,
+    /// over what is held.
+    ///
+    /// Causal: query `i` stands at position `positions()[b] − len_q + i` and sees the keys up to its own,
+    /// within the window of the cache and that of `attention`. Scale, softcap, masks, biases and results
+    /// are those of `attention`; a mask or bias is as wide as [`KvCache::keys`] is long.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn attend(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
+        pollster::block_on(self.attend_async(attention, q, None))
+    }
+
+    /// As [`KvCache::attend`]; of batch entry `b` only the first `lengths[b]` queries count, and they are
+    /// its last positions. What comes out of the others means nothing.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn attend_lengths(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
+        pollster::block_on(self.attend_async(attention, q, Some(lengths)))
+    }
+
+    /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
+    pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
+        self.expect_order("attention by position")?;
+        let mut recording = Recording::for_step(&self.device);
+        let counts = self.counts(lengths, "Q", q.layout())?;
+        let attended = self.record_attend(&mut recording, attention, q, &self.rows, &self.sequences, &counts, None)?;
+        recording.submit().await?;
+        Ok(attended)
+    }
+
+    /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn step(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+        pollster::block_on(self.step_async(attention, q, k, v, None))
+    }
+
+    /// As [`KvCache::step`]; of batch entry `b` only the first `lengths[b]` tokens.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn step_lengths(
+        &mut self,
+        attention: &Attention,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        lengths: &[usize],
+    ) -> Result<Attended> {
+        pollster::block_on(self.step_async(attention, q, k, v, Some(lengths)))
+    }
+
+    /// As [`KvCache::step`] or, with lengths, [`KvCache::step_lengths`], without blocking.
+    pub async fn step_async(
+        &mut self,
+        attention: &Attention,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        lengths: Option<&[usize]>,
+    ) -> Result<Attended> {
+        let mut recording = Recording::for_step(&self.device);
+        let (appended, attended) = self.record_step(&mut recording, attention, [q, k, v], lengths, None)?;
+        recording.submit().await?;
+        drop(self.commit(appended));
+        Ok(attended)
+    }
+
+    /// Records [`KvCache::step`] (or, with lengths, [`KvCache::step_lengths`]) into the caller's encoder:
+    /// nothing is submitted, nothing waits. `output`, if given, is the tensor to write.
+    ///
+    /// The cache counts the tokens as appended at once. Submit the encoder before any call of the cache
+    /// that submits by itself, and keep the cache, the inputs and the returned tensors until then.
+    #[allow(clippy::too_many_arguments, reason = "Attention::encode and the lengths")]
+    pub fn encode(
+        &mut self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        attention: &Attention,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        lengths: Option<&[usize]>,
+        output: Option<&Tensor>,
+    ) -> Result<Attended> {
+        let mut recording = Recording::for_encoder(gpu);
+        common_device_is(recording.device(), self.device.clone())?;
+        let (appended, attended) = self.record_step(&mut recording, attention, [q, k, v], lengths, output)?;
+        recording.encode(encoder)?;
+        if let Some(old) = self.commit(appended) {
+            // The encoder reads them once more: nobody may get their buffers before that.
+            let token = Arc::new(());
+            self.retired.push((Arc::downgrade(&token), old));
+            encoder.on_submitted_work_done(move || drop(token));
+        }
+        Ok(attended)
+    }
+
+    /// Writes over rows that are held, or just behind them (ONNX's TensorScatter): token `i` of batch entry
+    /// `b` goes to row `starts[b] + i`. A sequence is then as long as its last row written, or as before.
+    ///
+    /// After a [`ScatterMode::Circular`] write around the end, rows no longer lie in the order of
+    /// positions: [`KvCache::keys`] and [`KvCache::values`] go on with masks of the caller's own, and
+    /// [`KvCache::clear`] starts afresh.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn write(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
+        pollster::block_on(self.write_async(starts, k, v, mode))
+    }
+
+    /// As [`KvCache::write`], without blocking.
+    pub async fn write_async(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
+        let capacity = self.config.capacity;
+        if self.config.window.is_some() {
+            return Err(value_error!(
+                "a cache with a window moves its rows itself: append, or make one without a window"
+            ));
+        }
+        let [k, v] = self.operands(k, v)?;
+        self.expect_per_batch("the list of first rows", starts.len())?;
+        let count = k.shape()[2];
+        let mut places = Vec::with_capacity(starts.len());
+        let mut sequences = self.sequences.clone();
+        let mut is_ring = self.is_ring;
+        for (b, (&to, sequence)) in starts.iter().zip(&mut sequences).enumerate() {
+            if to > sequence.len {
+                return Err(value_error!(
+                    "starts[{b}] = {to} leaves a gap: batch entry {b} holds {} keys, and at most that may come before",
+                    sequence.len
+                ));
+            }
+            let behind = (to + count).saturating_sub(capacity);
+            let most = if mode == ScatterMode::Linear { capacity - to } else { capacity };
+            if count > most {
+                return Err(value_error!(
+                    "cache overflow: {count} tokens from row {to} on of batch entry {b} do not fit capacity = {capacity}"
+                ));
+            }
+            is_ring |= behind > 0;
+            // Row `capacity` is row 0.
+            places.push(Place { from: 0, to: if to == capacity { 0 } else { to }, count });
+            sequence.len = sequence.len.max((to + count).min(capacity));
+        }
+        let mut recording = Recording::for_step(&self.device);
+        for (source, rows) in [k, v].iter().zip(&mut self.rows) {
+            recording.scatter(source, rows, &places)?;
+        }
+        recording.submit().await?;
+        (self.sequences, self.is_ring) = (sequences, is_ring);
+        Ok(())
+    }
+
+    /// Puts what was appended in force; returns the buffers it left.
+    fn commit(&mut self, appended: Appended) -> Option<[Tensor; 2]> {
+        self.retired.retain(|(token, _)| token.strong_count() > 0);
+        self.sequences = appended.sequences;
+        appended.moved.map(|moved| std::mem::replace(&mut self.rows, moved))
+    }
+
+    fn expect_order(&self, what: &str) -> Result<()> {
+        match self.is_ring {
+            false => Ok(()),
+            true => Err(value_error!(
+                "a circular write went around the end, so rows no longer lie in the order of positions, which {what} \
+                 needs; clear the cache, or use keys() and values()"
+            )),
+        }
+    }
+
+    fn expect_per_batch(&self, what: &str, len: usize) -> Result<()> {
+        match self.config.batch {
+            batch if batch == len => Ok(()),
+            batch => {
+                Err(shape_error!("{what} has {len} entries for a batch of {batch}; one per batch entry is needed"))
+            }
+        }
+    }
+
+    /// Tokens per batch entry of an operand `[.., n, dim]`.
+    fn counts(&self, lengths: Option<&[usize]>, name: &str, operand: &Layout) -> Result<Vec<usize>> {
+        let n = as_four_axes(name, operand)?.shape()[2];
+        let Some(lengths) = lengths else { return Ok(vec![n; self.config.batch]) };
+        self.expect_per_batch("the list of lengths", lengths.len())?;
+        match lengths.iter().enumerate().find(|&(_, &len)| len > n) {
+            Some((b, len)) => Err(shape_error!("lengths[{b}] = {len} is more than the {n} tokens of {name}")),
+            None => Ok(lengths.to_vec()),
+        }
+    }
+
+    /// K and V with four axes that fit the cache.
+    fn operands(&self, k: &Tensor, v: &Tensor) -> Result<[Tensor; 2]> {
+        common_device_is(&self.device, common_device(k, [("V", v)])?)?;
+        let KvCacheConfig { batch, heads_kv, dim_k, dim_v, .. } = self.config;
+        let four = |name: &str, tensor: &Tensor, dim: usize| -> Result<Tensor> {
+            tensor.expect_float(name)?;
+            let four = tensor.with_layout(as_four_axes(name, tensor.layout())?);
+            match *four.shape() {
+                [b, h, _, d] if [b, h, d] == [batch, heads_kv, dim] => Ok(four),
+                _ => Err(shape_error!(
+                    "{name} {:?} does not fit the cache: [batch, heads_kv, n, dim] = [{batch}, {heads_kv}, n, {dim}] \
+                     is needed",
+                    tensor.shape()
+                )),
+            }
+        };
+        let (k, v) = (four("K", k, dim_k)?, four("V", v, dim_v)?);
+        if k.shape()[2] != v.shape()[2] {
+            return Err(shape_error!("K {:?} and V {:?} have different lengths", k.shape(), v.shape()));
+        }
+        Ok([k, v])
+    }
+
+    fn record_append(
+        &mut self,
+        recording: &mut Recording,
+        k: &Tensor,
+        v: &Tensor,
+        lengths: Option<&[usize]>,
+    ) -> Result<Appended> {
+        self.expect_order("an append")?;
+        let operands = self.operands(k, v)?;
+        let counts = self.counts(lengths, "K", k.layout())?;
+        let capacity = self.config.capacity;
+        let mut sequences = self.sequences.clone();
+        let mut kept = Vec::with_capacity(counts.len());
+        for (b, (&count, sequence)) in counts.iter().zip(&mut sequences).enumerate() {
+            let len = sequence.len;
+            let mut drop = 0;
+            if count > capacity - len {
+                let Some(window) = self.config.window else {
+                    return Err(value_error!(
+                        "cache overflow: batch entry {b} holds {len} keys, {count} more do not fit capacity = {capacity}"
+                    ));
+                };
+                if count > capacity - window {
+                    return Err(value_error!(
+                        "cache overflow: {count} tokens at once beside window = {window} do not fit capacity = \
+                         {capacity}; append at most {}",
+                        capacity - window
+                    ));
+                }
+                let keep = (window + (capacity - window) / 2).min(capacity - count);
+                drop = len.saturating_sub(keep);
+            }
+            *sequence = Sequence { first: sequence.first + drop, len: len - drop };
+            kept.push(Place { from: drop, to: 0, count: len - drop });
+        }
+        let mut moved = None;
+        if kept.iter().any(|place| place.from > 0) {
+            // Into other buffers: within one, the ranges may overlap, and a call that fails must change nothing.
+            let mut other = [self.config.allocate(&self.device, 0)?, self.config.allocate(&self.device, 1)?];
+            for (from, to) in self.rows.iter().zip(&mut other) {
+                recording.scatter(from, to, &kept)?;
+            }
+            moved = Some(other);
+        }
+        let places: Vec<Place> =
+            counts.iter().zip(&sequences).map(|(&count, at)| Place { from: 0, to: at.len, count }).collect();
+        for (source, rows) in operands.iter().zip(moved.as_mut().unwrap_or(&mut self.rows)) {
+            recording.scatter(source, rows, &places)?;
+        }
+        for (count, sequence) in counts.iter().zip(&mut sequences) {
+            sequence.len += count;
+        }
+        Ok(Appended { sequences, moved, counts })
+    }
+
+    fn record_step(
+        &mut self,
+        recording: &mut Recording,
+        attention: &Attention,
+        [q, k, v]: [&Tensor; 3],
+        lengths: Option<&[usize]>,
+        output: Option<&Tensor>,
+    ) -> Result<(Appended, Attended)> {
+        let len = |name: &str, tensor: &Tensor| Ok::<_, Error>(as_four_axes(name, tensor.layout())?.shape()[2]);
+        if len("Q", q)? != len("K", k)? {
+            return Err(shape_error!(
+                "Q {:?} and K {:?} of a step have different lengths; append and attend take them apart",
+                q.shape(),
+                k.shape()
+            ));
+        }
+        let appended = self.record_append(recording, k, v, lengths)?;
+        let Appended { sequences, moved, counts } = &appended;
+        let rows = moved.as_ref().unwrap_or(&self.rows);
+        let attended = self.record_attend(recording, attention, q, rows, sequences, counts, output)?;
+        Ok((appended, attended))
+    }
+
+    /// Queries of which the first `counts[b]` are the last positions of each sequence.
+    #[allow(clippy::too_many_arguments, reason = "the state before or after an append")]
+    fn record_attend(
+        &self,
+        recording: &mut Recording,
+        attention: &Attention,
+        q: &Tensor,
+        rows: &[Tensor; 2],
+        sequences: &[Sequence],
+        counts: &[usize],
+        output: Option<&Tensor>,
+    ) -> Result<Attended> {
+        let window = attention.window_left().into_iter().chain(self.config.window).min();
+        for (b, (&count, sequence)) in counts.iter().zip(sequences).enumerate() {
+            let Sequence { first, len } = *sequence;
+            // Only a window ever drops keys.
+            let needed = count + if first == 0 { 0 } else { window.unwrap_or(0) };
+            if needed > len {
+                return Err(value_error!(
+                    "the last {count} positions of batch entry {b} need {needed} keys, but it holds {len}{}",
+                    if first == 0 { String::new() } else { format!(" (positions from {first} on)") }
+                ));
+            }
+        }
+        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len).collect();
+        let offsets = lengths.iter().zip(counts).map(|(&len, &count)| len as i64 - count as i64).collect();
+        let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
+        common_device_is(&self.device, attention.device(q, &k, &v)?)?;
+        attention.behind(lengths, offsets, self.config.window)?.record(recording, q, &k, &v, output)
+    }
+}
+
+/// The rows in use of all sequences, without their padding.
+fn view(rows: &Tensor, sequences: &[Sequence], dim: usize) -> Result<Tensor> {
+    let longest = sequences.iter().map(|sequence| sequence.len).max().unwrap_or(0);
+    rows.narrow(2, 0, longest)?.narrow(3, 0, dim)
+}
