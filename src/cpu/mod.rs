@@ -3,10 +3,12 @@
 
 mod attention;
 mod exp;
+mod inspect;
 mod project;
 mod softmax;
 
 pub(crate) use attention::attention;
+pub(crate) use inspect::inspect;
 pub(crate) use project::project;
 pub(crate) use softmax::softmax;
 

@@ -16,6 +16,8 @@ pub enum Kernel {
     Flash,
     /// Outputs of splits of the keys joined by their LSE.
     Merge,
+    /// Weights, column sums and entropies recomputed from the LSE.
+    Inspect,
     /// `Y = X·Wᵀ + b`.
     Project,
     /// Extra keys behind a projection.
@@ -30,12 +32,13 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 10] = [
+    pub const ALL: [Kernel; 11] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
         Kernel::Flash,
         Kernel::Merge,
+        Kernel::Inspect,
         Kernel::Project,
         Kernel::Append,
         Kernel::MeanHeads,
@@ -51,6 +54,7 @@ impl Kernel {
             Kernel::WeightedSum => "weighted_sum",
             Kernel::Flash => "flash",
             Kernel::Merge => "merge",
+            Kernel::Inspect => "inspect",
             Kernel::Project => "project",
             Kernel::Append => "append",
             Kernel::MeanHeads => "mean_heads",
@@ -67,6 +71,7 @@ impl Kernel {
             Kernel::WeightedSum => include_str!("../../shaders/weighted_sum.wgsl"),
             Kernel::Flash => include_str!("../../shaders/flash.wgsl"),
             Kernel::Merge => include_str!("../../shaders/merge.wgsl"),
+            Kernel::Inspect => include_str!("../../shaders/inspect.wgsl"),
             Kernel::Project => include_str!("../../shaders/project.wgsl"),
             Kernel::Append => include_str!("../../shaders/append.wgsl"),
             Kernel::MeanHeads => include_str!("../../shaders/mean_heads.wgsl"),
@@ -386,6 +391,81 @@ pub fn merge(lse: bool) -> Variant {
     Variant { kernel: Kernel::Merge, changes, name: "merge".into() }
 }
 
+/// What a variant of `inspect.wgsl` computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inspection {
+    /// `P`
+    Weights,
+    /// `Σ_i P`
+    ColumnSums,
+    /// `−Σ_j P·ln P`
+    Entropy,
+}
+
+/// A variant of `inspect.wgsl`; a head is read in `chunks` of the tile's depth. Column sums keep the keys
+/// in registers and walk over the queries, the others keep the queries.
+pub fn inspect(
+    inspection: Inspection,
+    tile: Tile,
+    chunks: u32,
+    [wide_kept, wide_walked]: [bool; 2],
+    padded: bool,
+    softcap: bool,
+    rules: Rules,
+) -> Variant {
+    let (result, word) = match inspection {
+        Inspection::Weights => (0, "weights"),
+        Inspection::ColumnSums => (1, "column_sums"),
+        Inspection::Entropy => (2, "entropy"),
+    };
+    let mut name = format!("inspect/{word}");
+    let shared = [
+        ("share", "let y4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);"),
+        (
+            "share_lse",
+            "let one = lse_of(b, h, min(at + lane % 4u, params.len_q - 1u));
+step_lse = vec4<f32>(
+    subgroupBroadcast(one, 0u), subgroupBroadcast(one, 1u), subgroupBroadcast(one, 2u), subgroupBroadcast(one, 3u),
+);",
+        ),
+    ];
+    let mut changes = share(Changes::default(), tile, &mut name, &shared).number("RESULT", result);
+    changes = changes.number("DEPTH4", tile.depth4).number("CHUNKS", chunks).flag("PADDED", padded);
+    name.push_str(&format!("/depth{}x{chunks}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
+    if wide_kept {
+        changes = changes.alias("KeptElem", "vec4<f32>").block(
+            "load_kept",
+            "fn load_kept(at: u32, d4: u32) -> vec4<f32> {
+    return select(kept[at / 4u + d4], vec4<f32>(), PADDED && d4 * 4u >= params.dim);
+}",
+        );
+    }
+    if wide_walked {
+        changes = changes.alias("WalkedElem", "vec4<f32>").block(
+            "load_walked",
+            "fn load_walked(at: u32, d4: u32) -> vec4<f32> {
+    return select(walked[at / 4u + d4], vec4<f32>(), PADDED && d4 * 4u >= params.dim);
+}",
+        );
+    }
+    name_wide(&mut name, &[("x", wide_kept), ("y", wide_walked)]);
+    if inspection == Inspection::Weights {
+        changes = changes.alias("OElem", "vec4<f32>").block(
+            "store",
+            "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }
+fn store_sum(at: u32, sum: f32) {}",
+        );
+    }
+    changes = changes.flag("SOFTCAP", softcap);
+    if softcap {
+        name.push_str("/softcap");
+    } else {
+        changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
+    }
+    changes = rules.apply(changes, &mut name);
+    Variant { kernel: Kernel::Inspect, changes, name }
+}
+
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
@@ -567,6 +647,26 @@ pub fn variants() -> Vec<Variant> {
         }
     }
     all.extend([merge(true), merge(false)]);
+    for (workgroup, rows, share, depth4, chunks) in [
+        (8, 4, 1, 16, 1),
+        (8, 4, 8, 16, 1),
+        (8, 1, 4, 1, 1),
+        (8, 1, 8, 66, 2),
+        (64, 2, 1, 16, 1),
+        (64, 2, 8, 16, 1),
+        (64, 1, 4, 27, 3),
+    ] {
+        let tile = Tile { workgroup, rows, share, depth4 };
+        for inspection in [Inspection::Weights, Inspection::ColumnSums, Inspection::Entropy] {
+            for (n, rules) in rules.into_iter().enumerate() {
+                // Seven buffers at most, the four operands among them.
+                let rules = Rules { masks: rules.masks.min(1), ..rules };
+                all.push(inspect(inspection, tile, chunks, [n != 1; 2], n == 1, n == 2, rules));
+            }
+            all.push(inspect(inspection, tile, chunks, [true, false], true, false, Rules::default()));
+            all.push(inspect(inspection, tile, chunks, [false, true], true, false, Rules::default()));
+        }
+    }
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
     }

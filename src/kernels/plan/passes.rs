@@ -674,7 +674,7 @@ impl Planner<'_> {
     }
 
     /// `elements` words of a buffer set to the bits of `value`: a copy of rows without columns.
-    fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
+    pub(super) fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
         let whole = Layout::contiguous(&[elements])?;
         for part in Part::all(elements, (self.adapter.max_binding / 4) as usize) {
             let to = window(&whole, &[part], 4, self.adapter.offset_alignment);
