@@ -11,7 +11,7 @@ use crate::attention::{Wanted, Weights};
 use crate::problem::{Layout, Problem, ScoreStage};
 
 /// Rows per task: query rows of all heads that share keys count together.
-pub(super) const TILE_ROWS: usize = 128;
+const TILE_ROWS: usize = 128;
 
 /// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
 pub(super) const TILE_KEYS: usize = 512;

@@ -2,14 +2,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attention::{TILE_KEYS, TILE_ROWS, Tile};
+use super::attention::{TILE_KEYS, Tile};
 use super::{Inputs, Matrix, View, exp};
 use crate::inspect::Chosen;
 use crate::problem::{Problem, ScoreStage};
 
-/// Rows are multiplied in whole groups of this many: a product of other rows may take another path through
-/// faer, and a row's bits must not depend on which others are chosen.
-const ROW_GROUP: usize = 8;
+/// Rows per product. Tiles begin at multiples of it whatever is chosen: a product of other rows may take
+/// another path through faer, and a row's bits must not depend on which others are chosen.
+const TILE_ROWS: usize = 32;
 
 /// ln of less is lost: exp gives 0.
 const LEAST_LOG: f32 = -138.0;
@@ -36,10 +36,9 @@ pub(crate) fn inspect(problem: &Problem, inputs: &Inputs<'_>, lse: View<'_>, cho
         let keys = (0..batch * heads_kv).into_par_iter().map(|n| inputs.k.matrix(&[n / heads_kv, n % heads_kv]));
         let sweep = Sweep { problem, inputs, lse, keys: keys.collect() };
         let heads = || (0..count).map(|n| (n / chosen.heads.len(), chosen.heads[n % chosen.heads.len()]));
-        // Whole groups of rows, in tiles.
-        let first = chosen.queries.start / ROW_GROUP * ROW_GROUP;
-        let end = chosen.queries.end.next_multiple_of(ROW_GROUP).min(len_q);
-        let tiles: Vec<_> = (first..end).step_by(TILE_ROWS).map(|i| i..end.min(i + TILE_ROWS)).collect();
+        let first = chosen.queries.start / TILE_ROWS * TILE_ROWS;
+        let tiles = (first..chosen.queries.end).step_by(TILE_ROWS).map(|i| i..len_q.min(i + TILE_ROWS));
+        let tiles: Vec<_> = tiles.collect();
         let within = |tile: &Range<usize>| tile.start.max(chosen.queries.start)..tile.end.min(chosen.queries.end);
 
         if chosen.weights || chosen.entropy {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, Inspection, Tile};
 use super::super::params;
-use super::passes::{Call, Slices};
+use super::passes::{Call, Slices, most_groups};
 use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer, is_wide,
     padded_bytes, rows_padded, strides_used, strides4, window,
@@ -163,6 +163,10 @@ impl<'a> Sweep<'a> {
             if fits && work <= most_work {
                 return self;
             }
+            // What is walked over is cut where it is too large itself, whatever is kept: so are the sums.
+            let (_, walked_operand) = self.turn(self.operands.q, self.operands.k);
+            let whole = [1, 1, self.counts().1, self.call.problem.dim_k];
+            let walked_fits = self.binding_size(walked_operand, &whole) <= adapter.max_binding;
             let by_key = self.by_key();
             let Slices { batch, heads, rows, keys } = &mut self.slices;
             let (kept, walked) = if by_key { (keys, rows) } else { (rows, keys) };
@@ -171,9 +175,9 @@ impl<'a> Sweep<'a> {
                 *batch = batch.div_ceil(2);
             } else if *heads > 1 {
                 *heads = heads.div_ceil(2);
-            } else if *kept > 32 {
+            } else if *kept > 32 && walked_fits {
                 *kept = kept.div_ceil(2).next_multiple_of(32);
-            } else if fits {
+            } else if fits && walked_fits {
                 // No sum is cut for time alone.
                 return self;
             } else if *walked > 64 {
@@ -216,23 +220,27 @@ impl<'a> Sweep<'a> {
         Ok([bytes(shape)?, bytes(folded)?])
     }
 
+    fn binding_size(&self, layout: &Layout, counts: &[usize]) -> u64 {
+        let parts: Vec<Part> = counts.iter().map(|&count| Part { start: 0, count }).collect();
+        // The start of a later slice may lie anywhere within the alignment.
+        window(layout, &parts, 4, self.call.align).size.saturating_add(self.call.align)
+    }
+
     /// Bytes of the largest binding of any step.
     fn largest_binding(&self) -> u64 {
         let Slices { batch, heads, rows, keys } = self.slices;
         let (kept, _) = self.counts();
-        let align = self.call.align;
-        let size = |layout: &Layout, counts: &[usize]| {
-            let parts: Vec<Part> = counts.iter().map(|&count| Part { start: 0, count }).collect();
-            // The start of a later slice may lie anywhere within the alignment.
-            window(layout, &parts, 4, align).size.saturating_add(align)
-        };
         let result = match self.inspection {
-            Inspection::Weights => size(&self.layout, &[batch, heads, rows, keys]),
-            _ => size(&self.layout, &[batch, heads, kept]),
+            Inspection::Weights => self.binding_size(&self.layout, &[batch, heads, rows, keys]),
+            _ => self.binding_size(&self.layout, &[batch, heads, kept]),
         };
         let partial = self.scratch().map_or(u64::MAX, |[partial, _]| partial);
-        let lse = size(self.operands.lse, &[batch, heads, rows]);
-        self.call.largest_operand(self.slices).max(result).max(partial).max(lse)
+        let lse = self.binding_size(self.operands.lse, &[batch, heads, rows]);
+        // Chosen heads may begin anywhere in a group.
+        let Problem { heads_kv, dim_k, .. } = *self.call.problem;
+        let heads_kv = most_groups(heads, self.call.problem.group()).min(heads_kv);
+        let k = self.binding_size(self.operands.k, &[batch, heads_kv, keys, dim_k]);
+        self.call.largest_operand(self.slices).max(result).max(partial).max(lse).max(k)
     }
 
     /// All rows of some heads; `n` is their place in the results.

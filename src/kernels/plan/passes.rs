@@ -205,9 +205,11 @@ impl<'a> Call<'a> {
     /// Bytes of the largest binding of an operand or rule at these slice sizes.
     pub(super) fn largest_operand(&self, slices: Slices) -> u64 {
         let Slices { batch, heads, rows, keys } = slices;
-        // Worst case over all slices: a head slice may straddle one more key/value head.
-        let heads_kv = (heads.div_ceil(self.problem.group())
-            + usize::from(!heads.is_multiple_of(self.problem.group())))
+        let heads_kv = match self.problem.group() {
+            // Slices of whole groups begin with one.
+            group if heads.is_multiple_of(group) => heads / group,
+            group => most_groups(heads, group),
+        }
         .min(self.problem.heads_kv);
         let size = |layout: &Layout, counts: [usize; 4], element: u64| self.binding_size(layout, counts, element);
         let whole = usize::MAX >> 32;
@@ -608,6 +610,11 @@ impl<'a> Call<'a> {
         }
         Ok(strides4(&folded))
     }
+}
+
+/// The most groups of `group` heads that `heads` neighbours can belong to.
+pub(super) fn most_groups(heads: usize, group: usize) -> usize {
+    heads.saturating_sub(1).div_ceil(group) + 1
 }
 
 #[derive(Clone, Copy, Debug, Default)]
