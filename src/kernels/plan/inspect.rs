@@ -287,7 +287,7 @@ impl<'a> Sweep<'a> {
             (out_strides[2], out_strides[3]) = (1, 0);
         }
 
-        let tile = self.tile(planner, kept.count);
+        let tile = self.tile(planner);
         let dim4 = problem.dim_k.div_ceil(4);
         let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
         let kept_blocks = kept.count.div_ceil((tile.workgroup * tile.rows) as usize);
@@ -378,7 +378,9 @@ impl<'a> Sweep<'a> {
         )
     }
 
-    fn tile(&self, planner: &Planner<'_>, kept: usize) -> Tile {
+    /// By the lengths of the call, not of what is chosen: every choice runs the same compiled kernel.
+    fn tile(&self, planner: &Planner<'_>) -> Tile {
+        let (kept, _) = self.turn(self.call.problem.len_q, self.call.problem.len_k);
         // vec4s that an invocation keeps: more spill, and take seconds to compile on a software adapter.
         let most = match planner.adapter.class {
             AdapterClass::Cpu => 128,
