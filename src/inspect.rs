@@ -112,6 +112,11 @@ impl Attention {
     /// LSE, a float near the largest score, allows: `P` has a relative error of up to `|LSE| · 2⁻²⁴` more
     /// than the scores have.
     ///
+    /// A row's bits depend neither on the batch nor on which heads and queries are chosen.
+    ///
+    /// Where masks, biases or per-batch positions take part, an adapter must offer five storage buffers per
+    /// kernel; one that does not is [`Error::Unsupported`](crate::Error::Unsupported).
+    ///
     /// `P` is recomputed as in the backward pass of FlashAttention-2 (Dao 2023, algorithm 2).
     ///
     /// ```

@@ -331,6 +331,31 @@ fn plans_fit_small_adapters_and_lose_nothing() {
 }
 
 #[test]
+fn too_few_buffers_for_the_rules_are_said() {
+    let adapter = Capabilities { max_storage_buffers: 4, ..Capabilities::webgpu_minimum() };
+    let shape = [1, 1, 4, 4];
+    let problem = Problem::new(&shape, &shape, &shape, None, None, &Positions::default(), 0).unwrap();
+    let layout = |shape: &[usize]| Layout::contiguous(shape).unwrap();
+    let (x, lse) = (layout(&shape), layout(&shape[..3]));
+    let operands = InspectOperands {
+        q: &x,
+        k: &x,
+        lse: &lse,
+        masks: vec![],
+        biases: vec![],
+        heads: &[0],
+        queries: 0..4,
+        weights: true,
+        column_sums: true,
+        entropy: true,
+    };
+    assert!(plan::inspect(&problem, &operands, &adapter).is_ok());
+    let masked = InspectOperands { masks: vec![(&x, MaskMeaning::Keep)], ..operands };
+    let message = plan::inspect(&problem, &masked, &adapter).unwrap_err().to_string();
+    assert!(message.contains("5 storage buffers, 4 are offered"), "{message}");
+}
+
+#[test]
 fn long_calls_are_cut_to_every_limit() {
     let floor = Capabilities::webgpu_minimum();
     let adapters = [
