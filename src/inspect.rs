@@ -5,7 +5,9 @@ use std::ops::Range;
 use crate::attention::{Attention, common_device_is};
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
-use crate::problem::{Layout, Problem};
+#[cfg(feature = "cpu")]
+use crate::problem::Layout;
+use crate::problem::Problem;
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
 

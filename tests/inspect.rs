@@ -141,6 +141,25 @@ fn random_calls_match_the_truth() {
 }
 
 #[test]
+fn same_bits_in_every_batch() {
+    let call = plain([3, 4, 37, 24], [3, 2, 530, 24]);
+    let data = call.data();
+    for (name, device) in devices() {
+        let whole = Forwarded::new(&call, &data, &device);
+        let expected = whole.inspect(&all());
+        for b in 0..3 {
+            let alone = |tensor: &Tensor| tensor.narrow(0, b, 1).unwrap();
+            let (q, k, lse) = (alone(&whole.q), alone(&whole.k), alone(&whole.lse));
+            let actual = download(whole.attention.inspect(&q, &k, &lse, &all()).unwrap());
+            for (actual, expected) in actual.iter().zip(&expected) {
+                let part = &expected[b * actual.len()..][..actual.len()];
+                assert_eq!(bits(actual), bits(part), "{name}, batch entry {b}");
+            }
+        }
+    }
+}
+
+#[test]
 fn wide_heads_and_long_sums() {
     for (name, device) in devices() {
         // More than registers hold, and more rows than a split.
