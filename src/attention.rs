@@ -283,6 +283,7 @@ impl Attention {
         Ok(attended)
     }
 
+    /// The device of all tensors of a call.
     pub(crate) fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
         let masks = self.masks.iter().chain(&self.key_padding).map(|mask| ("a mask", &mask.tensor));
         let biases = self.biases.iter().map(|bias| ("a bias", bias));
@@ -298,6 +299,16 @@ impl Attention {
         v: &Tensor,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
+        let (problem, operands) = self.operands(q, k, v)?;
+        let output =
+            output.map(|output| Ok(output.with_layout(as_four_axes("output", output.layout())?))).transpose()?;
+        let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores, method: self.method };
+        let attended = recording.attention(&problem, &operands, wanted, output.as_ref())?;
+        restore_axes(attended, q.shape())
+    }
+
+    /// The checked problem, and the operands as backends take them.
+    pub(crate) fn operands(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Problem, Operands)> {
         for (name, tensor) in [("Q", q), ("K", k), ("V", v)] {
             tensor.expect_float(name)?;
         }
@@ -345,11 +356,7 @@ impl Attention {
                 broadcast("a bias", bias)
             })
             .collect::<Result<Vec<_>>>()?;
-        let output = output.map(|output| four("output", output)).transpose()?;
-        let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores, method: self.method };
-        let operands = Operands { q: q4, k: k4, v: v4, masks, biases };
-        let attended = recording.attention(&problem, &operands, wanted, output.as_ref())?;
-        restore_axes(attended, q.shape())
+        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases }))
     }
 }
 

@@ -9,8 +9,11 @@ use crate::cpu;
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::gpu;
+use crate::inspect::{Chosen, Inspected};
 #[cfg(feature = "cpu")]
 use crate::memory::check_floats;
+#[cfg(feature = "cpu")]
+use crate::problem::Dtype;
 use crate::problem::{Layout, Place, Problem};
 use crate::tensor::Tensor;
 
@@ -103,14 +106,7 @@ impl Recording {
                 if wanted.weights != Weights::None || wanted.scores.is_some() {
                     check_floats("the weights", &square)?;
                 }
-                let inputs = cpu::Inputs {
-                    q: cpu::View::of(&operands.q),
-                    k: cpu::View::of(&operands.k),
-                    v: cpu::View::of(&operands.v),
-                    masks: operands.masks.iter().map(cpu::MaskView::of).collect(),
-                    biases: operands.biases.iter().map(cpu::View::of).collect(),
-                };
-                let answer = cpu::attention(problem, &inputs, wanted, &layout);
+                let answer = cpu::attention(problem, &inputs(operands), wanted, &layout);
                 let dtype = operands.q.dtype();
                 let tensor = |data: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
                     Ok(Tensor::from_cpu(data, Layout::contiguous(shape)?, dtype))
@@ -166,6 +162,37 @@ impl Recording {
         }
     }
 
+    /// Weights of chosen heads and queries from their LSE `[b, hq, i]`; `operands.v` is not read.
+    pub fn inspect(
+        &mut self,
+        problem: &Problem,
+        operands: &Operands,
+        lse: &Tensor,
+        chosen: &Chosen,
+    ) -> Result<Inspected> {
+        match self {
+            Recording::Gpu(recording) => recording.inspect(problem, operands, lse, chosen),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                let [weights, column_sums, entropy] = chosen.layouts(problem)?;
+                for (what, layout) in
+                    [("the weights", &weights), ("the column sums", &column_sums), ("the entropies", &entropy)]
+                {
+                    layout.as_ref().map_or(Ok(()), |layout| check_floats(what, layout.shape()))?;
+                }
+                let answer = cpu::inspect(problem, &inputs(operands), cpu::View::of(lse), chosen);
+                let tensor = |data: Vec<f32>, layout: Option<Layout>, dtype: Dtype| {
+                    layout.map(|layout| Tensor::from_cpu(data, layout, dtype))
+                };
+                Ok(Inspected {
+                    weights: tensor(answer.weights, weights, operands.q.dtype()),
+                    column_sums: tensor(answer.column_sums, column_sums, Dtype::F32),
+                    entropy: tensor(answer.entropy, entropy, Dtype::F32),
+                })
+            }
+        }
+    }
+
     /// Softmax over one axis; the result is row-major.
     pub fn softmax(&mut self, x: &Tensor, axis: usize) -> Result<Tensor> {
         match self {
@@ -203,5 +230,16 @@ impl Recording {
             #[cfg(feature = "cpu")]
             Recording::Cpu => Err(value_error!("encoding needs an adapter; the CPU backend has none")),
         }
+    }
+}
+
+#[cfg(feature = "cpu")]
+fn inputs(operands: &Operands) -> cpu::Inputs<'_> {
+    cpu::Inputs {
+        q: cpu::View::of(&operands.q),
+        k: cpu::View::of(&operands.k),
+        v: cpu::View::of(&operands.v),
+        masks: operands.masks.iter().map(cpu::MaskView::of).collect(),
+        biases: operands.biases.iter().map(cpu::View::of).collect(),
     }
 }

@@ -2,7 +2,7 @@
 
 mod kit;
 
-use kit::{Call, Order, gpus};
+use kit::{Call, Order, gpus, limited};
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
 use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
@@ -161,28 +161,6 @@ fn rules_that_do_not_fit_are_folded_into_one_bias() {
     let direct = plan([2, 4, 9, 8], [2, 4, 9, 8], 2, 1, &Capabilities::webgpu_minimum()).unwrap();
     assert!(!direct.steps.iter().any(|step| step.variant.name.starts_with("fold/")));
     assert!(direct.steps.iter().any(|step| step.bindings.iter().any(|b| b.slot == Slot::Mask(1))));
-}
-
-/// The adapters of this machine, with a device that offers less than they could.
-fn limited(change: impl Fn(&mut wgpu::Limits)) -> Vec<(String, Gpu)> {
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
-    assert!(!adapters.is_empty());
-    adapters
-        .into_iter()
-        .map(|adapter| {
-            let mut limits = adapter.limits();
-            change(&mut limits);
-            let descriptor = wgpu::DeviceDescriptor {
-                required_limits: limits,
-                required_features: adapter.features() & wgpu::Features::SUBGROUP,
-                ..Default::default()
-            };
-            let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-            let info = adapter.get_info();
-            (format!("{} ({})", info.name, info.backend), Gpu::from_wgpu(&adapter, device, queue))
-        })
-        .collect()
 }
 
 #[test]

@@ -92,6 +92,7 @@ fn params_have_the_layout_that_the_shaders_read() {
         (Kernel::WeightedSum, params::WeightedSum::fields(), size_of::<params::WeightedSum>()),
         (Kernel::Flash, params::Flash::fields(), size_of::<params::Flash>()),
         (Kernel::Merge, params::Merge::fields(), size_of::<params::Merge>()),
+        (Kernel::Inspect, params::Inspect::fields(), size_of::<params::Inspect>()),
         (Kernel::Project, params::Project::fields(), size_of::<params::Project>()),
         (Kernel::Append, params::Append::fields(), size_of::<params::Append>()),
         (Kernel::MeanHeads, params::MeanHeads::fields(), size_of::<params::MeanHeads>()),
@@ -141,7 +142,7 @@ fn workgroup_sizes_and_memory_are_what_planning_counts() {
 fn blocks_that_recur_are_the_same_everywhere() {
     let mut seen: BTreeMap<&str, (Kernel, String)> = BTreeMap::new();
     let mut shared = 0;
-    for kernel in [Kernel::Scores, Kernel::WeightedSum, Kernel::Flash] {
+    for kernel in [Kernel::Scores, Kernel::WeightedSum, Kernel::Flash, Kernel::Inspect] {
         for (name, body) in blocks(kernel.source()) {
             if !["bands", "mask_a", "mask_b", "bias", "visible", "lane", "lane_builtin", "tanh"].contains(&name) {
                 continue;
@@ -155,7 +156,7 @@ fn blocks_that_recur_are_the_same_everywhere() {
             }
         }
     }
-    assert_eq!(shared, 15);
+    assert_eq!(shared, 23);
 }
 
 #[test]

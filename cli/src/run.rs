@@ -1,9 +1,10 @@
 //! `attn run`: attention over the user's own tensors.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use wgpu_attention::Tensor;
+use wgpu_attention::{Inspect, Tensor, Weights};
 
 use crate::array::Array;
 use crate::error::{Result, fail, usage};
@@ -26,12 +27,15 @@ Tensors: q, k, v (f32, f16 or bf16), and if there: mask (bool, or u8 of 0 and 1;
 bias, key_lengths (integers, one per batch entry). Masks and biases broadcast to \
 [batch, heads, len_q, len_k], whatever the layout. A tensor of another name is an error.
 
-The output holds `output`, and `lse` and `weights` when asked for, in the type of q (lse in f32).
+The output holds `output`, and `lse`, `weights`, `column_sums` and `entropy` when asked for, in the type \
+of q (lse, column_sums and entropy in f32).
 
 Examples:
   attn run in.safetensors -o out.safetensors
   attn run in.npz -o out.npz --causal bottom-right --lse
   attn run in.safetensors -o out.safetensors --mask keep --weights averaged
+  attn run in.safetensors -o out.npz --weights --inspect-heads 1,3 --inspect-queries 100..164
+  attn run in.safetensors -o out.npz --column-sums --entropy
   attn run --q q.npy --k k.npy --v v.npy -o out.npy --layout bshd
   attn run folder-with-q-k-v-npy -o out.npz --window 128,0")]
 pub struct RunArgs {
@@ -58,6 +62,18 @@ pub struct RunArgs {
     /// Also write the log-sum-exp of each query's scores
     #[arg(long)]
     lse: bool,
+    /// Only these query heads in weights, column_sums and entropy
+    #[arg(long, value_name = "H,H,...", value_delimiter = ',')]
+    inspect_heads: Option<Vec<usize>>,
+    /// Only these queries, from the first to before the last
+    #[arg(long, value_name = "FIRST..END", value_parser = parse_range)]
+    inspect_queries: Option<Range<usize>>,
+    /// Also write each key's weights summed over the queries: [batch, heads, len_k]
+    #[arg(long)]
+    column_sums: bool,
+    /// Also write the entropy of each query's weights, in nats: [batch, heads, len_q]
+    #[arg(long)]
+    entropy: bool,
     /// The order of axes in q, k, v and output
     #[arg(long, value_enum, default_value = "bhsd")]
     layout: LayoutWord,
@@ -115,11 +131,64 @@ impl RunArgs {
     }
 }
 
+fn parse_range(text: &str) -> Result<Range<usize>, String> {
+    let ends = text.split_once("..").and_then(|(start, end)| Some(start.parse().ok()?..end.parse().ok()?));
+    ends.ok_or_else(|| "two numbers are needed, such as 10..20 (10 to 19)".into())
+}
+
+impl RunArgs {
+    /// Whether only some weights are asked for.
+    fn chooses(&self) -> bool {
+        self.inspect_heads.is_some() || self.inspect_queries.is_some()
+    }
+
+    /// What is recomputed beside the output; weights are the forward call's own unless some are chosen.
+    fn inspect(&self) -> Result<Option<Inspect>> {
+        let weights = self.chooses() && self.weights.is_some();
+        if weights && WeightsWord::of(self.weights) == Weights::Averaged {
+            usage!("--inspect-heads and --inspect-queries choose among weights per head, not averaged ones");
+        }
+        if !(weights || self.column_sums || self.entropy) {
+            if self.chooses() {
+                usage!(
+                    "--inspect-heads and --inspect-queries choose what --weights, --column-sums and --entropy \
+                     write; give at least one of these"
+                );
+            }
+            return Ok(None);
+        }
+        let mut inspect = Inspect::new();
+        if let Some(heads) = &self.inspect_heads {
+            inspect = inspect.heads(heads);
+        }
+        if let Some(queries) = &self.inspect_queries {
+            inspect = inspect.queries(queries.clone());
+        }
+        if weights {
+            inspect = inspect.weights();
+        }
+        if self.column_sums {
+            inspect = inspect.column_sums();
+        }
+        if self.entropy {
+            inspect = inspect.entropy();
+        }
+        Ok(Some(inspect))
+    }
+}
+
 pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
-    let names: Vec<&str> = [("output", true), ("lse", args.lse), ("weights", args.weights.is_some())]
-        .into_iter()
-        .filter_map(|(name, wanted)| wanted.then_some(name))
-        .collect();
+    let names: Vec<&str> = [
+        ("output", true),
+        ("lse", args.lse),
+        ("weights", args.weights.is_some()),
+        ("column_sums", args.column_sums),
+        ("entropy", args.entropy),
+    ]
+    .into_iter()
+    .filter_map(|(name, wanted)| wanted.then_some(name))
+    .collect();
+    let inspect = args.inspect()?;
     files::check_output(&args.output, &names)?;
     let inputs = args.read()?;
     if inputs.mask.is_none() && args.attention.mask.is_some() {
@@ -131,7 +200,10 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let _spinner = Spinner::start(format!("attention on {}", device.name()));
     let upload = |name: &str, array: &Array| args.heads_first(name, &array.upload(name, device)?);
     let (q, k, v) = (upload("q", &inputs.q)?, upload("k", &inputs.k)?, upload("v", &inputs.v)?);
-    let mut attention = args.attention.attention().lse(args.lse).weights(WeightsWord::of(args.weights));
+    let mut attention = args.attention.attention().lse(args.lse || inspect.is_some());
+    if !args.chooses() {
+        attention = attention.weights(WeightsWord::of(args.weights));
+    }
     if let Some(mask) = &inputs.mask {
         attention = attention.mask(args.attention.meant("mask", mask, device)?);
     }
@@ -142,10 +214,21 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
         attention = attention.key_lengths(lengths.lengths("key_lengths")?);
     }
     let attended = attention.forward(&q, &k, &v)?;
+    let seen = match (&inspect, &attended.lse) {
+        (Some(inspect), Some(lse)) => Some(attention.inspect(&q, &k, lse, inspect)?),
+        _ => None,
+    };
+    let (of_chosen, column_sums, entropy) =
+        seen.map_or((None, None, None), |seen| (seen.weights, seen.column_sums, seen.entropy));
     let mut results = vec![("output", Array::download(&args.heads_first("output", &attended.output)?)?)];
-    for (name, tensor) in [("lse", &attended.lse), ("weights", &attended.weights)] {
+    for (name, tensor) in [
+        ("lse", attended.lse.filter(|_| args.lse)),
+        ("weights", attended.weights.or(of_chosen)),
+        ("column_sums", column_sums),
+        ("entropy", entropy),
+    ] {
         if let Some(tensor) = tensor {
-            results.push((name, Array::download(tensor)?));
+            results.push((name, Array::download(&tensor)?));
         }
     }
     files::write_tensors(&args.output, &results)

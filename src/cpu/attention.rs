@@ -14,7 +14,7 @@ use crate::problem::{Layout, Problem, ScoreStage};
 const TILE_ROWS: usize = 128;
 
 /// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
-const TILE_KEYS: usize = 512;
+pub(super) const TILE_KEYS: usize = 512;
 
 thread_local! {
     // Kept between calls: fresh memory of this size costs more than the arithmetic on it.
@@ -55,11 +55,11 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
                 let count = TILE_ROWS.min(per_head - first);
                 let slices = rest.split_off(count, dim_v, len_k);
                 let (b, head_kv) = (n / heads_kv, n % heads_kv);
-                tiles.push((Tile { problem, inputs, b, head_kv, first, count, k, v, stage }, slices));
+                tiles.push((Tile { problem, inputs, b, head_kv, first, count, k }, v, slices));
             }
         }
-        tiles.into_par_iter().for_each(|(tile, slices)| {
-            SCRATCH.with_borrow_mut(|scratch| tile.run(scratch, slices));
+        tiles.into_par_iter().for_each(|(tile, v, slices)| {
+            SCRATCH.with_borrow_mut(|scratch| tile.run(v, stage, scratch, slices));
         });
     }
 
@@ -101,17 +101,15 @@ impl<'a> Slices<'a> {
     }
 }
 
-struct Tile<'a> {
-    problem: &'a Problem,
-    inputs: &'a Inputs<'a>,
-    b: usize,
-    head_kv: usize,
+pub(super) struct Tile<'a> {
+    pub problem: &'a Problem,
+    pub inputs: &'a Inputs<'a>,
+    pub b: usize,
+    pub head_kv: usize,
     /// Rows of the group: row `r` is query `r % len_q` of the group's head `r / len_q`.
-    first: usize,
-    count: usize,
-    k: &'a Matrix<'a>,
-    v: &'a Values<'a>,
-    stage: Option<ScoreStage>,
+    pub first: usize,
+    pub count: usize,
+    pub k: &'a Matrix<'a>,
 }
 
 impl Tile<'_> {
@@ -122,7 +120,7 @@ impl Tile<'_> {
     }
 
     /// The tile's queries, one after the other.
-    fn queries(&self, q: &mut Vec<f32>) {
+    pub fn queries(&self, q: &mut Vec<f32>) {
         let Problem { dim_k, .. } = *self.problem;
         let step = self.inputs.q.layout.strides()[3];
         q.clear();
@@ -138,7 +136,7 @@ impl Tile<'_> {
     }
 
     /// `scale · Q·Kᵀ` of the tile's rows and a range of keys.
-    fn products(&self, q: &[f32], keys: Range<usize>, scores: &mut Vec<f32>) {
+    pub fn products(&self, q: &[f32], keys: Range<usize>, scores: &mut Vec<f32>) {
         let Problem { dim_k, scale, .. } = *self.problem;
         scores.resize(self.count * keys.len(), 0.0);
         if dim_k == 0 {
@@ -152,7 +150,7 @@ impl Tile<'_> {
 
     /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys, the output rescaled when a
     /// block raises the maximum (Dao 2023, section 3.1).
-    fn run(&self, scratch: &mut Scratch, slices: Slices<'_>) {
+    fn run(&self, v: &Values<'_>, stage: Option<ScoreStage>, scratch: &mut Scratch, slices: Slices<'_>) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = pulp::Arch::new();
         let ruled = self.problem.ruled_keys();
@@ -167,7 +165,7 @@ impl Tile<'_> {
         if self.problem.extra_keys > 0 {
             (low, high) = (low.min(ruled), len_k);
         }
-        if let Some(stage) = self.stage {
+        if let Some(stage) = stage {
             // Apart from the scores that are summed, so that asking changes no bit of the output.
             self.products(q, 0..len_k, scores);
             for (row, (line, range)) in scores.chunks_mut(len_k).zip(&ranges).enumerate() {
@@ -205,8 +203,8 @@ impl Tile<'_> {
                 let p = faer::MatRef::from_row_major_slice(scores, self.count, width);
                 let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
                 let accumulate = if keys.start == low { Accum::Replace } else { Accum::Add };
-                matmul(o, accumulate, p, self.v.matrix.rows(keys.start, keys.end), 1.0, Par::Seq);
-                self.add_not_finite(scores, keys, slices.out);
+                matmul(o, accumulate, p, v.matrix.rows(keys.start, keys.end), 1.0, Par::Seq);
+                self.add_not_finite(v, scores, keys, slices.out);
             }
         }
 
@@ -239,7 +237,7 @@ impl Tile<'_> {
 
     /// Softcap, bias and mask, up to `stage`, on a row of products with the keys from `low` on;
     /// `range` are the keys its position allows.
-    fn rules(&self, row: usize, range: Range<usize>, low: usize, line: &mut [f32], stage: ScoreStage) {
+    pub fn rules(&self, row: usize, range: Range<usize>, low: usize, line: &mut [f32], stage: ScoreStage) {
         let (h, i) = self.query(row);
         let ruled = self.problem.ruled_keys();
         if stage == ScoreStage::Scaled {
@@ -277,7 +275,7 @@ impl Tile<'_> {
         }
     }
 
-    fn visible(&self, h: usize, i: usize, j: usize) -> bool {
+    pub fn visible(&self, h: usize, i: usize, j: usize) -> bool {
         let at = [self.b, h, i, j];
         j >= self.problem.ruled_keys()
             || self.problem.band(self.b).range(i, self.problem.ruled_keys()).contains(&j)
@@ -286,8 +284,8 @@ impl Tile<'_> {
     }
 
     /// Adds the terms of values that are not finite, which were taken as 0, where a row may see them.
-    fn add_not_finite(&self, p: &[f32], keys: &Range<usize>, out: &mut [f32]) {
-        for &(j, d, value) in self.v.not_finite.iter().filter(|(j, ..)| keys.contains(j)) {
+    fn add_not_finite(&self, v: &Values<'_>, p: &[f32], keys: &Range<usize>, out: &mut [f32]) {
+        for &(j, d, value) in v.not_finite.iter().filter(|(j, ..)| keys.contains(j)) {
             for row in 0..self.count {
                 let (h, i) = self.query(row);
                 if self.visible(h, i, j) {

@@ -3,6 +3,7 @@
 
 mod attention;
 mod exp;
+mod inspect;
 mod merge;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
@@ -11,6 +12,7 @@ mod scatter;
 mod softmax;
 
 pub(crate) use attention::attention;
+pub(crate) use inspect::inspect;
 pub(crate) use merge::merge;
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;

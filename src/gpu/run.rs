@@ -8,8 +8,9 @@ use super::{Gpu, lock};
 use crate::attention::{Attended, Operands, Wanted, Weights};
 use crate::device::Device;
 use crate::error::{Result, value_error};
+use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
-use crate::kernels::plan::{self, AttentionOperands, padded_bytes};
+use crate::kernels::plan::{self, AttentionOperands, InspectOperands, padded_bytes};
 use crate::kernels::{Operand, Plan, Slot, Step, Variant};
 use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage};
 use crate::tensor::{Storage, Tensor};
@@ -364,7 +365,7 @@ impl Recording {
                 Slot::Weights => weights.as_ref()?,
                 Slot::Averaged => averaged.as_ref()?,
                 Slot::Stage => stage.as_ref()?,
-                Slot::Bands | Slot::Places | Slot::Scratch(_) => return None,
+                _ => return None,
             }))
             .cloned()
         })?;
@@ -378,6 +379,58 @@ impl Recording {
             Weights::Averaged => averaged,
         };
         Ok(Attended { output, lse, weights, scores })
+    }
+
+    pub fn inspect(
+        &mut self,
+        problem: &Problem,
+        operands: &Operands,
+        lse: &Tensor,
+        chosen: &Chosen,
+    ) -> Result<Inspected> {
+        let Operands { q, k, masks, biases, .. } = operands;
+        let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
+        let lse = &self.widened(lse)?;
+        let plan = plan::inspect(
+            problem,
+            &InspectOperands {
+                q: q.operand(),
+                k: k.operand(),
+                lse: lse.layout(),
+                masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
+                biases: biases.iter().map(Tensor::layout).collect(),
+                heads: &chosen.heads,
+                queries: chosen.queries.clone(),
+                weights: chosen.weights,
+                column_sums: chosen.column_sums,
+                entropy: chosen.entropy,
+            },
+            &self.gpu.0.capabilities,
+        )?;
+        let result = |what: &str, layout: &Option<Layout>, dtype| {
+            let make = |layout: &Layout| self.output(what, layout.clone(), padded_bytes(layout), dtype);
+            layout.as_ref().map(make).transpose()
+        };
+        let inspected = Inspected {
+            weights: result("weights", &plan.weights, q.dtype())?,
+            column_sums: result("column sums", &plan.column_sums, Dtype::F32)?,
+            entropy: result("entropies", &plan.entropy, Dtype::F32)?,
+        };
+        self.add(plan, |slot| {
+            Some(buffer_of(match slot {
+                Slot::Q => q,
+                Slot::K => k,
+                Slot::Lse => lse,
+                Slot::Mask(n) => masks.get(n)?.tensor(),
+                Slot::Bias(n) => biases.get(n)?,
+                Slot::Weights => inspected.weights.as_ref()?,
+                Slot::ColumnSums => inspected.column_sums.as_ref()?,
+                Slot::Entropy => inspected.entropy.as_ref()?,
+                _ => return None,
+            }))
+            .cloned()
+        })?;
+        Ok(inspected)
     }
 
     pub fn softmax(&mut self, x: &Tensor, axis: usize) -> Result<Tensor> {

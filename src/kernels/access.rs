@@ -103,6 +103,10 @@ pub const K: Read = read!("k", "KElem", "k_strides.w");
 pub const V: Read = read!("v", "VElem", "v_strides.w");
 /// The input of a projection.
 pub const X: Read = read!("x", "XElem", "x_strides.z");
+/// What `inspect.wgsl` keeps in registers.
+pub const KEPT: Read = read!("kept", "KeptElem", "kept_strides.w");
+/// What `inspect.wgsl` walks over.
+pub const WALKED: Read = read!("walked", "WalkedElem", "walked_strides.w");
 /// Rows on their way into a cache.
 pub const ROWS: Read = read!("x", "XElem", "x_strides.w");
 /// The weight of a projection.

@@ -18,6 +18,8 @@ pub enum Kernel {
     Flash,
     /// Outputs of splits of the keys joined by their LSE.
     Merge,
+    /// Weights, column sums and entropies recomputed from the LSE.
+    Inspect,
     /// `Y = X·Wᵀ + b`.
     Project,
     /// Extra keys behind a projection.
@@ -36,12 +38,13 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 12] = [
+    pub const ALL: [Kernel; 13] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
         Kernel::Flash,
         Kernel::Merge,
+        Kernel::Inspect,
         Kernel::Project,
         Kernel::Append,
         Kernel::MeanHeads,
@@ -59,6 +62,7 @@ impl Kernel {
             Kernel::WeightedSum => "weighted_sum",
             Kernel::Flash => "flash",
             Kernel::Merge => "merge",
+            Kernel::Inspect => "inspect",
             Kernel::Project => "project",
             Kernel::Append => "append",
             Kernel::MeanHeads => "mean_heads",
@@ -77,6 +81,7 @@ impl Kernel {
             Kernel::WeightedSum => include_str!("../../shaders/weighted_sum.wgsl"),
             Kernel::Flash => include_str!("../../shaders/flash.wgsl"),
             Kernel::Merge => include_str!("../../shaders/merge.wgsl"),
+            Kernel::Inspect => include_str!("../../shaders/inspect.wgsl"),
             Kernel::Project => include_str!("../../shaders/project.wgsl"),
             Kernel::Append => include_str!("../../shaders/append.wgsl"),
             Kernel::MeanHeads => include_str!("../../shaders/mean_heads.wgsl"),
@@ -349,6 +354,67 @@ fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
     Variant { kernel: Kernel::Merge, changes, name: "merge/pair".into() }
 }
 
+/// What a variant of `inspect.wgsl` computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inspection {
+    /// `P`
+    Weights,
+    /// `Σ_i P`
+    ColumnSums,
+    /// `−Σ_j P·ln P`
+    Entropy,
+}
+
+/// A variant of `inspect.wgsl`; a head is read in `chunks` of the tile's depth. Column sums keep the keys
+/// in registers and walk over the queries, the others keep the queries.
+pub fn inspect(
+    inspection: Inspection,
+    tile: Tile,
+    chunks: u32,
+    [kept, walked]: [Access; 2],
+    padded: bool,
+    softcap: bool,
+    rules: Rules,
+) -> Variant {
+    let (result, word) = match inspection {
+        Inspection::Weights => (0, "weights"),
+        Inspection::ColumnSums => (1, "column_sums"),
+        Inspection::Entropy => (2, "entropy"),
+    };
+    let mut name = format!("inspect/{word}");
+    let shared = [
+        ("share", "let y4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);"),
+        (
+            "share_lse",
+            "let one = lse_of(b, h, min(at + lane % 4u, params.len_q - 1u));
+step_lse = vec4<f32>(
+    subgroupBroadcast(one, 0u), subgroupBroadcast(one, 1u), subgroupBroadcast(one, 2u), subgroupBroadcast(one, 3u),
+);",
+        ),
+    ];
+    let mut changes = share(Changes::default(), tile, &mut name, &shared).number("RESULT", result);
+    changes = changes.number("DEPTH4", tile.depth4).number("CHUNKS", chunks).flag("PADDED", padded);
+    name.push_str(&format!("/depth{}x{chunks}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
+    changes = access::load(changes, &access::KEPT, "params.dim", "PADDED", kept);
+    changes = access::load(changes, &access::WALKED, "params.dim", "PADDED", walked);
+    access::name(&mut name, &[("x", kept), ("y", walked)]);
+    if inspection == Inspection::Weights {
+        changes = changes.alias("OElem", "vec4<f32>").block(
+            "store",
+            "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }
+fn store_sum(at: u32, sum: f32) {}",
+        );
+    }
+    changes = changes.flag("SOFTCAP", softcap);
+    if softcap {
+        name.push_str("/softcap");
+    } else {
+        changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
+    }
+    changes = rules.apply(changes, &mut name);
+    Variant { kernel: Kernel::Inspect, changes, name }
+}
+
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
@@ -548,6 +614,30 @@ pub fn variants() -> Vec<Variant> {
     for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
         all.extend([true, false].map(|wide| scatter(Access { wide, stored }, Dtype::F32)));
         all.extend([true, false].map(|wide| scatter(Access { wide, ..Access::WIDE }, stored)));
+    }
+    for (workgroup, rows, share, depth4, chunks) in [
+        (8, 4, 1, 16, 1),
+        (8, 4, 8, 16, 1),
+        (8, 1, 4, 1, 1),
+        (8, 1, 8, 66, 2),
+        (64, 2, 1, 16, 1),
+        (64, 2, 8, 16, 1),
+        (64, 1, 4, 27, 3),
+    ] {
+        let tile = Tile { workgroup, rows, share, depth4 };
+        for inspection in [Inspection::Weights, Inspection::ColumnSums, Inspection::Entropy] {
+            for (n, rules) in rules.into_iter().enumerate() {
+                // Seven buffers at most, the four operands among them.
+                let rules = Rules { masks: rules.masks.min(1), ..rules };
+                let access = if n == 1 { narrow } else { wide };
+                all.push(inspect(inspection, tile, chunks, [access; 2], n == 1, n == 2, rules));
+            }
+            all.push(inspect(inspection, tile, chunks, [wide, narrow], true, false, Rules::default()));
+            all.push(inspect(inspection, tile, chunks, [narrow, wide], true, false, Rules::default()));
+            let (f16, bf16) = (halves(Dtype::F16), halves(Dtype::BF16));
+            all.push(inspect(inspection, tile, chunks, [f16[0], bf16[1]], true, false, Rules::default()));
+            all.push(inspect(inspection, tile, chunks, [bf16[0], f16[1]], true, false, Rules::default()));
+        }
     }
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
         all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);

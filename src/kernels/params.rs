@@ -176,6 +176,48 @@ params! {
 }
 
 params! {
+    /// `inspect.wgsl`
+    Inspect {
+        kept_strides: [u32; 4],
+        walked_strides: [u32; 4],
+        out_strides: [u32; 4],
+        lse_strides: [u32; 4],
+        mask_a_strides: [u32; 4],
+        mask_b_strides: [u32; 4],
+        bias_strides: [u32; 4],
+        band: [i32; 4],
+        kept_offset: u32,
+        walked_offset: u32,
+        out_offset: u32,
+        lse_offset: u32,
+        mask_a_offset: u32,
+        mask_b_offset: u32,
+        bias_offset: u32,
+        mask_a_keeps: u32,
+        mask_b_keeps: u32,
+        batch_0: u32,
+        head_0: u32,
+        head_kv_0: u32,
+        row_0: u32,
+        key_0: u32,
+        heads: u32,
+        group: u32,
+        len_q: u32,
+        len_k: u32,
+        ruled_keys: u32,
+        dim: u32,
+        kept_blocks: u32,
+        splits: u32,
+        split_rows: u32,
+        workgroups: u32,
+        minus_infinity: u32,
+        not_a_number: u32,
+        scale: f32,
+        softcap: f32,
+    }
+}
+
+params! {
     /// `softmax.wgsl`
     Softmax {
         rows: u32,

@@ -3,11 +3,13 @@
 //!
 //! Operands are strided views of f64; results are row-major.
 
+mod inspect;
 mod project;
 mod scores;
 mod softmax;
 mod weighted_sum;
 
+pub use inspect::{Inspected, inspect};
 pub use project::project;
 pub use scores::scores;
 pub use softmax::softmax;

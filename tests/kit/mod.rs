@@ -1,11 +1,15 @@
 //! What the tests share: every device of this machine, random calls, and a comparer that can fail.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::ops::Range;
+
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
-use wgpu_attention::reference::{self, Inputs, Outputs, View};
-use wgpu_attention::{Align, Attended, Attention, Device, Element, Gpu, GpuOptions, Mask, Method, Tensor, Weights};
+use wgpu_attention::reference::{self, Inputs, Inspected, Outputs, View};
+use wgpu_attention::{
+    Align, Attended, Attention, Device, Element, Gpu, GpuOptions, Mask, Method, Tensor, Weights, wgpu,
+};
 
 /// Every adapter, each with and without its subgroup kernels, and the CPU backend. No adapter at all
 /// is a failure: `./test` installs a software one.
@@ -33,6 +37,28 @@ pub fn devices() -> Vec<(String, Device)> {
 pub fn gpus() -> Vec<(String, Gpu)> {
     let gpu = |(name, device): (String, Device)| device.gpu().cloned().map(|gpu| (name, gpu));
     devices().into_iter().filter_map(gpu).collect()
+}
+
+/// The adapters of this machine, with a device that offers less than they could.
+pub fn limited(change: impl Fn(&mut wgpu::Limits)) -> Vec<(String, Gpu)> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    assert!(!adapters.is_empty());
+    adapters
+        .into_iter()
+        .map(|adapter| {
+            let mut limits = adapter.limits();
+            change(&mut limits);
+            let descriptor = wgpu::DeviceDescriptor {
+                required_limits: limits,
+                required_features: adapter.features() & wgpu::Features::SUBGROUP,
+                ..Default::default()
+            };
+            let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+            let info = adapter.get_info();
+            (format!("{} ({})", info.name, info.backend), Gpu::from_wgpu(&adapter, device, queue))
+        })
+        .collect()
 }
 
 pub fn noise(rng: &mut Pcg64, len: usize) -> Vec<f32> {
@@ -214,6 +240,18 @@ impl Call {
     /// The truth.
     pub fn truth(&self, data: &Data) -> (Outputs, [Vec<f64>; 3]) {
         use wgpu_attention::ScoreStage::{Capped, Masked, Scaled};
+        self.with_inputs(data, |problem, inputs| {
+            let stages = [Scaled, Capped, Masked].map(|stage| reference::scores(problem, inputs, stage));
+            (reference::attention(problem, inputs), stages)
+        })
+    }
+
+    /// The truth about chosen heads and queries.
+    pub fn inspected(&self, data: &Data, heads: &[usize], queries: Range<usize>) -> Inspected {
+        self.with_inputs(data, |problem, inputs| reference::inspect(problem, inputs, heads, queries))
+    }
+
+    fn with_inputs<T>(&self, data: &Data, compute: impl FnOnce(&Problem, &Inputs<'_>) -> T) -> T {
         let problem = self.problem();
         let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&x| f64::from(x)).collect() };
         let (q, k, v) = (wide(&data.q), wide(&data.k), wide(&data.v));
@@ -231,8 +269,7 @@ impl Call {
                 .collect(),
             biases: biases.iter().zip(&bias_layouts).map(|(data, layout)| View { data, layout }).collect(),
         };
-        let stages = [Scaled, Capped, Masked].map(|stage| reference::scores(&problem, &inputs, stage));
-        (reference::attention(&problem, &inputs), stages)
+        compute(&problem, &inputs)
     }
 
     /// Runs everywhere the call can tell of, and compares all results with the truth.

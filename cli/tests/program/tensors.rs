@@ -74,6 +74,48 @@ fn run_gives_output_weights_and_lse() {
 }
 
 #[test]
+fn run_inspects_chosen_heads_and_queries() {
+    let folder = folder();
+    let [q, k, v] = save_qkv(&folder.path().join("in.safetensors"), vec![]);
+    let out = folder.path().join("out.safetensors");
+    let [output, weights, _] = expected(&q, &k, &v, |_, i, j| j <= i);
+    // Head 1, queries 1 and 2, of both batch entries.
+    let rows: Vec<&[f64]> = [4, 5, 10, 11].iter().map(|row| &weights[row * 3..row * 3 + 3]).collect();
+    for adapter in adapters() {
+        let call = |more: &[&str]| {
+            let mut args =
+                vec!["run", "in.safetensors", "-o", "out.safetensors", "--causal", "0", "--adapter", &adapter];
+            args.extend(more);
+            attn(folder.path(), &args)
+        };
+        let choice = ["--inspect-heads", "1", "--inspect-queries", "1..3"];
+        call(&[&choice[..], &["--weights", "--column-sums", "--entropy"]].concat()).succeeded();
+        close(&load(&out, "output").1, &output, 1e-6);
+        let (shape, got) = load(&out, "weights");
+        assert_eq!(shape, [2, 1, 2, 3]);
+        close(&got, &rows.concat(), 1e-6);
+        let sums: Vec<f64> = rows.chunks(2).flat_map(|two| (0..3).map(|j| two[0][j] + two[1][j])).collect();
+        assert_eq!(load(&out, "column_sums").0, [2, 1, 3]);
+        close(&load(&out, "column_sums").1, &sums, 1e-6);
+        let entropy = |row: &&[f64]| -row.iter().filter(|&&p| p > 0.0).map(|p| p * p.ln()).sum::<f64>();
+        assert_eq!(load(&out, "entropy").0, [2, 1, 2]);
+        close(&load(&out, "entropy").1, &rows.iter().map(entropy).collect::<Vec<_>>(), 1e-6);
+        // All heads and queries, beside the forward call's own weights; no LSE that was not asked for.
+        call(&["--weights", "--entropy"]).succeeded();
+        close(&load(&out, "weights").1, &weights, 1e-6);
+        assert_eq!(load(&out, "entropy").0, [2, 2, 3]);
+        let bytes = std::fs::read(&out).unwrap();
+        assert!(safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("lse").is_err());
+
+        call(&choice).refused(2, "give at least one");
+        call(&[&choice[..], &["--weights", "averaged"]].concat()).refused(2, "not averaged");
+        call(&["--inspect-queries", "1-3", "--entropy"]).refused(2, "such as 10..20");
+        call(&["--inspect-queries", "1..4", "--entropy"]).refused(1, "queries 1..4 are out of range");
+        call(&["--inspect-heads", "2", "--column-sums"]).refused(1, "head 2 of [2] is out of range");
+    }
+}
+
+#[test]
 fn run_composes_window_causal_and_lengths() {
     let folder = folder();
     let lengths = ("key_lengths", Dtype::I64, vec![2], [3i64, 2].iter().flat_map(|x| x.to_le_bytes()).collect());

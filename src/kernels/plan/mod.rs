@@ -5,6 +5,7 @@
 //! rows, then keys, so that every binding and every dispatch fits.
 
 mod flash;
+mod inspect;
 mod merge;
 mod passes;
 #[cfg(not(target_arch = "wasm32"))]
@@ -13,6 +14,7 @@ mod project;
 mod scatter;
 mod softmax;
 
+pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use passes::attention;
 #[cfg(not(target_arch = "wasm32"))]
@@ -50,6 +52,10 @@ pub enum Slot {
     Output,
     /// Log-sum-exp.
     Lse,
+    /// Sums of weights over queries.
+    ColumnSums,
+    /// Entropies of the weights of a query.
+    Entropy,
     /// Weights per head.
     Weights,
     /// Weights averaged over heads.
@@ -97,6 +103,10 @@ pub struct Plan {
     pub weights: Option<Layout>,
     /// Where averaged weights lie, likewise.
     pub averaged: Option<Layout>,
+    /// Where column sums lie, likewise.
+    pub column_sums: Option<Layout>,
+    /// Where entropies lie, likewise.
+    pub entropy: Option<Layout>,
     /// Where the scores of a stage lie, likewise.
     pub stage: Option<Layout>,
     /// How the output is to be stored: as asked for, or as f32 where the kernels cannot.
@@ -274,11 +284,21 @@ impl Planner<'_> {
     }
 
     fn tile(&self, rows: usize, depth4: usize) -> Tile {
+        let most_depth = match self.adapter.class {
+            // Registers are many.
+            AdapterClass::Cpu => 16,
+            AdapterClass::Gpu => 8,
+        };
+        self.tile_within(rows, depth4, most_depth)
+    }
+
+    /// As [`Planner::tile`], with at most `most_depth` vec4s of depth in registers.
+    fn tile_within(&self, rows: usize, depth4: usize, most_depth: usize) -> Tile {
         let adapter = self.adapter;
-        let (workgroup, most_depth) = match adapter.class {
-            // One SIMD vector of lanes, many registers.
-            AdapterClass::Cpu => (8, 16),
-            AdapterClass::Gpu => (64, 8),
+        let workgroup = match adapter.class {
+            // One SIMD vector of lanes.
+            AdapterClass::Cpu => 8,
+            AdapterClass::Gpu => 64,
         };
         let workgroup = workgroup.min(adapter.max_invocations);
         let chunks = depth4.div_ceil(most_depth).max(1);

@@ -213,9 +213,11 @@ impl<'a> Call<'a> {
     /// Bytes of the largest binding of an operand or rule at these slice sizes.
     pub(super) fn largest_operand(&self, slices: Slices) -> u64 {
         let Slices { batch, heads, rows, keys } = slices;
-        // Worst case over all slices: a head slice may straddle one more key/value head.
-        let heads_kv = (heads.div_ceil(self.problem.group())
-            + usize::from(!heads.is_multiple_of(self.problem.group())))
+        let heads_kv = match self.problem.group() {
+            // Slices of whole groups begin with one.
+            group if heads.is_multiple_of(group) => heads / group,
+            group => most_groups(heads, group),
+        }
         .min(self.problem.heads_kv);
         let size = |layout: &Layout, counts: [usize; 4], element: u64| self.binding_size(layout, counts, element);
         let whole = usize::MAX >> 32;
@@ -618,6 +620,11 @@ impl<'a> Call<'a> {
     }
 }
 
+/// The most groups of `group` heads that `heads` neighbours can belong to.
+pub(super) fn most_groups(heads: usize, group: usize) -> usize {
+    heads.saturating_sub(1).div_ceil(group) + 1
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BoundRule {
     pub strides: [u32; 4],
@@ -682,7 +689,7 @@ impl Planner<'_> {
     }
 
     /// `elements` words of a buffer set to the bits of `value`: a copy of rows without columns.
-    fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
+    pub(super) fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
         let whole = Layout::contiguous(&[elements])?;
         for part in Part::all(elements, (self.adapter.max_binding / 4) as usize) {
             let to = window(&whole, &[part], 4, self.adapter.offset_alignment);

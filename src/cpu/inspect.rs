@@ -1,0 +1,181 @@
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::attention::{TILE_KEYS, Tile};
+use super::{Inputs, Matrix, View, exp};
+use crate::inspect::Chosen;
+use crate::problem::{Problem, ScoreStage};
+
+/// Rows per product. Tiles begin at multiples of it whatever is chosen: a product of other rows may take
+/// another path through faer, and a row's bits must not depend on which others are chosen.
+const TILE_ROWS: usize = 32;
+
+/// ln of less is lost: exp gives 0.
+const LEAST_LOG: f32 = -138.0;
+
+/// Results, row-major; empty where nothing was asked for.
+pub(crate) struct Inspection {
+    /// `[b, heads, queries, j]`
+    pub weights: Vec<f32>,
+    /// `[b, heads, j]`
+    pub column_sums: Vec<f32>,
+    /// `[b, heads, queries]`
+    pub entropy: Vec<f32>,
+}
+
+/// `P = exp(S − LSE)` of what is chosen, tile by tile; `lse` is `[b, hq, i]`.
+pub(crate) fn inspect(problem: &Problem, inputs: &Inputs<'_>, lse: View<'_>, chosen: &Chosen) -> Inspection {
+    let Problem { batch, heads_kv, len_q, len_k, .. } = *problem;
+    let count = batch * chosen.heads.len();
+    let rows = chosen.queries.len();
+    let mut weights = vec![0.0; if chosen.weights { count * rows * len_k } else { 0 }];
+    let mut column_sums = vec![0.0; if chosen.column_sums { count * len_k } else { 0 }];
+    let mut entropy = vec![0.0; if chosen.entropy { count * rows } else { 0 }];
+    if count * rows * len_k > 0 {
+        let keys = (0..batch * heads_kv).into_par_iter().map(|n| inputs.k.matrix(&[n / heads_kv, n % heads_kv]));
+        let sweep = Sweep { problem, inputs, lse, keys: keys.collect() };
+        let heads = || (0..count).map(|n| (n / chosen.heads.len(), chosen.heads[n % chosen.heads.len()]));
+        let first = chosen.queries.start / TILE_ROWS * TILE_ROWS;
+        let tiles = (first..chosen.queries.end).step_by(TILE_ROWS).map(|i| i..len_q.min(i + TILE_ROWS));
+        let tiles: Vec<_> = tiles.collect();
+        let within = |tile: &Range<usize>| tile.start.max(chosen.queries.start)..tile.end.min(chosen.queries.end);
+
+        if chosen.weights || chosen.entropy {
+            let (mut weights, mut entropy) = (&mut weights[..], &mut entropy[..]);
+            let mut tasks = Vec::new();
+            for (b, h) in heads() {
+                for tile in &tiles {
+                    let rows = within(tile);
+                    let of_tile = (take(&mut weights, rows.len() * len_k), take(&mut entropy, rows.len()));
+                    tasks.push((b, h, tile.clone(), rows, of_tile));
+                }
+            }
+            tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (b, h, tile, rows, (weights, entropy))| {
+                for keys in blocks(len_k) {
+                    sweep.block(scratch, [b, h], &tile, &rows, &keys, |row, p, log_p| {
+                        if !weights.is_empty() {
+                            weights[row * len_k + keys.start..][..keys.len()].copy_from_slice(p);
+                        }
+                        if !entropy.is_empty() {
+                            entropy[row] += entropy_of(p, log_p);
+                        }
+                    });
+                }
+            });
+        }
+        if chosen.column_sums {
+            let heads: Vec<_> = heads().zip(column_sums.chunks_mut(len_k)).collect();
+            let tasks: Vec<_> = (heads.into_iter())
+                .flat_map(|(at, sums)| blocks(len_k).zip(sums.chunks_mut(TILE_KEYS)).map(move |task| (at, task)))
+                .collect();
+            tasks.into_par_iter().for_each_init(Scratch::default, |scratch, ((b, h), (keys, sums))| {
+                let mut exact = vec![0.0f64; sums.len()];
+                for tile in &tiles {
+                    sweep.block(scratch, [b, h], tile, &within(tile), &keys, |_, p, _| {
+                        exact.iter_mut().zip(p).for_each(|(sum, &p)| *sum += f64::from(p));
+                    });
+                }
+                sums.iter_mut().zip(exact).for_each(|(sum, exact)| *sum = exact as f32);
+            });
+        }
+    }
+    Inspection { weights, column_sums, entropy }
+}
+
+fn blocks(len_k: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len_k).step_by(TILE_KEYS).map(move |j| j..len_k.min(j + TILE_KEYS))
+}
+
+/// The first elements of a slice; none where nothing was asked for.
+fn take<'a>(from: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
+    let whole = std::mem::take(from);
+    let (taken, rest) = whole.split_at_mut(count.min(whole.len()));
+    *from = rest;
+    taken
+}
+
+/// `−Σ P·ln P`, in eight sums that fit vector registers.
+fn entropy_of(p: &[f32], log_p: &[f32]) -> f32 {
+    // Rounding may lift ln P above 0 by an ulp.
+    let term = |p: f32, log_p: f32| p * (-log_p.max(LEAST_LOG)).max(0.0);
+    let mut sums = [0.0; 8];
+    let (eights, rest) = p.as_chunks::<8>();
+    let (log_eights, log_rest) = log_p.as_chunks::<8>();
+    for (p, log_p) in eights.iter().zip(log_eights) {
+        (0..8).for_each(|n| sums[n] += term(p[n], log_p[n]));
+    }
+    sums.iter().sum::<f32>() + rest.iter().zip(log_rest).map(|(&p, &log_p)| term(p, log_p)).sum::<f32>()
+}
+
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    scores: Vec<f32>,
+    log_p: Vec<f32>,
+}
+
+struct Sweep<'a> {
+    problem: &'a Problem,
+    inputs: &'a Inputs<'a>,
+    lse: View<'a>,
+    /// `[b, hkv]`
+    keys: Vec<Matrix<'a>>,
+}
+
+impl Sweep<'_> {
+    /// Hands out the chosen `rows` of a tile of one head: number among the chosen, `P` and `ln P` of `keys`.
+    /// Where positions hide all of the tile there is nothing to hand out.
+    fn block(
+        &self,
+        scratch: &mut Scratch,
+        [b, h]: [usize; 2],
+        tile: &Range<usize>,
+        rows: &Range<usize>,
+        keys: &Range<usize>,
+        mut each: impl FnMut(usize, &[f32], &[f32]),
+    ) {
+        let arch = pulp::Arch::new();
+        let ruled = self.problem.ruled_keys();
+        let band = self.problem.band(b);
+        let by_position = |i: usize| band.range(i, ruled);
+        let sees = |i: usize| by_position(i).start < keys.end && by_position(i).end > keys.start;
+        if keys.end <= ruled && !rows.clone().any(sees) {
+            return;
+        }
+        let (head_kv, in_group) = (h / self.problem.group(), h % self.problem.group());
+        let tile_of_head = Tile {
+            problem: self.problem,
+            inputs: self.inputs,
+            b,
+            head_kv,
+            first: in_group * self.problem.len_q + tile.start,
+            count: tile.len(),
+            k: &self.keys[b * self.problem.heads_kv + head_kv],
+        };
+        let Scratch { q, scores, log_p } = scratch;
+        tile_of_head.queries(q);
+        tile_of_head.products(q, keys.clone(), scores);
+        for i in rows.clone() {
+            let line = &mut scores[(i - tile.start) * keys.len()..][..keys.len()];
+            let lse = self.lse.data[self.lse.layout.at(&[b, h, i])];
+            if lse == f32::NEG_INFINITY {
+                line.fill(0.0);
+            } else if lse.is_nan() {
+                // A masked key weighs 0 also in a row that is NaN.
+                let weight = |j| if tile_of_head.visible(h, i, j) { f32::NAN } else { 0.0 };
+                line.iter_mut().zip(keys.clone()).for_each(|(to, j)| *to = weight(j));
+            } else {
+                tile_of_head.rules(i - tile.start, by_position(i), keys.start, line, ScoreStage::Masked);
+                // exp overflows above; an LSE of this row leaves nothing above 0 but rounding.
+                line.iter_mut().for_each(|x| *x = if *x - lse > 88.0 { 88.0 } else { *x - lse });
+            }
+            log_p.clear();
+            log_p.extend_from_slice(line);
+            if lse.is_finite() {
+                exp::exp_and_sum(arch, line, 0.0);
+            }
+            each(i - rows.start, line, log_p);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Attention weights beside the fused path, recomputed from the LSE.
+
+use std::ops::Range;
+
+use crate::attention::{Attention, common_device_is};
+use crate::error::{Result, shape_error, value_error};
+use crate::gpu::Gpu;
+#[cfg(feature = "cpu")]
+use crate::problem::Layout;
+use crate::problem::Problem;
+use crate::record::Recording;
+use crate::tensor::{Tensor, common_device};
+
+/// What [`Attention::inspect`] returns, and of which heads and queries: all unless chosen.
+///
+/// ```
+/// # use wgpu_attention::Inspect;
+/// let inspect = Inspect::new().heads(&[1, 3]).queries(100..164).weights().column_sums().entropy();
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Inspect {
+    heads: Option<Vec<usize>>,
+    queries: Option<Range<usize>>,
+    weights: bool,
+    column_sums: bool,
+    entropy: bool,
+}
+
+/// What [`Attention::inspect`] returns. The leading axes are those of the query, the heads axis as long
+/// as the list of chosen heads; a query `[len, dim]` gives results without a heads axis.
+#[derive(Clone, Debug)]
+pub struct Inspected {
+    /// `[batch, heads, queries, len_k]`: `P = exp(S − LSE)`, in the type of the query.
+    pub weights: Option<Tensor>,
+    /// `[batch, heads, len_k]`: how much attention a key gets from the chosen queries, `Σ_i P`, in f32.
+    pub column_sums: Option<Tensor>,
+    /// `[batch, heads, queries]`: how widely a query's attention is spread, `−Σ_j P·ln P` in nats (from 0, all
+    /// on one key, to `ln len_k`, all alike), in f32.
+    pub entropy: Option<Tensor>,
+}
+
+/// An [`Inspect`] that fits its call.
+pub(crate) struct Chosen {
+    pub heads: Vec<usize>,
+    pub queries: Range<usize>,
+    pub weights: bool,
+    pub column_sums: bool,
+    pub entropy: bool,
+}
+
+impl Inspect {
+    /// Nothing yet: at least one of the results must be asked for.
+    pub fn new() -> Inspect {
+        Inspect::default()
+    }
+    /// Only these query heads, in this order.
+    pub fn heads(mut self, heads: &[usize]) -> Self {
+        self.heads = Some(heads.to_vec());
+        self
+    }
+    /// Only these queries.
+    pub fn queries(mut self, queries: Range<usize>) -> Self {
+        self.queries = Some(queries);
+        self
+    }
+    /// Returns the weights `P`.
+    pub fn weights(mut self) -> Self {
+        self.weights = true;
+        self
+    }
+    /// Returns the sum of each key's weights over the chosen queries.
+    pub fn column_sums(mut self) -> Self {
+        self.column_sums = true;
+        self
+    }
+    /// Returns the entropy of each query's weights.
+    pub fn entropy(mut self) -> Self {
+        self.entropy = true;
+        self
+    }
+
+    fn choose(&self, problem: &Problem, q: &[usize]) -> Result<Chosen> {
+        let Problem { heads_q, len_q, .. } = *problem;
+        if !(self.weights || self.column_sums || self.entropy) {
+            return Err(value_error!("nothing to inspect: ask for weights, column_sums or entropy"));
+        }
+        let heads = self.heads.clone().unwrap_or_else(|| (0..heads_q).collect());
+        if let Some(head) = heads.iter().find(|&&head| head >= heads_q) {
+            return Err(value_error!("head {head} of {heads:?} is out of range: Q {q:?} has heads 0..{heads_q}"));
+        }
+        if q.len() == 2 && heads.len() != 1 {
+            return Err(value_error!("heads {heads:?} of Q {q:?}, which has no heads axis: only [0] can be chosen"));
+        }
+        let queries = self.queries.clone().unwrap_or(0..len_q);
+        if queries.start > queries.end || queries.end > len_q {
+            return Err(value_error!("queries {queries:?} are out of range: Q {q:?} has queries 0..{len_q}"));
+        }
+        let Inspect { weights, column_sums, entropy, .. } = *self;
+        Ok(Chosen { heads, queries, weights, column_sums, entropy })
+    }
+}
+
+impl Attention {
+    /// Attention weights of chosen heads and queries, their sums per key and their entropies, recomputed
+    /// from Q, K and the LSE that [`Attention::forward`] returned for them with [`Attention::lse`]: exact,
+    /// whichever kernels computed the output. No more memory is taken than the results need.
+    ///
+    /// Q `[batch, heads_q, len_q, dim_k]`, K `[batch, heads_kv, len_k, dim_k]` and LSE
+    /// `[batch, heads_q, len_q]` with any strides. Scale, softcap, masks, biases and positions must be those
+    /// of the forward call; what that call was to return does not matter here.
+    ///
+    /// With the rules of masking, `P = exp(S − LSE)` for a key that the query may see and exactly 0 for one
+    /// that it may not; a query that sees nothing (LSE −∞) has weights and entropy 0. As exact as the
+    /// LSE, a float near the largest score, allows: `P` has a relative error of up to `|LSE| · 2⁻²⁴` more
+    /// than the scores have.
+    ///
+    /// A row's bits depend neither on the batch nor on which heads and queries are chosen.
+    ///
+    /// Where masks, biases or per-batch positions take part, an adapter must offer five storage buffers per
+    /// kernel; one that does not is [`Error::Unsupported`](crate::Error::Unsupported).
+    ///
+    /// `P` is recomputed as in the backward pass of FlashAttention-2 (Dao 2023, algorithm 2).
+    ///
+    /// ```
+    /// use wgpu_attention::{Attention, Device, Inspect, Tensor};
+    ///
+    /// # fn main() -> wgpu_attention::Result<()> {
+    /// let device = Device::new()?;
+    /// let x = Tensor::from_slice(&device, &[2, 3], &[1.0f32, 0.0, 0.0, 0.0, 1.0, 0.0])?;
+    /// let attention = Attention::new().scale(0.0).lse(true); // scale 0: every key weighs the same
+    /// let lse = attention.forward(&x, &x, &x)?.lse.expect("asked for");
+    ///
+    /// let seen = attention.inspect(&x, &x, &lse, &Inspect::new().queries(0..1).column_sums().entropy())?;
+    ///
+    /// assert_eq!(seen.column_sums.expect("asked for").download()?, [0.5, 0.5]);
+    /// assert!((seen.entropy.expect("asked for").download()?[0] - 2f32.ln()).abs() < 1e-6);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn inspect(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
+        pollster::block_on(self.inspect_async(q, k, lse, inspect))
+    }
+
+    /// As [`Attention::inspect`], without blocking.
+    pub async fn inspect_async(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
+        common_device(q, [("LSE", lse)])?;
+        let mut recording = Recording::new(&self.device(q, k, k)?);
+        let inspected = self.record_inspect(&mut recording, q, k, lse, inspect)?;
+        recording.submit().await?;
+        Ok(inspected)
+    }
+
+    /// Records [`Attention::inspect`] into the caller's encoder, under the terms of [`Attention::encode`]. The
+    /// LSE may be one that was recorded into the same encoder before.
+    pub fn encode_inspect(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        q: &Tensor,
+        k: &Tensor,
+        lse: &Tensor,
+        inspect: &Inspect,
+    ) -> Result<Inspected> {
+        common_device(q, [("LSE", lse)])?;
+        let mut recording = Recording::for_encoder(gpu);
+        common_device_is(recording.device(), self.device(q, k, k)?)?;
+        let inspected = self.record_inspect(&mut recording, q, k, lse, inspect)?;
+        recording.encode(encoder)?;
+        Ok(inspected)
+    }
+
+    fn record_inspect(
+        &self,
+        recording: &mut Recording,
+        q: &Tensor,
+        k: &Tensor,
+        lse: &Tensor,
+        inspect: &Inspect,
+    ) -> Result<Inspected> {
+        // Attention without values.
+        let (problem, operands) = self.operands(q, k, k)?;
+        let chosen = inspect.choose(&problem, q.shape())?;
+        lse.expect_float("LSE")?;
+        let (rows, lead) = (&q.shape()[..q.shape().len() - 1], &q.shape()[..q.shape().len() - 2]);
+        if lse.shape() != rows {
+            return Err(shape_error!(
+                "an LSE of shape {:?} does not fit Q {:?}: one entry per query is needed, {rows:?}",
+                lse.shape(),
+                q.shape()
+            ));
+        }
+        let lse = match rows.len() {
+            1 => lse.unsqueeze(0)?.unsqueeze(0)?,
+            2 => lse.unsqueeze(0)?,
+            _ => lse.reshape(&[problem.batch, problem.heads_q, problem.len_q])?,
+        };
+        let inspected = recording.inspect(&problem, &operands, &lse, &chosen)?;
+        if q.shape().len() == 4 {
+            return Ok(inspected);
+        }
+        // The leading axes that the query had.
+        let restore = |tensor: Option<Tensor>| -> Result<Option<Tensor>> {
+            let Some(tensor) = tensor else { return Ok(None) };
+            let mut shape = lead.to_vec();
+            if let Some(heads) = shape.last_mut() {
+                *heads = chosen.heads.len();
+            }
+            shape.extend(&tensor.shape()[2..]);
+            tensor.reshape(&shape).map(Some)
+        };
+        Ok(Inspected {
+            weights: restore(inspected.weights)?,
+            column_sums: restore(inspected.column_sums)?,
+            entropy: restore(inspected.entropy)?,
+        })
+    }
+}
+
+impl Chosen {
+    /// Layouts of the results, row-major: weights, column sums, entropy.
+    #[cfg(feature = "cpu")]
+    pub fn layouts(&self, problem: &Problem) -> Result<[Option<Layout>; 3]> {
+        let Problem { batch, len_k, .. } = *problem;
+        let (heads, rows) = (self.heads.len(), self.queries.len());
+        let layout = |wanted: bool, shape: &[usize]| wanted.then(|| Layout::contiguous(shape)).transpose();
+        Ok([
+            layout(self.weights, &[batch, heads, rows, len_k])?,
+            layout(self.column_sums, &[batch, heads, len_k])?,
+            layout(self.entropy, &[batch, heads, rows])?,
+        ])
+    }
+}
