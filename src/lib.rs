@@ -57,7 +57,7 @@ pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile};
 pub use inspect::{Inspect, Inspected};
-pub use kernels::Method;
+pub use kernels::{Cut, Method};
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
 pub use state_dict::{HostTensor, StateDict};

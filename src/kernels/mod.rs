@@ -11,5 +11,5 @@ mod specialise;
 pub use access::{Access, Operand};
 pub use capabilities::{AdapterClass, Capabilities};
 pub use catalogue::{Kernel, Variant, variant_names, variant_source};
-pub use plan::{Binding, Method, Plan, Slot, Step};
+pub use plan::{Binding, Cut, Method, Plan, Slot, Step};
 pub use specialise::{Changes, blocks, specialise};

@@ -9,7 +9,7 @@ use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer,
     rows_per_invocation, strides_used, window,
 };
-use crate::error::{Result, value_error};
+use crate::error::{Error, Result, value_error};
 use crate::problem::{Layout, Problem, checked_len};
 
 /// The widest head whose rows fit registers.
@@ -27,7 +27,7 @@ pub(super) fn attention(
 ) -> Result<Option<Plan>> {
     match Fused::new(problem, operands, adapter) {
         Ok(fused) => fused.plan().map(Some),
-        Err(reason) if operands.method == Method::Fused => {
+        Err(reason) if matches!(operands.method, Method::Fused | Method::Cut(_)) => {
             Err(value_error!("attention cannot run fused: {reason}; leave the method on auto"))
         }
         Err(_) => Ok(None),
@@ -54,7 +54,12 @@ impl<'a> Fused<'a> {
         if dim_k == 0 || dim_v == 0 || dim_k > MOST_DIM || dim_v > MOST_DIM {
             return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {MOST_DIM}"));
         }
-        let tile = tile(adapter, problem.group() * len_q, problem);
+        let cut = match operands.method {
+            Method::Cut(cut) => cut,
+            _ => Cut::default_for(problem, adapter),
+        };
+        cut.check(adapter).map_err(|error| error.to_string())?;
+        let tile = cut.tile(problem);
         // Along the batch nothing may differ: the same row gives the same bits in every batch.
         let row_blocks = (problem.group() * len_q).div_ceil((tile.workgroup * tile.rows) as usize);
         let target = match adapter.class {
@@ -287,33 +292,134 @@ impl<'a> Fused<'a> {
     }
 }
 
-/// The tile for calls of `rows` rows per key/value head.
-fn tile(adapter: &Capabilities, rows: usize, problem: &Problem) -> FlashTile {
-    let workgroup: u32 = match adapter.class {
-        AdapterClass::Cpu => 8,
-        AdapterClass::Gpu => 64,
-    };
-    let workgroup = workgroup.min(adapter.max_invocations);
-    let share = match adapter.subgroup_min {
-        Some(8..) if workgroup >= 8 => 8,
-        Some(4..) if workgroup >= 4 => 4,
-        _ => 1,
-    };
-    let [depth4, cols4] = [problem.dim_k, problem.dim_v].map(|dim| dim.div_ceil(4) as u32);
-    let most_rows = match adapter.class {
-        AdapterClass::Cpu => (KEPT / (depth4 + cols4)).max(1),
+/// How the fused kernel is cut, whatever the widths. What is fastest differs by adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Cut {
+    /// Invocations per workgroup.
+    pub workgroup: u32,
+    /// Query rows per invocation.
+    pub rows: u32,
+    /// Keys per step.
+    pub keys: u32,
+    /// Lanes that share their loads through subgroup operations; 1: each lane loads for itself.
+    pub share: u32,
+}
+
+/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share.
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rows{}x{}/keys{}", self.rows, self.workgroup, self.keys)?;
+        if self.share > 1 { write!(f, "/subgroup{}", self.share) } else { Ok(()) }
+    }
+}
+
+impl std::str::FromStr for Cut {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Cut> {
+        let parse = || {
+            let (rows, rest) = text.strip_prefix("rows")?.split_once('x')?;
+            let (workgroup, rest) = rest.split_once("/keys")?;
+            let (keys, share) = rest.split_once("/subgroup").unwrap_or((rest, "1"));
+            let [rows, workgroup, keys, share] = [rows, workgroup, keys, share].map(|n| n.parse().ok());
+            Some(Cut { workgroup: workgroup?, rows: rows?, keys: keys?, share: share? })
+        };
+        parse().ok_or_else(|| {
+            value_error!("{text:?} is no cut of the fused kernel; rows8x8/keys8/subgroup8 and rows4x64/keys4 are")
+        })
+    }
+}
+
+impl Cut {
+    /// The cut that runs unless another is chosen.
+    fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
+        let workgroup: u32 = match adapter.class {
+            AdapterClass::Cpu => 8,
+            AdapterClass::Gpu => 64,
+        };
+        let workgroup = workgroup.min(adapter.max_invocations);
+        let share = match adapter.subgroup_min {
+            Some(8..) if workgroup >= 8 => 8,
+            Some(4..) if workgroup >= 4 => 4,
+            _ => 1,
+        };
+        let rows = rows_per_invocation(problem.group() * problem.len_q, workgroup, most_rows(problem, adapter));
+        let keys = match adapter.class {
+            // Where every lane of a software adapter loads for itself, the loads outweigh all else.
+            AdapterClass::Cpu if share == 1 => 1,
+            // More keys per step rescale the output less often, and take longer to compile.
+            AdapterClass::Cpu if rows == 8 && problem.len_k >= 256 => 8,
+            _ => 4,
+        };
+        Cut { workgroup, rows, keys, share }
+    }
+
+    /// The cuts worth trying for a call, the default first, at most `most`.
+    pub fn candidates(problem: &Problem, adapter: &Capabilities, most: usize) -> Vec<Cut> {
+        let first = Cut::default_for(problem, adapter);
+        let (workgroups, keys): (&[u32], &[u32]) = match adapter.class {
+            AdapterClass::Cpu => (&[8], &[4, 8, 1]),
+            AdapterClass::Gpu => (&[64, 128, 32], &[4, 8]),
+        };
+        let mut all = vec![first];
+        // Those that differ in one thing first.
+        for far in 0..4 {
+            for &workgroup in workgroups {
+                for &keys in keys {
+                    for rows in [8, 4, 2, 1] {
+                        for share in [first.share, 1] {
+                            let cut = Cut { workgroup, rows, keys, share };
+                            let differs = [
+                                workgroup != first.workgroup,
+                                keys != first.keys,
+                                rows != first.rows,
+                                share != first.share,
+                            ];
+                            if differs.into_iter().filter(|&yes| yes).count() == far
+                                && !all.contains(&cut)
+                                && rows <= most_rows(problem, adapter).max(4)
+                                && cut.check(adapter).is_ok()
+                            {
+                                all.push(cut);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        all.truncate(most.max(1));
+        all
+    }
+
+    fn check(&self, adapter: &Capabilities) -> Result<()> {
+        let Cut { workgroup, rows, keys, share } = *self;
+        let rule = |rule: String| Err(value_error!("the cut {self} cannot run on {}: {rule}", adapter.adapter));
+        if ![1, 2, 4, 8].contains(&rows) || ![1, 2, 4, 8].contains(&keys) {
+            return rule("rows and keys must be 1, 2, 4 or 8".into());
+        }
+        if ![1, 4, 8].contains(&share) || share > 1 && adapter.subgroup_min.is_none_or(|least| least < share) {
+            let least = adapter.subgroup_min.map_or("none".into(), |least| least.to_string());
+            return rule(format!("1, 4 or 8 lanes share, at most the smallest subgroup, which is {least}"));
+        }
+        if workgroup == 0 || !workgroup.is_multiple_of(share) || workgroup > adapter.max_invocations.min(256) {
+            let most = adapter.max_invocations.min(256);
+            return rule(format!("a workgroup must be a multiple of the lanes that share, at most {most}"));
+        }
+        Ok(())
+    }
+
+    fn tile(self, problem: &Problem) -> FlashTile {
+        let Cut { workgroup, rows, keys, share } = self;
+        let [depth4, cols4] = [problem.dim_k, problem.dim_v].map(|dim| dim.div_ceil(4) as u32);
+        // Lanes share whole loads: keys · cols4 vec4s must divide evenly.
+        FlashTile { workgroup, rows, keys, share, depth4, cols4: cols4.next_multiple_of((share / keys).max(1)) }
+    }
+}
+
+/// Rows that an invocation can keep.
+fn most_rows(problem: &Problem, adapter: &Capabilities) -> u32 {
+    match adapter.class {
+        AdapterClass::Cpu => (KEPT / (problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4)) as u32).max(1),
         // Registers are few.
         AdapterClass::Gpu => 1,
-    };
-    let rows = rows_per_invocation(rows, workgroup, most_rows);
-    let keys = match adapter.class {
-        // Where every lane of a software adapter loads for itself, the loads outweigh all else.
-        AdapterClass::Cpu if share == 1 => 1,
-        // More keys per step rescale the output less often, and take longer to compile.
-        AdapterClass::Cpu if rows == 8 && problem.len_k >= 256 => 8,
-        _ => 4,
-    };
-    // Lanes share whole loads: keys · cols4 vec4s must divide evenly.
-    let cols4 = cols4.next_multiple_of((share / keys).max(1));
-    FlashTile { workgroup, rows, keys, share, depth4, cols4 }
+    }
 }

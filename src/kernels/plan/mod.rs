@@ -14,6 +14,7 @@ mod project;
 mod scatter;
 mod softmax;
 
+pub use flash::Cut;
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use passes::attention;
@@ -155,6 +156,8 @@ pub enum Method {
     ThreePasses,
     /// The output from one kernel that holds no scores; an error where that cannot be.
     Fused,
+    /// The same, cut so.
+    Cut(Cut),
 }
 
 const MINUS_INFINITY: u32 = 0xff80_0000;
