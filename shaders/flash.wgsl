@@ -222,6 +222,25 @@ fn not_finite(x: vec4<f32>) -> vec4<bool> {
     return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
 }
 
+// Where the rows and keys of a workgroup lie.
+struct Sequence {
+    // Which band, and which step of the batch strides.
+    index: u32,
+    b: u32,
+    row_block: u32,
+    first_query: u32,
+    len_q: u32,
+    first_key: u32,
+    len_k: u32,
+    keys_per_split: u32,
+}
+
+// @block sequence
+fn sequence_of(block: u32, b: u32) -> Sequence {
+    return Sequence(b, b, block, 0u, params.len_q, 0u, params.len_k, params.keys_per_split);
+}
+// @end
+
 struct Scores {
     x: vec4<f32>,
     // False for what is no key, may not be seen, or is −∞.
@@ -280,17 +299,21 @@ fn main(
         return;
     }
     let split = index % params.splits;
-    let row_block = (index / params.splits) % params.row_blocks;
     let bh = index / (params.splits * params.row_blocks);
     let head_kv = bh % params.heads_kv;
-    let b = bh / params.heads_kv;
-    let band = band_of(b);
+    let sequence = sequence_of((index / params.splits) % params.row_blocks, bh / params.heads_kv);
+    let b = sequence.b;
+    let len_q = sequence.len_q;
+    let len_k = sequence.len_k;
+    let band = band_of(sequence.index);
 
-    let rows = params.group * params.len_q;
-    let first_row = row_block * WORKGROUP * ROWS;
+    let rows = params.group * len_q;
+    let first_row = sequence.row_block * WORKGROUP * ROWS;
     let row = first_row + local * ROWS;
-    let k_base = params.k_offset + b * params.k_strides.x + head_kv * params.k_strides.y;
-    let v_base = params.v_offset + b * params.v_strides.x + head_kv * params.v_strides.y;
+    let k_base = params.k_offset + b * params.k_strides.x + head_kv * params.k_strides.y
+        + sequence.first_key * params.k_strides.z;
+    let v_base = params.v_offset + b * params.v_strides.x + head_kv * params.v_strides.y
+        + sequence.first_key * params.v_strides.z;
 
     // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
     var head: array<u32, ROWS>;
@@ -300,10 +323,10 @@ fn main(
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         let at = min(row + r, rows - 1u);
-        head[r] = head_kv * params.group + at / params.len_q;
-        query[r] = at % params.len_q;
+        head[r] = head_kv * params.group + at / len_q;
+        query[r] = at % len_q;
         q_base[r] = params.q_offset + b * params.q_strides.x + head[r] * params.q_strides.y
-            + query[r] * params.q_strides.z;
+            + (sequence.first_query + query[r]) * params.q_strides.z;
     }
     // Loads and stores of single lanes are long pieces of code on software adapters, and take longest to
     // compile: one for each row stands in a loop, and selects put what it gives into its register.
@@ -333,15 +356,15 @@ fn main(
     }
 
     // The keys of this split that any row of this workgroup can see by position.
-    var start = split * params.keys_per_split;
-    var end = min(start + params.keys_per_split, params.len_k);
+    var start = min(split * sequence.keys_per_split, len_k);
+    var end = min(start + sequence.keys_per_split, len_k);
     if (BANDED) {
         let last_row = min(first_row + WORKGROUP * ROWS, rows) - 1u;
-        let one_head = first_row / params.len_q == last_row / params.len_q;
-        let first_query = select(0u, first_row % params.len_q, one_head);
-        let last_query = select(params.len_q - 1u, last_row % params.len_q, one_head);
+        let one_head = first_row / len_q == last_row / len_q;
+        let first_query = select(0u, first_row % len_q, one_head);
+        let last_query = select(len_q - 1u, last_row % len_q, one_head);
         let low = u32(max(i32(first_query + params.row_0) + band.y - i32(params.key_0), 0));
-        if (params.ruled_keys >= params.key_0 + params.len_k) {
+        if (params.ruled_keys >= params.key_0 + len_k) {
             let high = i32(last_query + params.row_0) + band.z - i32(params.key_0);
             end = min(end, u32(max(min(high, band.x - 1 - i32(params.key_0)) + 1, 0)));
             start = max(start, low / KEYS * KEYS);
@@ -448,14 +471,14 @@ fn main(
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         o_base[r] = params.o_offset + b * params.o_strides.x + head[r] * params.o_strides.y
-            + query[r] * params.o_strides.z + split * params.o_split_stride;
+            + (sequence.first_query + query[r]) * params.o_strides.z + split * params.o_split_stride;
         let is_nan = worst[r] >= 0x7f800000u;
         // A row without visible keys has total 0 and stays 0.
         divisor[r] = select(select(1.0 / total[r], 0.0, total[r] == 0.0), nan, is_nan);
         if (row + r < rows) {
             let value = select(peak[r] + log2(total[r]) * LN_2, bitcast<f32>(params.minus_infinity), total[r] == 0.0);
             store_lse(
-                params.lse_offset + dot(params.lse_strides, vec3<u32>(b, head[r], split)) + query[r],
+                params.lse_offset + dot(params.lse_strides, vec3<u32>(b, head[r], split)) + sequence.first_query + query[r],
                 select(value, nan, is_nan),
             );
         }
@@ -494,7 +517,8 @@ fn main(
                 row_divisor = divisor[n];
             }
         }
-        let q_from = params.q_offset + b * params.q_strides.x + h * params.q_strides.y + i * params.q_strides.z;
+        let q_from = params.q_offset + b * params.q_strides.x + h * params.q_strides.y
+            + (sequence.first_query + i) * params.q_strides.z;
         // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
         for (var d = 0u; d < (params.dim_v + 3u) / 4u; d++) {
             var term = vec4<f32>();

@@ -283,6 +283,82 @@ impl Attention {
         Ok(attended)
     }
 
+    /// Attention over sequences of any lengths that lie one behind another ("varlen"), in one dispatch:
+    /// Q `[total_q, heads_q, dim_k]`, K `[total_k, heads_kv, dim_k]`, V `[total_k, heads_kv, dim_v]`, any
+    /// strides. Sequence `n` is rows `cu_seqlens_q[n]..cu_seqlens_q[n + 1]` of Q and the same of
+    /// `cu_seqlens_k` of K and V, as in FlashAttention's `flash_attn_varlen_func`; both begin with 0, do not
+    /// fall, and end with the number of rows. Output `[total_q, heads_q, dim_v]`, LSE `[heads_q, total_q]`.
+    ///
+    /// Causal, window, offsets (one for all or one per sequence), scale and softcap work as in
+    /// [`Attention::forward`], counted within each sequence, and give the same bits as a call over that
+    /// sequence alone with the same [`Method::Cut`]. Masks, biases, weights and scores are refused.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward_packed(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        pollster::block_on(self.forward_packed_async(q, k, v, cu_seqlens_q, cu_seqlens_k))
+    }
+
+    /// As [`Attention::forward_packed`], without blocking.
+    pub async fn forward_packed_async(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        let mut recording = Recording::new(&self.device(q, k, v)?);
+        let attended = self.record_packed(&mut recording, [q, k, v], cu_seqlens_q, cu_seqlens_k)?;
+        recording.submit().await?;
+        Ok(attended)
+    }
+
+    fn record_packed(
+        &self,
+        recording: &mut Recording,
+        operands: [&Tensor; 3],
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        for (what, given) in [
+            ("a mask", !self.masks.is_empty()),
+            ("a key padding mask", !self.key_padding.is_empty()),
+            ("a bias", !self.biases.is_empty()),
+            ("returned weights", self.weights != Weights::None),
+            ("returned scores", self.scores.is_some()),
+            ("the method ThreePasses", self.method == Method::ThreePasses),
+        ] {
+            if given {
+                return Err(value_error!("packed sequences do not go with {what}; run the sequences apart for it"));
+            }
+        }
+        let mut four = Vec::with_capacity(3);
+        for (name, tensor) in ["Q", "K", "V"].into_iter().zip(operands) {
+            tensor.expect_float(name)?;
+            if tensor.layout().rank() != 3 {
+                return Err(shape_error!("packed {name} {:?} must be [total, heads, dim]", tensor.shape()));
+            }
+            four.push(tensor.permute(&[1, 0, 2])?.unsqueeze(0)?);
+        }
+        let [q, k, v] = [&four[0], &four[1], &four[2]];
+        let plain = Positions::default();
+        let problem = Problem::new(q.shape(), k.shape(), v.shape(), self.scale, self.softcap, &plain, 0)?;
+        let sequences = self.positions.sequences(cu_seqlens_q, cu_seqlens_k, problem.len_q, problem.len_k)?;
+        let wanted = Wanted { lse: self.lse, method: self.method, ..Wanted::default() };
+        let attended = recording.packed(&problem, [q, k, v], &sequences, wanted)?;
+        Ok(Attended {
+            output: attended.output.select(0, 0)?.permute(&[1, 0, 2])?,
+            lse: attended.lse.map(|lse| lse.select(0, 0)).transpose()?,
+            ..attended
+        })
+    }
+
     /// The device of all tensors of a call.
     pub(crate) fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
         let masks = self.masks.iter().chain(&self.key_padding).map(|mask| ("a mask", &mask.tensor));

@@ -14,7 +14,7 @@ use crate::inspect::{Chosen, Inspected};
 use crate::memory::check_floats;
 #[cfg(feature = "cpu")]
 use crate::problem::Dtype;
-use crate::problem::{Layout, Place, Problem};
+use crate::problem::{Layout, Place, Problem, Sequence};
 use crate::tensor::Tensor;
 
 pub(crate) enum Recording {
@@ -188,6 +188,61 @@ impl Recording {
                     weights: tensor(answer.weights, weights, operands.q.dtype()),
                     column_sums: tensor(answer.column_sums, column_sums, Dtype::F32),
                     entropy: tensor(answer.entropy, entropy, Dtype::F32),
+                })
+            }
+        }
+    }
+
+    /// Sequences one behind another, operands `[1, h, total, d]`: output `[1, hq, total, d]` in the memory
+    /// order of the query, LSE `[1, hq, total]`.
+    pub fn packed(
+        &mut self,
+        problem: &Problem,
+        operands: [&Tensor; 3],
+        sequences: &[Sequence],
+        wanted: Wanted,
+    ) -> Result<Attended> {
+        let layout = output_layout(problem, operands[0].layout())?;
+        match self {
+            Recording::Gpu(recording) => recording.packed(problem, operands, sequences, wanted, layout),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                let Problem { heads_q, len_q, dim_v, .. } = *problem;
+                check_floats("the output", &[heads_q, len_q, dim_v.max(1)])?;
+                let mut output = vec![0.0; layout.end()];
+                let mut lse = vec![f32::NEG_INFINITY; heads_q * len_q];
+                for one in sequences {
+                    let cut = |x: &Tensor, first, len| x.narrow(2, first, len);
+                    let operands = Operands {
+                        q: cut(operands[0], one.first_query, one.len_q)?,
+                        k: cut(operands[1], one.first_key, one.len_k)?,
+                        v: cut(operands[2], one.first_key, one.len_k)?,
+                        masks: Vec::new(),
+                        biases: Vec::new(),
+                    };
+                    let shape =
+                        Problem { len_q: one.len_q, len_k: one.len_k, bands: vec![one.band], ..problem.clone() };
+                    let rows = Layout::contiguous(&[1, heads_q, one.len_q, dim_v])?;
+                    let answer = cpu::attention(&shape, &inputs(&operands), Wanted { lse: true, ..wanted }, &rows);
+                    for h in 0..heads_q {
+                        for i in 0..one.len_q {
+                            let to = layout.at(&[0, h, one.first_query + i, 0]);
+                            output[to..][..dim_v]
+                                .copy_from_slice(&answer.output[(h * one.len_q + i) * dim_v..][..dim_v]);
+                        }
+                        if let Some(rows) = &answer.lse {
+                            lse[h * len_q + one.first_query..][..one.len_q]
+                                .copy_from_slice(&rows[h * one.len_q..][..one.len_q]);
+                        }
+                    }
+                }
+                let dtype = operands[0].dtype();
+                let lse_layout = Layout::contiguous(&[1, heads_q, len_q])?;
+                Ok(Attended {
+                    output: Tensor::from_cpu(output, layout, dtype),
+                    lse: wanted.lse.then(|| Tensor::from_cpu(lse, lse_layout, Dtype::F32)),
+                    weights: None,
+                    scores: None,
                 })
             }
         }

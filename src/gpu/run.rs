@@ -12,7 +12,7 @@ use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands, padded_bytes};
 use crate::kernels::{Operand, Plan, Slot, Step, Variant};
-use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage};
+use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage, Sequence};
 use crate::tensor::{Storage, Tensor};
 
 /// A compiled variant.
@@ -431,6 +431,53 @@ impl Recording {
             .cloned()
         })?;
         Ok(inspected)
+    }
+
+    /// Sequences one behind another: operands `[1, h, total, d]`; `output` has the layout of the result.
+    pub fn packed(
+        &mut self,
+        problem: &Problem,
+        [q, k, v]: [&Tensor; 3],
+        sequences: &[Sequence],
+        wanted: Wanted,
+        layout: Layout,
+    ) -> Result<Attended> {
+        let dtype = q.dtype();
+        let stored = if is_wide(&layout) { dtype } else { Dtype::F32 };
+        let operands = AttentionOperands {
+            q: q.operand(),
+            k: k.operand(),
+            v: v.operand(),
+            output: Operand { layout: &layout, stored },
+            masks: Vec::new(),
+            biases: Vec::new(),
+            lse: wanted.lse,
+            weights: false,
+            averaged: false,
+            stage: None,
+            method: wanted.method,
+        };
+        let plan = plan::packed(problem, &operands, sequences, &self.gpu.0.capabilities)?;
+        let lse_layout = Layout::contiguous(&[1, problem.heads_q, problem.len_q])?;
+        let lse = wanted
+            .lse
+            .then(|| self.output("lse", lse_layout.clone(), padded_bytes(&lse_layout), Dtype::F32))
+            .transpose()?;
+        let bytes = (layout.end() as u64 * stored.stored_size()).next_multiple_of(16);
+        let buffer = self.gpu.allocate("output", bytes, Purpose::Call)?;
+        let output = Tensor::from_gpu(buffer, layout, dtype, stored);
+        self.add(plan, |slot| {
+            Some(buffer_of(match slot {
+                Slot::Q => q,
+                Slot::K => k,
+                Slot::V => v,
+                Slot::Output => &output,
+                Slot::Lse => lse.as_ref()?,
+                _ => return None,
+            }))
+            .cloned()
+        })?;
+        Ok(Attended { output, lse, weights: None, scores: None })
     }
 
     pub fn softmax(&mut self, x: &Tensor, axis: usize) -> Result<Tensor> {

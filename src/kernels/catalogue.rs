@@ -274,7 +274,7 @@ pub struct FlashAccess {
     pub o: Access,
 }
 
-/// A variant of `flash.wgsl`.
+/// A variant of `flash.wgsl`; `packed`: sequences of any lengths one behind another.
 pub fn flash(
     tile: FlashTile,
     access: FlashAccess,
@@ -282,6 +282,7 @@ pub fn flash(
     softcap: bool,
     lse: bool,
     rules: Rules,
+    packed: bool,
 ) -> Variant {
     let mut name = String::from("flash");
     let shared = [
@@ -314,6 +315,25 @@ pub fn flash(
         changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
+    if packed {
+        // Two entries per sequence (where its rows and keys lie, its band and keys per split), then for every
+        // block of rows the sequence and the block in it.
+        name.push_str("/packed");
+        changes = changes
+            .block(
+                "bands",
+                "@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
+fn band_of(s: u32) -> vec4<i32> { return bands[2u * s + 1u]; }",
+            )
+            .block(
+                "sequence",
+                "fn sequence_of(block: u32, b: u32) -> Sequence {
+    let at = vec4<u32>(bands[params.batch_0 + block]);
+    let place = vec4<u32>(bands[2u * at.x]);
+    return Sequence(at.x, 0u, at.y, place.x, place.y, place.z, place.w, u32(band_of(at.x).w));
+}",
+            );
+    }
     Variant { kernel: Kernel::Flash, changes, name }
 }
 
@@ -593,7 +613,7 @@ pub fn variants() -> Vec<Variant> {
                 let rules = Rules { masks: rules.masks.min(1), ..rules };
                 let lse = rules.buffers() < 3;
                 if rows == 4 || n == 0 {
-                    all.push(flash(tile, access, [n == 2; 2], n == 2, lse, rules));
+                    all.push(flash(tile, access, [n == 2; 2], n == 2, lse, rules, false));
                 }
             }
             let mut mixed = vec![
@@ -605,8 +625,12 @@ pub fn variants() -> Vec<Variant> {
                 mixed.push(FlashAccess { q: wide, k: wide, v: wide, o: wide });
                 mixed.push(FlashAccess { q: narrow, k: narrow, v: narrow, o: Access::NARROW });
             }
+            for banded in [false, true] {
+                let rules = Rules { banded, ..Rules::default() };
+                all.push(flash(tile, all_wide, [false; 2], false, banded, rules, true));
+            }
             for access in mixed {
-                all.push(flash(tile, access, [true, false], false, false, Rules::default()));
+                all.push(flash(tile, access, [true, false], false, false, Rules::default(), false));
             }
         }
     }

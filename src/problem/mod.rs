@@ -73,6 +73,11 @@ pub struct Band {
 pub const NO_BOUND: i32 = 1 << 30;
 
 impl Band {
+    /// Whether it hides any of `keys` keys from any query.
+    pub fn hides_any_of(&self, keys: usize) -> bool {
+        (self.keys as usize) < keys || self.lo > -NO_BOUND || self.hi < NO_BOUND
+    }
+
     /// The range of visible keys of query `i`, of `len_k` in all.
     pub fn range(&self, i: usize, len_k: usize) -> std::ops::Range<usize> {
         let start = (i as i64 + i64::from(self.lo)).max(0);
@@ -92,6 +97,21 @@ pub struct Place {
     pub to: usize,
     /// Rows.
     pub count: usize,
+}
+
+/// One of several sequences that lie one behind another (a ragged batch, "varlen").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// Its first row of Q.
+    pub first_query: usize,
+    /// Its rows of Q.
+    pub len_q: usize,
+    /// Its first row of K and V.
+    pub first_key: usize,
+    /// Its rows of K and V.
+    pub len_k: usize,
+    /// What its queries may see, counted within the sequence.
+    pub band: Band,
 }
 
 /// The positional rules of one call, before the shapes are known.
@@ -223,9 +243,7 @@ impl Problem {
 
     /// True when no position rule hides any key.
     pub fn is_unbanded(&self) -> bool {
-        self.bands
-            .iter()
-            .all(|band| band.keys as usize >= self.ruled_keys() && band.lo <= -NO_BOUND && band.hi >= NO_BOUND)
+        !self.bands.iter().any(|band| band.hides_any_of(self.ruled_keys()))
     }
 
     /// The shape that masks and biases broadcast to: `[batch, heads_q, len_q, keys]`.
@@ -240,6 +258,64 @@ impl Problem {
 }
 
 impl Positions {
+    /// The sequences that `starts_q` and `starts_k` mark: `[0, end₀, end₁, …]`, in rows of Q and of K.
+    pub fn sequences(
+        &self,
+        starts_q: &[usize],
+        starts_k: &[usize],
+        total_q: usize,
+        total_k: usize,
+    ) -> Result<Vec<Sequence>> {
+        if starts_q.len() != starts_k.len() {
+            return Err(shape_error!(
+                "cu_seqlens_q has {} entries and cu_seqlens_k {}; both need one more than there are sequences",
+                starts_q.len(),
+                starts_k.len()
+            ));
+        }
+        for (name, starts, total) in [("cu_seqlens_q", starts_q, total_q), ("cu_seqlens_k", starts_k, total_k)] {
+            if let Some(at) = starts.windows(2).position(|pair| pair[1] < pair[0]) {
+                return Err(value_error!(
+                    "{name}[{}] = {} is less than {name}[{at}] = {}; it must not fall",
+                    at + 1,
+                    starts[at + 1],
+                    starts[at]
+                ));
+            }
+            if starts.first() != Some(&0) || starts.last() != Some(&total) {
+                return Err(shape_error!(
+                    "{name} goes from {:?} to {:?}; it must go from 0 to the {total} rows there are",
+                    starts.first(),
+                    starts.last()
+                ));
+            }
+        }
+        if self.key_lengths.is_some() {
+            return Err(value_error!(
+                "packed sequences take their key lengths from cu_seqlens_k, not from key_lengths"
+            ));
+        }
+        let batch = starts_q.len() - 1;
+        let mut one = Positions { align: Align::TopLeft, ..self.clone() };
+        (0..batch)
+            .map(|n| {
+                one.align = match &self.align {
+                    Align::PerBatch(offsets) if offsets.len() == batch => Align::Offset(offsets[n]),
+                    Align::PerBatch(offsets) => {
+                        return Err(shape_error!(
+                            "the list of offsets has {} entries for {batch} sequences; one per sequence is needed",
+                            offsets.len()
+                        ));
+                    }
+                    other => other.clone(),
+                };
+                let (len_q, len_k) = (starts_q[n + 1] - starts_q[n], starts_k[n + 1] - starts_k[n]);
+                let band = one.bands(1, len_q, len_k)?[0];
+                Ok(Sequence { first_query: starts_q[n], len_q, first_key: starts_k[n], len_k, band })
+            })
+            .collect()
+    }
+
     fn bands(&self, batch: usize, len_q: usize, keys: usize) -> Result<Vec<Band>> {
         let per_batch = |name: &str, len: usize| {
             if len == batch {

@@ -1,6 +1,6 @@
 //! Cases of PyTorch's attention.
 
-use wgpu_attention::{Align, Attention, Device, Dtype, HostTensor, Mask, MultiHeadAttention, StateDict, Weights};
+use wgpu_attention::{Align, Attention, Device, HostTensor, Mask, MultiHeadAttention, StateDict, Weights};
 
 use super::Stop;
 use super::case::Case;
@@ -39,15 +39,10 @@ pub fn sdpa(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.against_torch(q.dtype(), "out", &results)
 }
 
-/// Sequences packed one behind another, `[total, heads, dim]`, cut apart by views.
+/// Sequences packed one behind another, `[total, heads, dim]`.
 pub fn varlen(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])?;
     let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
-    let (&[total, heads, _], &[_, _, dim_v]) = (q.shape(), v.shape()) else {
-        return Err(
-            Error::Failed(format!("q {:?} and v {:?} must be [total, heads, dim]", q.shape(), v.shape())).into()
-        );
-    };
     let mut attention = Attention::new().lse(true);
     attention = match case.get("causal").as_str() {
         None if !case.get("causal").is_null() => {
@@ -60,32 +55,11 @@ pub fn varlen(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     };
     let starts = |name: &str| -> Result<Vec<usize>> { case.input(name)?.lengths(name) };
     let (starts_q, starts_k) = (starts("cu_seqlens_q")?, starts("cu_seqlens_k")?);
-    if starts_q.len() != starts_k.len() {
-        let message = format!("cu_seqlens_q has {} entries and cu_seqlens_k {}", starts_q.len(), starts_k.len());
-        return Err(Error::Failed(message).into());
+    let attended = attention.forward_packed(&q, &k, &v, &starts_q, &starts_k)?;
+    let mut results = vec![("out", Array::download(&attended.output)?)];
+    if let Some(lse) = &attended.lse {
+        results.push(("lse", Array::download(lse)?));
     }
-    // What no sequence covers stays NaN, and then fails the comparison.
-    let mut output = vec![f32::NAN; total * heads * dim_v];
-    let mut lse = vec![f32::NAN; heads * total];
-    for (at_q, at_k) in starts_q.windows(2).zip(starts_k.windows(2)) {
-        let span = |at: &[usize]| at[1].checked_sub(at[0]).map(|len| (at[0], len));
-        let (Some((from_q, len_q)), Some((from_k, len_k))) = (span(at_q), span(at_k)) else {
-            return Err(Error::Failed(format!("cu_seqlens must not fall: {at_q:?}, {at_k:?}")).into());
-        };
-        let cut = |x: &wgpu_attention::Tensor, from, len| x.narrow(0, from, len)?.permute(&[1, 0, 2]);
-        let attended =
-            attention.forward(&cut(&q, from_q, len_q)?, &cut(&k, from_k, len_k)?, &cut(&v, from_k, len_k)?)?;
-        let rows = attended.output.permute(&[1, 0, 2])?.download()?;
-        output[from_q * heads * dim_v..][..rows.len()].copy_from_slice(&rows);
-        let part = attended.lse.expect("asked for").download()?;
-        for (h, row) in part.chunks_exact(len_q.max(1)).enumerate() {
-            lse[h * total + from_q..][..len_q].copy_from_slice(row);
-        }
-    }
-    let results = [
-        ("out", Array::from_floats(&[total, heads, dim_v], output, q.dtype())?),
-        ("lse", Array::from_floats(&[heads, total], lse, Dtype::F32)?),
-    ];
     case.against_torch(q.dtype(), "out", &results)
 }
 

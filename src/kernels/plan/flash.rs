@@ -10,7 +10,7 @@ use super::{
     rows_per_invocation, strides_used, window,
 };
 use crate::error::{Error, Result, value_error};
-use crate::problem::{Layout, Problem, checked_len};
+use crate::problem::{Layout, Problem, Sequence, checked_len};
 
 /// The widest head whose rows fit registers.
 const MOST_DIM: usize = 512;
@@ -25,12 +25,34 @@ pub(super) fn attention(
     operands: &AttentionOperands<'_>,
     adapter: &Capabilities,
 ) -> Result<Option<Plan>> {
-    match Fused::new(problem, operands, adapter) {
+    match Fused::new(problem, operands, adapter, &[]) {
         Ok(fused) => fused.plan().map(Some),
         Err(reason) if matches!(operands.method, Method::Fused | Method::Cut(_)) => {
             Err(value_error!("attention cannot run fused: {reason}; leave the method on auto"))
         }
         Err(_) => Ok(None),
+    }
+}
+
+/// The plan of sequences that lie one behind another in operands of batch 1: Q `[1, hq, total, d]`. `problem`
+/// gives heads, widths, scale and softcap; what a query may see is said by each sequence's band.
+pub fn packed(
+    problem: &Problem,
+    operands: &AttentionOperands<'_>,
+    sequences: &[Sequence],
+    adapter: &Capabilities,
+) -> Result<Plan> {
+    let plan = Plan { output: operands.output.stored, ..Plan::default() };
+    if problem.is_empty() || sequences.iter().all(|sequence| sequence.len_q == 0) {
+        return Ok(plan);
+    }
+    match Fused::new(problem, operands, adapter, sequences) {
+        Ok(fused) => Ok(Plan { output: operands.output.stored, ..fused.plan()? }),
+        Err(reason) => Err(Error::Unsupported {
+            what: "attention over packed sequences".into(),
+            adapter: adapter.adapter.clone(),
+            needs: format!("the fused kernel, but {reason}"),
+        }),
     }
 }
 
@@ -42,6 +64,8 @@ struct Fused<'a> {
     /// Pieces of the keys, each with its own output, and keys per piece.
     splits: usize,
     keys_per_split: usize,
+    /// Of a ragged batch; empty where every entry of the batch is as long.
+    sequences: &'a [Sequence],
 }
 
 impl<'a> Fused<'a> {
@@ -49,30 +73,40 @@ impl<'a> Fused<'a> {
         problem: &'a Problem,
         operands: &'a AttentionOperands<'a>,
         adapter: &'a Capabilities,
+        sequences: &'a [Sequence],
     ) -> std::result::Result<Fused<'a>, String> {
-        let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = *problem;
+        let Problem { batch, heads_q, len_q, len_k, dim_k, dim_v, .. } = *problem;
         if dim_k == 0 || dim_v == 0 || dim_k > MOST_DIM || dim_v > MOST_DIM {
             return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {MOST_DIM}"));
         }
         let cut = match operands.method {
             Method::Cut(cut) => cut,
-            _ => Cut::default_for(problem, adapter),
+            _ if sequences.is_empty() => Cut::default_for(problem, adapter),
+            _ => {
+                let longest = |len: fn(&Sequence) -> usize| sequences.iter().map(len).max().unwrap_or(0);
+                let (len_q, len_k) = (longest(|one| one.len_q), longest(|one| one.len_k));
+                Cut::default_for(&Problem { len_q, len_k, ..problem.clone() }, adapter)
+            }
         };
         cut.check(adapter).map_err(|error| error.to_string())?;
         let tile = cut.tile(problem);
-        // Along the batch nothing may differ: the same row gives the same bits in every batch.
-        let row_blocks = (problem.group() * len_q).div_ceil((tile.workgroup * tile.rows) as usize);
-        let target = match adapter.class {
-            AdapterClass::Cpu => 16,
-            AdapterClass::Gpu => 512,
+        let (splits, keys_per_split) = match sequences {
+            [] => key_splits(problem, adapter, tile, len_q, len_k),
+            _ => (
+                sequences
+                    .iter()
+                    .map(|one| key_splits(problem, adapter, tile, one.len_q, one.len_k).0)
+                    .max()
+                    .unwrap_or(1),
+                0,
+            ),
         };
-        let splits = (target / (row_blocks * heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
-        let keys_per_split = len_k.div_ceil(splits).next_multiple_of(16);
-        let splits = len_k.div_ceil(keys_per_split);
 
         let lse = operands.lse || splits > 1;
-        let call = Call::new(problem, operands, adapter, 4 + u32::from(lse));
-        if 4 + u32::from(lse) + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
+        let table = u32::from(!sequences.is_empty());
+        let mut call = Call::new(problem, operands, adapter, 4 + u32::from(lse) + table);
+        call.rules.banded |= sequences.iter().any(|one| one.band.hides_any_of(one.len_k));
+        if 4 + u32::from(lse) + table + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
         let mut fused = Fused {
@@ -82,13 +116,17 @@ impl<'a> Fused<'a> {
             slices: Slices { batch, heads: heads_q, rows: len_q, keys: len_k },
             splits,
             keys_per_split,
+            sequences,
         };
+        if !sequences.is_empty() {
+            let (bytes, most) = (fused.largest_binding(), adapter.max_binding);
+            if bytes > most {
+                return Err(format!("a binding of {bytes} bytes is larger than {most}"));
+            }
+            return Ok(fused);
+        }
         let group = problem.group();
-        let most_work = match adapter.class {
-            // Half a second at 40 GFLOP/s: a dispatch cannot be interrupted.
-            AdapterClass::Cpu => 20e9,
-            AdapterClass::Gpu => 1e12,
-        };
+        let most_work = most_work(adapter);
         loop {
             let Slices { batch, heads, rows, .. } = fused.slices;
             let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
@@ -144,17 +182,55 @@ impl<'a> Fused<'a> {
             check_buffer(self.adapter, "working memory", bytes)?;
         }
         planner.plan.scratch = scratch;
+        if !self.sequences.is_empty() {
+            let whole = [batch, heads_q, len_q].map(|count| Part { start: 0, count });
+            for blocks in self.plan_sequences(&mut planner.plan.bands) {
+                self.attend(&mut planner, whole, Some(blocks))?;
+            }
+            self.join(&mut planner, whole)?;
+            return Ok(planner.plan);
+        }
         for b in Part::all(batch, self.slices.batch) {
             for h in Part::all(heads_q, self.slices.heads) {
                 for i in Part::all(len_q, self.slices.rows) {
-                    self.slice(&mut planner, [b, h, i])?;
+                    self.attend(&mut planner, [b, h, i], None)?;
+                    self.join(&mut planner, [b, h, i])?;
                 }
             }
         }
         Ok(planner.plan)
     }
 
-    fn slice(&self, planner: &mut Planner<'_>, at: [Part; 3]) -> Result<()> {
+    /// Fills the table that the kernel finds its rows and keys by; gives the blocks of rows of each dispatch,
+    /// counted from the start of the table.
+    fn plan_sequences(&self, table: &mut Vec<[i32; 4]>) -> Vec<Part> {
+        let Problem { heads_q, heads_kv, dim_k, dim_v, .. } = *self.call.problem;
+        let per_block = (self.tile.workgroup * self.tile.rows) as usize;
+        let mut dispatches = Vec::new();
+        let mut blocks = Vec::new();
+        let (mut first, mut work) = (0, 0.0);
+        for (n, one) in self.sequences.iter().enumerate() {
+            let (_, keys_per_split) = key_splits(self.call.problem, self.adapter, self.tile, one.len_q, one.len_k);
+            table.push([one.first_query, one.len_q, one.first_key, one.len_k].map(|x| x as i32));
+            table.push([one.band.keys, one.band.lo, one.band.hi, keys_per_split as i32]);
+            for block in 0..(heads_q / heads_kv * one.len_q).div_ceil(per_block) {
+                let more = (per_block * heads_kv * one.len_k) as f64 * 2.0 * (dim_k + dim_v) as f64;
+                if work + more > most_work(self.adapter) && blocks.len() > first {
+                    dispatches.push(Part { start: first, count: blocks.len() - first });
+                    (first, work) = (blocks.len(), 0.0);
+                }
+                work += more;
+                blocks.push([n as i32, block as i32, 0, 0]);
+            }
+        }
+        dispatches.push(Part { start: first, count: blocks.len() - first });
+        let sequences = table.len();
+        table.extend(blocks);
+        dispatches.into_iter().map(|part| Part { start: sequences + part.start, count: part.count }).collect()
+    }
+
+    /// The fused kernel over a slice, or over some blocks of rows of the packed sequences.
+    fn attend(&self, planner: &mut Planner<'_>, at: [Part; 3], blocks: Option<Part>) -> Result<()> {
         let Call { problem, operands, rules, align, .. } = self.call;
         let [b, h, i] = at;
         let group = problem.group();
@@ -191,7 +267,14 @@ impl<'a> Fused<'a> {
             }
         }
         bindings.extend(&bound.bindings);
-        let row_blocks = (group * i.count).div_ceil((self.tile.workgroup * self.tile.rows) as usize);
+        let row_blocks = match blocks {
+            Some(blocks) => blocks.count,
+            None => (group * i.count).div_ceil((self.tile.workgroup * self.tile.rows) as usize),
+        };
+        if blocks.is_some() {
+            let size = planner.plan.bands.len() as u64 * 16;
+            bindings.push(Binding { binding: 4, slot: Slot::Bands, offset: 0, size });
+        }
         let access = FlashAccess {
             q: operands.q.access(),
             k: operands.k.access(),
@@ -210,7 +293,15 @@ impl<'a> Fused<'a> {
             [lse.strides()[0] as u32, lse.strides()[1] as u32, 0]
         };
         planner.push(
-            catalogue::flash(self.tile, access, padded, problem.softcap.is_some(), operands.lse || split, rules),
+            catalogue::flash(
+                self.tile,
+                access,
+                padded,
+                problem.softcap.is_some(),
+                operands.lse || split,
+                rules,
+                blocks.is_some(),
+            ),
             (b.count * head_kv.count * row_blocks * self.splits) as u64,
             |workgroups| params::Flash {
                 q_strides: strides_used(&operands.q),
@@ -230,14 +321,19 @@ impl<'a> Fused<'a> {
                 bias_offset: bound.bias.first,
                 mask_a_keeps: bound.masks[0].keeps,
                 mask_b_keeps: bound.masks[1].keeps,
-                batch_0: if problem.bands.len() > 1 { b.start as u32 } else { 0 },
+                batch_0: match blocks {
+                    Some(blocks) => blocks.start as u32,
+                    None if problem.bands.len() > 1 => b.start as u32,
+                    None => 0,
+                },
                 row_0: i.start as u32,
                 key_0: 0,
                 heads_kv: head_kv.count as u32,
                 group: group as u32,
                 len_q: i.count as u32,
                 len_k: problem.len_k as u32,
-                ruled_keys: problem.ruled_keys() as u32,
+                // Every key of a packed sequence is ruled by its band.
+                ruled_keys: if blocks.is_some() { i32::MAX as u32 } else { problem.ruled_keys() as u32 },
                 dim_k: problem.dim_k as u32,
                 dim_v: problem.dim_v as u32,
                 row_blocks: row_blocks as u32,
@@ -253,10 +349,21 @@ impl<'a> Fused<'a> {
                 softcap: problem.softcap.unwrap_or(1.0),
             },
             bindings,
-        )?;
-        if !split {
+        )
+    }
+
+    /// Joins the splits of a slice.
+    fn join(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3]) -> Result<()> {
+        if self.splits == 1 {
             return Ok(());
         }
+        let Call { problem, operands, align, .. } = self.call;
+        let every = Part { start: 0, count: problem.dim_v };
+        let o = window(&operands.output, &[b, h, i, every], operands.output.element(), align);
+        let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
+        let lse_at = window(&lse, &[b, h, i], 4, align);
+        let rows = b.count * h.count * i.count;
+        let row_stride = problem.dim_v.next_multiple_of(4);
         let total = rows as u64 * problem.dim_v.div_ceil(4) as u64;
         let sizes = [0, 2].map(|n| planner.plan.scratch[n]);
         let mut bindings = vec![
@@ -290,6 +397,34 @@ impl<'a> Fused<'a> {
             bindings,
         )
     }
+}
+
+/// Operations of one dispatch: it cannot be interrupted.
+fn most_work(adapter: &Capabilities) -> f64 {
+    match adapter.class {
+        // Half a second at 40 GFLOP/s.
+        AdapterClass::Cpu => 20e9,
+        AdapterClass::Gpu => 1e12,
+    }
+}
+
+/// Pieces of the keys and keys per piece. Along the batch nothing may differ: the same row gives the same
+/// bits in every batch.
+fn key_splits(
+    problem: &Problem,
+    adapter: &Capabilities,
+    tile: FlashTile,
+    len_q: usize,
+    len_k: usize,
+) -> (usize, usize) {
+    let row_blocks = (problem.group() * len_q).div_ceil((tile.workgroup * tile.rows) as usize);
+    let target = match adapter.class {
+        AdapterClass::Cpu => 16,
+        AdapterClass::Gpu => 512,
+    };
+    let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
+    let keys_per_split = len_k.div_ceil(splits).next_multiple_of(16).max(16);
+    (len_k.div_ceil(keys_per_split).max(1), keys_per_split)
 }
 
 /// How the fused kernel is cut, whatever the widths. What is fastest differs by adapter.

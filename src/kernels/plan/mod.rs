@@ -14,7 +14,7 @@ mod project;
 mod scatter;
 mod softmax;
 
-pub use flash::Cut;
+pub use flash::{Cut, packed};
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use passes::attention;
