@@ -7,6 +7,8 @@
 
 const WORKGROUP: u32 = 64u;
 
+alias OElem = f32;
+
 struct Params {
     o_strides: vec4<u32>,
     lse_strides: vec3<u32>,
@@ -38,7 +40,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(3) var<storage, read_write> o: array<f32>;
+@group(0) @binding(3) var<storage, read_write> o: array<OElem>;
 
 // @block parts
 @group(0) @binding(1) var<storage, read> parts: array<f32>;
@@ -56,6 +58,18 @@ fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
 fn store_lse(at: u32, value: f32) {
     lse[at] = value;
+}
+// @end
+
+// @block store_o
+fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
+    // @unroll
+    for (var e = 0u; e < 4u; e++) {
+        let d = d4 * 4u + e;
+        if (d < params.dim) {
+            o[at + d * params.o_strides.w] = value[e];
+        }
+    }
 }
 // @end
 
@@ -104,12 +118,7 @@ fn main(
     let nan = bitcast<f32>(params.not_a_number);
     let factor = select(select(1.0 / sum, 0.0, sum == 0.0), nan, is_nan);
     let to = params.o_offset + dot(params.o_strides.xyz, bhi);
-    // @unroll
-    for (var e = 0u; e < 4u; e++) {
-        if (column + e < params.dim) {
-            o[to + (column + e) * params.o_strides.w] = joined[e] * factor;
-        }
-    }
+    store_o(to, column / 4u, joined * factor, false);
     if (column == 0u) {
         let value = select(peak + log2(sum) * LN_2, bitcast<f32>(params.minus_infinity), sum == 0.0);
         store_lse(params.lse_offset + dot(params.lse_strides, bhi), select(value, nan, is_nan));

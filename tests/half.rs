@@ -64,6 +64,28 @@ fn halves_in_every_order_and_at_odd_widths() {
 }
 
 #[test]
+fn splits_of_the_keys_join_into_halves() {
+    // Few queries over many keys: pieces of the keys, joined in f32.
+    let call = Call { q: [1, 2, 3, 8], k: [1, 1, 900, 8], v: [1, 1, 900, 8], ..call(Order::Bhsd, 8, 8) };
+    let mut data = call.data();
+    let halves = |values: &[f32]| -> Vec<f16> { values.iter().map(|&x| f16::from_f32(x)).collect() };
+    let [q, k, v] = [&data.q, &data.k, &data.v].map(|values| halves(values));
+    let wide = |values: &[f16]| -> Vec<f32> { values.iter().map(|x| x.to_f32()).collect() };
+    (data.q, data.k, data.v) = (wide(&q), wide(&k), wide(&v));
+    let (truth, _) = call.truth(&data);
+    for (name, device) in devices() {
+        let upload = |shape: [usize; 4], values: &[f16]| Tensor::from_slice(&device, &shape, values).unwrap();
+        let (q, k, v) = (upload(call.q, &q), upload(call.k, &k), upload(call.v, &v));
+        let (out, profile) = call.attention().lse(true).forward_profiled(&q, &k, &v).unwrap();
+        if device.gpu().is_some() {
+            assert!(profile.kernels.iter().any(|kernel| kernel.starts_with("merge")), "{name}: {profile:?}");
+        }
+        assert_close(&name, &out.output.download().unwrap(), &truth.output, tolerance(Dtype::F16));
+        assert_close(&name, &out.lse.unwrap().download().unwrap(), &truth.lse, 3e-6);
+    }
+}
+
+#[test]
 fn every_half_is_read_and_written_exactly() {
     // One key: the output is the value, whatever its bits.
     let all: Vec<u16> = (0..=u16::MAX).collect();

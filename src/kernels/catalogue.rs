@@ -338,12 +338,16 @@ fn band_of(s: u32) -> vec4<i32> { return bands[2u * s + 1u]; }",
 }
 
 /// A variant of `merge.wgsl`.
-pub fn merge(lse: bool) -> Variant {
+pub fn merge(lse: bool, o: Access) -> Variant {
+    let mut name = String::from("merge");
+    let mut changes = access::store(Changes::default(), "params.dim", "false", o);
+    access::name(&mut name, &[("o", o)]);
     if lse {
-        return Variant { kernel: Kernel::Merge, changes: Changes::default(), name: "merge/lse".into() };
+        name.push_str("/lse");
+    } else {
+        changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
     }
-    let changes = Changes::default().block("lse", "fn store_lse(at: u32, value: f32) {}");
-    Variant { kernel: Kernel::Merge, changes, name: "merge".into() }
+    Variant { kernel: Kernel::Merge, changes, name }
 }
 
 /// `merge.wgsl` over two results that lie apart, at any strides.
@@ -634,7 +638,8 @@ pub fn variants() -> Vec<Variant> {
             }
         }
     }
-    all.extend([merge(true), merge(false), merge_pair()]);
+    all.extend([merge(true, wide), merge(true, narrow), merge(false, narrow), merge_pair()]);
+    all.extend([Dtype::F16, Dtype::BF16].map(|stored| merge(false, Access { wide: true, stored })));
     for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
         all.extend([true, false].map(|wide| scatter(Access { wide, stored }, Dtype::F32)));
         all.extend([true, false].map(|wide| scatter(Access { wide, ..Access::WIDE }, stored)));

@@ -375,7 +375,7 @@ impl<'a> Fused<'a> {
             bindings.push(Binding { binding: 4, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
         }
         planner.push(
-            catalogue::merge(operands.lse),
+            catalogue::merge(operands.lse, operands.output.access()),
             total.div_ceil(64),
             |workgroups| params::Merge {
                 o_strides: strides_used(&operands.output),
