@@ -272,6 +272,19 @@ impl Call {
         compute(&problem, &inputs)
     }
 
+    /// Holds output and LSE against the truth; gives the largest error relative to the largest value.
+    pub fn check_output(&self, name: &str, device: &Device, method: Method, tolerance: f64) -> f64 {
+        let data = self.data();
+        let (truth, _) = self.truth(&data);
+        let what = |part: &str| format!("{part} of call {} by {method:?} on {name}: {self:?}", self.seed);
+        let attention = self.attention().lse(true).method(method);
+        let out = self.run(device, &data, attention).unwrap_or_else(|error| panic!("{}: {error}", what("run")));
+        let (output, lse) = (out.output.download().unwrap(), out.lse.unwrap().download().unwrap());
+        assert_close(&what("output"), &output, &truth.output, tolerance);
+        assert_close(&what("lse"), &lse, &truth.lse, tolerance);
+        worst(&output, &truth.output).0.max(worst(&lse, &truth.lse).0)
+    }
+
     /// Runs everywhere the call can tell of, and compares all results with the truth.
     pub fn check(&self, name: &str, device: &Device, tolerance: f64) {
         use wgpu_attention::ScoreStage::{Capped, Masked, Scaled};
