@@ -210,6 +210,16 @@ impl Attention {
         };
         Ok(attention)
     }
+    /// The softcap and positional rules for one batch entry of `len_k` keys, without masks and biases.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn rules_alone(&self, len_k: usize) -> Attention {
+        let positions = Positions {
+            align: if self.positions.align == Align::TopLeft { Align::TopLeft } else { Align::BottomRight },
+            key_lengths: self.positions.key_lengths.is_some().then(|| vec![len_k.max(2) - 1]),
+            ..self.positions.clone()
+        };
+        Attention { softcap: self.softcap, positions, ..Default::default() }
+    }
     /// Keys before a query's own that it sees.
     pub(crate) fn window_left(&self) -> Option<usize> {
         self.positions.window_left

@@ -48,6 +48,8 @@ mod record;
 pub mod reference;
 mod state_dict;
 mod tensor;
+#[cfg(not(target_arch = "wasm32"))]
+mod tune;
 
 pub use attention::{Attended, Attention, Mask, Weights, merge_async, softmax_async};
 #[cfg(not(target_arch = "wasm32"))]
@@ -57,9 +59,11 @@ pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile};
 pub use inspect::{Inspect, Inspected};
-pub use kernels::{Cut, Method};
+pub use kernels::{Cut, Method, ShapeClass};
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
+#[cfg(not(target_arch = "wasm32"))]
+pub use tune::{Candidate, Tuned};
 pub use wgpu;

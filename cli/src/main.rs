@@ -15,6 +15,7 @@ mod progress;
 mod run;
 mod shader;
 mod target;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -39,6 +40,7 @@ Examples:
   attn mha --weights layer.safetensors --heads 8 --query x.npy -o y.npy
   attn check tests/cases/onnx                      hold a folder of cases against their answers
   attn bench --shape P1 --adapter all              how long calls take
+  attn tune --shape P1                             find the fastest kernels, and keep them
 
 Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call."
 )]
@@ -62,6 +64,8 @@ enum Command {
     Check(check::CheckArgs),
     /// How long calls take
     Bench(bench::BenchArgs),
+    /// Finds the fastest kernels for a shape on an adapter, and keeps them
+    Tune(tune::TuneArgs),
     /// The WGSL of a kernel variant as it runs
     Shader(shader::ShaderArgs),
     /// A completion script for a shell
@@ -91,6 +95,7 @@ fn dispatch(cli: &Cli) -> Result<bool> {
         Some(Command::Devices(args)) => devices::devices(args, adapter)?,
         Some(Command::Check(args)) => return check::check(args, adapter),
         Some(Command::Bench(args)) => return bench::bench(args, adapter),
+        Some(Command::Tune(args)) => return tune::tune(args, adapter),
         Some(Command::Shader(args)) => shader::shader(args)?,
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

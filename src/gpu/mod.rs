@@ -7,6 +7,7 @@ mod buffers;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod run;
+mod tuning;
 
 pub use adapters::{AdapterSummary, GpuOptions};
 pub(crate) use buffers::{GpuBuffer, Purpose};
@@ -20,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::kernels::{Capabilities, Variant};
 use buffers::Pool;
 use run::Pipeline;
+use tuning::Tuning;
 
 /// An adapter with its device, pipeline cache and buffer pool. Cheap to clone.
 #[derive(Clone)]
@@ -35,6 +37,7 @@ struct Inner {
     /// into a caller's encoder reads what it was recorded with.
     constants: Mutex<HashMap<Vec<u8>, wgpu::Buffer>>,
     pool: Pool,
+    tuning: Tuning,
     /// What [`Gpu::multiply_add_ceiling`] measured.
     #[cfg(not(target_arch = "wasm32"))]
     ceiling: Mutex<Option<f64>>,
@@ -121,7 +124,7 @@ impl Gpu {
 
     fn assemble(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue, without_subgroups: bool) -> Gpu {
         let capabilities = adapters::capabilities(&info, &device, without_subgroups);
-        Gpu(Arc::new(Inner {
+        let gpu = Gpu(Arc::new(Inner {
             info,
             capabilities,
             device,
@@ -129,11 +132,15 @@ impl Gpu {
             pipelines: Mutex::default(),
             constants: Mutex::default(),
             pool: Pool::default(),
+            tuning: Tuning::default(),
             #[cfg(not(target_arch = "wasm32"))]
             ceiling: Mutex::default(),
             lost: Arc::default(),
             fault: Arc::default(),
-        }))
+        }));
+        #[cfg(not(target_arch = "wasm32"))]
+        gpu.load_tuning();
+        gpu
     }
 
     /// Every adapter of this machine, best first.

@@ -11,7 +11,7 @@ use crate::error::{Result, value_error};
 use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands, padded_bytes};
-use crate::kernels::{Operand, Plan, Slot, Step, Variant};
+use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
 use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage, Sequence};
 use crate::tensor::{Storage, Tensor};
 
@@ -308,23 +308,39 @@ impl Recording {
                 output_layout.offset()
             ));
         }
-        let plan = plan::attention(
-            problem,
-            &AttentionOperands {
-                q: q.operand(),
-                k: k.operand(),
-                v: v.operand(),
-                output: Operand { layout: &output_layout, stored },
-                masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
-                biases: biases.iter().map(Tensor::layout).collect(),
-                lse: wanted.lse,
-                weights: wanted.weights == Weights::PerHead,
-                averaged: wanted.weights == Weights::Averaged,
-                stage: wanted.scores,
-                method: wanted.method,
-            },
-            &self.gpu.0.capabilities,
-        )?;
+        let mut planned = AttentionOperands {
+            q: q.operand(),
+            k: k.operand(),
+            v: v.operand(),
+            output: Operand { layout: &output_layout, stored },
+            masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
+            biases: biases.iter().map(Tensor::layout).collect(),
+            lse: wanted.lse,
+            weights: wanted.weights == Weights::PerHead,
+            averaged: wanted.weights == Weights::Averaged,
+            stage: wanted.scores,
+            method: wanted.method,
+        };
+        if wanted.method == Method::Auto {
+            let masked = !masks.is_empty() || !biases.is_empty();
+            let class = ShapeClass::of(problem, [q, k, v].map(|x| x.stored()), masked);
+            planned.method = match self.gpu.tuned(&class) {
+                Some(Method::ThreePasses)
+                    if !three_passes_compete(problem) || output.is_some() && stored != Dtype::F32 =>
+                {
+                    Method::Auto
+                }
+                found => found.unwrap_or_default(),
+            };
+        }
+        let plan = match plan::attention(problem, &planned, &self.gpu.0.capabilities) {
+            // What was found on one call of the class need not fit every other.
+            Err(_) if planned.method != wanted.method => {
+                planned.method = wanted.method;
+                plan::attention(problem, &planned, &self.gpu.0.capabilities)
+            }
+            plan => plan,
+        }?;
         let square = |recording: &Recording, what: &str, layout: &Option<Layout>| {
             let make = |layout: &Layout| recording.output(what, layout.clone(), padded_bytes(layout), dtype);
             layout.as_ref().map(make).transpose()

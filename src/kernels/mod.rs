@@ -4,6 +4,7 @@
 pub mod access;
 mod capabilities;
 pub mod catalogue;
+mod class;
 pub mod params;
 pub mod plan;
 mod specialise;
@@ -11,5 +12,7 @@ mod specialise;
 pub use access::{Access, Operand};
 pub use capabilities::{AdapterClass, Capabilities};
 pub use catalogue::{Kernel, Variant, variant_names, variant_source};
+pub use class::ShapeClass;
+pub(crate) use class::three_passes_compete;
 pub use plan::{Binding, Cut, Method, Plan, Slot, Step};
 pub use specialise::{Changes, blocks, specialise};

@@ -1,5 +1,5 @@
-//! The truth: plain f64 loops, one readable function per shader. For tests and checks only; no other
-//! part of the library computes with it.
+//! The truth: plain f64 loops, one readable function per shader. For tests, checks and the
+//! tuner's self-tests; no result of the library is computed with it.
 //!
 //! Operands are strided views of f64; results are row-major.
 

@@ -127,7 +127,7 @@ impl Prepared {
 }
 
 /// Even numbers between −1 and 1, the same in every run.
-fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
+pub fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
     let mut state = seed;
     let data: Vec<f32> = (0..shape.iter().product())
         .map(|_| {
@@ -139,7 +139,7 @@ fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
 }
 
 /// Refuses what neither this machine nor the device can hold, before anything is allocated.
-fn check_memory(shape: &Shape, device: &Device, weights: bool) -> Result<()> {
+pub fn check_memory(shape: &Shape, device: &Device, weights: bool) -> Result<()> {
     let needed = shape.held(weights);
     for (whose, memory) in [("this machine", Device::Cpu.memory()), ("the adapter", device.memory())] {
         if let Some(memory) = memory.filter(|&memory| needed > memory as f64) {

@@ -1,8 +1,8 @@
 //! `attn bench`: how long calls take.
 
-mod measure;
+pub mod measure;
 mod plot;
-mod shape;
+pub mod shape;
 
 use std::path::PathBuf;
 
@@ -219,7 +219,7 @@ impl Row<'_> {
 }
 
 /// Three digits that matter.
-fn digits(value: f64) -> String {
+pub fn digits(value: f64) -> String {
     match value {
         x if x >= 99.95 => format!("{x:.0}"),
         x if x >= 9.995 => format!("{x:.1}"),

@@ -5,3 +5,4 @@ mod check;
 mod kit;
 mod main_job;
 mod tensors;
+mod tune;

@@ -525,7 +525,7 @@ impl Cut {
         all
     }
 
-    fn check(&self, adapter: &Capabilities) -> Result<()> {
+    pub(crate) fn check(&self, adapter: &Capabilities) -> Result<()> {
         let Cut { workgroup, rows, keys, share } = *self;
         let rule = |rule: String| Err(value_error!("the cut {self} cannot run on {}: {rule}", adapter.adapter));
         if ![1, 2, 4, 8].contains(&rows) || ![1, 2, 4, 8].contains(&keys) {

@@ -149,7 +149,8 @@ pub struct AttentionOperands<'a> {
 /// Which kernels compute a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Method {
-    /// Fused wherever it can be. Weights and scores that are asked for are computed beside it.
+    /// What `Attention::tune` found, else fused wherever it can be. Weights and scores that are asked for are
+    /// computed beside it.
     #[default]
     Auto,
     /// Scores, softmax and weighted sum one after the other.

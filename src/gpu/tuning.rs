@@ -1,0 +1,249 @@
+//! What tuning found for this adapter: a table in memory, and a file of it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::Gpu;
+use crate::error::Result;
+use crate::kernels::{Capabilities, Method, ShapeClass};
+
+/// What tuning found, and the folder where it is kept.
+#[derive(Default)]
+pub struct Tuning(RwLock<Table>);
+
+#[derive(Default)]
+struct Table {
+    methods: HashMap<ShapeClass, Method>,
+    folder: Option<PathBuf>,
+}
+
+impl Tuning {
+    fn read(&self) -> RwLockReadGuard<'_, Table> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn write(&self) -> RwLockWriteGuard<'_, Table> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Gpu {
+    /// What tuning found for a class of calls; [`Method::Auto`] where the default won.
+    pub(crate) fn tuned(&self, class: &ShapeClass) -> Option<Method> {
+        self.0.tuning.read().methods.get(class).copied()
+    }
+
+    /// Lets [`Method::Auto`] choose `method` for a class of calls from now on; the file that now holds it.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn keep_tuned(&self, class: ShapeClass, method: Method) -> Option<PathBuf> {
+        self.0.tuning.write().methods.insert(class, method);
+        let file = self.tuning_file()?;
+        match file::put(&file, &self.0.info, &self.0.capabilities, Some((class, method))) {
+            Ok(()) => Some(file),
+            Err(error) => {
+                log::warn!("what tuning found is not kept: {}: {error}", file.display());
+                None
+            }
+        }
+    }
+
+    /// The file in which what tuning finds is kept: `tuning.json` in the folder that the variable
+    /// `WGPU_ATTENTION_CACHE` names, else in `wgpu-attention` in the user's cache folder. `None`: in memory
+    /// only, as without the feature `tune`, or where the variable is empty.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn tuning_file(&self) -> Option<PathBuf> {
+        let folder = self.0.tuning.read().folder.clone()?;
+        cfg!(feature = "tune").then(|| folder.join("tuning.json"))
+    }
+
+    /// Keeps what tuning finds in another folder from now on (`None`: in memory only), and knows what is kept
+    /// there instead of what it knew. A file that cannot be read counts as none, with a line to the log.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn keep_tuning_in(&self, folder: Option<&Path>) {
+        {
+            let mut table = self.0.tuning.write();
+            table.methods.clear();
+            table.folder = folder.map(Path::to_path_buf);
+        }
+        if let Some(file) = self.tuning_file() {
+            let methods = file::get(&file, &self.0.info, &self.0.capabilities);
+            self.0.tuning.write().methods = methods;
+        }
+    }
+
+    /// Forgets what tuning found for this adapter, in memory and in the file.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn clear_tuning(&self) -> Result<()> {
+        self.0.tuning.write().methods.clear();
+        match self.tuning_file() {
+            Some(file) if file.exists() => file::put(&file, &self.0.info, &self.0.capabilities, None)
+                .map_err(|error| crate::Error::File(format!("{}: {error}", file.display()))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads what is kept where the user's surroundings say.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(super) fn load_tuning(&self) {
+        if let Some(folder) = file::folder() {
+            self.keep_tuning_in(Some(&folder));
+        }
+    }
+}
+
+#[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
+mod file {
+    use std::io::{Error, ErrorKind, Read, Write};
+
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+
+    /// More is nothing that this library wrote.
+    const MOST_BYTES: u64 = 1 << 20;
+    /// So many stay below that.
+    const MOST_ENTRIES: usize = 1000;
+    /// Other versions have other kernels.
+    const LIBRARY: &str = env!("CARGO_PKG_VERSION");
+
+    #[derive(Default, Serialize, Deserialize)]
+    struct File {
+        entries: Vec<Entry>,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Entry {
+        library: String,
+        adapter: Adapter,
+        class: String,
+        method: String,
+    }
+
+    /// Whatever makes another adapter of it.
+    #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+    struct Adapter {
+        name: String,
+        driver: String,
+        driver_info: String,
+        backend: String,
+        /// The smallest subgroup, where its operations are used.
+        subgroup: Option<u32>,
+    }
+
+    impl Adapter {
+        fn new(info: &wgpu::AdapterInfo, capabilities: &Capabilities) -> Adapter {
+            Adapter {
+                name: info.name.clone(),
+                driver: info.driver.clone(),
+                driver_info: info.driver_info.clone(),
+                backend: info.backend.to_string(),
+                subgroup: capabilities.subgroup_min,
+            }
+        }
+    }
+
+    pub fn folder() -> Option<PathBuf> {
+        match std::env::var_os("WGPU_ATTENTION_CACHE") {
+            Some(folder) => (!folder.is_empty()).then(|| folder.into()),
+            None => {
+                use etcetera::BaseStrategy;
+                let known = etcetera::choose_base_strategy().ok()?;
+                Some(known.cache_dir().join("wgpu-attention"))
+            }
+        }
+    }
+
+    fn read(path: &Path) -> std::io::Result<File> {
+        let about = match std::fs::metadata(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(File::default()),
+            about => about?,
+        };
+        // To open a pipe would wait for its other end.
+        if !about.is_file() || about.len() > MOST_BYTES {
+            let what = format!("a file of at most {MOST_BYTES} bytes is expected");
+            return Err(Error::new(ErrorKind::InvalidData, what));
+        }
+        let mut bytes = Vec::new();
+        std::fs::File::open(path)?.take(MOST_BYTES).read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+
+    fn known(path: &Path) -> File {
+        read(path).unwrap_or_else(|error| {
+            log::warn!("what tuning found before is ignored: {}: {error}", path.display());
+            File::default()
+        })
+    }
+
+    /// What the file knows of an adapter.
+    pub fn get(path: &Path, info: &wgpu::AdapterInfo, capabilities: &Capabilities) -> HashMap<ShapeClass, Method> {
+        let adapter = Adapter::new(info, capabilities);
+        let mut methods = HashMap::new();
+        for entry in known(path).entries {
+            if entry.library != LIBRARY || entry.adapter != adapter {
+                continue;
+            }
+            let parsed = entry.class.parse().and_then(|class| {
+                let method = entry.method.parse()?;
+                if let Method::Cut(cut) = method {
+                    cut.check(capabilities)?;
+                }
+                Ok((class, method))
+            });
+            match parsed {
+                Ok((class, method)) => _ = methods.insert(class, method),
+                Err(error) => log::warn!("an entry of {} is ignored: {error}", path.display()),
+            }
+        }
+        methods
+    }
+
+    /// Replaces one entry of an adapter, or removes all of them. What another process writes in the same
+    /// moment may be lost, never torn.
+    pub fn put(
+        path: &Path,
+        info: &wgpu::AdapterInfo,
+        capabilities: &Capabilities,
+        found: Option<(ShapeClass, Method)>,
+    ) -> std::io::Result<()> {
+        let folder = path.parent().ok_or(ErrorKind::NotFound)?;
+        std::fs::create_dir_all(folder)?;
+        let adapter = Adapter::new(info, capabilities);
+        let class = found.map(|(class, _)| class.to_string());
+        let mut file = known(path);
+        file.entries.retain(|entry| {
+            let replaced = entry.adapter == adapter && class.as_ref().is_none_or(|class| entry.class == *class);
+            entry.library == LIBRARY && !replaced
+        });
+        if let (Some(class), Some((_, method))) = (class, found) {
+            file.entries.push(Entry { library: LIBRARY.into(), adapter, class, method: method.to_string() });
+        }
+        let surplus = file.entries.len().saturating_sub(MOST_ENTRIES);
+        file.entries.drain(..surplus);
+        let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
+        temporary.write_all(&serde_json::to_vec_pretty(&file)?)?;
+        temporary.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    }
+}
+
+/// Nothing is kept.
+#[cfg(all(not(feature = "tune"), not(target_arch = "wasm32")))]
+mod file {
+    use super::*;
+
+    pub fn folder() -> Option<PathBuf> {
+        None
+    }
+    pub fn get(_: &Path, _: &wgpu::AdapterInfo, _: &Capabilities) -> HashMap<ShapeClass, Method> {
+        HashMap::new()
+    }
+    pub fn put(
+        _: &Path,
+        _: &wgpu::AdapterInfo,
+        _: &Capabilities,
+        _: Option<(ShapeClass, Method)>,
+    ) -> std::io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,415 @@
+//! Finding out which kernels are fastest for a class of calls on this adapter.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use half::{bf16, f16};
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
+
+use crate::attention::{Attention, Mask, Operands, Weights};
+use crate::device::Device;
+use crate::error::{Error, Result, value_error};
+use crate::gpu::Gpu;
+use crate::kernels::{Cut, Method, ShapeClass, three_passes_compete};
+use crate::problem::{Dtype, MaskMeaning, Problem};
+use crate::reference;
+use crate::tensor::Tensor;
+
+/// Cuts that compete; the three passes make one more.
+const MOST_CUTS: usize = 5;
+/// The default stays unless another takes less than this part of its time.
+const CLEARLY_FASTER: f64 = 0.97;
+/// A candidate that takes so many times as long as the best is out after its first round.
+const HOPELESS: f64 = 2.0;
+/// Rounds end after so long.
+const BUDGET: Duration = Duration::from_secs(1);
+const LEAST_ROUNDS: usize = 3;
+const MOST_ROUNDS: usize = 20;
+
+/// One way to compute a call.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// [`Method::Cut`] or [`Method::ThreePasses`].
+    pub method: Method,
+    /// Its best time, or why it was not timed: its self-test failed, or the adapter cannot run it.
+    pub time: Result<Duration, String>,
+}
+
+/// What [`Attention::tune`] found.
+#[derive(Clone, Debug)]
+pub struct Tuned {
+    /// The calls it holds for.
+    pub class: ShapeClass,
+    /// Six at most, the default first; none where the class was known already.
+    pub candidates: Vec<Candidate>,
+    /// The fastest, which [`Method::Auto`] now chooses for the class. [`Method::Auto`]: the default, from which
+    /// nothing else was clearly apart.
+    pub winner: Method,
+    /// The file that holds it; `None` where it is known to this [`Gpu`] only.
+    pub file: Option<PathBuf>,
+}
+
+impl Attention {
+    /// Finds the fastest kernels for calls like this one on the tensors' adapter, and lets [`Method::Auto`]
+    /// choose them from now on: in this [`Gpu`] and its clones, and in every `Gpu` of the same adapter, driver
+    /// and library version that is created later ([`Gpu::tuning_file`]). Nothing is tuned unless asked for.
+    ///
+    /// At most five cuts of the fused kernel and the three passes compete, on the tensors given, by the adapter's
+    /// clock where it has one: two calls each, and more for about a second. Each must first agree with
+    /// the [f64 truth](crate::reference) on a small random call of the same widths, types and kind of rules; one
+    /// that does not is reported and never chosen. The default stays where nothing is 3 % faster. A class of calls that is known
+    /// already is not timed again ([`Gpu::clear_tuning`] forgets).
+    ///
+    /// Other kernels sum in another order: the last bits of results may differ before and after. The three passes
+    /// hold the scores in memory; they compete only where those of a batch entry take at most 64 MiB.
+    ///
+    /// The method of `self` and the weights and scores it asks for have no say. The CPU backend has one way only:
+    /// [`Error::Device`]. A call without work is an [`Error::Value`].
+    pub fn tune(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
+        let trial = Trial::new(self, q, k, v)?;
+        if let Some(winner) = trial.gpu.tuned(&trial.class) {
+            let file = trial.gpu.tuning_file();
+            return Ok(Tuned { class: trial.class, candidates: Vec::new(), winner, file });
+        }
+        let mut tuned = trial.run()?;
+        tuned.file = trial.gpu.keep_tuned(tuned.class, tuned.winner);
+        Ok(tuned)
+    }
+
+    /// As [`Attention::tune`], but times known classes too, and keeps and changes nothing.
+    pub fn time_candidates(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
+        Trial::new(self, q, k, v)?.run()
+    }
+}
+
+/// The candidates of one call.
+struct Trial<'a> {
+    gpu: Gpu,
+    attention: Attention,
+    tensors: [&'a Tensor; 3],
+    problem: Problem,
+    operands: Operands,
+    class: ShapeClass,
+}
+
+impl<'a> Trial<'a> {
+    fn new(attention: &Attention, q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> Result<Trial<'a>> {
+        let device = attention.device(q, k, v)?;
+        let Some(gpu) = device.gpu().cloned() else {
+            return Err(Error::Device(format!(
+                "tuning chooses among the kernels of an adapter, but the tensors live on {}, which has one way only",
+                device.name()
+            )));
+        };
+        let (problem, operands) = attention.operands(q, k, v)?;
+        if problem.is_empty() || problem.len_k == 0 {
+            return Err(value_error!(
+                "nothing to tune: Q {:?} and K {:?} leave no work; every axis must be at least 1",
+                q.shape(),
+                k.shape()
+            ));
+        }
+        let masked = !operands.masks.is_empty() || !operands.biases.is_empty();
+        let class = ShapeClass::of(&problem, [q, k, v].map(|x| x.stored()), masked);
+        let attention = attention.clone().weights(Weights::None).scores(None);
+        Ok(Trial { gpu, attention, tensors: [q, k, v], problem, operands, class })
+    }
+
+    fn run(&self) -> Result<Tuned> {
+        let cuts = Cut::candidates(&self.problem, self.gpu.capabilities(), MOST_CUTS);
+        let mut methods: Vec<Method> = cuts.into_iter().map(Method::Cut).collect();
+        if three_passes_compete(&self.problem) {
+            methods.push(Method::ThreePasses);
+        }
+        let case = Case::new(&self.gpu, &self.attention, &self.problem, &self.operands)?;
+        let candidates = compete(&methods, |method| case.check(method), |method| self.time(method))?;
+        let winner = match winner(&candidates) {
+            Some(0) => Method::Auto,
+            Some(n) => candidates[n].method,
+            None => {
+                let reasons: Vec<String> = (candidates.iter())
+                    .filter_map(|candidate| Some(format!("{}: {}", candidate.method, candidate.time.as_ref().err()?)))
+                    .collect();
+                return Err(value_error!("no candidate runs on {}: {}", self.gpu.info().name, reasons.join("; ")));
+            }
+        };
+        Ok(Tuned { class: self.class, candidates, winner, file: None })
+    }
+
+    fn time(&self, method: Method) -> Result<Times> {
+        let [q, k, v] = self.tensors;
+        let start = Instant::now();
+        let (_, profile) = self.attention.clone().method(method).forward_profiled(q, k, v)?;
+        Ok(Times { wall: start.elapsed(), gpu: profile.gpu_time })
+    }
+}
+
+/// The time of a call.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    wall: Duration,
+    /// By the adapter's clock.
+    gpu: Option<Duration>,
+}
+
+impl Times {
+    fn best(self, other: Times) -> Times {
+        Times { wall: self.wall.min(other.wall), gpu: self.gpu.zip(other.gpu).map(|(a, b)| a.min(b)) }
+    }
+}
+
+/// Tests each method, then times those that passed, in turn: what else the machine does strikes all alike.
+fn compete(
+    methods: &[Method],
+    check: impl Fn(Method) -> Result<()>,
+    time: impl Fn(Method) -> Result<Times>,
+) -> Result<Vec<Candidate>> {
+    let mut best: Vec<Result<Times, String>> = Vec::new();
+    for &method in methods {
+        let first = check(method).and_then(|()| {
+            // The first call compiles (some drivers do so within the pass itself) and fills pools.
+            time(method)?;
+            time(method)
+        });
+        best.push(match first {
+            Ok(times) => Ok(times),
+            Err(error @ Error::DeviceLost { .. }) => return Err(error),
+            Err(error) => Err(error.to_string()),
+        });
+    }
+    // One clock for all.
+    let has_clock = best.iter().flatten().all(|times| times.gpu.is_some());
+    let of = |times: &Times| times.gpu.filter(|_| has_clock).unwrap_or(times.wall);
+    let started = Instant::now();
+    for round in 1..MOST_ROUNDS {
+        let least: Duration = best.iter().flatten().map(of).min().unwrap_or_default();
+        let longest: Duration = best.iter().flatten().map(|times| times.wall).max().unwrap_or_default();
+        if started.elapsed() >= BUDGET || longest >= BUDGET && round >= LEAST_ROUNDS {
+            break;
+        }
+        for (&method, best) in methods.iter().zip(&mut best) {
+            if let Ok(times) = best
+                && of(times) <= least.mul_f64(HOPELESS)
+            {
+                *times = times.best(time(method)?);
+            }
+        }
+    }
+    let candidate = |(&method, best): (&Method, Result<Times, String>)| Candidate {
+        method,
+        time: best.map(|times| times.gpu.filter(|_| has_clock).unwrap_or(times.wall)),
+    };
+    Ok(methods.iter().zip(best).map(candidate).collect())
+}
+
+/// The first unless another is clearly faster; none where none ran.
+fn winner(candidates: &[Candidate]) -> Option<usize> {
+    let time = |n: usize| candidates[n].time.as_ref().ok();
+    let fastest = (0..candidates.len()).filter(|&n| time(n).is_some()).min_by_key(|&n| time(n))?;
+    match (time(0), time(fastest)) {
+        (Some(first), Some(best)) if *best > first.mul_f64(CLEARLY_FASTER) => Some(0),
+        _ => Some(fastest),
+    }
+}
+
+/// A small random call and its true result.
+struct Case {
+    attention: Attention,
+    tensors: [Tensor; 3],
+    truth: reference::Outputs,
+    /// Of the output, relative to its largest value.
+    tolerance: f64,
+}
+
+/// Relative error allowed to sums in f32.
+const TOLERANCE: f64 = 1e-5;
+
+impl Case {
+    /// As wide as `problem`, of the same types and kinds of rules; of few rows and keys: the truth is slow.
+    fn new(gpu: &Gpu, attention: &Attention, problem: &Problem, operands: &Operands) -> Result<Case> {
+        let mut rng = Pcg64::seed_from_u64(0x7e57);
+        let device = Device::Gpu(gpu.clone());
+        let heads_kv = problem.heads_kv.min(2);
+        let heads_q = heads_kv * problem.group().min(4);
+        let (len_q, len_k) = (problem.len_q.min(24), problem.len_k.min(300));
+        let shapes = [
+            [1, heads_q, len_q, problem.dim_k],
+            [1, heads_kv, len_k, problem.dim_k],
+            [1, heads_kv, len_k, problem.dim_v],
+        ];
+        let mut values = Vec::with_capacity(3);
+        let mut tensors = Vec::with_capacity(3);
+        for (shape, like) in shapes.iter().zip([&operands.q, &operands.k, &operands.v]) {
+            let count = shape.iter().product();
+            let data: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
+            tensors.push(upload(&device, shape, &data, like)?);
+            values.push(data.into_iter().map(f64::from).collect::<Vec<f64>>());
+        }
+        let square = [1, heads_q, len_q, len_k];
+        let count: usize = square.iter().product();
+        let mut attention = attention.rules_alone(len_k).lse(true);
+        let mut masks = Vec::new();
+        for like in &operands.masks {
+            let keep = like.meaning() == MaskMeaning::Keep;
+            let mask: Vec<bool> = (0..count).map(|_| rng.random_bool(0.9) == keep).collect();
+            attention = attention.mask(Mask::new(Tensor::from_bools(&device, &square, &mask)?, like.meaning())?);
+            masks.push((mask, like.meaning()));
+        }
+        let mut biases = Vec::new();
+        for like in &operands.biases {
+            let bias: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 2.0 - 1.0)).collect();
+            attention = attention.bias(upload(&device, &square, &bias, like)?);
+            biases.push(bias.into_iter().map(f64::from).collect::<Vec<f64>>());
+        }
+        let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
+        let [q, k, v] = &tensors;
+        let (problem, laid) = attention.operands(q, k, v)?;
+        let truth = reference::attention(
+            &problem,
+            &reference::Inputs {
+                q: reference::View { data: &values[0], layout: laid.q.layout() },
+                k: reference::View { data: &values[1], layout: laid.k.layout() },
+                v: reference::View { data: &values[2], layout: laid.v.layout() },
+                masks: (masks.iter().zip(&laid.masks))
+                    .map(|((data, meaning), mask)| {
+                        (reference::View { data: data.as_slice(), layout: mask.tensor().layout() }, *meaning)
+                    })
+                    .collect(),
+                biases: (biases.iter().zip(&laid.biases))
+                    .map(|(data, bias)| reference::View { data: data.as_slice(), layout: bias.layout() })
+                    .collect(),
+            },
+        );
+        let half_ulp = match operands.q.dtype() {
+            Dtype::F16 => 1.0 / 2048.0,
+            Dtype::BF16 => 1.0 / 256.0,
+            Dtype::F32 | Dtype::Bool => 0.0,
+        };
+        Ok(Case { attention, tensors, truth, tolerance: half_ulp + TOLERANCE })
+    }
+
+    /// With the LSE and without it: those are two kernels.
+    fn check(&self, method: Method) -> Result<()> {
+        let [q, k, v] = &self.tensors;
+        for lse in [true, false] {
+            let attended = self.attention.clone().lse(lse).method(method).forward(q, k, v)?;
+            agree("output", &attended.output.download()?, &self.truth.output, self.tolerance)?;
+            if let Some(lse) = attended.lse {
+                agree("LSE", &lse.download()?, &self.truth.lse, TOLERANCE)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An error unless each value is met within `tolerance` of the largest, and what is not finite exactly.
+fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result<()> {
+    let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f64, |most, x| most.max(x.abs())).max(1e-30);
+    for (n, (&actual, &expected)) in actual.iter().zip(expected).enumerate() {
+        let actual = f64::from(actual);
+        // Not so for NaN.
+        let close = actual == expected || (actual - expected).abs() <= tolerance * largest;
+        if !close {
+            return Err(value_error!("its self-test failed: {what} {n} is {actual} instead of {expected}"));
+        }
+    }
+    Ok(())
+}
+
+/// Values that `like`'s types hold exactly, held as `like` is.
+fn upload(device: &Device, shape: &[usize], data: &[f32], like: &Tensor) -> Result<Tensor> {
+    match like.stored() {
+        Dtype::F16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
+        Dtype::BF16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
+        Dtype::F32 | Dtype::Bool => Tensor::from_slice(device, shape, data)?.with_dtype(like.dtype()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(rows: u32) -> Method {
+        Method::Cut(Cut { workgroup: 8, rows, keys: 4, share: 1 })
+    }
+
+    /// Made-up times by rows per invocation.
+    fn took(method: Method, of: impl Fn(u32) -> u64) -> Result<Times> {
+        let Method::Cut(cut) = method else { panic!("{method}") };
+        let wall = Duration::from_micros(of(cut.rows));
+        Ok(Times { wall, gpu: Some(wall) })
+    }
+
+    #[test]
+    fn what_fails_its_self_test_is_never_chosen() {
+        let methods = [cut(1), cut(2), cut(4), cut(8)];
+        for broken in [1, 2, 4, 8] {
+            let check = |method| {
+                if method == cut(broken) { Err(value_error!("output 3 is 7 instead of 5")) } else { Ok(()) }
+            };
+            // The broken one would win by far.
+            let time = |method| {
+                assert_ne!(method, cut(broken), "what fails is not even run");
+                took(method, |rows| 100 * u64::from(rows))
+            };
+            let candidates = compete(&methods, check, time).unwrap();
+            let wins = candidates[winner(&candidates).unwrap()].method;
+            assert_eq!(wins, if broken == 1 { cut(2) } else { cut(1) });
+            for candidate in &candidates {
+                match &candidate.time {
+                    Ok(_) => assert_ne!(candidate.method, cut(broken)),
+                    Err(reason) => assert!(candidate.method == cut(broken) && reason.contains("7 instead of 5")),
+                }
+            }
+        }
+        let none = compete(&methods, |_| Err(value_error!("no")), |method| took(method, |_| 1)).unwrap();
+        assert_eq!(winner(&none), None);
+        let lost = |_| Err(Error::DeviceLost { adapter: "a".into(), reason: "r".into() });
+        assert!(matches!(compete(&methods, lost, |method| took(method, |_| 1)), Err(Error::DeviceLost { .. })));
+    }
+
+    #[test]
+    fn the_default_wins_what_is_close() {
+        let run = |default: u64, other: u64| {
+            let time = |method| took(method, |rows| if rows == 1 { default } else { other });
+            let candidates = compete(&[cut(1), cut(2)], |_| Ok(()), time).unwrap();
+            winner(&candidates).unwrap()
+        };
+        assert_eq!([run(100, 100), run(100, 98), run(100, 300), run(100, 96)], [0, 0, 0, 1]);
+    }
+
+    #[test]
+    fn the_first_call_does_not_count() {
+        let calls = std::cell::Cell::new(0);
+        let time = |method| {
+            calls.set(calls.get() + 1);
+            // Seconds of compiling before the faster one runs.
+            let slow = calls.get() == 3;
+            took(method, |rows| if slow { 5_000_000 } else { 100 / u64::from(rows) })
+        };
+        let candidates = compete(&[cut(1), cut(2)], |_| Ok(()), time).unwrap();
+        assert_eq!(winner(&candidates), Some(1));
+    }
+
+    #[test]
+    fn one_clock_for_all() {
+        // By the wall the second is faster, by the adapter's clock, which one lacks, the first.
+        let time = |method| {
+            took(method, |rows| 100 / u64::from(rows))
+                .map(|times| Times { gpu: (method == cut(2)).then_some(Duration::from_micros(900)), ..times })
+        };
+        let candidates = compete(&[cut(1), cut(2)], |_| Ok(()), time).unwrap();
+        assert_eq!(winner(&candidates), Some(1));
+        assert_eq!(candidates[1].time, Ok(Duration::from_micros(50)));
+    }
+
+    #[test]
+    fn self_tests_can_fail() {
+        assert!(agree("output", &[1.0, f32::NEG_INFINITY], &[1.0, f64::NEG_INFINITY], 1e-5).is_ok());
+        for wrong in [[1.001, 0.0], [f32::NAN, 0.0], [1.0, f32::NAN], [f32::INFINITY, 0.0]] {
+            assert!(agree("output", &wrong, &[1.0, 0.0], 1e-5).is_err(), "{wrong:?}");
+        }
+        assert!(agree("LSE", &[0.0], &[f64::NEG_INFINITY], 1e-5).is_err());
+    }
+}
