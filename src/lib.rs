@@ -23,8 +23,8 @@
 //! [`Tensor`] say where; [`problem`] holds the rules in checked arithmetic; [`kernels`] the shaders as plain
 //! data and the planning of a call; [`reference`] the f64 truth that tests lean on.
 //!
-//! Limits: sequences are shorter than 2²⁹; the scores of a call are held in memory, in slices where the
-//! adapter's limits ask for it; arithmetic is f32.
+//! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
+//! slices where the adapter's limits ask for it, and so are those of heads wider than 512; arithmetic is f32.
 #![warn(missing_docs)]
 
 /// The code of the README, compiled and run.
