@@ -69,6 +69,18 @@ fn every_width_up_to_512() {
 }
 
 #[test]
+fn sixty_five_thousand_keys() {
+    // The last queries of a long sequence; every key before them is seen.
+    let call = Call {
+        positions: Positions { causal: true, align: Align::BottomRight, ..Default::default() },
+        ..plain([1, 1, 16, 64], [1, 1, 65_536, 64], [1, 1, 65_536, 64])
+    };
+    for (name, device) in devices() {
+        call.check_output(&name, &device, Method::Auto, TOLERANCE);
+    }
+}
+
+#[test]
 fn empty_axes_are_valid() {
     for (name, device) in devices() {
         plain([0, 2, 3, 4], [0, 2, 5, 4], [0, 2, 5, 4]).check(&name, &device, TOLERANCE);

@@ -4,7 +4,7 @@ mod kit;
 
 use kit::{Call, Order, gpus, limited};
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
-use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot};
+use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot, params};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::{
     Attention, Device, Error, Gpu, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, ScatterMode, Tensor,
@@ -222,6 +222,51 @@ fn few_buffers_and_few_workgroups_give_the_same_results() {
         let device = Device::Gpu(gpu);
         for seed in [3, 8] {
             Call::random(seed).check(&format!("{name}, four buffers"), &device, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn long_sequences_need_little_memory_and_short_dispatches() {
+    // 65,536 queries and keys, causal: 4 TB of scores for 256 heads, were they held.
+    let positions = Positions { causal: true, ..Default::default() };
+    for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
+        for (heads, len_q) in [(1, 65_536), (256, 65_536), (1, 1), (8, 64)] {
+            let (q, k) = ([1, heads, len_q, 64], [1, heads, 65_536, 64]);
+            let problem = Problem::new(&q, &k, &k, None, None, &positions, 0).unwrap();
+            let adapter =
+                Capabilities { class, max_binding: 1 << 31, max_buffer: 1 << 32, ..Capabilities::webgpu_minimum() };
+            let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
+            let operands = AttentionOperands {
+                q: (&q).into(),
+                k: (&k).into(),
+                v: (&k).into(),
+                output: (&q).into(),
+                masks: vec![],
+                biases: vec![],
+                lse: true,
+                weights: false,
+                averaged: false,
+                stage: None,
+                method: Method::Auto,
+            };
+            let plan = plan::attention(&problem, &operands, &adapter).unwrap();
+            check(&plan, &adapter);
+            let what = format!("{class:?}, {heads} heads, {len_q} queries");
+            assert!(plan.scratch.iter().sum::<u64>() <= 64 << 20, "{what}: {:?}", plan.scratch);
+            let mut pairs = 0.0;
+            for step in plan.steps.iter().filter(|step| step.variant.name.starts_with("flash")) {
+                let params: &params::Flash = bytemuck::from_bytes(&step.params);
+                // Batch 1, one query head per key head.
+                let rows = f64::from(params.heads_kv * params.group) * f64::from(params.len_q);
+                let flop = rows * f64::from(params.len_k) * 2.0 * 128.0;
+                // A dispatch cannot be interrupted: a second of a software adapter's time, before masking.
+                let most = if class == AdapterClass::Cpu { 20e9 } else { 1e12 };
+                assert!(flop <= most, "{what}: {flop:e} FLOP in one dispatch");
+                pairs += rows * f64::from(params.len_k);
+            }
+            // Nothing left out, nothing twice.
+            assert_eq!(pairs, heads as f64 * len_q as f64 * 65_536.0, "{what}");
         }
     }
 }
