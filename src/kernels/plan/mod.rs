@@ -119,7 +119,7 @@ pub struct Plan {
 }
 
 /// The operands of an attention call: four axes each, masks and biases broadcast to
-/// [`Problem::mask_shape`].
+/// [`Problem::mask_shape`](crate::problem::Problem::mask_shape).
 #[derive(Clone, Debug)]
 pub struct AttentionOperands<'a> {
     /// `[b, hq, i, d]`
