@@ -6,7 +6,7 @@ use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::{GpuBuffer, Purpose};
 use crate::kernels::Operand;
-use crate::kernels::plan::check_buffer;
+use crate::kernels::plan::{check_buffer, padded_bytes};
 use crate::problem::{Dtype, Element, Layout, checked_len};
 
 /// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
@@ -101,7 +101,7 @@ impl Tensor {
     pub(crate) fn blank(device: &Device, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
         match device {
             Device::Gpu(gpu) => {
-                let bytes = (layout.end() as u64 * dtype.stored_size()).next_multiple_of(16);
+                let bytes = padded_bytes(&layout, dtype);
                 check_buffer(gpu.capabilities(), what, bytes)?;
                 Ok(Tensor::from_gpu(gpu.allocate(what, bytes, Purpose::Call)?, layout, dtype, dtype))
             }

@@ -33,21 +33,6 @@ fn random_calls_match_the_truth() {
     }
 }
 
-fn plain(q: [usize; 4], k: [usize; 4], v: [usize; 4]) -> Call {
-    Call {
-        q,
-        k,
-        v,
-        order: Order::Bhsd,
-        positions: Positions::default(),
-        scale: None,
-        softcap: None,
-        masks: vec![],
-        biases: vec![],
-        seed: 7,
-    }
-}
-
 #[test]
 fn every_width_up_to_512() {
     for (name, device) in devices() {
@@ -58,7 +43,7 @@ fn every_width_up_to_512() {
             _ => vec![6, 31, 63, 96, 127, 160, 255, 257, 320, 384, 511, 512],
         };
         for dim in widths {
-            let call = plain([1, 1, 5, dim], [1, 1, 9, dim], [1, 1, 9, dim]);
+            let call = Call::plain([1, 1, 5, dim], [1, 1, 9, dim], [1, 1, 9, dim]);
             if matches!(device, Device::Cpu) || [63, 512].contains(&dim) {
                 call.check(&name, &device, TOLERANCE);
             } else {
@@ -73,7 +58,7 @@ fn sixty_five_thousand_keys() {
     // The last queries of a long sequence; every key before them is seen.
     let call = Call {
         positions: Positions { causal: true, align: Align::BottomRight, ..Default::default() },
-        ..plain([1, 1, 16, 64], [1, 1, 65_536, 64], [1, 1, 65_536, 64])
+        ..Call::plain([1, 1, 16, 64], [1, 1, 65_536, 64], [1, 1, 65_536, 64])
     };
     for (name, device) in devices() {
         call.check_output(&name, &device, Method::Auto, TOLERANCE);
@@ -83,11 +68,11 @@ fn sixty_five_thousand_keys() {
 #[test]
 fn empty_axes_are_valid() {
     for (name, device) in devices() {
-        plain([0, 2, 3, 4], [0, 2, 5, 4], [0, 2, 5, 4]).check(&name, &device, TOLERANCE);
-        plain([2, 2, 0, 4], [2, 2, 5, 4], [2, 2, 5, 4]).check(&name, &device, TOLERANCE);
-        plain([2, 2, 3, 4], [2, 2, 0, 4], [2, 2, 0, 4]).check(&name, &device, TOLERANCE);
-        plain([2, 0, 3, 4], [2, 0, 5, 4], [2, 0, 5, 4]).check(&name, &device, TOLERANCE);
-        let strided = Call { order: Order::Bshd, ..plain([2, 2, 3, 4], [2, 1, 0, 4], [2, 1, 0, 6]) };
+        Call::plain([0, 2, 3, 4], [0, 2, 5, 4], [0, 2, 5, 4]).check(&name, &device, TOLERANCE);
+        Call::plain([2, 2, 0, 4], [2, 2, 5, 4], [2, 2, 5, 4]).check(&name, &device, TOLERANCE);
+        Call::plain([2, 2, 3, 4], [2, 2, 0, 4], [2, 2, 0, 4]).check(&name, &device, TOLERANCE);
+        Call::plain([2, 0, 3, 4], [2, 0, 5, 4], [2, 0, 5, 4]).check(&name, &device, TOLERANCE);
+        let strided = Call { order: Order::Bshd, ..Call::plain([2, 2, 3, 4], [2, 1, 0, 4], [2, 1, 0, 6]) };
         strided.check(&name, &device, TOLERANCE);
     }
 }
@@ -97,7 +82,7 @@ fn what_masked_keys_hold_changes_no_bit() {
     let call = Call {
         masks: vec![(vec![2, 1, 20, 33], MaskMeaning::Keep)],
         positions: Positions { key_lengths: Some(vec![30, 17]), ..Default::default() },
-        ..plain([2, 2, 20, 12], [2, 1, 33, 12], [2, 1, 33, 12])
+        ..Call::plain([2, 2, 20, 12], [2, 1, 33, 12], [2, 1, 33, 12])
     };
     let clean = call.data();
     for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
@@ -126,7 +111,7 @@ fn not_finite_inputs_reach_exactly_what_depends_on_them() {
     // Causal: row i depends on keys 0..=i. Each poison in turn, against the truth.
     let call = Call {
         positions: Positions { causal: true, ..Default::default() },
-        ..plain([1, 2, 40, 8], [1, 2, 40, 8], [1, 2, 40, 8])
+        ..Call::plain([1, 2, 40, 8], [1, 2, 40, 8], [1, 2, 40, 8])
     };
     for (name, device) in devices() {
         for poison in [f32::NAN, f32::INFINITY] {
@@ -152,7 +137,7 @@ fn not_finite_inputs_reach_exactly_what_depends_on_them() {
 #[test]
 fn same_bits_every_run_and_in_every_batch() {
     const BATCH: usize = 7;
-    let call = plain([BATCH, 2, 37, 24], [BATCH, 2, 51, 24], [BATCH, 2, 51, 24]);
+    let call = Call::plain([BATCH, 2, 37, 24], [BATCH, 2, 51, 24], [BATCH, 2, 51, 24]);
     let data = call.data();
     for (name, device) in devices() {
         let mut methods = vec![Method::Auto, Method::ThreePasses];
@@ -176,7 +161,7 @@ fn same_bits_every_run_and_in_every_batch() {
             let mut one = data.clone();
             (one.q, one.k, one.v) =
                 (part(&data.q, 2 * 37 * 24), part(&data.k, 2 * 51 * 24), part(&data.v, 2 * 51 * 24));
-            let single = plain([1, 2, 37, 24], [1, 2, 51, 24], [1, 2, 51, 24]);
+            let single = Call::plain([1, 2, 37, 24], [1, 2, 51, 24], [1, 2, 51, 24]);
             let alone = single.run(device, &one, attention()).unwrap().output.download().unwrap();
             assert_eq!(bits(&alone), bits(&part(&all, 2 * 37 * 24)), "{name}, batch entry {b}");
         }
@@ -185,7 +170,7 @@ fn same_bits_every_run_and_in_every_batch() {
 
 #[test]
 fn a_thousand_forwards_allocate_nothing() {
-    let call = plain([2, 2, 16, 16], [2, 2, 24, 16], [2, 2, 24, 16]);
+    let call = Call::plain([2, 2, 16, 16], [2, 2, 24, 16], [2, 2, 24, 16]);
     let data = call.data();
     for (name, gpu) in gpus() {
         let device = Device::Gpu(gpu.clone());
@@ -228,7 +213,7 @@ fn softmax_over_every_axis() {
 
 #[test]
 fn work_recorded_into_a_callers_encoder() {
-    let call = plain([2, 2, 19, 16], [2, 2, 23, 16], [2, 2, 23, 12]);
+    let call = Call::plain([2, 2, 19, 16], [2, 2, 23, 16], [2, 2, 23, 12]);
     let data = call.data();
     let (truth, _) = call.truth(&data);
     for (name, gpu) in gpus() {

@@ -4,7 +4,7 @@ mod kit;
 
 use std::ops::Range;
 
-use kit::{Call, Data, Order, assert_close, bits, devices, gpus, place};
+use kit::{Call, Data, assert_close, bits, devices, gpus, place};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::kernels::plan::{self, InspectOperands};
@@ -54,18 +54,7 @@ fn all() -> Inspect {
 }
 
 fn plain(q: [usize; 4], k: [usize; 4]) -> Call {
-    Call {
-        q,
-        k,
-        v: [k[0], k[1], k[2], 4],
-        order: Order::Bhsd,
-        positions: Positions::default(),
-        scale: None,
-        softcap: None,
-        masks: vec![],
-        biases: vec![],
-        seed: 7,
-    }
+    Call::plain(q, k, [k[0], k[1], k[2], 4])
 }
 
 /// The entries of `[rows, row]` values that `heads` and `queries` choose; rows are `[b, h, i]`.

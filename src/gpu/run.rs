@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
-use crate::kernels::plan::{self, AttentionOperands, InspectOperands, padded_bytes};
+use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
 use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
 use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage, Sequence};
 use crate::tensor::{Storage, Tensor};
@@ -160,8 +160,14 @@ impl Recording {
     }
 
     /// A new tensor of f32 that is rounded to `dtype` on download.
-    fn output(&self, what: &str, layout: Layout, bytes: u64, dtype: Dtype) -> Result<Tensor> {
-        Ok(Tensor::from_gpu(self.gpu.allocate(what, bytes, Purpose::Call)?, layout, dtype, Dtype::F32))
+    fn output(&self, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
+        self.output_stored(what, layout, dtype, Dtype::F32)
+    }
+
+    /// A new tensor held as `stored`.
+    fn output_stored(&self, what: &str, layout: Layout, dtype: Dtype, stored: Dtype) -> Result<Tensor> {
+        let buffer = self.gpu.allocate(what, plan::padded_bytes(&layout, stored), Purpose::Call)?;
+        Ok(Tensor::from_gpu(buffer, layout, dtype, stored))
     }
 
     /// The same values in a buffer of f32, for kernels that read nothing else.
@@ -182,8 +188,7 @@ impl Recording {
             four = four.unsqueeze(0)?;
         }
         let plan = plan::widen(Operand { layout: &four, stored: x.stored() }, &self.gpu.0.capabilities)?;
-        let bytes = padded_bytes(&layout);
-        let wide = self.output("a tensor widened to f32", layout, bytes, x.dtype())?;
+        let wide = self.output("a tensor widened to f32", layout, x.dtype())?;
         self.add(plan, |slot| match slot {
             Slot::Q => Some(buffer_of(x).clone()),
             Slot::Output => Some(buffer_of(&wide).clone()),
@@ -266,8 +271,7 @@ impl Recording {
             plan::project(x.operand(), w.operand(), bias.map(Tensor::layout), &layouts, &self.gpu.0.capabilities)?;
         let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
         let layout = Layout::contiguous(&shape)?;
-        let bytes = padded_bytes(&layout);
-        let y = self.output("projection", layout, bytes, x.dtype())?;
+        let y = self.output("projection", layout, x.dtype())?;
         self.add(plan, |slot| {
             Some(buffer_of(match slot {
                 Slot::Q => x,
@@ -342,7 +346,7 @@ impl Recording {
             plan => plan,
         }?;
         let square = |recording: &Recording, what: &str, layout: &Option<Layout>| {
-            let make = |layout: &Layout| recording.output(what, layout.clone(), padded_bytes(layout), dtype);
+            let make = |layout: &Layout| recording.output(what, layout.clone(), dtype);
             layout.as_ref().map(make).transpose()
         };
         let weights = square(self, "weights", &plan.weights)?;
@@ -352,8 +356,7 @@ impl Recording {
             .lse
             .then(|| {
                 let layout = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
-                let bytes = padded_bytes(&layout);
-                self.output("lse", layout, bytes, Dtype::F32)
+                self.output("lse", layout, Dtype::F32)
             })
             .transpose()?;
         let output = match output {
@@ -363,11 +366,7 @@ impl Recording {
                     "three passes add up their output in f32; an output buffer of {stored} needs the fused method"
                 ));
             }
-            None => {
-                let bytes = (output_layout.end() as u64 * plan.output.stored_size()).next_multiple_of(16);
-                let buffer = self.gpu.allocate("output", bytes, Purpose::Call)?;
-                Tensor::from_gpu(buffer, output_layout, dtype, plan.output)
-            }
+            None => self.output_stored("output", output_layout, dtype, plan.output)?,
         };
         self.add(plan, |slot| {
             Some(buffer_of(match slot {
@@ -424,7 +423,7 @@ impl Recording {
             &self.gpu.0.capabilities,
         )?;
         let result = |what: &str, layout: &Option<Layout>, dtype| {
-            let make = |layout: &Layout| self.output(what, layout.clone(), padded_bytes(layout), dtype);
+            let make = |layout: &Layout| self.output(what, layout.clone(), dtype);
             layout.as_ref().map(make).transpose()
         };
         let inspected = Inspected {
@@ -475,13 +474,8 @@ impl Recording {
         };
         let plan = plan::packed(problem, &operands, sequences, &self.gpu.0.capabilities)?;
         let lse_layout = Layout::contiguous(&[1, problem.heads_q, problem.len_q])?;
-        let lse = wanted
-            .lse
-            .then(|| self.output("lse", lse_layout.clone(), padded_bytes(&lse_layout), Dtype::F32))
-            .transpose()?;
-        let bytes = (layout.end() as u64 * stored.stored_size()).next_multiple_of(16);
-        let buffer = self.gpu.allocate("output", bytes, Purpose::Call)?;
-        let output = Tensor::from_gpu(buffer, layout, dtype, stored);
+        let lse = wanted.lse.then(|| self.output("lse", lse_layout, Dtype::F32)).transpose()?;
+        let output = self.output_stored("output", layout, dtype, stored)?;
         self.add(plan, |slot| {
             Some(buffer_of(match slot {
                 Slot::Q => q,
@@ -510,8 +504,7 @@ impl Recording {
         }
         let plan = plan::softmax(Operand { layout: &layout, stored: x.stored() }, &self.gpu.0.capabilities)?;
         let padded = plan.weights.clone().expect("a softmax has a result");
-        let bytes = padded_bytes(&padded);
-        let out = self.output("softmax", padded, bytes, x.dtype())?;
+        let out = self.output("softmax", padded, x.dtype())?;
         self.add(plan, |slot| match slot {
             Slot::Q => Some(buffer_of(x).clone()),
             Slot::Output => Some(buffer_of(&out).clone()),
@@ -554,9 +547,8 @@ impl Recording {
         let plan =
             plan::merge(outputs.map(Tensor::layout), lses.map(Tensor::layout), &layout, &self.gpu.0.capabilities)?;
         let lse_layout = Layout::contiguous(&layout.shape()[..3])?;
-        let (bytes, lse_bytes) = (padded_bytes(&layout), padded_bytes(&lse_layout));
-        let output = self.output("output", layout, bytes, dtype)?;
-        let lse = self.output("lse", lse_layout, lse_bytes, Dtype::F32)?;
+        let output = self.output("output", layout, dtype)?;
+        let lse = self.output("lse", lse_layout, Dtype::F32)?;
         self.add(plan, |slot| {
             Some(buffer_of(match slot {
                 Slot::Q => outputs[0],

@@ -129,6 +129,22 @@ fn pick<T: Copy>(rng: &mut Pcg64, from: &[T]) -> T {
 }
 
 impl Call {
+    /// A call without any rule.
+    pub fn plain(q: [usize; 4], k: [usize; 4], v: [usize; 4]) -> Call {
+        Call {
+            q,
+            k,
+            v,
+            order: Order::Bhsd,
+            positions: Positions::default(),
+            scale: None,
+            softcap: None,
+            masks: vec![],
+            biases: vec![],
+            seed: 7,
+        }
+    }
+
     /// A random call of modest size: every option has its chance.
     pub fn random(seed: u64) -> Call {
         let mut rng = Pcg64::seed_from_u64(seed);

@@ -15,7 +15,7 @@ use super::{
     padded_bytes, rows_padded, strides_used, strides4, window,
 };
 use crate::error::Result;
-use crate::problem::{Layout, MaskMeaning, Problem, checked_len};
+use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
 
 /// Rows walked over before a sum is handed on, at least, and most pieces of a sum. Chosen by lengths alone:
 /// the sums of a row are cut the same way whatever else is chosen.
@@ -81,13 +81,13 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         (Inspection::Entropy, Slot::Entropy, "the entropies", planner.plan.entropy.clone(), len_k),
     ] {
         let Some(layout) = layout else { continue };
-        check_buffer(adapter, what, padded_bytes(&layout))?;
+        check_buffer(adapter, what, padded_bytes(&layout, Dtype::F32))?;
         if layout.is_empty() {
             continue;
         }
         if walked == 0 {
             // Sums of nothing.
-            planner.fill(slot, (padded_bytes(&layout) / 4) as usize, 0)?;
+            planner.fill(slot, (padded_bytes(&layout, Dtype::F32) / 4) as usize, 0)?;
             continue;
         }
         let most_heads = runs.iter().map(|(_, run)| run.count).max().unwrap_or(0);

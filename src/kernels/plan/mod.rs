@@ -229,9 +229,9 @@ fn rows_padded(shape: &[usize]) -> Result<Layout> {
     Layout::contiguous(&padded)?.narrow(lead.len(), 0, width)
 }
 
-/// Bytes of the buffer behind a tensor of rows padded to whole vec4s.
-pub fn padded_bytes(layout: &Layout) -> u64 {
-    (layout.end() as u64 * 4).next_multiple_of(16)
+/// Bytes of the buffer behind a tensor that is held as `stored`, up to a whole vec4.
+pub fn padded_bytes(layout: &Layout, stored: Dtype) -> u64 {
+    (layout.end() as u64 * stored.stored_size()).next_multiple_of(16)
 }
 
 struct Planner<'a> {

@@ -40,7 +40,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         ("the scores", &planner.plan.stage),
     ] {
         if let Some(layout) = layout {
-            check_buffer(adapter, what, padded_bytes(layout))?;
+            check_buffer(adapter, what, padded_bytes(layout, Dtype::F32))?;
         }
     }
     planner.plan.output = operands.output.stored;
@@ -48,7 +48,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         if let Some(averaged) = planner.plan.averaged.clone().filter(|layout| !layout.is_empty()) {
             // The mean over no head is 0.
             planner.plan.scratch = vec![16];
-            planner.fill(Slot::Averaged, (padded_bytes(&averaged) / 4) as usize, 0)?;
+            planner.fill(Slot::Averaged, (padded_bytes(&averaged, Dtype::F32) / 4) as usize, 0)?;
         }
         return Ok(planner.plan);
     }
@@ -273,7 +273,7 @@ impl<'a> Call<'a> {
             ),
             None => {
                 let layout = rows_padded(&[b.count, h.count, i.count, len_k])?;
-                let size = padded_bytes(&layout);
+                let size = padded_bytes(&layout, Dtype::F32);
                 (Slot::Scratch(0), layout, Window { offset: 0, size, first: 0 })
             }
         };

@@ -6,7 +6,7 @@ use super::super::catalogue::{self, Tile};
 use super::super::params;
 use super::{Binding, Part, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation, window};
 use crate::error::{Result, shape_error};
-use crate::problem::Layout;
+use crate::problem::{Dtype, Layout};
 
 /// vec4s of X that an invocation of a software adapter keeps.
 const KEPT: u32 = 256;
@@ -33,7 +33,7 @@ pub fn project(
         return Err(shape_error!("X {:?} is {dim_in} wide but W {:?} takes {dim_w}", x.shape(), w.shape()));
     }
     let y = Layout::contiguous(&[batch, len + extra.len(), dim_out])?;
-    check_buffer(adapter, "a projection", padded_bytes(&y))?;
+    check_buffer(adapter, "a projection", padded_bytes(&y, Dtype::F32))?;
     let mut planner = Planner { adapter, plan: Plan::default() };
     let align = adapter.offset_alignment;
     let mut size = [batch, len, dim_out];

@@ -9,14 +9,14 @@ use super::{
     strides4, window,
 };
 use crate::error::Result;
-use crate::problem::Layout;
+use crate::problem::{Dtype, Layout};
 
 /// Softmax over the last axis of X (at most four axes, any strides): X (Q) is copied into rows of
 /// whole vec4s (Output, [`Plan::weights`]) and weighed there.
 pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let out = rows_padded(x.shape())?;
-    check_buffer(adapter, "the softmax", padded_bytes(&out))?;
+    check_buffer(adapter, "the softmax", padded_bytes(&out, Dtype::F32))?;
     let width4 = x.shape()[3].div_ceil(4) as u32;
     let (workgroup, lanes) = if adapter.class == AdapterClass::Cpu { (8, 1) } else { (64, 64) };
     planner.rows_copied(x, &out, width4 * 4, |planner, rows, to| {
@@ -44,7 +44,7 @@ pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
 pub fn widen(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let out = Layout::contiguous(x.shape())?;
-    check_buffer(adapter, "a tensor widened to f32", padded_bytes(&out))?;
+    check_buffer(adapter, "a tensor widened to f32", padded_bytes(&out, Dtype::F32))?;
     planner.rows_copied(x, &out, x.shape()[3] as u32, |_, _, _| Ok(()))?;
     Ok(planner.plan)
 }
