@@ -442,10 +442,8 @@ fn main(
         }
         // @unroll
         for (var d = 0u; d < COLS4; d++) {
-            // @unroll
-            for (var r = 0u; r < ROWS; r++) {
-                sum[r * COLS4 + d] *= factor[r];
-            }
+            // The values first, then row by row: what a row sums stands in registers for all keys of the step.
+            var v_tile: array<vec4<f32>, KEYS>;
             // @unroll
             for (var c = 0u; c < KEYS; c++) {
                 if ((d * KEYS + c) % SHARE == 0u) {
@@ -457,10 +455,16 @@ fn main(
                 // @block share_v
                 let v4 = mine;
                 // @end
+                v_tile[c] = v4;
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                var row_sum = sum[r * COLS4 + d] * factor[r];
                 // @unroll
-                for (var r = 0u; r < ROWS; r++) {
-                    sum[r * COLS4 + d] = fma(vec4<f32>(weight[r * GROUPS + c / 4u][c % 4u]), v4, sum[r * COLS4 + d]);
+                for (var c = 0u; c < KEYS; c++) {
+                    row_sum = fma(vec4<f32>(weight[r * GROUPS + c / 4u][c % 4u]), v_tile[c], row_sum);
                 }
+                sum[r * COLS4 + d] = row_sum;
             }
         }
     }

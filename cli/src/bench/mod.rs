@@ -6,7 +6,7 @@ pub mod shape;
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde_json::json;
 use wgpu_attention::{Method, Weights};
@@ -18,35 +18,6 @@ use crate::target::{self, Target, backend_name};
 use measure::{Effort, Times, measure};
 use plot::{Line, Plot};
 use shape::{Shape, Work};
-
-/// Which kernels compute the output.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-pub enum MethodWord {
-    /// Fused wherever it can be
-    Auto,
-    /// One kernel that holds no scores
-    Fused,
-    /// Scores, softmax and weighted sum one after the other
-    Passes,
-}
-
-impl MethodWord {
-    fn method(self) -> Method {
-        match self {
-            MethodWord::Auto => Method::Auto,
-            MethodWord::Fused => Method::Fused,
-            MethodWord::Passes => Method::ThreePasses,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            MethodWord::Auto => "auto",
-            MethodWord::Fused => "fused",
-            MethodWord::Passes => "passes",
-        }
-    }
-}
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -87,9 +58,11 @@ pub struct BenchArgs {
     /// The lengths are causal
     #[arg(long, requires = "lengths")]
     causal: bool,
-    /// Which kernels; several for a comparison. The CPU backend has one way only
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
-    method: Vec<MethodWord>,
+    /// Which kernels: auto, fused, passes (three of them) or a cut of the fused one, as rows8x8/keys8/subgroup8
+    /// (rows per invocation, invocations, keys per step, lanes that share loads); several for a
+    /// comparison. The CPU backend has one way only
+    #[arg(long, value_name = "METHOD,…", value_delimiter = ',', default_value = "auto", value_parser = parse_method)]
+    method: Vec<Method>,
     /// Also time each shape with its attention weights returned
     #[arg(long)]
     weights: bool,
@@ -121,12 +94,28 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|s| (0.0..=MOST).contains(s)).ok_or_else(|| format!("0 to {MOST} seconds are needed"))
 }
 
+fn parse_method(text: &str) -> Result<Method, String> {
+    match text {
+        "passes" => Ok(Method::ThreePasses),
+        other => other
+            .parse()
+            .map_err(|error: wgpu_attention::Error| format!("{error}; auto, fused and passes are methods too")),
+    }
+}
+
+fn method_name(method: Method) -> String {
+    match method {
+        Method::ThreePasses => "passes".into(),
+        other => other.to_string(),
+    }
+}
+
 /// One measurement, done or failed.
 struct Row<'a> {
     shape: &'a Shape,
     /// Where in the sweep of lengths.
     length: Option<usize>,
-    method: Option<MethodWord>,
+    method: Option<Method>,
     weights: bool,
     /// Operations per second that the device could do.
     ceiling: f64,
@@ -135,8 +124,8 @@ struct Row<'a> {
 
 impl Row<'_> {
     fn way(&self) -> String {
-        let method = self.method.map_or("", MethodWord::name);
-        match (method, self.weights) {
+        let method = self.method.map(method_name).unwrap_or_default();
+        match (method.as_str(), self.weights) {
             (method, false) => method.to_string(),
             ("", true) => "weights".into(),
             (method, true) => format!("{method}, weights"),
@@ -171,7 +160,7 @@ impl Row<'_> {
             "adapter": target.device.name(),
             "backend": info.map_or("cpu", |info| backend_name(info.backend)),
             "driver": info.map(|info| format!("{} {}", info.driver, info.driver_info).trim().to_string()),
-            "method": self.method.map(MethodWord::name),
+            "method": self.method.map(method_name),
             "weights": self.weights,
             "kernel": times.map(Row::kernel),
             "kernels": times.map(|times| &times.kernels),
@@ -291,13 +280,13 @@ pub fn bench(args: &BenchArgs, adapter: Option<&str>) -> Result<bool> {
 fn rows<'a>(
     target: &Target,
     shapes: &'a [(Shape, Option<usize>)],
-    methods: &[MethodWord],
+    methods: &[Method],
     with_weights: bool,
     effort: Effort,
 ) -> Result<Vec<Row<'a>>> {
     let device = &target.device;
     let ceiling = device.multiply_add_ceiling()?;
-    let methods: Vec<Option<MethodWord>> = match device.gpu() {
+    let methods: Vec<Option<Method>> = match device.gpu() {
         Some(_) => methods.iter().copied().map(Some).collect(),
         None => vec![None],
     };
@@ -310,8 +299,7 @@ fn rows<'a>(
                 let done = rows.len() + 1;
                 let _spinner = Spinner::start(format!("{} on {}, {done} of {total}", shape.name, device.name()));
                 let wanted = if weights { Weights::PerHead } else { Weights::None };
-                let method_of_call = method.map_or(Method::Auto, MethodWord::method);
-                let times = measure(shape, device, method_of_call, wanted, effort);
+                let times = measure(shape, device, method.unwrap_or_default(), wanted, effort);
                 rows.push(Row { shape, length: *length, method, weights, ceiling, times });
             }
         }

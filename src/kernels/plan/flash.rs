@@ -481,8 +481,6 @@ impl Cut {
         let keys = match adapter.class {
             // Where every lane of a software adapter loads for itself, the loads outweigh all else.
             AdapterClass::Cpu if share == 1 => 1,
-            // More keys per step rescale the output less often, and take longer to compile.
-            AdapterClass::Cpu if rows == 8 && problem.len_k >= 256 => 8,
             _ => 4,
         };
         Cut { workgroup, rows, keys, share }
