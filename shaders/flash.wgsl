@@ -81,6 +81,11 @@ struct Params {
     not_a_number: u32,
     scale: f32,
     softcap: f32,
+    // Of the classes of tiles.
+    tile_batch_stride: u32,
+    tile_head_stride: u32,
+    tiles: u32,
+    pad: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -123,6 +128,26 @@ fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
 @group(0) @binding(7) var<storage, read> bias: array<f32>;
 fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
     return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block tiles
+// What masks and biases leave of a tile of keys: classify.wgsl.
+const TILE: u32 = 32u;
+@group(0) @binding(11) var<storage, read> tiles: array<u32>;
+// The first key from j on whose tile any row may see.
+fn next_key(row: u32, j: u32, end: u32) -> u32 {
+    var next = j;
+    while (next < end && tiles[row + next / TILE] == 2u) {
+        next = (next / TILE + 1u) * TILE;
+    }
+    return next;
+}
+// @end
+
+// @block all_seen
+fn all_seen(row: u32, j: u32) -> bool {
+    return tiles[row + j / TILE] == 1u;
 }
 // @end
 
@@ -248,7 +273,7 @@ struct Scores {
 }
 
 // Scores of keys j, j + 1, …
-fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>) -> Scores {
+fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool) -> Scores {
     let step = vec4<u32>(0u, 1u, 2u, 3u);
     var x = sum * params.scale;
     if (SOFTCAP) {
@@ -262,7 +287,7 @@ fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i
         let inside = (key < vec4<i32>(band.x)) & (key >= row + vec4<i32>(band.y)) & (key <= row + vec4<i32>(band.z));
         seen = seen & (inside | (key >= vec4<i32>(i32(params.ruled_keys))));
     }
-    if (LISTED) {
+    if (LISTED && listed) {
         // @unroll
         for (var c = 0u; c < 4u; c++) {
             if (c < KEYS) {
@@ -385,7 +410,10 @@ fn main(
     for (var r = 0u; r < ROWS; r++) {
         peak[r] = LEAST;
     }
-    for (var j = start; j < end; j += KEYS) {
+    let tile_row = b * params.tile_batch_stride + head_kv * params.tile_head_stride
+        + sequence.row_block * params.tiles;
+    for (var j = next_key(tile_row, start, end); j < end; j = next_key(tile_row, j + KEYS, end)) {
+        let listed = !all_seen(tile_row, j);
         var mine: vec4<f32>;
         var weight: array<vec4<f32>, ROWS * GROUPS>;
         // Not written out: a quarter of the text, and what the loop carries is little.
@@ -423,7 +451,7 @@ fn main(
             var highest = peak[r];
             // @unroll
             for (var g = 0u; g < GROUPS; g++) {
-                scores[g] = finish(weight[r * GROUPS + g], b, head[r], query[r], j + 4u * g, end, band);
+                scores[g] = finish(weight[r * GROUPS + g], b, head[r], query[r], j + 4u * g, end, band, listed);
                 let x = select(vec4<f32>(LEAST), scores[g].x, scores[g].seen);
                 let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
                 worst[r] = max(max(max(worst[r], bits.x), bits.y), max(bits.z, bits.w));
@@ -534,7 +562,7 @@ fn main(
                     for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
                         part += dot(load_q(q_from, e), load_k(k_base + j * params.k_strides.z, e));
                     }
-                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band), row_peak).x * row_divisor;
+                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true), row_peak).x * row_divisor;
                     term += select(vec4<f32>(), weight * value, not_finite(value));
                     sees = true;
                 }

@@ -100,6 +100,7 @@ fn params_have_the_layout_that_the_shaders_read() {
         (Kernel::Copy, params::Copy::fields(), size_of::<params::Copy>()),
         (Kernel::Probe, params::Probe::fields(), size_of::<params::Probe>()),
         (Kernel::Scatter, params::Scatter::fields(), size_of::<params::Scatter>()),
+        (Kernel::Classify, params::Classify::fields(), size_of::<params::Classify>()),
     ];
     for (kernel, fields, size) in all {
         let (module, _) = validate(kernel.name(), kernel.source());
@@ -142,7 +143,7 @@ fn workgroup_sizes_and_memory_are_what_planning_counts() {
 fn blocks_that_recur_are_the_same_everywhere() {
     let mut seen: BTreeMap<&str, (Kernel, String)> = BTreeMap::new();
     let mut shared = 0;
-    for kernel in [Kernel::Scores, Kernel::WeightedSum, Kernel::Flash, Kernel::Inspect] {
+    for kernel in [Kernel::Scores, Kernel::WeightedSum, Kernel::Flash, Kernel::Inspect, Kernel::Classify] {
         for (name, body) in blocks(kernel.source()) {
             if !["bands", "mask_a", "mask_b", "bias", "visible", "lane", "lane_builtin", "tanh"].contains(&name) {
                 continue;
@@ -156,7 +157,7 @@ fn blocks_that_recur_are_the_same_everywhere() {
             }
         }
     }
-    assert_eq!(shared, 23);
+    assert_eq!(shared, 26);
 }
 
 #[test]

@@ -34,11 +34,13 @@ pub enum Kernel {
     Probe,
     /// Rows written into a cache of keys or values.
     Scatter,
+    /// What masks leave of tiles of keys.
+    Classify,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 13] = [
+    pub const ALL: [Kernel; 14] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -52,6 +54,7 @@ impl Kernel {
         Kernel::Copy,
         Kernel::Probe,
         Kernel::Scatter,
+        Kernel::Classify,
     ];
 
     /// The file's name without its ending.
@@ -70,6 +73,7 @@ impl Kernel {
             Kernel::Copy => "copy",
             Kernel::Probe => "probe",
             Kernel::Scatter => "scatter",
+            Kernel::Classify => "classify",
         }
     }
 
@@ -89,6 +93,7 @@ impl Kernel {
             Kernel::Copy => include_str!("../../shaders/copy.wgsl"),
             Kernel::Probe => include_str!("../../shaders/probe.wgsl"),
             Kernel::Scatter => include_str!("../../shaders/scatter.wgsl"),
+            Kernel::Classify => include_str!("../../shaders/classify.wgsl"),
         }
     }
 }
@@ -168,6 +173,11 @@ impl Rules {
                 name.push_str("/band");
             }
         }
+        self.apply_lists(changes, name).flag("BANDED", self.banded || self.bands)
+    }
+
+    /// Masks and bias alone.
+    fn apply_lists(&self, mut changes: Changes, name: &mut String) -> Changes {
         if self.masks < 1 {
             changes = changes.block("mask_a", "fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
         }
@@ -184,7 +194,7 @@ impl Rules {
         } else {
             changes = changes.block("bias", "fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 { return 0.0; }");
         }
-        changes.flag("BANDED", self.banded || self.bands)
+        changes
     }
 }
 
@@ -274,16 +284,26 @@ pub struct FlashAccess {
     pub o: Access,
 }
 
-/// A variant of `flash.wgsl`; `packed`: sequences of any lengths one behind another.
-pub fn flash(
-    tile: FlashTile,
-    access: FlashAccess,
-    padded: [bool; 2],
-    softcap: bool,
-    lse: bool,
-    rules: Rules,
-    packed: bool,
-) -> Variant {
+/// What a variant of `flash.wgsl` does beside the products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlashOptions {
+    /// Whether the registers hold more than the width of a key, of a value.
+    pub padded: [bool; 2],
+    /// Whether scores are capped.
+    pub softcap: bool,
+    /// Whether the LSE is written.
+    pub lse: bool,
+    /// What hides keys.
+    pub rules: Rules,
+    /// Whether tiles of keys were classed by what masks leave of them.
+    pub tiles: bool,
+    /// Whether sequences of any lengths lie one behind another.
+    pub packed: bool,
+}
+
+/// A variant of `flash.wgsl`.
+pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
+    let FlashOptions { padded, softcap, lse, rules, tiles, packed } = options;
     let mut name = String::from("flash");
     let shared = [
         ("share_k", "let k4 = subgroupBroadcast(mine, d % SHARE);"),
@@ -315,6 +335,19 @@ pub fn flash(
         changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
+    if !tiles {
+        changes = changes.block(
+            "tiles",
+            "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }",
+        );
+    } else {
+        name.push_str("/tiles");
+        changes = changes.number("TILE", CLASS_TILE);
+    }
+    // A bias is added where nothing is hidden too.
+    if !tiles || rules.bias {
+        changes = changes.block("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
+    }
     if packed {
         // Two entries per sequence (where its rows and keys lie, its band and keys per split), then for every
         // block of rows the sequence and the block in it.
@@ -335,6 +368,16 @@ fn band_of(s: u32) -> vec4<i32> { return bands[2u * s + 1u]; }",
             );
     }
     Variant { kernel: Kernel::Flash, changes, name }
+}
+
+/// Keys of a tile that `classify.wgsl` classes.
+pub const CLASS_TILE: u32 = 32;
+
+/// A variant of `classify.wgsl`.
+pub fn classify(rules: Rules) -> Variant {
+    let mut name = String::from("classify");
+    let changes = rules.apply_lists(Changes::default(), &mut name).number("TILE", CLASS_TILE);
+    Variant { kernel: Kernel::Classify, changes, name }
 }
 
 /// A variant of `merge.wgsl`.
@@ -607,6 +650,7 @@ pub fn variants() -> Vec<Variant> {
         (8, 8, 128, 128, 1),
         (8, 4, 1, 3, 4),
     ] {
+        let plain = FlashOptions::default();
         for rows in [1, 4] {
             let tile = FlashTile { workgroup, rows, keys, share, depth4, cols4 };
             let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
@@ -617,7 +661,11 @@ pub fn variants() -> Vec<Variant> {
                 let rules = Rules { masks: rules.masks.min(1), ..rules };
                 let lse = rules.buffers() < 3;
                 if rows == 4 || n == 0 {
-                    all.push(flash(tile, access, [n == 2; 2], n == 2, lse, rules, false));
+                    let options = FlashOptions { padded: [n == 2; 2], softcap: n == 2, lse, rules, ..plain };
+                    all.push(flash(tile, access, options));
+                    if lse && (rules.masks > 0 || rules.bias) {
+                        all.push(flash(tile, access, FlashOptions { tiles: true, ..options }));
+                    }
                 }
             }
             let mut mixed = vec![
@@ -631,10 +679,10 @@ pub fn variants() -> Vec<Variant> {
             }
             for banded in [false, true] {
                 let rules = Rules { banded, ..Rules::default() };
-                all.push(flash(tile, all_wide, [false; 2], false, banded, rules, true));
+                all.push(flash(tile, all_wide, FlashOptions { lse: banded, rules, packed: true, ..plain }));
             }
             for access in mixed {
-                all.push(flash(tile, access, [true, false], false, false, Rules::default(), false));
+                all.push(flash(tile, access, FlashOptions { padded: [true, false], ..plain }));
             }
         }
     }
@@ -674,6 +722,7 @@ pub fn variants() -> Vec<Variant> {
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
     all.extend([probe(8), probe(64)]);
+    all.extend(rules.into_iter().filter(|rules| rules.masks > 0 || rules.bias).map(classify));
     for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
         all.extend([fold(source, false), fold(source, true)]);
     }

@@ -141,6 +141,10 @@ params! {
         not_a_number: u32,
         scale: f32,
         softcap: f32,
+        tile_batch_stride: u32,
+        tile_head_stride: u32,
+        tiles: u32,
+        pad: u32,
     }
 }
 
@@ -345,5 +349,30 @@ params! {
         pad_0: u32,
         pad_1: u32,
         pad_2: u32,
+    }
+}
+
+params! {
+    /// `classify.wgsl`
+    Classify {
+        mask_a_strides: [u32; 4],
+        mask_b_strides: [u32; 4],
+        bias_strides: [u32; 4],
+        mask_a_offset: u32,
+        mask_b_offset: u32,
+        bias_offset: u32,
+        mask_a_keeps: u32,
+        mask_b_keeps: u32,
+        heads_kv: u32,
+        group: u32,
+        len_q: u32,
+        len_k: u32,
+        ruled_keys: u32,
+        rows_per_block: u32,
+        row_blocks: u32,
+        tiles: u32,
+        total: u32,
+        workgroups: u32,
+        minus_infinity: u32,
     }
 }

@@ -2,9 +2,9 @@
 
 use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, FlashAccess, FlashTile};
+use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashTile};
 use super::super::params;
-use super::passes::{Call, Slices};
+use super::passes::{BoundRules, Call, Slices};
 use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer,
     rows_per_invocation, strides_used, window,
@@ -66,6 +66,8 @@ struct Fused<'a> {
     keys_per_split: usize,
     /// Of a ragged batch; empty where every entry of the batch is as long.
     sequences: &'a [Sequence],
+    /// Whether tiles of keys are classed by what masks and biases leave of them.
+    tiles: bool,
 }
 
 impl<'a> Fused<'a> {
@@ -109,7 +111,9 @@ impl<'a> Fused<'a> {
         if 4 + u32::from(lse) + table + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
+        let spare = adapter.max_storage_buffers.min(7) - (4 + u32::from(lse) + table + call.rules.buffers());
         let mut fused = Fused {
+            tiles: spare > 0 && hides_tiles(&call, tile),
             call,
             adapter,
             tile,
@@ -132,7 +136,7 @@ impl<'a> Fused<'a> {
             let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
             let fits = fused.largest_binding() <= adapter.max_binding;
             if fits && pairs * 2.0 * (dim_k + dim_v) as f64 <= most_work {
-                return Ok(fused);
+                break;
             }
             let slices = &mut fused.slices;
             if batch > 1 {
@@ -142,13 +146,15 @@ impl<'a> Fused<'a> {
             } else if rows > 32 {
                 slices.rows = rows.div_ceil(2).next_multiple_of(32);
             } else if fits {
-                return Ok(fused);
+                break;
             } else if rows > 1 {
                 slices.rows = rows.div_ceil(2);
             } else {
                 return Err(format!("a binding of {} bytes is too large", fused.largest_binding()));
             }
         }
+        fused.tiles &= fused.class_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding);
+        Ok(fused)
     }
 
     /// Bytes of the largest binding of any step.
@@ -167,8 +173,8 @@ impl<'a> Fused<'a> {
         let Problem { batch, heads_q, len_q, dim_v, .. } = *self.call.problem;
         let mut planner = Planner { adapter: self.adapter, plan: Plan::default() };
         planner.plan.bands = self.call.band_table();
-        // Partial outputs, folded rules, partial LSE.
-        let mut scratch = vec![16; 3];
+        // Partial outputs, folded rules, partial LSE, classes of tiles.
+        let mut scratch = vec![16; 4];
         if self.call.fold_rules {
             let folded = checked_len(&self.call.folded_shape(self.slices))?;
             scratch[1] = ((folded * 4) as u64).next_multiple_of(16).max(16);
@@ -177,6 +183,9 @@ impl<'a> Fused<'a> {
             let rows = checked_len(&[self.splits, self.slices.batch, self.slices.heads, self.slices.rows])?;
             scratch[0] = checked_len(&[rows, dim_v.next_multiple_of(4)])? as u64 * 4;
             scratch[2] = (rows as u64 * 4).next_multiple_of(16);
+        }
+        if self.tiles {
+            scratch[3] = self.class_bytes()?;
         }
         for &bytes in &scratch {
             check_buffer(self.adapter, "working memory", bytes)?;
@@ -229,6 +238,73 @@ impl<'a> Fused<'a> {
         dispatches.into_iter().map(|part| Part { start: sequences + part.start, count: part.count }).collect()
     }
 
+    /// Blocks of rows of as many queries.
+    fn row_blocks(&self, len_q: usize) -> usize {
+        (self.call.problem.group() * len_q).div_ceil((self.tile.workgroup * self.tile.rows) as usize)
+    }
+
+    /// Tiles of keys per block of rows.
+    fn class_tiles(&self) -> usize {
+        self.call.problem.len_k.div_ceil(catalogue::CLASS_TILE as usize)
+    }
+
+    /// Bytes of the classes of a slice's tiles.
+    fn class_bytes(&self) -> Result<u64> {
+        let Slices { batch, heads, rows, .. } = self.slices;
+        let [batch, heads] = self.classed(batch, heads.div_ceil(self.call.problem.group()));
+        let entries = checked_len(&[batch, heads, self.row_blocks(rows), self.class_tiles()])?;
+        Ok((entries as u64 * 4).next_multiple_of(16))
+    }
+
+    /// Entries of the batch and heads of the keys that are classed: one for all where no rule tells them apart.
+    fn classed(&self, batch: usize, heads_kv: usize) -> [usize; 2] {
+        let differs = |axis| self.call.lists().any(|layout| layout.strides()[axis] != 0 && layout.shape()[axis] > 1);
+        [if differs(0) { batch } else { 1 }, if differs(1) { heads_kv } else { 1 }]
+    }
+
+    /// Classes the tiles of a slice by what the bound rules leave of them; gives the strides of batch and head.
+    fn classify(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3], bound: &BoundRules) -> Result<[u32; 2]> {
+        let Call { problem, rules, .. } = self.call;
+        let group = problem.group();
+        let [batch, heads] = self.classed(b.count, h.grouped(group).count);
+        let (row_blocks, tiles) = (self.row_blocks(i.count), self.class_tiles());
+        let rows_per_block = (self.tile.workgroup * self.tile.rows) as usize;
+        let entries = checked_len(&[batch, heads, row_blocks, tiles])?;
+        let total = checked_len(&[entries, rows_per_block])?;
+        let size = planner.plan.scratch[3];
+        planner.fill(Slot::Scratch(3), entries, 0)?;
+        let mut bindings = vec![Binding { binding: 3, slot: Slot::Scratch(3), offset: 0, size }];
+        bindings.extend(bound.bindings.iter().filter(|one| one.slot != Slot::Bands));
+        planner.push(
+            catalogue::classify(rules),
+            (total as u64).div_ceil(64),
+            |workgroups| params::Classify {
+                mask_a_strides: bound.masks[0].strides,
+                mask_b_strides: bound.masks[1].strides,
+                bias_strides: bound.bias.strides,
+                mask_a_offset: bound.masks[0].first,
+                mask_b_offset: bound.masks[1].first,
+                bias_offset: bound.bias.first,
+                mask_a_keeps: bound.masks[0].keeps,
+                mask_b_keeps: bound.masks[1].keeps,
+                heads_kv: heads as u32,
+                group: group as u32,
+                len_q: i.count as u32,
+                len_k: problem.len_k as u32,
+                ruled_keys: problem.ruled_keys() as u32,
+                rows_per_block: rows_per_block as u32,
+                row_blocks: row_blocks as u32,
+                tiles: tiles as u32,
+                total: total as u32,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+            },
+            bindings,
+        )?;
+        let per_head = (row_blocks * tiles) as u32;
+        Ok([if batch > 1 { heads as u32 * per_head } else { 0 }, if heads > 1 { per_head } else { 0 }])
+    }
+
     /// The fused kernel over a slice, or over some blocks of rows of the packed sequences.
     fn attend(&self, planner: &mut Planner<'_>, at: [Part; 3], blocks: Option<Part>) -> Result<()> {
         let Call { problem, operands, rules, align, .. } = self.call;
@@ -244,6 +320,8 @@ impl<'a> Fused<'a> {
         let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
         let lse_at = window(&lse, &[b, h, i], 4, align);
         let bound = self.call.bind_rules(planner, at, j, self.slices)?;
+
+        let classes = if self.tiles { self.classify(planner, at, &bound)? } else { [0; 2] };
 
         let split = self.splits > 1;
         let rows = b.count * h.count * i.count;
@@ -269,8 +347,12 @@ impl<'a> Fused<'a> {
         bindings.extend(&bound.bindings);
         let row_blocks = match blocks {
             Some(blocks) => blocks.count,
-            None => (group * i.count).div_ceil((self.tile.workgroup * self.tile.rows) as usize),
+            None => self.row_blocks(i.count),
         };
+        if self.tiles {
+            let size = planner.plan.scratch[3];
+            bindings.push(Binding { binding: 11, slot: Slot::Scratch(3), offset: 0, size });
+        }
         if blocks.is_some() {
             let size = planner.plan.bands.len() as u64 * 16;
             bindings.push(Binding { binding: 4, slot: Slot::Bands, offset: 0, size });
@@ -296,11 +378,14 @@ impl<'a> Fused<'a> {
             catalogue::flash(
                 self.tile,
                 access,
-                padded,
-                problem.softcap.is_some(),
-                operands.lse || split,
-                rules,
-                blocks.is_some(),
+                FlashOptions {
+                    padded,
+                    softcap: problem.softcap.is_some(),
+                    lse: operands.lse || split,
+                    rules,
+                    tiles: self.tiles,
+                    packed: blocks.is_some(),
+                },
             ),
             (b.count * head_kv.count * row_blocks * self.splits) as u64,
             |workgroups| params::Flash {
@@ -347,6 +432,10 @@ impl<'a> Fused<'a> {
                 not_a_number: NOT_A_NUMBER,
                 scale: problem.scale,
                 softcap: problem.softcap.unwrap_or(1.0),
+                tile_batch_stride: classes[0],
+                tile_head_stride: classes[1],
+                tiles: self.class_tiles() as u32,
+                pad: 0,
             },
             bindings,
         )
@@ -397,6 +486,15 @@ impl<'a> Fused<'a> {
             bindings,
         )
     }
+}
+
+/// Whether it may pay to class tiles of keys: masks and biases are read once more for it, and less often where
+/// heads share them.
+fn hides_tiles(call: &Call<'_>, tile: FlashTile) -> bool {
+    let shared = call.problem.heads_q > 1 && call.lists().all(|layout| layout.strides()[1] == 0);
+    let few_rows = call.problem.group() * call.problem.len_q < tile.workgroup as usize;
+    let masked = !call.operands.masks.is_empty() || !call.operands.biases.is_empty() && (shared || few_rows);
+    masked && call.problem.ruled_keys() > catalogue::CLASS_TILE as usize
 }
 
 /// Operations of one dispatch: it cannot be interrupted.

@@ -189,12 +189,17 @@ impl<'a> Call<'a> {
         self.problem.bands.iter().map(|band| [band.keys, band.lo, band.hi, 0]).collect()
     }
 
+    /// Masks and biases.
+    pub(super) fn lists(&self) -> impl Iterator<Item = &'a Layout> {
+        let Call { operands, .. } = *self;
+        operands.masks.iter().map(|(layout, _)| *layout).chain(operands.biases.iter().copied())
+    }
+
     /// The axes along which any folded rule differs, as long as in the slice.
     pub(super) fn folded_shape(&self, slices: Slices) -> [usize; 4] {
         let full = [slices.batch, slices.heads, slices.rows, slices.keys.min(self.problem.ruled_keys())];
-        let sources = self.operands.masks.iter().map(|(layout, _)| *layout).chain(self.operands.biases.iter().copied());
         let mut shape = [1; 4];
-        for layout in sources {
+        for layout in self.lists() {
             for axis in 0..4 {
                 if layout.strides()[axis] != 0 && layout.shape()[axis] > 1 {
                     shape[axis] = full[axis];
