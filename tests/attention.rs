@@ -107,6 +107,55 @@ fn what_masked_keys_hold_changes_no_bit() {
 }
 
 #[test]
+fn tiles_that_masks_hide_are_passed_over() {
+    // Documents one behind another in one sequence: block-diagonal, the same for all heads, or only for some;
+    // alone, with a band, with an additive −∞, and along a padded batch of one query.
+    let (len, dim) = (200, 20);
+    for (name, gpu) in gpus() {
+        let device = Device::from(&gpu);
+        for (heads, masked_heads, decode) in [(6, 1, false), (6, 6, false), (4, 1, true)] {
+            let len_q = if decode { 1 } else { len };
+            let (q, kv) = ([2, heads, len_q, dim], [2, heads / 2, len, dim]);
+            for causal in [false, true] {
+                let positions = Positions { causal, align: Align::BottomRight, ..Positions::default() };
+                let mut call = Call { positions, ..Call::plain(q, kv, kv) };
+                let shape = vec![2, masked_heads, len_q, len];
+                let starts = [0, 40, 41, 133, len];
+                let document = |at: usize| starts.iter().filter(|&&start| start <= at).count();
+                let keep: Vec<bool> = (0..shape.iter().product::<usize>())
+                    .map(|at| {
+                        let (i, j) = (at / len % len_q, at % len);
+                        if decode { j >= 70 && j < 128 + at / len } else { document(i) == document(j) }
+                    })
+                    .collect();
+                for additive in [false, true] {
+                    let mut data = call.data();
+                    if additive {
+                        call.biases = vec![shape.clone()];
+                        data.biases =
+                            vec![keep.iter().map(|&keep| if keep { 0.5 } else { f32::NEG_INFINITY }).collect()];
+                        (call.masks, data.masks) = (vec![], vec![]);
+                    } else {
+                        call.masks = vec![(shape.clone(), MaskMeaning::Keep)];
+                        data.masks = vec![keep.clone()];
+                    }
+                    let (truth, _) = call.truth(&data);
+                    let what = format!("{name}, {masked_heads} of {heads} heads, causal {causal}, additive {additive}");
+                    let out = call.run(&device, &data, call.attention().lse(true)).unwrap();
+                    assert_close(&what, &out.output.download().unwrap(), &truth.output, TOLERANCE);
+                    assert_close(&what, &out.lse.unwrap().download().unwrap(), &truth.lse, TOLERANCE);
+                }
+            }
+        }
+        let made = gpu.kernels();
+        for part in ["classify/mask", "classify/bias"] {
+            assert!(made.iter().any(|kernel| kernel.starts_with(part)), "{name}: {made:?}");
+        }
+        assert!(made.iter().any(|kernel| kernel.contains("/mask/tiles")), "{name}: {made:?}");
+    }
+}
+
+#[test]
 fn not_finite_inputs_reach_exactly_what_depends_on_them() {
     // Causal: row i depends on keys 0..=i. Each poison in turn, against the truth.
     let call = Call {

@@ -41,7 +41,7 @@ fn draw(form: &Form, seed: u64) -> Call {
     let heads_kv = pick(&mut rng, &[1, 2, 3]);
     let heads_q = heads_kv * pick(&mut rng, &[1, 1, 2, 4]);
     let len_q = pick(&mut rng, &[1, 2, 3, 7, 8, 9, 16, 31, 33, 40, 70]);
-    let len_k = pick(&mut rng, &[1, 2, 3, 5, 8, 16, 17, 31, 64, 65, 100]);
+    let len_k = pick(&mut rng, &[1, 2, 3, 5, 8, 16, 17, 31, 64, 65, 100, 130]);
     let offset = |rng: &mut Pcg64| rng.random_range(-5..=len_k as i64 + 3);
     let mut positions = Positions::default();
     if form.bands {

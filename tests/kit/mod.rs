@@ -203,10 +203,16 @@ impl Call {
         let mut floats = |shape: &[usize]| noise(&mut rng, shape.iter().product());
         let (q, k, v) = (floats(&self.q), floats(&self.k), floats(&self.v));
         let mut rng = Pcg64::seed_from_u64(self.seed ^ 0x3a5c);
+        // Every third call hides and shows whole runs of keys too.
+        let runs = self.seed.is_multiple_of(3);
         let masks = (self.masks.iter())
             .map(|(shape, meaning)| {
-                let keep = |rng: &mut Pcg64| rng.random_bool(0.75) == (*meaning == MaskMeaning::Keep);
-                (0..shape.iter().product::<usize>()).map(|_| keep(&mut rng)).collect()
+                let width = shape.last().copied().unwrap_or(1).max(1);
+                let kinds: Vec<u32> =
+                    (0..width.div_ceil(32)).map(|_| if runs { rng.random_range(0..3) } else { 2 }).collect();
+                let mut passes = |at: usize| [false, true, rng.random_bool(0.75)][kinds[at % width / 32] as usize];
+                let keep = *meaning == MaskMeaning::Keep;
+                (0..shape.iter().product::<usize>()).map(|at| passes(at) == keep).collect()
             })
             .collect();
         let biases = (self.biases.iter())
