@@ -238,6 +238,7 @@ fn tanh_exact(x: vec4<f32>) -> vec4<f32> {
 }
 // @end
 
+// @block numbers
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
 // The running maximum starts at the least finite number: WGSL has no literal for −∞.
@@ -246,7 +247,9 @@ const LEAST: f32 = -3.4028234663852886e38;
 fn not_finite(x: vec4<f32>) -> vec4<bool> {
     return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
 }
+// @end
 
+// @block place
 // Where the rows and keys of a workgroup lie.
 struct Sequence {
     // Which band, and which step of the batch strides.
@@ -259,6 +262,7 @@ struct Sequence {
     len_k: u32,
     keys_per_split: u32,
 }
+// @end
 
 // @block sequence
 fn sequence_of(block: u32, b: u32) -> Sequence {
@@ -266,6 +270,7 @@ fn sequence_of(block: u32, b: u32) -> Sequence {
 }
 // @end
 
+// @block finish
 struct Scores {
     x: vec4<f32>,
     // False for what is no key, may not be seen, or is −∞.
@@ -307,6 +312,7 @@ fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i
 fn weigh(scores: Scores, peak: f32) -> vec4<f32> {
     return select(vec4<f32>(), exp2(max((scores.x - peak) * LOG2_E, vec4<f32>(-200.0))), scores.seen);
 }
+// @end
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

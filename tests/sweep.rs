@@ -85,6 +85,7 @@ fn methods(device: &Device) -> Vec<(String, Method)> {
     assert_eq!(cuts.len(), wanted.len());
     // What a GPU runs unless tuned.
     cuts.push(Cut { workgroup: 64, rows: 1, keys: 4, share });
+    cuts.extend([64, 128].map(|workgroup| Cut { workgroup, rows: 4, keys: 32, share: 1 }));
     all.extend(cuts.into_iter().map(|cut| (cut.to_string(), Method::Cut(cut))));
     all
 }

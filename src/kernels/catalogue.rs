@@ -16,6 +16,8 @@ pub enum Kernel {
     WeightedSum,
     /// All three in one, without the scores in memory.
     Flash,
+    /// The same through tiles in workgroup memory.
+    FlashTiled,
     /// Outputs of splits of the keys joined by their LSE.
     Merge,
     /// Weights, column sums and entropies recomputed from the LSE.
@@ -40,11 +42,12 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 14] = [
+    pub const ALL: [Kernel; 15] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
         Kernel::Flash,
+        Kernel::FlashTiled,
         Kernel::Merge,
         Kernel::Inspect,
         Kernel::Project,
@@ -64,6 +67,7 @@ impl Kernel {
             Kernel::Softmax => "softmax",
             Kernel::WeightedSum => "weighted_sum",
             Kernel::Flash => "flash",
+            Kernel::FlashTiled => "flash_tiled",
             Kernel::Merge => "merge",
             Kernel::Inspect => "inspect",
             Kernel::Project => "project",
@@ -84,6 +88,7 @@ impl Kernel {
             Kernel::Softmax => include_str!("../../shaders/softmax.wgsl"),
             Kernel::WeightedSum => include_str!("../../shaders/weighted_sum.wgsl"),
             Kernel::Flash => include_str!("../../shaders/flash.wgsl"),
+            Kernel::FlashTiled => include_str!("../../shaders/flash_tiled.wgsl"),
             Kernel::Merge => include_str!("../../shaders/merge.wgsl"),
             Kernel::Inspect => include_str!("../../shaders/inspect.wgsl"),
             Kernel::Project => include_str!("../../shaders/project.wgsl"),
@@ -122,11 +127,13 @@ impl Variant {
 
     /// Bytes of workgroup memory the variant declares.
     pub fn workgroup_memory(&self) -> u32 {
+        let number = |name| self.changes.consts.get(name).and_then(|text| text.trim_end_matches('u').parse().ok());
+        let workgroup: u32 = number("WORKGROUP").unwrap_or(64);
         match self.kernel {
             // One f32 and one u32 per invocation.
-            Kernel::Softmax if !self.changes.blocks.contains_key("join") => {
-                8 * self.changes.consts.get("WORKGROUP").map_or(64, |w| w.trim_end_matches('u').parse().unwrap_or(64))
-            }
+            Kernel::Softmax if !self.changes.blocks.contains_key("join") => 8 * workgroup,
+            // Four vec4s and four numbers per invocation, the part of the keys, one flag.
+            Kernel::FlashTiled => workgroup * TILED_ROWS * 20 + TILED_KEYS * TILED_ACROSS * 16 + 4,
             _ => 0,
         }
     }
@@ -254,14 +261,21 @@ pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: R
     Variant { kernel: Kernel::WeightedSum, changes, name }
 }
 
-/// How `flash.wgsl` is cut: every width stands in registers.
+/// Rows per invocation of `flash_tiled.wgsl`.
+pub const TILED_ROWS: u32 = 4;
+/// Keys per step of it; no cut of `flash.wgsl` has as many.
+pub const TILED_KEYS: u32 = 32;
+/// Invocations that share a row of it.
+pub const TILED_ACROSS: u32 = 8;
+
+/// How `flash.wgsl` and `flash_tiled.wgsl` are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashTile {
     /// Invocations per workgroup.
     pub workgroup: u32,
     /// Rows per invocation.
     pub rows: u32,
-    /// Keys per step, at most 8.
+    /// Keys per step, at most 8; [`TILED_KEYS`]: through workgroup memory.
     pub keys: u32,
     /// Lanes that share their loads through subgroup operations; 1 without.
     pub share: u32,
@@ -269,6 +283,18 @@ pub struct FlashTile {
     pub depth4: u32,
     /// vec4s of a value.
     pub cols4: u32,
+}
+
+impl FlashTile {
+    /// Whether tiles stand in workgroup memory.
+    pub fn is_tiled(&self) -> bool {
+        self.keys == TILED_KEYS
+    }
+    /// Rows per workgroup.
+    pub fn block_rows(&self) -> usize {
+        let across = if self.is_tiled() { TILED_ACROSS } else { 1 };
+        (self.workgroup * self.rows / across) as usize
+    }
 }
 
 /// How the operands of `flash.wgsl` are read and written.
@@ -301,19 +327,32 @@ pub struct FlashOptions {
     pub packed: bool,
 }
 
-/// A variant of `flash.wgsl`.
+/// A variant of `flash.wgsl`, or of `flash_tiled.wgsl`.
 pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
     let FlashOptions { padded, softcap, lse, rules, tiles, packed } = options;
-    let mut name = String::from("flash");
+    let kernel = if tile.is_tiled() { Kernel::FlashTiled } else { Kernel::Flash };
+    let mut name = String::from(kernel.name());
     let shared = [
         ("share_k", "let k4 = subgroupBroadcast(mine, d % SHARE);"),
         ("share_v", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);"),
         ("any_not_finite", "let careful = subgroupAny(any(found));"),
     ];
     let FlashTile { workgroup, rows, keys, share: lanes, depth4, cols4 } = tile;
-    let mut changes = share(Changes::default(), Tile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared);
-    changes = changes.number("KEYS", keys).number("GROUPS", keys.div_ceil(4)).number("DEPTH4", depth4);
-    changes = changes.number("COLS4", cols4).number("K_LOADS", depth4.div_ceil(lanes));
+    let mut changes = if tile.is_tiled() {
+        name.push_str(&format!("/rows{rows}x{workgroup}"));
+        Changes::default()
+            .number("WORKGROUP", workgroup)
+            .number("BLOCK_ROWS", tile.block_rows() as u32)
+            .number("KEY_LOADS", TILED_KEYS * TILED_ACROSS / workgroup)
+            .number("K_PARTS", depth4.div_ceil(TILED_ACROSS))
+            .number("V_PARTS", cols4.div_ceil(TILED_ACROSS))
+    } else {
+        share(Changes::default(), Tile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared)
+            .number("KEYS", keys)
+            .number("GROUPS", keys.div_ceil(4))
+            .number("K_LOADS", depth4.div_ceil(lanes))
+    };
+    changes = changes.number("DEPTH4", depth4).number("COLS4", cols4);
     changes = changes.flag("PADDED_K", padded[0]).flag("PADDED_V", padded[1]);
     let mark = |padded| if padded { "_padded" } else { "" };
     name.push_str(&format!("/keys{keys}/dims{}{}x{}{}", depth4 * 4, mark(padded[0]), cols4 * 4, mark(padded[1])));
@@ -336,10 +375,7 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     }
     changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
     if !tiles {
-        changes = changes.block(
-            "tiles",
-            "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }",
-        );
+        changes = changes.block("tiles", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
     } else {
         name.push_str("/tiles");
         changes = changes.number("TILE", CLASS_TILE);
@@ -367,7 +403,7 @@ fn band_of(s: u32) -> vec4<i32> { return bands[2u * s + 1u]; }",
 }",
             );
     }
-    Variant { kernel: Kernel::Flash, changes, name }
+    Variant { kernel, changes, name }
 }
 
 /// Keys of a tile that `classify.wgsl` classes.
@@ -649,9 +685,14 @@ pub fn variants() -> Vec<Variant> {
         (8, 8, 32, 16, 2),
         (8, 8, 128, 128, 1),
         (8, 4, 1, 3, 4),
+        (64, 1, 16, 16, TILED_KEYS),
+        (128, 1, 5, 33, TILED_KEYS),
     ] {
         let plain = FlashOptions::default();
         for rows in [1, 4] {
+            if rows != TILED_ROWS && keys == TILED_KEYS {
+                continue;
+            }
             let tile = FlashTile { workgroup, rows, keys, share, depth4, cols4 };
             let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
             let all_narrow = FlashAccess { q: narrow, k: narrow, v: narrow, o: narrow };

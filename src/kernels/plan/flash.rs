@@ -16,6 +16,8 @@ use crate::problem::{Layout, Problem, Sequence, checked_len};
 const MOST_DIM: usize = 512;
 /// vec4s of Q and O that an invocation of a software adapter keeps: they fill its first cache.
 const KEPT: u32 = 256;
+/// Rows of a key/value head from which tiles in workgroup memory fill.
+const LEAST_TILED_ROWS: usize = 16;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
 
@@ -214,7 +216,7 @@ impl<'a> Fused<'a> {
     /// counted from the start of the table.
     fn plan_sequences(&self, table: &mut Vec<[i32; 4]>) -> Vec<Part> {
         let Problem { heads_q, heads_kv, dim_k, dim_v, .. } = *self.call.problem;
-        let per_block = (self.tile.workgroup * self.tile.rows) as usize;
+        let per_block = self.tile.block_rows();
         let mut dispatches = Vec::new();
         let mut blocks = Vec::new();
         let (mut first, mut work) = (0, 0.0);
@@ -240,7 +242,7 @@ impl<'a> Fused<'a> {
 
     /// Blocks of rows of as many queries.
     fn row_blocks(&self, len_q: usize) -> usize {
-        (self.call.problem.group() * len_q).div_ceil((self.tile.workgroup * self.tile.rows) as usize)
+        (self.call.problem.group() * len_q).div_ceil(self.tile.block_rows())
     }
 
     /// Tiles of keys per block of rows.
@@ -268,7 +270,7 @@ impl<'a> Fused<'a> {
         let group = problem.group();
         let [batch, heads] = self.classed(b.count, h.grouped(group).count);
         let (row_blocks, tiles) = (self.row_blocks(i.count), self.class_tiles());
-        let rows_per_block = (self.tile.workgroup * self.tile.rows) as usize;
+        let rows_per_block = self.tile.block_rows();
         let entries = checked_len(&[batch, heads, row_blocks, tiles])?;
         let total = checked_len(&[entries, rows_per_block])?;
         let size = planner.plan.scratch[3];
@@ -515,13 +517,13 @@ fn key_splits(
     len_q: usize,
     len_k: usize,
 ) -> (usize, usize) {
-    let row_blocks = (problem.group() * len_q).div_ceil((tile.workgroup * tile.rows) as usize);
+    let row_blocks = (problem.group() * len_q).div_ceil(tile.block_rows());
     let target = match adapter.class {
         AdapterClass::Cpu => 16,
         AdapterClass::Gpu => 512,
     };
     let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
-    let keys_per_split = len_k.div_ceil(splits).next_multiple_of(16).max(16);
+    let keys_per_split = len_k.div_ceil(splits).next_multiple_of(32).max(32);
     (len_k.div_ceil(keys_per_split).max(1), keys_per_split)
 }
 
@@ -532,7 +534,7 @@ pub struct Cut {
     pub workgroup: u32,
     /// Query rows per invocation.
     pub rows: u32,
-    /// Keys per step.
+    /// Keys per step: 1 to 8, or 32, which stand in workgroup memory together with the rows that meet them.
     pub keys: u32,
     /// Lanes that share their loads through subgroup operations; 1: each lane loads for itself.
     pub share: u32,
@@ -563,12 +565,25 @@ impl std::str::FromStr for Cut {
 }
 
 impl Cut {
+    /// Through workgroup memory: 32 and 64 rows per workgroup.
+    const TILED: [Cut; 2] = [Cut::tiled(64), Cut::tiled(128)];
+
+    const fn tiled(workgroup: u32) -> Cut {
+        Cut { workgroup, rows: catalogue::TILED_ROWS, keys: catalogue::TILED_KEYS, share: 1 }
+    }
+
     /// The cut that runs unless another is chosen.
     fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
         let workgroup: u32 = match adapter.class {
             AdapterClass::Cpu => 8,
             AdapterClass::Gpu => 64,
         };
+        if adapter.class == AdapterClass::Gpu
+            && problem.group() * problem.len_q >= LEAST_TILED_ROWS
+            && let Some(tiled) = Cut::TILED.into_iter().find(|cut| cut.check(adapter).is_ok())
+        {
+            return tiled;
+        }
         let workgroup = workgroup.min(adapter.max_invocations);
         let share = match adapter.subgroup_min {
             Some(8..) if workgroup >= 8 => 8,
@@ -592,6 +607,9 @@ impl Cut {
             AdapterClass::Gpu => (&[64, 128, 32], &[4, 8]),
         };
         let mut all = vec![first];
+        if adapter.class == AdapterClass::Gpu {
+            all.extend(Cut::TILED.into_iter().filter(|cut| *cut != first && cut.check(adapter).is_ok()));
+        }
         // Those that differ in one thing first.
         for far in 0..4 {
             for &workgroup in workgroups {
@@ -624,8 +642,20 @@ impl Cut {
     pub(crate) fn check(&self, adapter: &Capabilities) -> Result<()> {
         let Cut { workgroup, rows, keys, share } = *self;
         let rule = |rule: String| Err(value_error!("the cut {self} cannot run on {}: {rule}", adapter.adapter));
+        if keys == catalogue::TILED_KEYS {
+            let needed = workgroup.saturating_mul(80) + 4100;
+            return if !Cut::TILED.contains(self) {
+                rule("32 keys go with 4 rows of 64 or 128 invocations that share nothing".into())
+            } else if workgroup > adapter.max_invocations {
+                rule(format!("a workgroup has at most {} invocations", adapter.max_invocations))
+            } else if needed > adapter.workgroup_memory {
+                rule(format!("it takes {needed} bytes of workgroup memory of {}", adapter.workgroup_memory))
+            } else {
+                Ok(())
+            };
+        }
         if ![1, 2, 4, 8].contains(&rows) || ![1, 2, 4, 8].contains(&keys) {
-            return rule("rows and keys must be 1, 2, 4 or 8".into());
+            return rule("rows and keys must be 1, 2, 4 or 8, or 32 keys".into());
         }
         if ![1, 4, 8].contains(&share) || share > 1 && adapter.subgroup_min.is_none_or(|least| least < share) {
             let least = adapter.subgroup_min.map_or("none".into(), |least| least.to_string());
