@@ -43,7 +43,9 @@ mod inspect;
 pub mod kernels;
 mod memory;
 mod multi_head;
+pub mod position;
 pub mod problem;
+mod project;
 mod record;
 pub mod reference;
 mod state_dict;
@@ -62,6 +64,9 @@ pub use inspect::{Inspect, Inspected};
 pub use kernels::{Cut, Method, ShapeClass};
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
+#[cfg(not(target_arch = "wasm32"))]
+pub use project::project;
+pub use project::project_async;
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]

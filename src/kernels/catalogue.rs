@@ -34,11 +34,17 @@ pub enum Kernel {
     Probe,
     /// Rows written into a cache of keys or values.
     Scatter,
+    /// Pairs of columns turned by their positions.
+    Rotate,
+    /// A table's rows added to embeddings.
+    AddPositions,
+    /// Biases by the distance of query and key.
+    Relative,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 13] = [
+    pub const ALL: [Kernel; 16] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -52,6 +58,9 @@ impl Kernel {
         Kernel::Copy,
         Kernel::Probe,
         Kernel::Scatter,
+        Kernel::Rotate,
+        Kernel::AddPositions,
+        Kernel::Relative,
     ];
 
     /// The file's name without its ending.
@@ -70,6 +79,9 @@ impl Kernel {
             Kernel::Copy => "copy",
             Kernel::Probe => "probe",
             Kernel::Scatter => "scatter",
+            Kernel::Rotate => "rotate",
+            Kernel::AddPositions => "add_positions",
+            Kernel::Relative => "relative",
         }
     }
 
@@ -89,6 +101,9 @@ impl Kernel {
             Kernel::Copy => include_str!("../../shaders/copy.wgsl"),
             Kernel::Probe => include_str!("../../shaders/probe.wgsl"),
             Kernel::Scatter => include_str!("../../shaders/scatter.wgsl"),
+            Kernel::Rotate => include_str!("../../shaders/rotate.wgsl"),
+            Kernel::AddPositions => include_str!("../../shaders/add_positions.wgsl"),
+            Kernel::Relative => include_str!("../../shaders/relative.wgsl"),
         }
     }
 }
@@ -552,6 +567,35 @@ pub fn scatter(x: Access, stored: Dtype) -> Variant {
     Variant { kernel: Kernel::Scatter, changes: access::store_fours(changes, y), name }
 }
 
+/// Reads X as `stored`; without a list of `rows`, token `i` has row `row_0 + i`.
+fn by_position(kernel: Kernel, changes: Changes, mut name: String, stored: Dtype, rows: bool) -> Variant {
+    access::name(&mut name, &[("x", Access { wide: false, stored })]);
+    let mut changes = access::element(changes, stored);
+    if rows {
+        name.push_str("/rows");
+    } else {
+        changes = changes.block("row_of", "fn row_of(b: u32, i: u32) -> u32 { return params.row_0 + i; }");
+    }
+    Variant { kernel, changes, name }
+}
+
+/// A variant of `rotate.wgsl`.
+pub fn rotate(stored: Dtype, interleaved: bool, rows: bool) -> Variant {
+    let name = if interleaved { "rotate/interleaved" } else { "rotate/half_split" };
+    let changes = Changes::default().flag("INTERLEAVED", interleaved);
+    by_position(Kernel::Rotate, changes, name.into(), stored, rows)
+}
+
+/// A variant of `add_positions.wgsl`.
+pub fn add_positions(stored: Dtype, rows: bool) -> Variant {
+    by_position(Kernel::AddPositions, Changes::default(), "add_positions".into(), stored, rows)
+}
+
+/// `relative.wgsl`.
+pub fn relative() -> Variant {
+    Variant { kernel: Kernel::Relative, changes: Changes::default(), name: "relative".into() }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -677,6 +721,12 @@ pub fn variants() -> Vec<Variant> {
     for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
         all.extend([fold(source, false), fold(source, true)]);
     }
+    for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        for rows in [false, true] {
+            all.extend([rotate(stored, false, rows), rotate(stored, true, rows), add_positions(stored, rows)]);
+        }
+    }
+    all.push(relative());
     let mut seen = std::collections::BTreeSet::new();
     all.retain(|variant| seen.insert(variant.name.clone()));
     all
