@@ -6,9 +6,9 @@ use half::{bf16, f16};
 use kit::{Order, assert_close, bits, devices, gpus, noise, place};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
-use wgpu_attention::position::alibi::{alibi, slopes};
-use wgpu_attention::position::shaw::{Clip, shaw};
-use wgpu_attention::position::t5::{Buckets, t5};
+use wgpu_attention::position::alibi::{self, slopes};
+use wgpu_attention::position::shaw::RelativeKeys;
+use wgpu_attention::position::t5::{self, Buckets};
 use wgpu_attention::position::{
     LongRope, Pairing, PositionTable, Rotary, RotaryConfig, RotaryScaling, TokenPositions, Yarn, sinusoidal,
     sinusoidal_halves,
@@ -437,7 +437,7 @@ fn alibi_costs_its_slope_per_step() {
         for (heads, len_q, len_k, offset) in
             [(1, 1, 1, 0), (6, 5, 9, 4), (8, 9, 5, -3), (3, 4, 3, 100), (2, 3, 4, -50), (12, 33, 70, 37)]
         {
-            let bias = alibi(&device, heads, len_q, len_k, offset).unwrap();
+            let bias = alibi::bias(&device, heads, len_q, len_k, offset).unwrap();
             assert_eq!(bias.shape(), [heads, len_q, len_k]);
             let slopes = slopes(heads).unwrap();
             for (n, got) in bias.download().unwrap().into_iter().enumerate() {
@@ -448,13 +448,13 @@ fn alibi_costs_its_slope_per_step() {
             }
         }
         for (len_q, len_k) in [(0, 3), (3, 0)] {
-            assert_eq!(alibi(&device, 2, len_q, len_k, 0).unwrap().shape(), [2, len_q, len_k]);
+            assert_eq!(alibi::bias(&device, 2, len_q, len_k, 0).unwrap().shape(), [2, len_q, len_k]);
         }
-        refused(alibi(&device, 0, 1, 1, 0), &["at least one head"]);
-        refused(alibi(&device, 2, 1 << 29, 1, 0), &["536870912"]);
-        refused(alibi(&device, 2, 1, 1, i64::MIN), &["offset ="]);
-        refused(alibi(&device, 1 << 20, 1 << 28, 1 << 28, 0), &["overflows"]);
-        refused(alibi(&device, 8, 1 << 28, 1 << 28, 0), &["a bias needs"]);
+        refused(alibi::bias(&device, 0, 1, 1, 0), &["at least one head"]);
+        refused(alibi::bias(&device, 2, 1 << 29, 1, 0), &["536870912"]);
+        refused(alibi::bias(&device, 2, 1, 1, i64::MIN), &["offset ="]);
+        refused(alibi::bias(&device, 1 << 20, 1 << 28, 1 << 28, 0), &["overflows"]);
+        refused(alibi::bias(&device, 8, 1 << 28, 1 << 28, 0), &["a bias needs"]);
     }
 }
 
@@ -490,7 +490,7 @@ fn t5_gathers_its_table_exactly() {
             let buckets = Buckets::new(bidirectional);
             let values = noise(&mut Pcg64::seed_from_u64(6), 32 * heads);
             let table = Tensor::from_slice(&device, &[32, heads], &values).unwrap();
-            let bias = t5(&table, &buckets, len_q, len_k, offset).unwrap();
+            let bias = t5::bias(&table, &buckets, len_q, len_k, offset).unwrap();
             assert_eq!(bias.shape(), [heads, len_q, len_k]);
             for (n, got) in bias.download().unwrap().into_iter().enumerate() {
                 let (h, i, j) = (n / len_k / len_q, n / len_k % len_q, n % len_k);
@@ -500,19 +500,20 @@ fn t5_gathers_its_table_exactly() {
         }
         let half: Vec<bf16> = (0..64).map(|x| bf16::from_f32(x as f32)).collect();
         let table = Tensor::from_slice(&device, &[2, 32], &half).unwrap().permute(&[1, 0]).unwrap();
-        let bias = t5(&table, &Buckets::new(true), 2, 2, 0).unwrap();
+        let bias = t5::bias(&table, &Buckets::new(true), 2, 2, 0).unwrap();
         assert_eq!(bias.download().unwrap(), [0.0, 17.0, 1.0, 0.0, 32.0, 49.0, 33.0, 32.0], "{name}");
-        refused(t5(&table, &Buckets { num_buckets: 16, ..Buckets::new(true) }, 2, 2, 0), &["[32, 2]", "16"]);
+        refused(t5::bias(&table, &Buckets { num_buckets: 16, ..Buckets::new(true) }, 2, 2, 0), &["[32, 2]", "16"]);
     }
 }
 
 #[test]
 fn relative_keys_are_the_formula_in_every_order() {
-    let (shape, len_k, clip) = ([2, 3, 6, 5], 9, Clip { left: 3, right: 1 });
+    let (shape, len_k) = ([2, 3, 6, 5], 9);
     let data = noise(&mut Pcg64::seed_from_u64(7), 180);
     let keys = noise(&mut Pcg64::seed_from_u64(8), 25);
     for (name, device) in devices() {
         let table = Tensor::from_slice(&device, &[5, 5], &keys).unwrap();
+        let relative = RelativeKeys::new(&table, 3, 1).unwrap();
         let mut placed: Vec<(String, Tensor)> = [Order::Bhsd, Order::Bshd, Order::Bhds, Order::Packed]
             .into_iter()
             .map(|order| (format!("{order:?}"), place(&device, shape, &data, order, 0).unwrap()))
@@ -524,7 +525,7 @@ fn relative_keys_are_the_formula_in_every_order() {
         placed.push(("heads outermost".into(), odd));
         for (order, q) in placed {
             for (offset, scale) in [(0, None), (3, Some(2.0f32)), (-2, Some(-0.5))] {
-                let bias = shaw(&q, &table, clip, len_k, offset, scale).unwrap();
+                let bias = relative.bias(&q, len_k, offset, scale).unwrap();
                 assert_eq!(bias.shape(), [2, 3, 6, 9]);
                 let factor = scale.map_or(1.0 / 5f64.sqrt(), f64::from);
                 let truth: Vec<f64> = (0..2 * 3 * 6 * 9)
@@ -541,12 +542,15 @@ fn relative_keys_are_the_formula_in_every_order() {
             }
         }
         let q = place(&device, shape, &data, Order::Bhsd, 0).unwrap();
-        refused(shaw(&q, &table, Clip { left: 3, right: 2 }, 9, 0, None), &["[5, 5]", "[6, 5]"]);
-        refused(shaw(&q, &table, clip, 9, 0, Some(f32::NAN)), &["scale ="]);
-        refused(shaw(&q, &table, Clip { left: usize::MAX, right: 1 }, 9, 0, None), &["left ="]);
-        assert_eq!(shaw(&q, &table, clip, 0, 0, None).unwrap().shape(), [2, 3, 6, 0]);
+        refused(RelativeKeys::new(&table, 3, 2), &["[5, 5]", "6 rows"]);
+        refused(RelativeKeys::new(&q, 3, 1), &["[left + right + 1, dim]"]);
+        refused(relative.bias(&q, 9, 0, Some(f32::NAN)), &["scale ="]);
+        refused(relative.bias(&q, 1 << 29, 0, None), &["536870912"]);
+        refused(relative.bias(&q.narrow(3, 0, 4).unwrap(), 9, 0, None), &["as wide as Q [2, 3, 6, 4]"]);
+        refused(RelativeKeys::new(&table, usize::MAX, 1), &["left ="]);
+        assert_eq!(relative.bias(&q, 0, 0, None).unwrap().shape(), [2, 3, 6, 0]);
         let two = q.select(0, 1).unwrap().select(0, 1).unwrap();
-        assert_eq!(shaw(&two, &table, clip, 9, 0, None).unwrap().shape(), [6, 9]);
+        assert_eq!(relative.bias(&two, 9, 0, None).unwrap().shape(), [6, 9]);
     }
 }
 
@@ -555,7 +559,7 @@ fn biases_go_into_attention_as_they_come() {
     for (name, device) in devices() {
         let data = noise(&mut Pcg64::seed_from_u64(9), 2 * 4 * 7 * 8);
         let x = Tensor::from_slice(&device, &[2, 4, 7, 8], &data).unwrap();
-        let bias = alibi(&device, 4, 7, 7, 0).unwrap();
+        let bias = alibi::bias(&device, 4, 7, 7, 0).unwrap();
         let attended = Attention::new()
             .causal(Align::TopLeft)
             .scale(0.0)
@@ -610,6 +614,12 @@ fn into_a_callers_encoder() {
         let sum = table.encode(&gpu, &mut encoder, &x, &TokenPositions::From(5)).unwrap();
         let turned = rotary.encode(&gpu, &mut encoder, &sum, &positions).unwrap();
         gpu.queue().submit([encoder.finish()]);
+        let keys = RelativeKeys::new(&table.tensor().narrow(0, 0, 4).unwrap(), 1, 2).unwrap();
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let bias = keys.encode(&gpu, &mut encoder, &x, 5, 1, None).unwrap();
+        gpu.queue().submit([encoder.finish()]);
+        let alone = keys.bias(&x, 5, 1, None).unwrap();
+        assert_eq!(bits(&bias.download().unwrap()), bits(&alone.download().unwrap()), "{name}");
         let apart = rotary.rotate(&table.add(&x, &TokenPositions::From(5)).unwrap(), &positions).unwrap();
         assert_eq!(bits(&turned.download().unwrap()), bits(&apart.download().unwrap()), "{name}");
     }
@@ -639,7 +649,7 @@ fn work_is_cut_to_small_bindings() {
             table.add(&x, &TokenPositions::From(3)).unwrap().download().unwrap()
         };
         assert_eq!(add(&(&gpu).into()), add(&wgpu_attention::Device::Cpu), "{name}");
-        let biases = |device: &wgpu_attention::Device| alibi(device, 5, 30, 40, 10).unwrap().download().unwrap();
+        let biases = |device: &wgpu_attention::Device| alibi::bias(device, 5, 30, 40, 10).unwrap().download().unwrap();
         assert_eq!(biases(&(&gpu).into()), biases(&wgpu_attention::Device::Cpu), "{name}");
     }
 }

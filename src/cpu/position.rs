@@ -27,9 +27,7 @@ pub(crate) fn rotate(
             y[d0] = x(d0) * cos - x(d1) * sin;
             y[d1] = x(d1) * cos + x(d0) * sin;
         }
-        for d in 2 * pairs..dim {
-            y[d] = x(d);
-        }
+        y.iter_mut().enumerate().skip(2 * pairs).for_each(|(d, y)| *y = x(d));
     });
     y
 }

@@ -1,6 +1,6 @@
 //! Attention with linear biases (Press et al. 2022, "Train Short, Test Long", section 3).
 
-use super::relative::{Distances, bias, check};
+use super::relative::{Distances, by_distance, check};
 use super::{check_len, check_table};
 use crate::device::Device;
 use crate::error::{Result, value_error};
@@ -33,12 +33,12 @@ fn exact_slopes(heads: usize) -> Result<Vec<f64>> {
 /// With a causal mask this is the paper's bias; without one, its symmetric form. BLOOM adds `slope · j`
 /// instead, which differs by a constant per query and so gives the same weights.
 #[cfg(not(target_arch = "wasm32"))]
-pub fn alibi(device: impl Into<Device>, heads: usize, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    pollster::block_on(alibi_async(device, heads, len_q, len_k, offset))
+pub fn bias(device: impl Into<Device>, heads: usize, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
+    pollster::block_on(bias_async(device, heads, len_q, len_k, offset))
 }
 
-/// As [`alibi`], without blocking.
-pub async fn alibi_async(
+/// As [`bias`], without blocking.
+pub async fn bias_async(
     device: impl Into<Device>,
     heads: usize,
     len_q: usize,
@@ -59,5 +59,5 @@ pub async fn alibi_async(
         .collect();
     let table = Tensor::from_slice(&device, &[1, heads, 1, columns], &values)?;
     let columns = distances.columns(|distance| (distance.unsigned_abs() - nearest) as u32);
-    bias(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
+    by_distance(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
 }

@@ -51,8 +51,8 @@ impl Distances {
 }
 
 /// `factor · X[b, h, i, column(j − i)]` for X that broadcasts to `[b, h, i, columns]`.
-pub(super) async fn bias(x: &Tensor, columns: &[u32], shape: [usize; 4], factor: f32) -> Result<Tensor> {
-    let mut recording = Recording::new(&x.device());
+pub(super) async fn by_distance(x: &Tensor, columns: &[u32], shape: [usize; 4], factor: f32) -> Result<Tensor> {
+    let mut recording = Recording::for_step(&x.device());
     let out = recording.relative(x, columns, shape, factor)?;
     recording.submit().await?;
     Ok(out)

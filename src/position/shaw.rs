@@ -1,86 +1,131 @@
 //! Relative keys (Shaw et al. 2018, "Self-Attention with Relative Position Representations", section 3.2).
 
 use super::relative::{Distances, check};
+use crate::attention::common_device_is;
 use crate::error::{Result, shape_error, value_error};
+use crate::gpu::Gpu;
 use crate::problem::{MAX_LEN, as_four_axes, checked_len};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
 
-/// How far distances are told apart: `clip(distance, −left, right)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Clip {
-    /// Keys before the query.
-    pub left: usize,
-    /// Keys behind it.
-    pub right: usize,
-}
-
-impl Clip {
-    /// The table's row of `distance`, the key's position minus the query's: `clip(distance, −left, right) + left`.
-    pub fn row(&self, distance: i64) -> usize {
-        let (left, right) = (self.left.min(MAX_LEN) as i64, self.right.min(MAX_LEN) as i64);
-        (distance.clamp(-left, right) + left) as usize
-    }
-
-    fn rows(&self) -> Result<usize> {
-        if self.left > MAX_LEN || self.right > MAX_LEN {
-            return Err(value_error!("left = {} and right = {} must be at most {MAX_LEN}", self.left, self.right));
-        }
-        Ok(self.left + self.right + 1)
-    }
-}
-
-/// The bias `[.., heads, len_q, len_k]` that relative keys add to the scores, for
-/// [`Attention::bias`](crate::Attention::bias):
+/// A learned key per clipped distance, `[left + right + 1, dim]`, shared by all heads.
 ///
-/// ```text
-/// B[b, h, i, j] = scale · Q[b, h, i] · A[clip(j − i − offset, −left, right) + left]
 /// ```
+/// use wgpu_attention::position::shaw::RelativeKeys;
+/// use wgpu_attention::{Attention, Device, Tensor};
 ///
-/// Q `[batch, heads, len_q, dim]`, any strides, missing leading axes as in
-/// [`Attention::forward`](crate::Attention::forward); A `[left + right + 1, dim]`, shared by all heads. Query `i`
-/// stands at key `i + offset`; `scale` is that of the attention, `1/√dim` unless given. The product with A is
-/// taken once per row of it, not per key (section 3.3).
-#[cfg(not(target_arch = "wasm32"))]
-pub fn shaw(q: &Tensor, table: &Tensor, clip: Clip, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
-    pollster::block_on(shaw_async(q, table, clip, len_k, offset, scale))
+/// # fn main() -> wgpu_attention::Result<()> {
+/// let device = Device::new()?;
+/// let x = Tensor::from_slice(&device, &[1, 2, 3, 4], &[0.5f32; 24])?;
+/// let keys = RelativeKeys::new(&Tensor::from_slice(&device, &[4, 4], &[0.1f32; 16])?, 2, 1)?;
+/// let bias = keys.bias(&x, 3, 0, None)?;
+/// let attended = Attention::new().bias(bias).forward(&x, &x, &x)?;
+/// # assert_eq!(attended.output.shape(), [1, 2, 3, 4]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct RelativeKeys {
+    table: Tensor,
+    left: usize,
+    right: usize,
 }
 
-/// As [`shaw`], without blocking.
-pub async fn shaw_async(
-    q: &Tensor,
-    table: &Tensor,
-    clip: Clip,
-    len_k: usize,
-    offset: i64,
-    scale: Option<f32>,
-) -> Result<Tensor> {
-    q.expect_float("Q")?;
-    table.expect_float("the relative keys")?;
-    let device = common_device(q, [("the relative keys", table)])?;
-    let four = q.with_layout(as_four_axes("Q", q.layout())?);
-    let &[batch, heads, len_q, dim] = four.shape() else { unreachable!("four axes") };
-    let rows = clip.rows()?;
-    if table.shape() != [rows, dim] {
-        return Err(shape_error!(
-            "the relative keys {:?} must be [left + right + 1, dim] = {:?} for Q {:?}",
-            table.shape(),
-            [rows, dim],
-            q.shape()
-        ));
+impl RelativeKeys {
+    /// A table of any strides for distances from `−left` (a key before the query) to `right`; those beyond count
+    /// as the farthest.
+    pub fn new(table: &Tensor, left: usize, right: usize) -> Result<RelativeKeys> {
+        table.expect_float("the relative keys")?;
+        if left >= MAX_LEN || right >= MAX_LEN {
+            return Err(value_error!("left = {left} and right = {right} must be less than {MAX_LEN}"));
+        }
+        match *table.shape() {
+            [rows, _] if rows == left + right + 1 => Ok(RelativeKeys { table: table.clone(), left, right }),
+            _ => Err(shape_error!(
+                "the relative keys {:?} must be [left + right + 1, dim], with {} rows",
+                table.shape(),
+                left + right + 1
+            )),
+        }
     }
-    check(&device, [batch, heads, len_q, len_k], offset)?;
-    let scale = scale.unwrap_or(1.0 / (dim.max(1) as f32).sqrt());
-    if !scale.is_finite() {
-        return Err(value_error!("scale = {scale} must be finite"));
+
+    /// The table's row for `distance`, the key's position minus the query's: `clip(distance, −left, right) + left`.
+    pub fn row(&self, distance: i64) -> usize {
+        (distance.clamp(-(self.left as i64), self.right as i64) + self.left as i64) as usize
     }
-    let mut recording = Recording::new(&device);
-    let products = project_rows(&mut recording, &four, table)?;
-    let columns = Distances { len_q, len_k, offset }.columns(|distance| clip.row(distance) as u32);
-    let bias = recording.relative(&products, &columns, [batch, heads, len_q, len_k], scale)?;
-    recording.submit().await?;
-    let lead = &q.shape()[..q.shape().len() - 1];
-    bias.reshape(&lead.iter().copied().chain([len_k]).collect::<Vec<_>>())
+
+    /// What relative keys A add to the scores, `[.., heads, len_q, len_k]` for
+    /// [`Attention::bias`](crate::Attention::bias):
+    ///
+    /// ```text
+    /// B[b, h, i, j] = scale · Q[b, h, i] · A[clip(j − i − offset, −left, right) + left]
+    /// ```
+    ///
+    /// Q `[batch, heads, len_q, dim]`, any strides, missing leading axes as in
+    /// [`Attention::forward`](crate::Attention::forward). Query `i` stands at key `i + offset`; `scale` is that of
+    /// the attention, `1/√dim` unless given. The product with A is taken once per row of it, not per key (section
+    /// 3.3).
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn bias(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
+        pollster::block_on(self.bias_async(q, len_k, offset, scale))
+    }
+
+    /// As [`RelativeKeys::bias`], without blocking.
+    pub async fn bias_async(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
+        let mut recording = Recording::for_step(&common_device(&self.table, [("Q", q)])?);
+        let bias = self.record(&mut recording, q, len_k, offset, scale)?;
+        recording.submit().await?;
+        Ok(bias)
+    }
+
+    /// As [`RelativeKeys::bias`], recorded into the caller's encoder under the terms of
+    /// [`Attention::encode`](crate::Attention::encode).
+    pub fn encode(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        q: &Tensor,
+        len_k: usize,
+        offset: i64,
+        scale: Option<f32>,
+    ) -> Result<Tensor> {
+        let mut recording = Recording::for_encoder(gpu);
+        common_device_is(recording.device(), common_device(&self.table, [("Q", q)])?)?;
+        let bias = self.record(&mut recording, q, len_k, offset, scale)?;
+        recording.encode(encoder)?;
+        Ok(bias)
+    }
+
+    fn record(
+        &self,
+        recording: &mut Recording,
+        q: &Tensor,
+        len_k: usize,
+        offset: i64,
+        scale: Option<f32>,
+    ) -> Result<Tensor> {
+        q.expect_float("Q")?;
+        let four = q.with_layout(as_four_axes("Q", q.layout())?);
+        let &[batch, heads, len_q, dim] = four.shape() else { unreachable!("four axes") };
+        if self.table.shape()[1] != dim {
+            return Err(shape_error!(
+                "the relative keys {:?} must be as wide as Q {:?}",
+                self.table.shape(),
+                q.shape()
+            ));
+        }
+        let shape = [batch, heads, len_q, len_k];
+        check(&q.device(), shape, offset)?;
+        let scale = scale.unwrap_or(1.0 / (dim.max(1) as f32).sqrt());
+        if !scale.is_finite() {
+            return Err(value_error!("scale = {scale} must be finite"));
+        }
+        let products = project_rows(recording, &four, &self.table)?;
+        let columns = Distances { len_q, len_k, offset }.columns(|distance| self.row(distance) as u32);
+        let bias = recording.relative(&products, &columns, shape, scale)?;
+        let lead = &q.shape()[..q.shape().len() - 1];
+        bias.reshape(&lead.iter().copied().chain([len_k]).collect::<Vec<_>>())
+    }
 }
 
 /// `X·Wᵀ` of every row of X `[a, b, c, in]`: `[a, b, c, out]`.

@@ -1,7 +1,7 @@
 //! T5's relative position bias (Raffel et al. 2020, section 2.1): one learned number per head and bucket of
 //! distances.
 
-use super::relative::{Distances, bias, check};
+use super::relative::{Distances, by_distance, check};
 use crate::error::{Result, shape_error, value_error};
 use crate::tensor::Tensor;
 
@@ -64,12 +64,12 @@ impl Buckets {
 /// `[num_buckets, heads]` (any strides; T5's `relative_attention_bias.weight`), on the table's device. Query `i`
 /// stands at key `i + offset`. T5 does not scale its scores: [`Attention::scale`](crate::Attention::scale) is 1.
 #[cfg(not(target_arch = "wasm32"))]
-pub fn t5(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    pollster::block_on(t5_async(table, buckets, len_q, len_k, offset))
+pub fn bias(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
+    pollster::block_on(bias_async(table, buckets, len_q, len_k, offset))
 }
 
-/// As [`t5`], without blocking.
-pub async fn t5_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
+/// As [`bias`], without blocking.
+pub async fn bias_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
     table.expect_float("the table of biases")?;
     buckets.counts()?;
     let heads = match *table.shape() {
@@ -86,5 +86,5 @@ pub async fn t5_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: us
     let table = table.permute(&[1, 0])?.unsqueeze(1)?.unsqueeze(0)?;
     let columns = Distances { len_q, len_k, offset }
         .columns(|distance| buckets.bucket(distance).expect("the buckets are checked above") as u32);
-    bias(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
+    by_distance(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
 }
