@@ -161,9 +161,15 @@ fn angles(config: &RotaryConfig, rows: usize) -> [Vec<f64>; 2] {
 #[test]
 fn rotation_is_the_formula_for_every_order_width_and_position() {
     for (name, device) in devices() {
-        for (shape, dim) in
-            [([2, 3, 5, 8], 8), ([2, 2, 7, 9], 4), ([1, 1, 1, 2], 2), ([3, 4, 3, 13], 6), ([1, 2, 20, 64], 64)]
-        {
+        for (shape, dim) in [
+            ([2, 3, 5, 8], 8),
+            ([2, 2, 3, 20], 8),
+            ([1, 2, 3, 24], 16),
+            ([2, 2, 7, 9], 4),
+            ([1, 1, 1, 2], 2),
+            ([3, 4, 3, 13], 6),
+            ([1, 2, 20, 64], 64),
+        ] {
             for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
                 for order in [Order::Bhsd, Order::Bshd, Order::Bhds, Order::Packed] {
                     let config = RotaryConfig::new(dim).pairing(pairing);

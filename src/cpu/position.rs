@@ -35,12 +35,13 @@ pub(crate) fn rotate(
 /// X `[b, i, d]` plus the rows of `table` `[row, d]`, row-major.
 pub(crate) fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f32> {
     let &[_, len, dim] = x.layout.shape() else { unreachable!("three axes") };
+    let (x_step, table_step) = (x.layout.strides()[2], table.layout.strides()[1]);
     let mut y = vec![0.0; x.layout.len()];
     y.par_chunks_mut(dim.max(1)).enumerate().for_each(|(n, y)| {
         let [b, i] = [n / len, n % len];
-        let row = rows.of(b, i, len);
+        let (x_at, table_at) = (x.layout.at(&[b, i, 0]), table.layout.at(&[rows.of(b, i, len), 0]));
         for (d, y) in y.iter_mut().enumerate() {
-            *y = x.data[x.layout.at(&[b, i, d])] + table.data[table.layout.at(&[row, d])];
+            *y = x.data[x_at + d * x_step] + table.data[table_at + d * table_step];
         }
     });
     y
@@ -49,11 +50,13 @@ pub(crate) fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f3
 /// `factor · X[b, h, i, columns[j − i + len_q − 1]]`, row-major `[b, h, i, j]`.
 pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) -> Vec<f32> {
     let &[batch, heads, len_q, _] = x.layout.shape() else { unreachable!("four axes") };
+    let step = x.layout.strides()[3];
     let mut bias = vec![0.0; batch * heads * len_q * len_k];
     bias.par_chunks_mut(len_k.max(1)).enumerate().for_each(|(n, bias)| {
         let [b, h, i] = [n / len_q / heads, n / len_q % heads, n % len_q];
-        for (j, bias) in bias.iter_mut().enumerate() {
-            *bias = factor * x.data[x.layout.at(&[b, h, i, columns[j + len_q - 1 - i] as usize])];
+        let at = x.layout.at(&[b, h, i, 0]);
+        for (bias, &column) in bias.iter_mut().zip(&columns[len_q - 1 - i..]) {
+            *bias = factor * x.data[at + column as usize * step];
         }
     });
     bias

@@ -547,12 +547,11 @@ impl Recording {
 
     /// X `[b, i, d]` plus the rows of a table `[row, d]`, row-major.
     pub fn add_positions(&mut self, x: &Tensor, table: &Tensor, rows: &Rows) -> Result<Tensor> {
-        let table = self.widened(table)?;
-        let plan = plan::add_positions(x.operand(), table.layout(), rows, &self.gpu.0.capabilities)?;
+        let plan = plan::add_positions(x.operand(), table.operand(), rows, &self.gpu.0.capabilities)?;
         let y = self.output("embeddings", Layout::contiguous(x.shape())?, x.dtype())?;
         self.add(plan, |slot| match slot {
             Slot::Q => Some(buffer_of(x).clone()),
-            Slot::K => Some(buffer_of(&table).clone()),
+            Slot::K => Some(buffer_of(table).clone()),
             Slot::Output => Some(buffer_of(&y).clone()),
             _ => None,
         })?;

@@ -355,9 +355,8 @@ params! {
         y_strides: [u32; 4],
         x_offset: u32,
         y_offset: u32,
-        table_offset: u32,
+        angles_offset: u32,
         row_stride: u32,
-        sines: u32,
         pairs: u32,
         dim: u32,
         units: u32,
@@ -369,6 +368,7 @@ params! {
         workgroups: u32,
         pad_0: u32,
         pad_1: u32,
+        pad_2: u32,
     }
 }
 

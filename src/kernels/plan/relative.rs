@@ -1,5 +1,6 @@
 //! Biases by the distance of query and key.
 
+use super::super::access::is_wide;
 use super::super::capabilities::Capabilities;
 use super::super::catalogue;
 use super::super::params;
@@ -28,9 +29,9 @@ pub fn relative(x: &Layout, columns: &[u32], len_k: usize, factor: f32, adapter:
                 let align = adapter.offset_alignment;
                 let from = window(x, &[b, h, i, all_columns], 4, align);
                 let to = window(&y, &[b, h, i, keys], 4, align);
-                let total = b.count as u64 * h.count as u64 * i.count as u64 * len_k as u64;
+                let total = b.count as u64 * h.count as u64 * i.count as u64 * len_k.div_ceil(4) as u64;
                 planner.push(
-                    catalogue::relative(),
+                    catalogue::relative(is_wide(&y)),
                     total.div_ceil(64),
                     |workgroups| params::Relative {
                         x_strides: strides_used(x),

@@ -1,6 +1,6 @@
 //! What tokens get by their position: pairs of columns turned, rows of a table added.
 
-use super::super::access::Operand;
+use super::super::access::{Access, Operand, is_wide};
 use super::super::capabilities::Capabilities;
 use super::super::catalogue;
 use super::super::params;
@@ -24,7 +24,10 @@ pub fn rotate(
     if x.is_empty() {
         return Ok(planner.plan);
     }
-    let table = planner.table(table, rows, len)?;
+    let wide = is_wide(&x) && is_wide(y) && is_wide(table) && pairs.is_multiple_of(4);
+    let access = Access { wide, stored: x.stored };
+    let units = if wide { pairs / 4 + (dim - 2 * pairs).div_ceil(8) } else { dim.div_ceil(2) };
+    let table = planner.table(table.into(), rows, len)?;
     let every = Part { start: 0, count: dim };
     let size = planner.slices([batch, heads, len], |[b, h, i]| {
         let parts = [b, h, i, every];
@@ -36,20 +39,18 @@ pub fn rotate(
                 let parts = [b, h, i, every];
                 let align = adapter.offset_alignment;
                 let (from, to) = (window(&x, &parts, x.element(), align), window(y, &parts, 4, align));
-                let units = dim.div_ceil(2);
                 let total = b.count as u64 * h.count as u64 * i.count as u64 * units as u64;
                 let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
                 planner.push(
-                    catalogue::rotate(x.stored, interleaved, table.listed),
+                    catalogue::rotate(access, interleaved, table.listed),
                     total.div_ceil(64),
                     |workgroups| params::Rotate {
                         x_strides: strides_used(&x),
                         y_strides: strides_used(y),
                         x_offset: from.first as u32,
                         y_offset: to.first as u32,
-                        table_offset: table.at.first as u32,
+                        angles_offset: table.at.first as u32,
                         row_stride: table.width as u32,
-                        sines: table.width as u32 / 2,
                         pairs: pairs as u32,
                         dim: dim as u32,
                         units: units as u32,
@@ -69,8 +70,8 @@ pub fn rotate(
     Ok(planner.plan)
 }
 
-/// Adds rows of `table` `[row, d]` (K, f32, any strides) to X `[b, i, d]` (Q): Y, row-major (Output, f32).
-pub fn add_positions(x: Operand<'_>, table: &Layout, rows: &Rows, adapter: &Capabilities) -> Result<Plan> {
+/// Adds rows of `table` `[row, d]` (K) to X `[b, i, d]` (Q), both of any strides: Y, row-major (Output, f32).
+pub fn add_positions(x: Operand<'_>, table: Operand<'_>, rows: &Rows, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let y = Layout::contiguous(x.shape())?;
     check_buffer(adapter, "embeddings", padded_bytes(&y, Dtype::F32))?;
@@ -79,6 +80,7 @@ pub fn add_positions(x: Operand<'_>, table: &Layout, rows: &Rows, adapter: &Capa
         return Ok(planner.plan);
     }
     let strides = [table.strides()[0] as u32, table.strides()[1] as u32];
+    let variant = |listed| catalogue::add_positions(x.access(), table.access(), is_wide(&y), listed);
     let table = planner.table(table, rows, len)?;
     let every = Part { start: 0, count: dim };
     let size = planner.slices([batch, 1, len], |[b, _, i]| {
@@ -90,10 +92,10 @@ pub fn add_positions(x: Operand<'_>, table: &Layout, rows: &Rows, adapter: &Capa
             let parts = [b, i, every];
             let align = adapter.offset_alignment;
             let (from, to) = (window(&x, &parts, x.element(), align), window(&y, &parts, 4, align));
-            let total = b.count as u64 * i.count as u64 * dim as u64;
+            let total = b.count as u64 * i.count as u64 * dim.div_ceil(4) as u64;
             let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
             planner.push(
-                catalogue::add_positions(x.stored, table.listed),
+                variant(table.listed),
                 total.div_ceil(64),
                 |workgroups| params::AddPositions {
                     x_strides: [0, 1, 2].map(|axis| x.strides()[axis] as u32),
@@ -150,7 +152,7 @@ impl Table {
 }
 
 impl Planner<'_> {
-    fn table(&mut self, table: &Layout, rows: &Rows, len: usize) -> Result<Table> {
+    fn table(&mut self, table: Operand<'_>, rows: &Rows, len: usize) -> Result<Table> {
         let used = rows.range(len);
         let width = table.shape()[1];
         let parts = [Part { start: used.start, count: used.len() }, Part { start: 0, count: width }];
@@ -159,7 +161,7 @@ impl Planner<'_> {
         }
         let list_bytes = (self.plan.rows.len() as u64 * 4).next_multiple_of(16);
         Ok(Table {
-            at: window(table, &parts, 4, self.adapter.offset_alignment),
+            at: window(&table, &parts, table.element(), self.adapter.offset_alignment),
             width,
             first: used.start,
             listed: list_bytes > 0,
