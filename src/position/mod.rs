@@ -20,7 +20,6 @@ pub use table::PositionTable;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::kernels::plan::check_buffer;
-use crate::memory::check_floats;
 use crate::problem::{MAX_LEN, Rows, checked_len};
 
 /// Where the tokens `[batch, len]` of a call stand.
@@ -105,6 +104,6 @@ fn check_table(device: &Device, what: &str, shape: &[usize]) -> Result<()> {
     match device {
         Device::Gpu(gpu) => check_buffer(gpu.capabilities(), what, elements * 4),
         #[cfg(feature = "cpu")]
-        Device::Cpu => check_floats(what, shape),
+        Device::Cpu => crate::memory::check_floats(what, shape),
     }
 }
