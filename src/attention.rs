@@ -481,7 +481,7 @@ pub(crate) fn output_layout(problem: &Problem, q: &Layout) -> Result<Layout> {
 
 /// A layout of `shape` with the heads inside the sequence (`[b, s, h, d]`) when `like` has them so, else
 /// row-major.
-fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -> Result<Layout> {
+pub(crate) fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -> Result<Layout> {
     let strides = like.strides();
     if heads > 1 && len > 1 && strides[1] < strides[2] {
         Layout::contiguous(&[batch, len, heads, dim])?.permute(&[0, 2, 1, 3])

@@ -20,8 +20,9 @@
 //! ```
 //!
 //! Where things are: [`Attention`], [`MultiHeadAttention`] and [`KvCache`] are what a user calls; [`Device`], [`Gpu`] and
-//! [`Tensor`] say where; [`problem`] holds the rules in checked arithmetic; [`kernels`] the shaders as plain
-//! data and the planning of a call; [`mod@reference`] the f64 truth that tests lean on.
+//! [`Tensor`] say where; [`position`] tells attention where tokens stand; [`problem`] holds the rules in checked
+//! arithmetic; [`kernels`] the shaders as plain data and the planning of a call; [`mod@reference`] the f64 truth that
+//! tests lean on.
 //!
 //! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
 //! slices where the adapter's limits ask for it, and so are those of heads wider than 512; arithmetic is f32.
@@ -43,7 +44,9 @@ mod inspect;
 pub mod kernels;
 mod memory;
 mod multi_head;
+pub mod position;
 pub mod problem;
+mod project;
 mod record;
 pub mod reference;
 mod state_dict;
@@ -62,6 +65,9 @@ pub use inspect::{Inspect, Inspected};
 pub use kernels::{Cut, Method, ShapeClass};
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
+#[cfg(not(target_arch = "wasm32"))]
+pub use project::project;
+pub use project::project_async;
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]

@@ -13,7 +13,6 @@ pub(crate) fn system_memory() -> Option<u64> {
 }
 
 /// Refuses, before anything is allocated, `elements` floats that this machine cannot hold.
-#[cfg(feature = "cpu")]
 pub(crate) fn check_floats(what: &str, elements: &[usize]) -> crate::Result<()> {
     /// Below this, the question costs more than the answer is worth.
     const SMALL: u64 = 64 << 20;

@@ -3,7 +3,7 @@
 
 #[cfg(feature = "cpu")]
 use crate::attention::Weights;
-use crate::attention::{Attended, Operands, Wanted, output_layout};
+use crate::attention::{Attended, Operands, Wanted, in_order_of, output_layout};
 #[cfg(feature = "cpu")]
 use crate::cpu;
 use crate::device::Device;
@@ -12,9 +12,10 @@ use crate::gpu;
 use crate::inspect::{Chosen, Inspected};
 #[cfg(feature = "cpu")]
 use crate::memory::check_floats;
+use crate::position::Rotation;
 #[cfg(feature = "cpu")]
 use crate::problem::Dtype;
-use crate::problem::{Layout, Place, Problem, Sequence};
+use crate::problem::{Layout, Place, Problem, Rows, Sequence};
 use crate::tensor::Tensor;
 
 pub(crate) enum Recording {
@@ -140,6 +141,65 @@ impl Recording {
                 let dtype = y.dtype();
                 cpu::scatter(cpu::View::of(x), y.cpu_mut(), &layout, places, |x| dtype.round(x));
                 Ok(())
+            }
+        }
+    }
+
+    /// X `[b, h, i, d]` turned by the angles of its rows, in X's memory order.
+    pub fn rotate(&mut self, x: &Tensor, rotation: Rotation<'_>, rows: &Rows) -> Result<Tensor> {
+        let &[b, h, i, d] = x.shape() else { unreachable!("four axes") };
+        let layout = in_order_of(x.layout(), [b, h, i, d])?;
+        match self {
+            Recording::Gpu(recording) => recording.rotate(x, rotation, rows, layout),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("rotated rows", layout.shape())?;
+                let Rotation { table, pairs, interleaved } = rotation;
+                let y = cpu::rotate(cpu::View::of(x), cpu::View::of(table), pairs, interleaved, rows, &layout);
+                Ok(Tensor::from_cpu(y, layout, x.dtype()))
+            }
+        }
+    }
+
+    /// X `[b, i, d]` plus the rows of a table `[row, d]`, row-major.
+    pub fn add_positions(&mut self, x: &Tensor, table: &Tensor, rows: &Rows) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.add_positions(x, table, rows),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("embeddings", x.shape())?;
+                let y = cpu::add_positions(cpu::View::of(x), cpu::View::of(table), rows);
+                Ok(Tensor::from_cpu(y, Layout::contiguous(x.shape())?, x.dtype()))
+            }
+        }
+    }
+
+    /// `factor · X[b, h, i, columns[j − i + len_q − 1]]` for X that broadcasts to `[b, h, i, column]`; the result
+    /// has `shape` and is row-major.
+    pub fn relative(&mut self, x: &Tensor, columns: &[u32], shape: [usize; 4], factor: f32) -> Result<Tensor> {
+        let [b, h, i, len_k] = shape;
+        let x = x.with_layout(x.layout().broadcast_to(&[b, h, i, x.shape()[3]])?);
+        match self {
+            Recording::Gpu(recording) => recording.relative(&x, columns, len_k, factor),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("a bias", &shape)?;
+                let bias = cpu::relative(cpu::View::of(&x), columns, len_k, factor);
+                Ok(Tensor::from_cpu(bias, Layout::contiguous(&shape)?, x.dtype()))
+            }
+        }
+    }
+
+    /// X (at most four axes) copied into row-major order.
+    pub fn row_major(&mut self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.row_major(x),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("a row-major copy", x.shape())?;
+                let view = cpu::View::of(x);
+                let copied = view.layout.positions().map(|at| view.data[at]).collect();
+                Ok(Tensor::from_cpu(copied, Layout::contiguous(x.shape())?, x.dtype()))
             }
         }
     }

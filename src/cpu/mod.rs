@@ -5,6 +5,7 @@ mod attention;
 mod exp;
 mod inspect;
 mod merge;
+mod position;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
@@ -14,6 +15,7 @@ mod softmax;
 pub(crate) use attention::attention;
 pub(crate) use inspect::inspect;
 pub(crate) use merge::merge;
+pub(crate) use position::{add_positions, relative, rotate};
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;

@@ -12,7 +12,8 @@ use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
 use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
-use crate::problem::{Dtype, Layout, Place, Problem, ScoreStage, Sequence};
+use crate::position::Rotation;
+use crate::problem::{Dtype, Layout, Place, Problem, Rows, ScoreStage, Sequence};
 use crate::tensor::{Storage, Tensor};
 
 /// A compiled variant.
@@ -182,18 +183,7 @@ impl Recording {
                 once = once.narrow(axis, 0, 1)?;
             }
         }
-        let layout = Layout::contiguous(once.shape())?;
-        let mut four = once;
-        while four.rank() < 4 {
-            four = four.unsqueeze(0)?;
-        }
-        let plan = plan::widen(Operand { layout: &four, stored: x.stored() }, &self.gpu.0.capabilities)?;
-        let wide = self.output("a tensor widened to f32", layout, x.dtype())?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(buffer_of(x).clone()),
-            Slot::Output => Some(buffer_of(&wide).clone()),
-            _ => None,
-        })?;
+        let wide = self.row_major(&x.with_layout(once))?;
         Ok(wide.with_layout(wide.layout().broadcast_to(x.shape())?))
     }
 
@@ -205,6 +195,7 @@ impl Recording {
             .collect::<Result<Vec<_>>>()?;
         let bands = self.constant(bytemuck::cast_slice(&plan.bands));
         let places = self.constant(bytemuck::cast_slice(&plan.places));
+        let rows = self.constant(bytemuck::cast_slice(&plan.rows));
         for step in plan.steps {
             let mut parts = vec![(0, self.constant(&step.params))];
             for binding in &step.bindings {
@@ -212,6 +203,7 @@ impl Recording {
                 let part = match binding.slot {
                     Slot::Bands if !plan.bands.is_empty() => table(&bands),
                     Slot::Places if !plan.places.is_empty() => table(&places),
+                    Slot::Rows if !plan.rows.is_empty() => table(&rows),
                     slot => {
                         let buffer = match slot {
                             Slot::Scratch(n) => Some(scratch[n].clone()),
@@ -536,6 +528,65 @@ impl Recording {
             Slot::Output => Some(to.clone()),
             _ => None,
         })
+    }
+
+    /// X `[b, h, i, d]` turned by the angles of its rows, in a tensor of `layout`.
+    pub fn rotate(&mut self, x: &Tensor, rotation: Rotation<'_>, rows: &Rows, layout: Layout) -> Result<Tensor> {
+        let Rotation { table, pairs, interleaved } = rotation;
+        let capabilities = &self.gpu.0.capabilities;
+        let plan = plan::rotate(x.operand(), &layout, table.layout(), (pairs, interleaved), rows, capabilities)?;
+        let y = self.output("rotated rows", layout, x.dtype())?;
+        self.add(plan, |slot| match slot {
+            Slot::Q => Some(buffer_of(x).clone()),
+            Slot::K => Some(buffer_of(table).clone()),
+            Slot::Output => Some(buffer_of(&y).clone()),
+            _ => None,
+        })?;
+        Ok(y)
+    }
+
+    /// X `[b, i, d]` plus the rows of a table `[row, d]`, row-major.
+    pub fn add_positions(&mut self, x: &Tensor, table: &Tensor, rows: &Rows) -> Result<Tensor> {
+        let plan = plan::add_positions(x.operand(), table.operand(), rows, &self.gpu.0.capabilities)?;
+        let y = self.output("embeddings", Layout::contiguous(x.shape())?, x.dtype())?;
+        self.add(plan, |slot| match slot {
+            Slot::Q => Some(buffer_of(x).clone()),
+            Slot::K => Some(buffer_of(table).clone()),
+            Slot::Output => Some(buffer_of(&y).clone()),
+            _ => None,
+        })?;
+        Ok(y)
+    }
+
+    /// `factor · X[b, h, i, column of j − i]` for X `[b, h, i, column]`, row-major `[b, h, i, j]`.
+    pub fn relative(&mut self, x: &Tensor, columns: &[u32], len_k: usize, factor: f32) -> Result<Tensor> {
+        let x = self.widened(x)?;
+        let plan = plan::relative(x.layout(), columns, len_k, factor, &self.gpu.0.capabilities)?;
+        let mut shape = x.shape().to_vec();
+        shape[3] = len_k;
+        let bias = self.output("a bias", Layout::contiguous(&shape)?, x.dtype())?;
+        self.add(plan, |slot| match slot {
+            Slot::Q => Some(buffer_of(&x).clone()),
+            Slot::Output => Some(buffer_of(&bias).clone()),
+            _ => None,
+        })?;
+        Ok(bias)
+    }
+
+    /// X (at most four axes) in a row-major buffer of f32.
+    pub fn row_major(&mut self, x: &Tensor) -> Result<Tensor> {
+        let mut four = x.layout().clone();
+        while four.rank() < 4 {
+            four = four.unsqueeze(0)?;
+        }
+        let plan = plan::widen(Operand { layout: &four, stored: x.stored() }, &self.gpu.0.capabilities)?;
+        let copied = self.output("a row-major copy", Layout::contiguous(x.shape())?, x.dtype())?;
+        self.add(plan, |slot| match slot {
+            Slot::Q => Some(buffer_of(x).clone()),
+            Slot::Output => Some(buffer_of(&copied).clone()),
+            _ => None,
+        })?;
+        Ok(copied)
     }
 
     /// Joins two results `[b, h, i, d]` with their LSEs `[b, h, i]`.

@@ -109,6 +109,8 @@ pub const KEPT: Read = read!("kept", "KeptElem", "kept_strides.w");
 pub const WALKED: Read = read!("walked", "WalkedElem", "walked_strides.w");
 /// Rows on their way into a cache.
 pub const ROWS: Read = read!("x", "XElem", "x_strides.w");
+/// A table of positions.
+pub const TABLE: Read = read!("table", "TableElem", "table_strides.y");
 /// The weight of a projection.
 pub const W: Read = read!("w", "WElem", "w_strides.y");
 
@@ -168,6 +170,20 @@ pub fn element(changes: Changes, stored: Dtype) -> Changes {
             .block("element", format!("{}\nfn element(at: u32) -> f32 {{ return one_x(at); }}", one("x", stored))),
         _ => changes,
     }
+}
+
+/// The same for whole fours: `load_x(at, d4) -> vec4<f32>` in the place of `element`.
+pub fn fours(changes: Changes, stored: Dtype) -> Changes {
+    let value = unpacked(stored);
+    changes.alias("XElem", Access { wide: true, stored }.element()).block(
+        "element",
+        format!(
+            "fn load_x(at: u32, d4: u32) -> vec4<f32> {{
+    let four = x[at / 4u + d4];
+    return {value};
+}}"
+        ),
+    )
 }
 
 /// The four elements of a wide read, `four`.

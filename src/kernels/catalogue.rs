@@ -38,11 +38,17 @@ pub enum Kernel {
     Scatter,
     /// What masks leave of tiles of keys.
     Classify,
+    /// Pairs of columns turned by their positions.
+    Rotate,
+    /// A table's rows added to embeddings.
+    AddPositions,
+    /// Biases by the distance of query and key.
+    Relative,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 15] = [
+    pub const ALL: [Kernel; 18] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -58,6 +64,9 @@ impl Kernel {
         Kernel::Probe,
         Kernel::Scatter,
         Kernel::Classify,
+        Kernel::Rotate,
+        Kernel::AddPositions,
+        Kernel::Relative,
     ];
 
     /// The file's name without its ending.
@@ -78,6 +87,9 @@ impl Kernel {
             Kernel::Probe => "probe",
             Kernel::Scatter => "scatter",
             Kernel::Classify => "classify",
+            Kernel::Rotate => "rotate",
+            Kernel::AddPositions => "add_positions",
+            Kernel::Relative => "relative",
         }
     }
 
@@ -99,6 +111,9 @@ impl Kernel {
             Kernel::Probe => include_str!("../../shaders/probe.wgsl"),
             Kernel::Scatter => include_str!("../../shaders/scatter.wgsl"),
             Kernel::Classify => include_str!("../../shaders/classify.wgsl"),
+            Kernel::Rotate => include_str!("../../shaders/rotate.wgsl"),
+            Kernel::AddPositions => include_str!("../../shaders/add_positions.wgsl"),
+            Kernel::Relative => include_str!("../../shaders/relative.wgsl"),
         }
     }
 }
@@ -631,6 +646,86 @@ pub fn scatter(x: Access, stored: Dtype) -> Variant {
     Variant { kernel: Kernel::Scatter, changes: access::store_fours(changes, y), name }
 }
 
+/// Without a list of `rows`, token `i` has row `row_0 + i`.
+fn rows_listed(changes: Changes, listed: bool, name: &mut String) -> Changes {
+    if listed {
+        name.push_str("/rows");
+        return changes;
+    }
+    changes.block("row_of", "fn row_of(b: u32, i: u32) -> u32 { return params.row_0 + i; }")
+}
+
+/// Whole fours of `y`.
+fn stored_in_fours(changes: Changes) -> Changes {
+    changes.alias("YElem", "vec4<f32>").block(
+        "store_four",
+        "fn store_four(at: u32, first: u32, end: u32, value: vec4<f32>) { y[(at + first) / 4u] = value; }",
+    )
+}
+
+/// A variant of `rotate.wgsl`; wide: X, Y and the pairs lie in fours.
+pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
+    let mut name = String::from(if interleaved { "rotate/interleaved" } else { "rotate/half_split" });
+    access::name(&mut name, &[("x", x)]);
+    let changes = Changes::default().flag("INTERLEAVED", interleaved);
+    let changes = if x.wide {
+        access::fours(changes, x.stored).alias("YElem", "vec4<f32>").alias("AngleElem", "vec4<f32>").block(
+            "turn",
+            "fn turn(x_at: u32, y_at: u32, angle: u32, unit: u32) {
+    let pairs4 = params.pairs / 4u;
+    let is_copied = unit >= pairs4;
+    let is_split = !INTERLEAVED && !is_copied;
+    let d0 = select(2u * unit, unit, is_split);
+    let d1 = select(2u * unit + 1u, unit + pairs4, is_split);
+    let first = load_x(x_at, d0);
+    if (is_copied) {
+        y[y_at / 4u + d0] = first;
+        if (4u * d1 < params.dim) {
+            y[y_at / 4u + d1] = load_x(x_at, d1);
+        }
+        return;
+    }
+    let second = load_x(x_at, d1);
+    let cosine = angles[angle / 4u + unit];
+    let sine = angles[angle / 4u + params.row_stride / 8u + unit];
+    if (INTERLEAVED) {
+        let x0 = vec4<f32>(first.xz, second.xz);
+        let x1 = vec4<f32>(first.yw, second.yw);
+        let y0 = x0 * cosine - x1 * sine;
+        let y1 = x1 * cosine + x0 * sine;
+        y[y_at / 4u + d0] = vec4<f32>(y0.x, y1.x, y0.y, y1.y);
+        y[y_at / 4u + d1] = vec4<f32>(y0.z, y1.z, y0.w, y1.w);
+    } else {
+        y[y_at / 4u + d0] = first * cosine - second * sine;
+        y[y_at / 4u + d1] = second * cosine + first * sine;
+    }
+}",
+        )
+    } else {
+        access::element(changes, x.stored)
+    };
+    Variant { kernel: Kernel::Rotate, changes: rows_listed(changes, listed, &mut name), name }
+}
+
+/// A variant of `add_positions.wgsl`.
+pub fn add_positions(x: Access, table: Access, wide_y: bool, listed: bool) -> Variant {
+    let mut name = String::from("add_positions");
+    access::name(&mut name, &[("x", x), ("t", table), ("y", Access { wide: wide_y, ..Access::NARROW })]);
+    let mut changes = access::load(Changes::default(), &access::X, "params.dim", "false", x);
+    changes = access::load(changes, &access::TABLE, "params.dim", "false", table);
+    if wide_y {
+        changes = stored_in_fours(changes);
+    }
+    Variant { kernel: Kernel::AddPositions, changes: rows_listed(changes, listed, &mut name), name }
+}
+
+/// A variant of `relative.wgsl`.
+pub fn relative(wide_y: bool) -> Variant {
+    let (changes, name) =
+        if wide_y { (stored_in_fours(Changes::default()), "relative/wide") } else { (Changes::default(), "relative") };
+    Variant { kernel: Kernel::Relative, changes, name: name.into() }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of
 /// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -767,6 +862,15 @@ pub fn variants() -> Vec<Variant> {
     for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
         all.extend([fold(source, false), fold(source, true)]);
     }
+    for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        for x in halves(stored) {
+            for listed in [false, true] {
+                all.extend([rotate(x, false, listed), rotate(x, true, listed)]);
+                all.extend([add_positions(x, wide, x.wide, listed), add_positions(narrow, x, false, listed)]);
+            }
+        }
+    }
+    all.extend([relative(true), relative(false)]);
     let mut seen = std::collections::BTreeSet::new();
     all.retain(|variant| seen.insert(variant.name.clone()));
     all

@@ -376,3 +376,65 @@ params! {
         minus_infinity: u32,
     }
 }
+
+params! {
+    /// `rotate.wgsl`
+    Rotate {
+        x_strides: [u32; 4],
+        y_strides: [u32; 4],
+        x_offset: u32,
+        y_offset: u32,
+        angles_offset: u32,
+        row_stride: u32,
+        pairs: u32,
+        dim: u32,
+        units: u32,
+        heads: u32,
+        len: u32,
+        row_0: u32,
+        rows_batch_stride: u32,
+        total: u32,
+        workgroups: u32,
+        pad_0: u32,
+        pad_1: u32,
+        pad_2: u32,
+    }
+}
+
+params! {
+    /// `add_positions.wgsl`
+    AddPositions {
+        x_strides: [u32; 3],
+        x_offset: u32,
+        table_strides: [u32; 2],
+        table_offset: u32,
+        y_offset: u32,
+        len: u32,
+        dim: u32,
+        row_0: u32,
+        rows_batch_stride: u32,
+        total: u32,
+        workgroups: u32,
+        pad_0: u32,
+        pad_1: u32,
+    }
+}
+
+params! {
+    /// `relative.wgsl`
+    Relative {
+        x_strides: [u32; 4],
+        x_offset: u32,
+        y_offset: u32,
+        heads: u32,
+        len_q: u32,
+        len_k: u32,
+        distance_0: u32,
+        total: u32,
+        workgroups: u32,
+        factor: f32,
+        pad_0: u32,
+        pad_1: u32,
+        pad_2: u32,
+    }
+}

@@ -87,6 +87,40 @@ impl Band {
     }
 }
 
+/// Which row of a table the tokens `[batch, len]` of a call read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Token `i` reads row `start + i`.
+    From(usize),
+    /// Listed for `[len]` tokens of every batch entry alike, or for `[batch, len]`.
+    Each {
+        /// Row-major.
+        rows: Vec<u32>,
+        /// Whether each batch entry has its own.
+        per_batch: bool,
+    },
+}
+
+impl Rows {
+    /// The row of token `i` of `len` in batch entry `b`.
+    pub fn of(&self, b: usize, i: usize, len: usize) -> usize {
+        match self {
+            Rows::From(start) => start + i,
+            Rows::Each { rows, per_batch } => rows[if *per_batch { b * len + i } else { i }] as usize,
+        }
+    }
+    /// The first row that is read, and one past the last.
+    pub fn range(&self, len: usize) -> std::ops::Range<usize> {
+        match self {
+            Rows::From(start) => *start..start + len,
+            Rows::Each { rows, .. } => match (rows.iter().min(), rows.iter().max()) {
+                (Some(&first), Some(&last)) => first as usize..last as usize + 1,
+                _ => 0..0,
+            },
+        }
+    }
+}
+
 /// Rows of one batch entry to copy: `count` rows from `from` on go to `to` and behind it, past the last
 /// row to the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

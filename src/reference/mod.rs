@@ -4,12 +4,14 @@
 //! Operands are strided views of f64; results are row-major.
 
 mod inspect;
+mod position;
 mod project;
 mod scores;
 mod softmax;
 mod weighted_sum;
 
 pub use inspect::{Inspected, inspect};
+pub use position::{add_positions, relative, rotate};
 pub use project::project;
 pub use scores::scores;
 pub use softmax::softmax;

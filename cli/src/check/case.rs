@@ -11,10 +11,10 @@ use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 use crate::files::{self, TensorFile};
 
-/// How far f32 may lie from float64, relative to the largest value of an ONNX case.
-const ONNX_F32: f64 = 5e-6;
+/// How far f32 may lie from float64, relative to the largest value of a case that records no error of f32 itself.
+pub const F32_SUMS: f64 = 5e-6;
 /// "A few ulp" of f32 on top of twice PyTorch's own error.
-const F32_ULPS: f64 = 8.0 * f32::EPSILON as f64;
+pub const F32_ULPS: f64 = 8.0 * f32::EPSILON as f64;
 /// Half an ulp of f16.
 const F16_HALF_ULP: f64 = 1.0 / 2048.0;
 
@@ -80,6 +80,14 @@ impl Case {
         names.map(|(short, name)| Ok((short.to_string(), self.file.need(name)?))).collect()
     }
 
+    /// The tensor of that full name.
+    pub fn tensor(&self, name: &str) -> Result<Array> {
+        self.file.need(name)
+    }
+    pub fn tensor_names(&self) -> Vec<String> {
+        self.file.names()
+    }
+
     /// An input that this program does not know changes the answer: better no answer.
     pub fn expect_inputs(&self, known: &[&str]) -> Result<(), Stop> {
         let names = self.file.names();
@@ -110,7 +118,7 @@ impl Case {
             if let Some(truth) = self.file.get(&format!("ref64.{name}"))?
                 && matches!(expected.values(), Values::F32(_))
             {
-                let limit = ONNX_F32 * largest_finite(&truth.to_f64());
+                let limit = F32_SUMS * largest_finite(&truth.to_f64());
                 all.push(held(name, "ref64", got, &truth, |_| limit));
             }
         }
@@ -202,7 +210,13 @@ pub fn parse_json(text: &str) -> serde_json::Result<Value> {
     serde_json::from_str(&plain)
 }
 
-fn held(name: &str, against: &'static str, got: &Array, expected: &Array, allowed: impl Fn(f64) -> f64) -> Comparison {
+pub fn held(
+    name: &str,
+    against: &'static str,
+    got: &Array,
+    expected: &Array,
+    allowed: impl Fn(f64) -> f64,
+) -> Comparison {
     compare(name, against, (got.shape(), &got.to_f64()), (expected.shape(), &expected.to_f64()), allowed)
 }
 

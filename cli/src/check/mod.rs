@@ -4,6 +4,7 @@ mod case;
 pub mod compare;
 mod onnx;
 mod torch;
+mod transformers;
 
 use std::path::{Path, PathBuf};
 
@@ -20,12 +21,14 @@ use compare::Comparison;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 A case is a safetensors file whose header's __metadata__ holds a JSON text `case` that says \
-what to compute. Tensors: in.* and param.* go in, out.* (ONNX) and ref64.* (float64) are expected.
+what to compute. Tensors: in.* and param.* go in, out.* (ONNX), ref64.* (float64) and out32.* \
+(transformers) are expected.
 
 Allowed: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest value from \
 float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
 PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
-relative to the largest value.
+relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
+the largest value where none is recorded.
 
 Examples:
   attn check tests/cases/onnx
@@ -198,6 +201,16 @@ fn run_case(target: &Target, dir: &Path, name: &str) -> Outcome {
             "sdpa" => torch::sdpa(&case, &target.device),
             "varlen" => torch::varlen(&case, &target.device),
             "mha" => torch::mha(&case, &target.device),
+            "RotaryEmbedding" => onnx::rotary_embedding(&case, &target.device),
+            "alibi_slopes" => transformers::alibi_slopes(&case),
+            "sinusoidal" => transformers::sinusoidal(&case, &target.device),
+            "sinusoidal_t2t" => transformers::sinusoidal_t2t(&case),
+            "t5_bucket" => transformers::t5_bucket(&case),
+            "t5_bias" => transformers::t5_bias(&case, &target.device),
+            "rope_half_split" => transformers::rope_half_split(&case, &target.device),
+            "rope_interleaved" => transformers::rope_interleaved(&case, &target.device),
+            "llama_attention" => transformers::llama_attention(&case, &target.device),
+            "shaw_relative_key" => transformers::shaw_relative_key(&case, &target.device),
             other => Err(Stop::Skip(format!("the op {other} is not known"))),
         }
     };

@@ -1,7 +1,10 @@
 //! Cases of ONNX's operators.
 
 use serde_json::Value;
-use wgpu_attention::{Align, Attention, Device, KvCache, KvCacheConfig, Mask, ScatterMode, ScoreStage, Tensor};
+use wgpu_attention::position::{Pairing, Rotary, TokenPositions};
+use wgpu_attention::{
+    Align, Attention, Device, HostTensor, KvCache, KvCacheConfig, Mask, ScatterMode, ScoreStage, Tensor,
+};
 
 use super::Stop;
 use super::case::{Case, as_float, as_int};
@@ -215,4 +218,44 @@ pub fn softmax(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     let axis = int(case, "axis")?.unwrap_or(-1) as isize;
     let result = wgpu_attention::softmax(&case.upload("input", device)?, axis)?;
     case.against_onnx(&[("output", Array::download(&result)?)])
+}
+
+/// RotaryEmbedding of opset 23, with the caches it is given.
+pub fn rotary_embedding(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+    case.expect_inputs(&["X", "cos_cache", "sin_cache", "position_ids"])?;
+    let given = case.get("attributes").as_object();
+    const ATTRIBUTES: [&str; 3] = ["interleaved", "num_heads", "rotary_embedding_dim"];
+    if let Some(odd) = given.and_then(|all| all.keys().find(|name| !ATTRIBUTES.contains(&name.as_str()))) {
+        return Err(Stop::Skip(format!("the attribute {odd} is not known")));
+    }
+    let x_in = case.upload("X", device)?;
+    let x = four_axes(case, "num_heads", x_in.clone())?;
+    let (cos, sin) = (case.input("cos_cache")?, case.input("sin_cache")?);
+    // Without position ids the caches have a row for every token.
+    let positions = match case.optional("position_ids")? {
+        Some(ids) => ids.lengths("position_ids")?,
+        None => (0..cos.shape().iter().rev().skip(1).product()).collect(),
+    };
+    let Some(&pairs) = cos.shape().last() else { return Err(stop("cos_cache needs at least one axis")) };
+    let width = match int(case, "rotary_embedding_dim")?.unwrap_or(0) {
+        0 => x.shape().last().copied().unwrap_or(0),
+        width => usize::try_from(width).unwrap_or(0),
+    };
+    if width != 2 * pairs {
+        return Err(stop(&format!("a cos_cache of {pairs} pairs does not fit a rotary dimension of {width}")));
+    }
+    let rows = |cache: &Array| {
+        HostTensor::new(&[cache.values().len() / pairs.max(1), pairs], cache.to_f32()).map_err(Stop::from)
+    };
+    let pairing = match int(case, "interleaved")?.unwrap_or(0) {
+        0 => Pairing::HalfSplit,
+        1 => Pairing::Interleaved,
+        other => return Err(Stop::Skip(format!("interleaved = {other} is not known"))),
+    };
+    let rotary = Rotary::from_tables(device, &rows(&cos)?, &rows(&sin)?, pairing)?;
+    let mut turned = rotary.rotate(&x, &TokenPositions::Given(positions))?;
+    if x_in.shape().len() == 3 {
+        turned = turned.permute(&[0, 2, 1, 3])?.reshape(x_in.shape())?;
+    }
+    case.against_onnx(&[("Y", Array::download(&turned)?)])
 }

@@ -9,8 +9,11 @@ use crate::kit::{adapters, attn, cases, floats, folder};
 #[test]
 fn every_case_passes_on_every_adapter() {
     for adapter in adapters() {
-        for (name, last) in [("onnx", "103 passed, 0 failed, 33 skipped"), ("torch", "94 passed, 0 failed, 0 skipped")]
-        {
+        for (name, last) in [
+            ("onnx", "111 passed, 0 failed, 25 skipped"),
+            ("torch", "94 passed, 0 failed, 0 skipped"),
+            ("transformers", "29 passed, 0 failed, 3 skipped"),
+        ] {
             let ran = attn(folder().path(), &["check", cases(name).to_str().unwrap(), "--adapter", &adapter]);
             ran.succeeded();
             assert_eq!(ran.last_line(), last, "{adapter}\n{}", ran.stdout);
@@ -122,11 +125,52 @@ fn an_attribute_that_cannot_be_read_is_never_ignored() {
         ("onnx/test_softmax_axis_0", "/attributes/axis"),
         ("torch/sdpa_causal_tl_q5_kv12", "/is_causal_top_left"),
         ("torch/sdpa_scale_neg", "/scale"),
+        ("onnx/test_rotary_embedding_interleaved", "/attributes/interleaved"),
+        ("transformers/rope_yarn4_d32", "/rope_parameters/factor"),
+        ("transformers/rope_interleaved_d16_rot16", "/theta"),
+        ("transformers/llama_window5", "/sliding_window"),
+        ("transformers/llama_window5", "/causal"),
+        ("transformers/t5_buckets_bi_8_20", "/bidirectional"),
+        ("transformers/shaw_relative_key_l5", "/left_max"),
     ] {
         let to = folder.path().join("odd.safetensors");
         copy_case(&cases(&format!("{case}.safetensors")), &to, Some((path, "yes".into())), |_, _, _| {});
         let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
         assert_eq!(ran.status, Some(1));
+        assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped", "{case}");
+    }
+}
+
+#[test]
+fn a_position_outside_its_table_is_named() {
+    let folder = folder();
+    let case = cases("onnx").join("test_rotary_embedding.safetensors");
+    for (position, say) in [(-1i64, "position_ids[2] = -1 must not be negative"), (50, "position 50 is beyond")] {
+        copy_case(&case, &folder.path().join("odd.safetensors"), None, |name, _, data| {
+            if name == "in.position_ids" {
+                data[16..24].copy_from_slice(&position.to_le_bytes());
+            }
+        });
+        let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
+        assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped");
+        assert!(ran.stdout.contains(say), "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_wrong_rotation_fails() {
+    let folder = folder();
+    for (case, path, value) in [
+        ("rope_default_1e4_d16", "/rope_parameters/rope_theta", 10_001.into()),
+        ("rope_yarn4_d32", "/rope_parameters/factor", 4.01.into()),
+        ("rope_longrope_d32", "/rope_parameters/original_max_position_embeddings", 65.into()),
+        ("rope_interleaved_d16_rot16", "/rotary_dim", 14.into()),
+        ("llama_window5", "/sliding_window", 6.into()),
+        ("t5_bias_encoder", "/bidirectional", false.into()),
+    ] {
+        let to = folder.path().join("odd.safetensors");
+        copy_case(&cases(&format!("transformers/{case}.safetensors")), &to, Some((path, value)), |_, _, _| {});
+        let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
         assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped", "{case}");
     }
 }

@@ -11,6 +11,8 @@ mod passes;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
+mod relative;
+mod rows;
 mod scatter;
 mod softmax;
 
@@ -21,6 +23,8 @@ pub use passes::attention;
 #[cfg(not(target_arch = "wasm32"))]
 pub use probe::probe;
 pub use project::project;
+pub use relative::relative;
+pub use rows::{add_positions, rotate};
 pub use scatter::scatter;
 pub use softmax::{softmax, widen};
 
@@ -49,6 +53,8 @@ pub enum Slot {
     Bands,
     /// The table of [`Plan::places`].
     Places,
+    /// The table of [`Plan::rows`].
+    Rows,
     /// The result.
     Output,
     /// Log-sum-exp.
@@ -116,6 +122,8 @@ pub struct Plan {
     pub bands: Vec<[i32; 4]>,
     /// Which rows a scatter copies where: from, to, count.
     pub places: Vec<[u32; 4]>,
+    /// Which row of a table each token reads, or which column each distance does.
+    pub rows: Vec<u32>,
 }
 
 /// The operands of an attention call: four axes each, masks and biases broadcast to

@@ -1,0 +1,478 @@
+//! Rotary position embedding (Su et al. 2021, "RoFormer", section 3.4).
+
+use super::{TokenPositions, check_len, check_table};
+use crate::attention::common_device_is;
+use crate::device::Device;
+use crate::error::{Result, shape_error, value_error};
+use crate::gpu::Gpu;
+use crate::memory::check_floats;
+use crate::problem::{as_four_axes, checked_len};
+use crate::record::Recording;
+use crate::state_dict::HostTensor;
+use crate::tensor::{Tensor, common_device};
+
+/// Which columns of a head turn together, of the first `dim`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Pairing {
+    /// `i` and `i + dim / 2`: GPT-NeoX, Llama, transformers' `rotate_half`.
+    #[default]
+    HalfSplit,
+    /// `2i` and `2i + 1`: the paper, GPT-J; ONNX's `interleaved`.
+    Interleaved,
+}
+
+/// How frequencies are changed for sequences longer than a model was trained on, as in transformers'
+/// `modeling_rope_utils`.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub enum RotaryScaling {
+    /// Not at all.
+    #[default]
+    None,
+    /// Position interpolation (Chen et al. 2023): all frequencies divided by `factor`.
+    Linear {
+        /// How many times longer.
+        factor: f64,
+    },
+    /// NTK-aware, growing with the sequence: beyond `original_len` the base becomes
+    /// `base · (factor · len / original_len − (factor − 1))^(dim / (dim − 2))`.
+    DynamicNtk {
+        /// How fast.
+        factor: f64,
+        /// Positions in training (transformers: `max_position_embeddings`).
+        original_len: usize,
+    },
+    /// YaRN.
+    Yarn(Yarn),
+    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
+    Llama3 {
+        /// How many times longer.
+        factor: f64,
+        /// Wavelengths above `original_len / low_freq_factor` are divided.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_len / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Positions in training.
+        original_len: usize,
+    },
+    /// LongRoPE.
+    LongRope(LongRope),
+}
+
+/// Peng et al. 2023, "YaRN", section 3: frequencies that turn often within the trained length are kept, those
+/// that turn rarely divided by `factor`, a ramp between.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Yarn {
+    /// How many times longer.
+    pub factor: f64,
+    /// Positions in training.
+    pub original_len: usize,
+    /// From so many turns on a frequency is kept.
+    pub beta_fast: f64,
+    /// Up to so many turns it is divided.
+    pub beta_slow: f64,
+    /// On sines and cosines; unless given, `0.1 · mscale · ln factor + 1` over the same of `mscale_all_dim`.
+    pub attention_factor: Option<f64>,
+    /// As DeepSeek's models give it; with `mscale_all_dim` only.
+    pub mscale: Option<f64>,
+    /// Likewise.
+    pub mscale_all_dim: Option<f64>,
+    /// Whether the ramp begins and ends at whole pairs.
+    pub truncate: bool,
+}
+
+impl Yarn {
+    /// The paper's choices.
+    pub fn new(factor: f64, original_len: usize) -> Yarn {
+        Yarn {
+            factor,
+            original_len,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+            mscale: None,
+            mscale_all_dim: None,
+            truncate: true,
+        }
+    }
+}
+
+/// Ding et al. 2024, "LongRoPE": each frequency divided by a factor of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    /// One per pair, for sequences up to `original_len`.
+    pub short_factor: Vec<f64>,
+    /// One per pair, for longer ones.
+    pub long_factor: Vec<f64>,
+    /// Positions in training.
+    pub original_len: usize,
+    /// How many times longer: `max_position_embeddings / original_max_position_embeddings`.
+    pub factor: f64,
+    /// On sines and cosines; unless given, `√(1 + ln factor / ln original_len)`, or 1 for a factor up to 1.
+    pub attention_factor: Option<f64>,
+}
+
+/// Which rotation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RotaryConfig {
+    /// Columns that turn, an even number; those of a head from `dim` on stay as they are.
+    pub dim: usize,
+    /// Pair `i` turns by `position · base^(−2i / dim)`.
+    pub base: f64,
+    /// Which columns turn together.
+    pub pairing: Pairing,
+    /// For long sequences.
+    pub scaling: RotaryScaling,
+    /// Whether frequencies are rounded as f32 arithmetic does it.
+    pub f32_frequencies: bool,
+}
+
+impl RotaryConfig {
+    /// Base 10,000, halves split, no scaling, exact frequencies.
+    pub fn new(dim: usize) -> RotaryConfig {
+        RotaryConfig {
+            dim,
+            base: 10_000.0,
+            pairing: Pairing::HalfSplit,
+            scaling: RotaryScaling::None,
+            f32_frequencies: false,
+        }
+    }
+    /// The base of the frequencies (transformers: `rope_theta`).
+    pub fn base(mut self, base: f64) -> Self {
+        self.base = base;
+        self
+    }
+    /// Which columns turn together.
+    pub fn pairing(mut self, pairing: Pairing) -> Self {
+        self.pairing = pairing;
+        self
+    }
+    /// For long sequences.
+    pub fn scaling(mut self, scaling: RotaryScaling) -> Self {
+        self.scaling = scaling;
+        self
+    }
+    /// Frequencies rounded step by step to f32, as transformers computes them. A frequency's last bit turns a
+    /// pair by up to 0.01 at position 100,000; models that were trained so expect it. The angle itself, sines
+    /// and cosines stay exact.
+    pub fn f32_frequencies(mut self, yes: bool) -> Self {
+        self.f32_frequencies = yes;
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        let RotaryConfig { dim, base, .. } = *self;
+        if dim == 0 || dim % 2 != 0 {
+            return Err(value_error!("the rotary dimension {dim} must be even and positive: columns turn in pairs"));
+        }
+        let positive = |name: &str, value: f64| match value > 0.0 && value.is_finite() {
+            true => Ok(()),
+            false => Err(value_error!("{name} = {value} must be positive and finite")),
+        };
+        let trained = |len: usize, least: usize| match len >= least {
+            true => Ok(()),
+            false => Err(value_error!("original_len = {len} must be at least {least}")),
+        };
+        let optional = |name: &str, value: Option<f64>| value.map_or(Ok(()), |value| positive(name, value));
+        positive("base", base)?;
+        match &self.scaling {
+            RotaryScaling::None => Ok(()),
+            RotaryScaling::Linear { factor } => positive("factor", *factor),
+            RotaryScaling::DynamicNtk { factor, original_len } => {
+                positive("factor", *factor)?;
+                trained(*original_len, 1)
+            }
+            RotaryScaling::Yarn(yarn) => {
+                for (name, value) in
+                    [("factor", yarn.factor), ("beta_fast", yarn.beta_fast), ("beta_slow", yarn.beta_slow)]
+                {
+                    positive(name, value)?;
+                }
+                optional("attention_factor", yarn.attention_factor)?;
+                optional("mscale", yarn.mscale)?;
+                optional("mscale_all_dim", yarn.mscale_all_dim)?;
+                trained(yarn.original_len, 1)?;
+                match base > 1.0 {
+                    true => Ok(()),
+                    false => Err(value_error!("base = {base} must be more than 1 for YaRN")),
+                }
+            }
+            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
+                positive("factor", *factor)?;
+                positive("low_freq_factor", *low_freq_factor)?;
+                positive("high_freq_factor", *high_freq_factor)?;
+                trained(*original_len, 1)?;
+                match high_freq_factor > low_freq_factor {
+                    true => Ok(()),
+                    false => Err(value_error!(
+                        "high_freq_factor = {high_freq_factor} must be more than low_freq_factor = {low_freq_factor}"
+                    )),
+                }
+            }
+            RotaryScaling::LongRope(long) => {
+                positive("factor", long.factor)?;
+                optional("attention_factor", long.attention_factor)?;
+                trained(long.original_len, 2)?;
+                for (name, factors) in [("short_factor", &long.short_factor), ("long_factor", &long.long_factor)] {
+                    if factors.len() != dim / 2 {
+                        return Err(shape_error!(
+                            "{name} has {} entries; one per pair is needed, {} for a rotary dimension of {dim}",
+                            factors.len(),
+                            dim / 2
+                        ));
+                    }
+                    factors.iter().try_for_each(|&factor| positive(name, factor))?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// By how much each pair turns per position, `[dim / 2]`, in a sequence of `len` positions in all (of which
+    /// only dynamic NTK and LongRoPE take notice).
+    pub fn frequencies(&self, len: usize) -> Result<Vec<f64>> {
+        self.check()?;
+        // The steps of transformers, each rounded where f32 is asked for.
+        let r = |x: f64| if self.f32_frequencies { f64::from(x as f32) } else { x };
+        let (dim, pairs) = (self.dim, self.dim / 2);
+        let powers =
+            |base: f64| -> Vec<f64> { (0..pairs).map(|i| r(r(base).powf(r(2.0 * i as f64 / dim as f64)))).collect() };
+        let plain = |base: f64| -> Vec<f64> { powers(base).into_iter().map(|power| r(1.0 / power)).collect() };
+        let frequencies: Vec<f64> = match &self.scaling {
+            RotaryScaling::None => plain(self.base),
+            RotaryScaling::Linear { factor } => plain(self.base).into_iter().map(|f| r(f / r(*factor))).collect(),
+            RotaryScaling::DynamicNtk { factor, original_len } => {
+                let growth = len.max(*original_len) as f64 / *original_len as f64;
+                plain(self.base * (factor * growth - (factor - 1.0)).powf(dim as f64 / (dim as f64 - 2.0)))
+            }
+            RotaryScaling::Yarn(yarn) => {
+                // The pair that turns so often within the trained length.
+                let pair_of = |turns: f64| {
+                    dim as f64 * (yarn.original_len as f64 / (turns * std::f64::consts::TAU)).ln()
+                        / (2.0 * self.base.ln())
+                };
+                let (mut low, mut high) = (pair_of(yarn.beta_fast), pair_of(yarn.beta_slow));
+                if yarn.truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                (low, high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+                if low == high {
+                    high += 0.001;
+                }
+                let ramp = |i: usize| r(r(i as f64 - low) / r(high - low)).clamp(0.0, 1.0);
+                let mix = |(i, power): (usize, f64)| {
+                    let kept = r(1.0 - ramp(i));
+                    let divided = r(1.0 / r(r(yarn.factor) * power));
+                    r(r(divided * r(1.0 - kept)) + r(r(1.0 / power) * kept))
+                };
+                powers(self.base).into_iter().enumerate().map(mix).collect()
+            }
+            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
+                let trained = *original_len as f64;
+                let (factor, low, high) = (r(*factor), *low_freq_factor, *high_freq_factor);
+                let scale = |f: f64| {
+                    let wavelength = r(r(1.0 / f) * r(std::f64::consts::TAU));
+                    if wavelength > trained / low {
+                        return r(f / factor);
+                    }
+                    if wavelength < trained / high {
+                        return f;
+                    }
+                    let smooth = r(r(r(r(1.0 / wavelength) * trained) - r(low)) / r(high - low));
+                    r(r(r(r(1.0 - smooth) * f) / factor) + r(smooth * f))
+                };
+                plain(self.base).into_iter().map(scale).collect()
+            }
+            RotaryScaling::LongRope(long) => {
+                let factors = if len > long.original_len { &long.long_factor } else { &long.short_factor };
+                powers(self.base).into_iter().zip(factors).map(|(power, &f)| r(1.0 / r(r(f) * power))).collect()
+            }
+        };
+        match frequencies.iter().find(|f| !f.is_finite()) {
+            None => Ok(frequencies),
+            Some(f) => Err(value_error!("base = {} gives a frequency of {f}; all must be finite", self.base)),
+        }
+    }
+
+    /// What sines and cosines are multiplied by: 1 but for YaRN and LongRoPE.
+    pub fn attention_factor(&self) -> Result<f64> {
+        self.check()?;
+        Ok(match &self.scaling {
+            RotaryScaling::Yarn(yarn) => {
+                let scale = |mscale: f64| if yarn.factor <= 1.0 { 1.0 } else { 0.1 * mscale * yarn.factor.ln() + 1.0 };
+                yarn.attention_factor.unwrap_or(match (yarn.mscale, yarn.mscale_all_dim) {
+                    (Some(one), Some(all)) => scale(one) / scale(all),
+                    _ => scale(1.0),
+                })
+            }
+            RotaryScaling::LongRope(long) => long.attention_factor.unwrap_or(match long.factor > 1.0 {
+                true => (1.0 + long.factor.ln() / (long.original_len as f64).ln()).sqrt(),
+                false => 1.0,
+            }),
+            _ => 1.0,
+        })
+    }
+
+    /// Cosines and sines of positions 0 to `len − 1`, each `[len, dim / 2]`, with the attention factor in them.
+    pub fn tables(&self, len: usize) -> Result<[HostTensor; 2]> {
+        check_len("the number of positions", len)?;
+        self.check()?;
+        check_floats("cosines and sines", &[2, len, self.dim / 2])?;
+        let (frequencies, factor) = (self.frequencies(len)?, self.attention_factor()?);
+        let shape = [len, frequencies.len()];
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in 0..len {
+            for frequency in &frequencies {
+                let (s, c) = (position as f64 * frequency).sin_cos();
+                cos.push((c * factor) as f32);
+                sin.push((s * factor) as f32);
+            }
+        }
+        Ok([HostTensor::new(&shape, cos)?, HostTensor::new(&shape, sin)?])
+    }
+}
+
+/// Queries and keys turned by their positions, so that their products depend on distances alone:
+///
+/// ```text
+/// y₀ = x₀ · cos − x₁ · sin      y₁ = x₁ · cos + x₀ · sin
+/// ```
+///
+/// for each pair of columns, with the sine and cosine of `position · frequency`.
+///
+/// ```
+/// use wgpu_attention::position::{Rotary, RotaryConfig, TokenPositions};
+/// use wgpu_attention::{Align, Attention, Device, Tensor};
+///
+/// # fn main() -> wgpu_attention::Result<()> {
+/// let device = Device::new()?;
+/// let rotary = Rotary::new(&device, &RotaryConfig::new(8).base(500_000.0), 128)?; // positions 0 to 127
+/// let x = Tensor::from_slice(&device, &[1, 2, 3, 8], &[0.5f32; 48])?;
+/// let turned = rotary.rotate(&x, &TokenPositions::From(0))?;
+/// let attended = Attention::new().causal(Align::TopLeft).forward(&turned, &turned, &x)?;
+/// # assert_eq!(attended.output.shape(), [1, 2, 3, 8]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    /// `[positions, 2 · columns]`: cosines and sines, each row of either padded to whole vec4s.
+    table: Tensor,
+    pairs: usize,
+    pairing: Pairing,
+}
+
+/// What a kernel needs to know to turn rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rotation<'a> {
+    /// `[positions, 2 · pairs.next_multiple_of(4)]`: cosines, then sines.
+    pub table: &'a Tensor,
+    pub pairs: usize,
+    pub interleaved: bool,
+}
+
+impl Rotary {
+    /// For positions 0 to `len − 1`. Dynamic NTK and LongRoPE scale for a sequence of `len` in all: make another
+    /// when it has grown.
+    pub fn new(device: impl Into<Device>, config: &RotaryConfig, len: usize) -> Result<Rotary> {
+        let device = device.into();
+        config.check()?;
+        check_len("the number of positions", len)?;
+        check_table(&device, "the rotary table", &[len, 2, config.dim / 2 + 3])?;
+        let [cos, sin] = config.tables(len)?;
+        Rotary::from_tables(device, &cos, &sin, config.pairing)
+    }
+
+    /// From the caller's own cosines and sines, each `[positions, pairs]` (ONNX's `cos_cache` and `sin_cache`).
+    pub fn from_tables(
+        device: impl Into<Device>,
+        cos: &HostTensor,
+        sin: &HostTensor,
+        pairing: Pairing,
+    ) -> Result<Rotary> {
+        let device = device.into();
+        let &[rows, pairs] = cos.shape() else {
+            return Err(shape_error!("the cosines {:?} must be [positions, pairs]", cos.shape()));
+        };
+        if sin.shape() != cos.shape() {
+            return Err(shape_error!("the cosines {:?} and sines {:?} differ in shape", cos.shape(), sin.shape()));
+        }
+        if pairs == 0 {
+            return Err(shape_error!("the cosines {:?} must have at least one pair per position", cos.shape()));
+        }
+        check_len("the number of positions", rows)?;
+        let shape = [rows, 2 * pairs.next_multiple_of(4)];
+        check_table(&device, "the rotary table", &shape)?;
+        let mut table = vec![0.0; checked_len(&shape)?];
+        for (row, (cos, sin)) in table.chunks_mut(shape[1]).zip(cos.data().chunks(pairs).zip(sin.data().chunks(pairs)))
+        {
+            row[..pairs].copy_from_slice(cos);
+            row[shape[1] / 2..][..pairs].copy_from_slice(sin);
+        }
+        Ok(Rotary { table: Tensor::from_slice(device, &shape, &table)?, pairs, pairing })
+    }
+
+    /// Positions that the table holds.
+    pub fn positions(&self) -> usize {
+        self.table.shape()[0]
+    }
+    /// Columns that turn.
+    pub fn dim(&self) -> usize {
+        2 * self.pairs
+    }
+    /// Which columns turn together.
+    pub fn pairing(&self) -> Pairing {
+        self.pairing
+    }
+
+    pub(crate) fn rotation(&self) -> Rotation<'_> {
+        Rotation { table: &self.table, pairs: self.pairs, interleaved: self.pairing == Pairing::Interleaved }
+    }
+
+    /// Turns X `[batch, heads, len, dim]` (any strides; missing leading axes as in
+    /// [`Attention::forward`](crate::Attention::forward)), the result in X's memory order, held as f32 and rounded
+    /// to X's type on download.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn rotate(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
+        pollster::block_on(self.rotate_async(x, positions))
+    }
+
+    /// As [`Rotary::rotate`], without blocking.
+    pub async fn rotate_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
+        let mut recording = Recording::for_step(&common_device(&self.table, [("x", x)])?);
+        let turned = self.record(&mut recording, x, positions)?;
+        recording.submit().await?;
+        Ok(turned)
+    }
+
+    /// As [`Rotary::rotate`], recorded into the caller's encoder under the terms of
+    /// [`Attention::encode`](crate::Attention::encode).
+    pub fn encode(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        x: &Tensor,
+        positions: &TokenPositions,
+    ) -> Result<Tensor> {
+        let mut recording = Recording::for_encoder(gpu);
+        common_device_is(recording.device(), common_device(&self.table, [("x", x)])?)?;
+        let turned = self.record(&mut recording, x, positions)?;
+        recording.encode(encoder)?;
+        Ok(turned)
+    }
+
+    pub(crate) fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
+        x.expect_float("x")?;
+        let four = x.with_layout(as_four_axes("x", x.layout())?);
+        let &[batch, _, len, dim] = four.shape() else { unreachable!("four axes") };
+        if self.dim() > dim {
+            return Err(shape_error!(
+                "the rotary dimension {} is more than the width of x {:?}",
+                self.dim(),
+                x.shape()
+            ));
+        }
+        let rows = positions.rows(batch, len, self.positions())?;
+        recording.rotate(&four, self.rotation(), &rows)?.reshape(x.shape())
+    }
+}

@@ -1,0 +1,90 @@
+//! T5's relative position bias (Raffel et al. 2020, section 2.1): one learned number per head and bucket of
+//! distances.
+
+use super::relative::{Distances, by_distance, check};
+use crate::error::{Result, shape_error, value_error};
+use crate::tensor::Tensor;
+
+/// How distances fall into buckets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buckets {
+    /// Half of the buckets for keys behind the query (encoders); without, such keys share bucket 0.
+    pub bidirectional: bool,
+    /// Number of buckets.
+    pub num_buckets: usize,
+    /// From this distance on all share the last bucket.
+    pub max_distance: usize,
+}
+
+impl Buckets {
+    /// T5's own: 32 buckets up to a distance of 128.
+    pub fn new(bidirectional: bool) -> Buckets {
+        Buckets { bidirectional, num_buckets: 32, max_distance: 128 }
+    }
+
+    /// Buckets of one direction, and how many of them hold a single distance.
+    fn counts(&self) -> Result<(usize, usize)> {
+        let Buckets { bidirectional, num_buckets, max_distance } = *self;
+        let each = if bidirectional { num_buckets / 2 } else { num_buckets };
+        let exact = each / 2;
+        if exact == 0 || bidirectional && num_buckets % 2 != 0 || num_buckets > u32::MAX as usize {
+            let rule = if bidirectional { "an even number, at least 4" } else { "at least 2" };
+            return Err(value_error!("num_buckets = {num_buckets} must be {rule} (bidirectional: {bidirectional})"));
+        }
+        if max_distance <= exact {
+            return Err(value_error!(
+                "max_distance = {max_distance} must be more than {exact}, the distances with a bucket of their own"
+            ));
+        }
+        Ok((each, exact))
+    }
+
+    /// The bucket of `distance`, the key's position minus the query's: the nearest have one each, farther ones
+    /// share by the logarithm of their distance.
+    pub fn bucket(&self, distance: i64) -> Result<usize> {
+        let (each, exact) = self.counts()?;
+        let mut first = 0;
+        let mut away = distance.min(0).unsigned_abs();
+        if self.bidirectional {
+            away = distance.unsigned_abs();
+            first = if distance > 0 { each } else { 0 };
+        }
+        if away < exact as u64 {
+            return Ok(first + away as usize);
+        }
+        // In f32, as T5 was trained: where a logarithm is whole, the last bit decides.
+        let ratio = away as f32 / exact as f32;
+        let span = (self.max_distance as f64 / exact as f64).ln() as f32;
+        let steps = f64::from(ratio).ln() as f32 / span * (each - exact) as f32;
+        Ok(first + (exact + steps as usize).min(each - 1))
+    }
+}
+
+/// The bias `[heads, len_q, len_k]` for [`Attention::bias`](crate::Attention::bias) from a learned table
+/// `[num_buckets, heads]` (any strides; T5's `relative_attention_bias.weight`), on the table's device. Query `i`
+/// stands at key `i + offset`. T5 does not scale its scores: [`Attention::scale`](crate::Attention::scale) is 1.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn bias(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
+    pollster::block_on(bias_async(table, buckets, len_q, len_k, offset))
+}
+
+/// As [`bias`], without blocking.
+pub async fn bias_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
+    table.expect_float("the table of biases")?;
+    buckets.counts()?;
+    let heads = match *table.shape() {
+        [rows, heads] if rows == buckets.num_buckets => heads,
+        _ => {
+            return Err(shape_error!(
+                "the table of biases {:?} must be [num_buckets, heads] with num_buckets = {}",
+                table.shape(),
+                buckets.num_buckets
+            ));
+        }
+    };
+    check(&table.device(), [1, heads, len_q, len_k], offset)?;
+    let table = table.permute(&[1, 0])?.unsqueeze(1)?.unsqueeze(0)?;
+    let columns = Distances { len_q, len_k, offset }
+        .columns(|distance| buckets.bucket(distance).expect("the buckets are checked above") as u32);
+    by_distance(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
+}
