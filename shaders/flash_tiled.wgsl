@@ -29,6 +29,8 @@ const SOFTCAP: bool = true;
 const BANDED: bool = true;
 // True with a mask or a bias.
 const LISTED: bool = true;
+// True with a bias by distance.
+const RELATIVE: bool = true;
 // True when the vec4s hold more than the width of a key, of a value.
 const PADDED_K: bool = true;
 const PADDED_V: bool = true;
@@ -51,7 +53,8 @@ struct Params {
     mask_a_strides: vec4<u32>,
     mask_b_strides: vec4<u32>,
     bias_strides: vec4<u32>,
-    // Valid keys, lowest and highest visible key relative to the query.
+    relative_strides: vec4<u32>,
+    // Valid keys, lowest and highest visible key relative to the query, where query 0 stands.
     band: vec4<i32>,
     q_offset: u32,
     k_offset: u32,
@@ -91,6 +94,10 @@ struct Params {
     tile_head_stride: u32,
     tiles: u32,
     pad: u32,
+    relative_offset: u32,
+    relative_low: i32,
+    relative_high: i32,
+    relative_factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -153,6 +160,20 @@ fn next_key(row: u32, j: u32, end: u32) -> u32 {
 // @block all_seen
 fn all_seen(row: u32, j: u32) -> bool {
     return tiles[row + j / TILE] == 1u;
+}
+// @end
+
+// @block relative
+// What the distance of key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
+@group(0) @binding(12) var<storage, read> relative: array<f32>;
+fn relative_row(b: u32, h: u32, i: u32) -> u32 {
+    return params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i));
+}
+fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
+    let low = vec4<i32>(params.relative_low);
+    let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
+    let at = vec4<u32>(row) + column * params.relative_strides.w;
+    return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
 }
 // @end
 
@@ -283,7 +304,7 @@ struct Scores {
 }
 
 // Scores of keys j, j + 1, …
-fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool) -> Scores {
+fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool, relative_row: u32) -> Scores {
     let step = vec4<u32>(0u, 1u, 2u, 3u);
     var x = sum * params.scale;
     if (SOFTCAP) {
@@ -296,6 +317,10 @@ fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i
         let row = vec4<i32>(i32(i + params.row_0));
         let inside = (key < vec4<i32>(band.x)) & (key >= row + vec4<i32>(band.y)) & (key <= row + vec4<i32>(band.z));
         seen = seen & (inside | (key >= vec4<i32>(i32(params.ruled_keys))));
+    }
+    if (RELATIVE) {
+        let more = relative_at(relative_row, key - vec4<i32>(i32(i + params.row_0) + band.w));
+        x += select(more, vec4<f32>(), key >= vec4<i32>(i32(params.ruled_keys)));
     }
     if (LISTED && listed) {
         // @unroll
@@ -364,11 +389,13 @@ fn main(
     // The rows that this invocation works on, and those that it brings.
     var head: array<u32, ROWS>;
     var query: array<u32, ROWS>;
+    var relative_from: array<u32, ROWS>;
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         let at = min(row + r, rows - 1u);
         head[r] = head_kv * params.group + at / len_q;
         query[r] = at % len_q;
+        relative_from[r] = relative_row(b, head[r], query[r]);
     }
     var q_base: array<u32, ROW_LOADS>;
     // @unroll
@@ -450,7 +477,7 @@ fn main(
         var scores: array<Scores, ROWS>;
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            scores[r] = finish(product[r], b, head[r], query[r], j + across * 4u, end, band, listed);
+            scores[r] = finish(product[r], b, head[r], query[r], j + across * 4u, end, band, listed, relative_from[r]);
             let x = select(vec4<f32>(LEAST), scores[r].x, scores[r].seen);
             let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
             worst[r] = max(max(max(worst[r], bits.x), bits.y), max(bits.z, bits.w));
@@ -589,7 +616,7 @@ fn main(
                     for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
                         part += dot(load_q(q_from, e), load_k(k_base + j * params.k_strides.z, e));
                     }
-                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true), row_peak).x * row_divisor;
+                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true, relative_row(b, h, i)), row_peak).x * row_divisor;
                     term += select(vec4<f32>(), weight * value, not_finite(value));
                     sees = true;
                 }

@@ -19,6 +19,8 @@ const SHARE: u32 = 1u;
 const PADDED: bool = true;
 const SOFTCAP: bool = true;
 const BANDED: bool = true;
+// True with a bias by distance.
+const RELATIVE: bool = true;
 // 0: weights, 1: column sums, 2: entropy.
 const RESULT: u32 = 2u;
 const BY_KEY: bool = RESULT == 1u;
@@ -40,7 +42,8 @@ struct Params {
     mask_a_strides: vec4<u32>,
     mask_b_strides: vec4<u32>,
     bias_strides: vec4<u32>,
-    // Valid keys, lowest and highest visible key relative to the query.
+    relative_strides: vec4<u32>,
+    // Valid keys, lowest and highest visible key relative to the query, where query 0 stands.
     band: vec4<i32>,
     kept_offset: u32,
     walked_offset: u32,
@@ -71,6 +74,10 @@ struct Params {
     not_a_number: u32,
     scale: f32,
     softcap: f32,
+    relative_offset: u32,
+    relative_low: i32,
+    relative_high: i32,
+    relative_factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -106,6 +113,20 @@ fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
 @group(0) @binding(7) var<storage, read> bias: array<f32>;
 fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
     return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block relative
+// What the distance of key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
+@group(0) @binding(12) var<storage, read> relative: array<f32>;
+fn relative_row(b: u32, h: u32, i: u32) -> u32 {
+    return params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i));
+}
+fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
+    let low = vec4<i32>(params.relative_low);
+    let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
+    let at = vec4<u32>(row) + column * params.relative_strides.w;
+    return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
 }
 // @end
 
@@ -207,6 +228,10 @@ fn weigh(
             seen[c] = false;
         } else if (j + params.key_0 < params.ruled_keys) {
             x[c] += bias_at(b, h, i, j);
+            if (RELATIVE) {
+                let distance = i32(j + params.key_0) - i32(i + params.row_0) - band.w;
+                x[c] += relative_at(relative_row(b, h, i), vec4<i32>(distance)).x;
+            }
         }
     }
     seen = seen & (bitcast<vec4<u32>>(x) != vec4<u32>(params.minus_infinity));

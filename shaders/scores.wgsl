@@ -14,6 +14,8 @@ const SHARE: u32 = 1u;
 const PADDED: bool = true;
 const SOFTCAP: bool = true;
 const BANDED: bool = true;
+// True with a bias by distance.
+const RELATIVE: bool = true;
 // 0: scaled, 1: after the softcap, 2: after bias and mask.
 const STAGE: u32 = 2u;
 
@@ -30,7 +32,8 @@ struct Params {
     mask_a_strides: vec4<u32>,
     mask_b_strides: vec4<u32>,
     bias_strides: vec4<u32>,
-    // Valid keys, lowest and highest visible key relative to the query.
+    relative_strides: vec4<u32>,
+    // Valid keys, lowest and highest visible key relative to the query, where query 0 stands.
     band: vec4<i32>,
     q_offset: u32,
     k_offset: u32,
@@ -60,6 +63,10 @@ struct Params {
     scale: f32,
     softcap: f32,
     pad: u32,
+    relative_offset: u32,
+    relative_low: i32,
+    relative_high: i32,
+    relative_factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -94,6 +101,20 @@ fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
 @group(0) @binding(7) var<storage, read> bias: array<f32>;
 fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
     return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block relative
+// What the distance of key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
+@group(0) @binding(12) var<storage, read> relative: array<f32>;
+fn relative_row(b: u32, h: u32, i: u32) -> u32 {
+    return params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i));
+}
+fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
+    let low = vec4<i32>(params.relative_low);
+    let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
+    let at = vec4<u32>(row) + column * params.relative_strides.w;
+    return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
 }
 // @end
 
@@ -160,6 +181,11 @@ fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> ve
     }
     if (STAGE < 2u) {
         return x;
+    }
+    if (RELATIVE) {
+        let key = vec4<i32>(vec4<u32>(j + params.key_0) + vec4<u32>(0u, 1u, 2u, 3u));
+        let more = relative_at(relative_row(b, h, i), key - vec4<i32>(i32(i + params.row_0) + band.w));
+        x += select(more, vec4<f32>(), key >= vec4<i32>(i32(params.ruled_keys)));
     }
     let hidden = bitcast<f32>(params.minus_infinity);
     // @unroll

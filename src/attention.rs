@@ -4,6 +4,10 @@ use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::{Gpu, Profile};
 use crate::kernels::Method;
+use crate::kernels::catalogue::RelativeKind;
+use crate::kernels::plan::RelativeOperand;
+use crate::position::shaw::RelativeKeys;
+use crate::position::t5::{self, Buckets};
 use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, ScoreStage, as_four_axes};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
@@ -77,6 +81,15 @@ pub struct Attention {
     scores: Option<ScoreStage>,
     method: Method,
     extra_keys: usize,
+    distance: Option<Distance>,
+}
+
+/// What the distance of key and query adds to a score.
+#[derive(Clone, Debug)]
+enum Distance {
+    Alibi(Tensor),
+    T5(Tensor, Buckets),
+    Shaw(RelativeKeys),
 }
 
 /// What [`Attention::forward`] and [`merge`] return.
@@ -103,6 +116,25 @@ pub(crate) struct Operands {
     pub masks: Vec<Mask>,
     /// Broadcast likewise.
     pub biases: Vec<Tensor>,
+    pub relative: Option<Relative>,
+}
+
+/// A bias by distance: see [`RelativeOperand`].
+#[derive(Clone, Debug)]
+pub(crate) struct Relative {
+    /// Broadcast to `[batch, heads_q, len_q, column]`.
+    pub table: Tensor,
+    kind: RelativeKind,
+    low: i32,
+    high: i32,
+    factor: f32,
+}
+
+impl Relative {
+    pub fn operand(&self) -> RelativeOperand<'_> {
+        let Relative { ref table, kind, low, high, factor } = *self;
+        RelativeOperand { layout: table.layout(), kind, low, high, factor }
+    }
 }
 
 /// What to hand back beside the output.
@@ -165,6 +197,29 @@ impl Attention {
     /// An additive bias that broadcasts like a mask; −∞ masks. May be given several times.
     pub fn bias(mut self, bias: Tensor) -> Self {
         self.biases.push(bias);
+        self
+    }
+    /// Attention with linear biases (Press et al. 2022, section 3): `−slope(h) · |i + offset − j|` is added to
+    /// each score, `slopes` `[heads_q]` on the call's device
+    /// ([`position::alibi::slopes`](crate::position::alibi::slopes)). Queries stand where [`Attention::causal`]
+    /// or [`Attention::align`] puts them. Nothing of the size of the scores is stored.
+    pub fn alibi(mut self, slopes: Tensor) -> Self {
+        self.distance = Some(Distance::Alibi(slopes));
+        self
+    }
+    /// T5's relative position bias (Raffel et al. 2020, section 2.1) from the learned table `[num_buckets,
+    /// heads_q]`, as [`position::t5::bias`](crate::position::t5::bias) without storing it. Queries stand where
+    /// [`Attention::causal`] or [`Attention::align`] puts them. T5 does not scale its scores: [`Attention::scale`]
+    /// is 1 there. The last of [`Attention::alibi`], this and [`Attention::relative_keys`] counts.
+    pub fn t5_bias(mut self, table: Tensor, buckets: Buckets) -> Self {
+        self.distance = Some(Distance::T5(table, buckets));
+        self
+    }
+    /// Relative keys (Shaw et al. 2018, section 3.2): the query's product with the key of its distance, scaled
+    /// like every score, is added to each, as [`RelativeKeys::bias`] without storing it; behind the softcap, as
+    /// every bias.
+    pub fn relative_keys(mut self, keys: RelativeKeys) -> Self {
+        self.distance = Some(Distance::Shaw(keys));
         self
     }
     /// Returns the log-sum-exp of each query's scores.
@@ -340,6 +395,7 @@ impl Attention {
             ("a mask", !self.masks.is_empty()),
             ("a key padding mask", !self.key_padding.is_empty()),
             ("a bias", !self.biases.is_empty()),
+            ("a bias by distance", self.distance.is_some()),
             ("returned weights", self.weights != Weights::None),
             ("returned scores", self.scores.is_some()),
             ("the method ThreePasses", self.method == Method::ThreePasses),
@@ -373,7 +429,12 @@ impl Attention {
     pub(crate) fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
         let masks = self.masks.iter().chain(&self.key_padding).map(|mask| ("a mask", &mask.tensor));
         let biases = self.biases.iter().map(|bias| ("a bias", bias));
-        common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases))
+        let distance = self.distance.iter().map(|distance| match distance {
+            Distance::Alibi(slopes) => ("the slopes", slopes),
+            Distance::T5(table, _) => ("the table of biases", table),
+            Distance::Shaw(keys) => ("the relative keys", keys.table()),
+        });
+        common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases).chain(distance))
     }
 
     /// Adds this call to a recording on the tensors' device.
@@ -385,7 +446,7 @@ impl Attention {
         v: &Tensor,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let (problem, operands) = self.operands(q, k, v)?;
+        let (problem, operands) = self.operands(recording, q, k, v)?;
         let output =
             output.map(|output| Ok(output.with_layout(as_four_axes("output", output.layout())?))).transpose()?;
         let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores, method: self.method };
@@ -394,7 +455,13 @@ impl Attention {
     }
 
     /// The checked problem, and the operands as backends take them.
-    pub(crate) fn operands(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Problem, Operands)> {
+    pub(crate) fn operands(
+        &self,
+        recording: &mut Recording,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Problem, Operands)> {
         for (name, tensor) in [("Q", q), ("K", k), ("V", v)] {
             tensor.expect_float(name)?;
         }
@@ -442,7 +509,41 @@ impl Attention {
                 broadcast("a bias", bias)
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases }))
+        let relative = self.relative(recording, &problem, &q4)?;
+        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative }))
+    }
+
+    fn relative(&self, recording: &mut Recording, problem: &Problem, q: &Tensor) -> Result<Option<Relative>> {
+        let Some(distance) = &self.distance else { return Ok(None) };
+        let heads = problem.heads_q;
+        let (table, kind, low, high, factor) = match distance {
+            Distance::Alibi(slopes) => {
+                slopes.expect_float("the slopes")?;
+                if slopes.shape() != [heads] {
+                    return Err(shape_error!(
+                        "the slopes {:?} must be [heads_q] = [{heads}]: one per query head",
+                        slopes.shape()
+                    ));
+                }
+                (slopes.unsqueeze(1)?.unsqueeze(2)?.unsqueeze(0)?, RelativeKind::Slope, 0, 0, 1.0)
+            }
+            Distance::T5(table, buckets) => {
+                let [low, high] = buckets.range()?;
+                (t5::by_distance(recording, table, buckets, heads)?, RelativeKind::Table, low, high, 1.0)
+            }
+            Distance::Shaw(keys) => {
+                let [low, high] = keys.range();
+                (keys.products(recording, q)?, RelativeKind::Table, low, high, problem.scale)
+            }
+        };
+        let table = match recording {
+            Recording::Gpu(gpu) => gpu.widened(&table)?,
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => table,
+        };
+        let shape = [problem.batch, heads, problem.len_q, table.shape()[3]];
+        let layout = table.layout().broadcast_to(&shape)?;
+        Ok(Some(Relative { table: table.with_layout(layout), kind, low, high, factor }))
     }
 }
 

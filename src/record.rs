@@ -279,6 +279,7 @@ impl Recording {
                         v: cut(operands[2], one.first_key, one.len_k)?,
                         masks: Vec::new(),
                         biases: Vec::new(),
+                        relative: None,
                     };
                     let shape =
                         Problem { len_q: one.len_q, len_k: one.len_k, bands: vec![one.band], ..problem.clone() };
@@ -356,5 +357,6 @@ fn inputs(operands: &Operands) -> cpu::Inputs<'_> {
         v: cpu::View::of(&operands.v),
         masks: operands.masks.iter().map(cpu::MaskView::of).collect(),
         biases: operands.biases.iter().map(cpu::View::of).collect(),
+        relative: operands.relative.as_ref().map(|relative| (cpu::View::of(&relative.table), relative.operand())),
     }
 }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result, value_error};
 use crate::gpu::Gpu;
 use crate::kernels::{Cut, Method, ShapeClass, three_passes_compete};
 use crate::problem::{Dtype, MaskMeaning, Problem};
+use crate::record::Recording;
 use crate::reference;
 use crate::tensor::Tensor;
 
@@ -102,7 +103,7 @@ impl<'a> Trial<'a> {
                 device.name()
             )));
         };
-        let (problem, operands) = attention.operands(q, k, v)?;
+        let (problem, operands) = attention.operands(&mut Recording::new(&q.device()), q, k, v)?;
         if problem.is_empty() || problem.len_k == 0 {
             return Err(value_error!(
                 "nothing to tune: Q {:?} and K {:?} leave no work; every axis must be at least 1",
@@ -264,7 +265,7 @@ impl Case {
         }
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
-        let (problem, laid) = attention.operands(q, k, v)?;
+        let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v)?;
         let truth = reference::attention(
             &problem,
             &reference::Inputs {

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::{Inputs, Matrix, Outputs, exp};
 use crate::attention::{Wanted, Weights};
+use crate::kernels::catalogue::RelativeKind;
 use crate::problem::{Layout, Problem, ScoreStage};
 
 /// Rows per task: query rows of all heads that share keys count together.
@@ -254,6 +255,21 @@ impl Tile<'_> {
         let behind = range.end.clamp(low, high)..ruled.clamp(low, high);
         if behind.start < behind.end {
             line[behind.start - low..behind.end - low].fill(f32::NEG_INFINITY);
+        }
+        if let Some((table, relative)) = &self.inputs.relative {
+            let at = table.layout.at(&[self.b, h, i, 0]);
+            let stands = i as i64 + i64::from(self.problem.band(self.b).offset);
+            for j in range.start.max(low)..range.end.min(high) {
+                let distance = j as i64 - stands;
+                line[j - low] += match relative.kind {
+                    RelativeKind::Slope => table.data[at] * -(distance.abs() as f32),
+                    RelativeKind::Table => {
+                        let column = distance.clamp(i64::from(relative.low), i64::from(relative.high));
+                        let step = table.layout.strides()[3];
+                        relative.factor * table.data[at + (column - i64::from(relative.low)) as usize * step]
+                    }
+                };
+            }
         }
         if !self.inputs.biases.is_empty() || !self.inputs.masks.is_empty() {
             for j in range.start.max(low)..range.end.min(high) {

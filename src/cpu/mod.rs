@@ -25,6 +25,7 @@ pub(crate) use softmax::softmax;
 use std::borrow::Cow;
 
 use crate::attention::Mask;
+use crate::kernels::plan::RelativeOperand;
 use crate::problem::{Layout, MaskMeaning};
 use crate::tensor::{Storage, Tensor};
 
@@ -122,6 +123,7 @@ pub(crate) struct Inputs<'a> {
     pub v: View<'a>,
     pub masks: Vec<MaskView<'a>>,
     pub biases: Vec<View<'a>>,
+    pub relative: Option<(View<'a>, RelativeOperand<'a>)>,
 }
 
 /// Results: `output` laid out as asked, the rest row-major.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::buffers::{GpuBuffer, Purpose};
 use super::{Gpu, lock};
-use crate::attention::{Attended, Operands, Wanted, Weights};
+use crate::attention::{Attended, Operands, Relative, Wanted, Weights};
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::inspect::{Chosen, Inspected};
@@ -172,7 +172,7 @@ impl Recording {
     }
 
     /// The same values in a buffer of f32, for kernels that read nothing else.
-    fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
+    pub fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
         if matches!(x.stored(), Dtype::F32 | Dtype::Bool) {
             return Ok(x.clone());
         }
@@ -286,7 +286,7 @@ impl Recording {
         output: Option<&Tensor>,
         output_layout: Layout,
     ) -> Result<Attended> {
-        let Operands { q, k, v, masks, biases } = operands;
+        let Operands { q, k, v, masks, biases, relative } = operands;
         let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
         let dtype = q.dtype();
         let output_layout = output.map_or(output_layout, |output| output.layout().clone());
@@ -311,6 +311,7 @@ impl Recording {
             output: Operand { layout: &output_layout, stored },
             masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
             biases: biases.iter().map(Tensor::layout).collect(),
+            relative: relative.as_ref().map(Relative::operand),
             lse: wanted.lse,
             weights: wanted.weights == Weights::PerHead,
             averaged: wanted.weights == Weights::Averaged,
@@ -367,6 +368,7 @@ impl Recording {
                 Slot::V => v,
                 Slot::Mask(n) => masks.get(n)?.tensor(),
                 Slot::Bias(n) => biases.get(n)?,
+                Slot::Relative => &relative.as_ref()?.table,
                 Slot::Output => &output,
                 Slot::Lse => lse.as_ref()?,
                 Slot::Weights => weights.as_ref()?,
@@ -395,7 +397,7 @@ impl Recording {
         lse: &Tensor,
         chosen: &Chosen,
     ) -> Result<Inspected> {
-        let Operands { q, k, masks, biases, .. } = operands;
+        let Operands { q, k, masks, biases, relative, .. } = operands;
         let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
         let lse = &self.widened(lse)?;
         let plan = plan::inspect(
@@ -406,6 +408,7 @@ impl Recording {
                 lse: lse.layout(),
                 masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
                 biases: biases.iter().map(Tensor::layout).collect(),
+                relative: relative.as_ref().map(Relative::operand),
                 heads: &chosen.heads,
                 queries: chosen.queries.clone(),
                 weights: chosen.weights,
@@ -430,6 +433,7 @@ impl Recording {
                 Slot::Lse => lse,
                 Slot::Mask(n) => masks.get(n)?.tensor(),
                 Slot::Bias(n) => biases.get(n)?,
+                Slot::Relative => &relative.as_ref()?.table,
                 Slot::Weights => inspected.weights.as_ref()?,
                 Slot::ColumnSums => inspected.column_sums.as_ref()?,
                 Slot::Entropy => inspected.entropy.as_ref()?,
@@ -458,6 +462,7 @@ impl Recording {
             output: Operand { layout: &layout, stored },
             masks: Vec::new(),
             biases: Vec::new(),
+            relative: None,
             lse: wanted.lse,
             weights: false,
             averaged: false,

@@ -178,12 +178,23 @@ pub struct Rules {
     pub bias: bool,
     /// Whether any band hides anything.
     pub banded: bool,
+    /// A bias by the distance of key and query.
+    pub relative: Option<RelativeKind>,
+}
+
+/// How the table of a bias by distance is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RelativeKind {
+    /// One slope, times the distance, negated.
+    Slope,
+    /// A value for each distance.
+    Table,
 }
 
 impl Rules {
     /// Storage buffers that the rules take.
     pub fn buffers(&self) -> u32 {
-        u32::from(self.bands) + self.masks + u32::from(self.bias)
+        u32::from(self.bands) + self.masks + u32::from(self.bias) + u32::from(self.relative.is_some())
     }
 
     fn apply(&self, mut changes: Changes, name: &mut String) -> Changes {
@@ -196,6 +207,35 @@ impl Rules {
             }
         }
         self.apply_lists(changes, name).flag("BANDED", self.banded || self.bands)
+    }
+
+    /// What is added by distance.
+    fn apply_relative(&self, changes: Changes, name: &mut String) -> Changes {
+        let changes = changes.flag("RELATIVE", self.relative.is_some());
+        match self.relative {
+            None => changes.block(
+                "relative",
+                "fn relative_row(b: u32, h: u32, i: u32) -> u32 { return 0u; }
+fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> { return vec4<f32>(); }",
+            ),
+            Some(RelativeKind::Slope) => {
+                name.push_str("/alibi");
+                changes.block(
+                    "relative",
+                    "@group(0) @binding(12) var<storage, read> relative: array<u32>;
+fn relative_row(b: u32, h: u32, i: u32) -> u32 {
+    return relative[params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i))];
+}
+fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
+    return bitcast<f32>(row) * -abs(vec4<f32>(distance));
+}",
+                )
+            }
+            Some(RelativeKind::Table) => {
+                name.push_str("/relative");
+                changes
+            }
+        }
     }
 
     /// Masks and bias alone.
@@ -250,6 +290,7 @@ pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rul
         changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
     }
     changes = rules.apply(changes, &mut name).number("STAGE", stage);
+    changes = rules.apply_relative(changes, &mut name);
     if stage < 2 {
         name.push_str(&format!("/stage{stage}"));
     }
@@ -389,6 +430,7 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
         changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
+    changes = rules.apply_relative(changes, &mut name);
     if !tiles {
         changes = changes.block("tiles", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
     } else {
@@ -530,6 +572,7 @@ fn store_sum(at: u32, sum: f32) {}",
         changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
     }
     changes = rules.apply(changes, &mut name);
+    changes = rules.apply_relative(changes, &mut name);
     Variant { kernel: Kernel::Inspect, changes, name }
 }
 
@@ -737,7 +780,9 @@ pub fn variants() -> Vec<Variant> {
         Rules { banded: true, ..Rules::default() },
         Rules { masks: 1, ..Rules::default() },
         Rules { bias: true, ..Rules::default() },
-        Rules { bands: true, masks: 2, bias: true, banded: true },
+        Rules { bands: true, masks: 2, bias: true, banded: true, ..Rules::default() },
+        Rules { relative: Some(RelativeKind::Slope), ..Rules::default() },
+        Rules { relative: Some(RelativeKind::Table), banded: true, ..Rules::default() },
     ];
     for (workgroup, share, depth4) in
         [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]

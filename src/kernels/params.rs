@@ -31,6 +31,7 @@ params! {
         mask_a_strides: [u32; 4],
         mask_b_strides: [u32; 4],
         bias_strides: [u32; 4],
+        relative_strides: [u32; 4],
         band: [i32; 4],
         q_offset: u32,
         k_offset: u32,
@@ -60,6 +61,10 @@ params! {
         scale: f32,
         softcap: f32,
         pad: u32,
+        relative_offset: u32,
+        relative_low: i32,
+        relative_high: i32,
+        relative_factor: f32,
     }
 }
 
@@ -110,6 +115,7 @@ params! {
         mask_a_strides: [u32; 4],
         mask_b_strides: [u32; 4],
         bias_strides: [u32; 4],
+        relative_strides: [u32; 4],
         band: [i32; 4],
         q_offset: u32,
         k_offset: u32,
@@ -145,6 +151,10 @@ params! {
         tile_head_stride: u32,
         tiles: u32,
         pad: u32,
+        relative_offset: u32,
+        relative_low: i32,
+        relative_high: i32,
+        relative_factor: f32,
     }
 }
 
@@ -189,6 +199,7 @@ params! {
         mask_a_strides: [u32; 4],
         mask_b_strides: [u32; 4],
         bias_strides: [u32; 4],
+        relative_strides: [u32; 4],
         band: [i32; 4],
         kept_offset: u32,
         walked_offset: u32,
@@ -218,6 +229,10 @@ params! {
         not_a_number: u32,
         scale: f32,
         softcap: f32,
+        relative_offset: u32,
+        relative_low: i32,
+        relative_high: i32,
+        relative_factor: f32,
     }
 }
 

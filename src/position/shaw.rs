@@ -49,6 +49,27 @@ impl RelativeKeys {
         }
     }
 
+    pub(crate) fn table(&self) -> &Tensor {
+        &self.table
+    }
+
+    /// The least and the greatest distance with a key of its own.
+    pub(crate) fn range(&self) -> [i32; 2] {
+        [-(self.left as i32), self.right as i32]
+    }
+
+    /// The products of each query of Q `[batch, heads, len_q, dim]` with all relative keys.
+    pub(crate) fn products(&self, recording: &mut Recording, q: &Tensor) -> Result<Tensor> {
+        if self.table.shape()[1] != q.shape()[3] {
+            return Err(shape_error!(
+                "the relative keys {:?} must be as wide as Q {:?}",
+                self.table.shape(),
+                q.shape()
+            ));
+        }
+        project_rows(recording, q, &self.table)
+    }
+
     /// The table's row for `distance`, the key's position minus the query's: `clip(distance, −left, right) + left`.
     pub fn row(&self, distance: i64) -> usize {
         (distance.clamp(-(self.left as i64), self.right as i64) + self.left as i64) as usize
@@ -107,20 +128,13 @@ impl RelativeKeys {
         q.expect_float("Q")?;
         let four = q.with_layout(as_four_axes("Q", q.layout())?);
         let &[batch, heads, len_q, dim] = four.shape() else { unreachable!("four axes") };
-        if self.table.shape()[1] != dim {
-            return Err(shape_error!(
-                "the relative keys {:?} must be as wide as Q {:?}",
-                self.table.shape(),
-                q.shape()
-            ));
-        }
         let shape = [batch, heads, len_q, len_k];
         check(&q.device(), shape, offset)?;
         let scale = scale.unwrap_or(1.0 / (dim.max(1) as f32).sqrt());
         if !scale.is_finite() {
             return Err(value_error!("scale = {scale} must be finite"));
         }
-        let products = project_rows(recording, &four, &self.table)?;
+        let products = self.products(recording, &four)?;
         let columns = Distances { len_q, len_k, offset }.columns(|distance| self.row(distance) as u32);
         let bias = recording.relative(&products, &columns, shape, scale)?;
         let lead = &q.shape()[..q.shape().len() - 1];

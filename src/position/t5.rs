@@ -1,8 +1,11 @@
 //! T5's relative position bias (Raffel et al. 2020, section 2.1): one learned number per head and bucket of
 //! distances.
 
-use super::relative::{Distances, by_distance, check};
+use super::check_table;
+use super::relative::{self, Distances, check};
 use crate::error::{Result, shape_error, value_error};
+use crate::problem::MAX_LEN;
+use crate::record::Recording;
 use crate::tensor::Tensor;
 
 /// How distances fall into buckets.
@@ -39,6 +42,16 @@ impl Buckets {
         Ok((each, exact))
     }
 
+    /// The least and the greatest distance that may have a bucket of their own; beyond, all share the last.
+    pub(crate) fn range(&self) -> Result<[i32; 2]> {
+        self.counts()?;
+        if self.max_distance >= MAX_LEN {
+            return Err(value_error!("max_distance = {} must be less than {MAX_LEN}", self.max_distance));
+        }
+        let far = self.max_distance as i32;
+        Ok([-far, if self.bidirectional { far } else { 0 }])
+    }
+
     /// The bucket of `distance`, the key's position minus the query's: the nearest have one each, farther ones
     /// share by the logarithm of their distance.
     pub fn bucket(&self, distance: i64) -> Result<usize> {
@@ -60,6 +73,43 @@ impl Buckets {
     }
 }
 
+/// The bias of every distance of [`Buckets::range`], `[1, heads, 1, distance]`.
+pub(crate) fn by_distance(
+    recording: &mut Recording,
+    table: &Tensor,
+    buckets: &Buckets,
+    heads: usize,
+) -> Result<Tensor> {
+    let [low, high] = buckets.range()?;
+    let table = columns_of(table, buckets)?;
+    if table.shape()[1] != heads {
+        return Err(shape_error!(
+            "the table of biases is for {} heads; there are {heads} of queries",
+            table.shape()[1]
+        ));
+    }
+    let distances = (high - low + 1) as usize;
+    check_table(&table.device(), "the biases by distance", &[heads, distances])?;
+    let columns: Vec<u32> = (low..=high)
+        .map(|distance| buckets.bucket(distance.into()).map(|bucket| bucket as u32))
+        .collect::<Result<_>>()?;
+    recording.relative(&table, &columns, [1, heads, 1, distances], 1.0)
+}
+
+/// The table `[num_buckets, heads]` as `[1, heads, 1, num_buckets]`.
+fn columns_of(table: &Tensor, buckets: &Buckets) -> Result<Tensor> {
+    table.expect_float("the table of biases")?;
+    buckets.counts()?;
+    match *table.shape() {
+        [rows, _] if rows == buckets.num_buckets => table.permute(&[1, 0])?.unsqueeze(1)?.unsqueeze(0),
+        _ => Err(shape_error!(
+            "the table of biases {:?} must be [num_buckets, heads] with num_buckets = {}",
+            table.shape(),
+            buckets.num_buckets
+        )),
+    }
+}
+
 /// The bias `[heads, len_q, len_k]` for [`Attention::bias`](crate::Attention::bias) from a learned table
 /// `[num_buckets, heads]` (any strides; T5's `relative_attention_bias.weight`), on the table's device. Query `i`
 /// stands at key `i + offset`. T5 does not scale its scores: [`Attention::scale`](crate::Attention::scale) is 1.
@@ -70,21 +120,10 @@ pub fn bias(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offse
 
 /// As [`bias`], without blocking.
 pub async fn bias_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    table.expect_float("the table of biases")?;
-    buckets.counts()?;
-    let heads = match *table.shape() {
-        [rows, heads] if rows == buckets.num_buckets => heads,
-        _ => {
-            return Err(shape_error!(
-                "the table of biases {:?} must be [num_buckets, heads] with num_buckets = {}",
-                table.shape(),
-                buckets.num_buckets
-            ));
-        }
-    };
+    let table = columns_of(table, buckets)?;
+    let heads = table.shape()[1];
     check(&table.device(), [1, heads, len_q, len_k], offset)?;
-    let table = table.permute(&[1, 0])?.unsqueeze(1)?.unsqueeze(0)?;
     let columns = Distances { len_q, len_k, offset }
         .columns(|distance| buckets.bucket(distance).expect("the buckets are checked above") as u32);
-    by_distance(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
+    relative::by_distance(&table, &columns, [1, heads, len_q, len_k], 1.0).await?.select(0, 0)
 }

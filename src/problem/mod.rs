@@ -67,6 +67,8 @@ pub struct Band {
     pub lo: i32,
     /// Highest visible key, relative to the query's index.
     pub hi: i32,
+    /// The key that query 0 stands at.
+    pub offset: i32,
 }
 
 /// A bound that no position reaches.
@@ -386,7 +388,7 @@ impl Positions {
                 let lo = self.window_left.map_or(-NO_BOUND, |left| clamp(offset - left as i128));
                 let right = self.window_right.map_or(NO_BOUND, |right| clamp(offset + right as i128));
                 let hi = if self.causal { right.min(clamp(offset)) } else { right };
-                Band { keys: lengths[b.min(lengths.len() - 1)] as i32, lo, hi }
+                Band { keys: lengths[b.min(lengths.len() - 1)] as i32, lo, hi, offset: clamp(offset) }
             })
             .collect())
     }

@@ -113,6 +113,7 @@ impl<'a> Fused<'a> {
         if 4 + u32::from(lse) + table + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
+        call.check_relative(adapter).map_err(|error| error.to_string())?;
         let spare = adapter.max_storage_buffers.min(7) - (4 + u32::from(lse) + table + call.rules.buffers());
         let mut fused = Fused {
             tiles: spare > 0 && hides_tiles(&call, tile),
@@ -276,7 +277,7 @@ impl<'a> Fused<'a> {
         let size = planner.plan.scratch[3];
         planner.fill(Slot::Scratch(3), entries, 0)?;
         let mut bindings = vec![Binding { binding: 3, slot: Slot::Scratch(3), offset: 0, size }];
-        bindings.extend(bound.bindings.iter().filter(|one| one.slot != Slot::Bands));
+        bindings.extend(bound.bindings.iter().filter(|one| !matches!(one.slot, Slot::Bands | Slot::Relative)));
         planner.push(
             catalogue::classify(rules),
             (total as u64).div_ceil(64),
@@ -398,6 +399,7 @@ impl<'a> Fused<'a> {
                 mask_a_strides: bound.masks[0].strides,
                 mask_b_strides: bound.masks[1].strides,
                 bias_strides: bound.bias.strides,
+                relative_strides: bound.relative.strides,
                 band: self.call.band(),
                 q_offset: q.first as u32,
                 k_offset: k.first as u32,
@@ -438,6 +440,10 @@ impl<'a> Fused<'a> {
                 tile_head_stride: classes[1],
                 tiles: self.class_tiles() as u32,
                 pad: 0,
+                relative_offset: bound.relative.first,
+                relative_low: bound.relative.low,
+                relative_high: bound.relative.high,
+                relative_factor: bound.relative.factor,
             },
             bindings,
         )

@@ -11,8 +11,8 @@ use super::super::catalogue::{self, Inspection, Tile};
 use super::super::params;
 use super::passes::{Call, Slices, most_groups};
 use super::{
-    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer,
-    padded_bytes, rows_padded, strides_used, strides4, window,
+    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RelativeOperand, Slot,
+    check_buffer, padded_bytes, rows_padded, strides_used, strides4, window,
 };
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
@@ -35,6 +35,8 @@ pub struct InspectOperands<'a> {
     pub masks: Vec<(&'a Layout, MaskMeaning)>,
     /// Additive biases.
     pub biases: Vec<&'a Layout>,
+    /// A bias by distance.
+    pub relative: Option<RelativeOperand<'a>>,
     /// Query heads, in the order of the results.
     pub heads: &'a [usize],
     /// Queries.
@@ -64,6 +66,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         output: operands.q,
         masks: operands.masks.clone(),
         biases: operands.biases.clone(),
+        relative: operands.relative,
         lse: false,
         weights: false,
         averaged: false,
@@ -71,6 +74,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         method: Method::Auto,
     };
     let call = Call::new(problem, &as_call, adapter, 4);
+    call.check_relative(adapter)?;
     planner.plan.bands = call.band_table();
     let runs = runs(operands.heads);
     planner.plan.scratch = vec![16; 2];
@@ -320,6 +324,7 @@ impl<'a> Sweep<'a> {
                 mask_a_strides: bound.masks[0].strides,
                 mask_b_strides: bound.masks[1].strides,
                 bias_strides: bound.bias.strides,
+                relative_strides: bound.relative.strides,
                 band: self.call.band(),
                 kept_offset: kept_at.first as u32,
                 walked_offset: walked_at.first as u32,
@@ -349,6 +354,10 @@ impl<'a> Sweep<'a> {
                 not_a_number: NOT_A_NUMBER,
                 scale: problem.scale,
                 softcap: problem.softcap.unwrap_or(1.0),
+                relative_offset: bound.relative.first,
+                relative_low: bound.relative.low,
+                relative_high: bound.relative.high,
+                relative_factor: bound.relative.factor,
             },
             bindings,
         )?;

@@ -32,7 +32,7 @@ use bytemuck::Pod;
 
 use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
-use super::catalogue::{Tile, Variant};
+use super::catalogue::{RelativeKind, Tile, Variant};
 use crate::error::{Error, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, ScoreStage};
 
@@ -47,6 +47,8 @@ pub enum Slot {
     V,
     /// The n-th boolean mask.
     Mask(usize),
+    /// The table of a bias by distance.
+    Relative,
     /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
     Bias(usize),
     /// The band table, one `vec4<i32>` per batch entry.
@@ -142,6 +144,8 @@ pub struct AttentionOperands<'a> {
     pub masks: Vec<(&'a Layout, MaskMeaning)>,
     /// Additive biases.
     pub biases: Vec<&'a Layout>,
+    /// A bias by distance.
+    pub relative: Option<RelativeOperand<'a>>,
     /// Whether to write the LSE.
     pub lse: bool,
     /// Whether to keep the weights per head.
@@ -152,6 +156,21 @@ pub struct AttentionOperands<'a> {
     pub stage: Option<ScoreStage>,
     /// Which kernels to use.
     pub method: Method,
+}
+
+/// A bias by the distance of key and query, read from a small table.
+#[derive(Clone, Copy, Debug)]
+pub struct RelativeOperand<'a> {
+    /// Broadcast to `[b, hq, i, column]`: a column for each distance from `low` to `high`, or one slope.
+    pub layout: &'a Layout,
+    /// How the table is read.
+    pub kind: RelativeKind,
+    /// The least distance, key minus query, with a column of its own.
+    pub low: i32,
+    /// The greatest.
+    pub high: i32,
+    /// What a value of the table is multiplied with.
+    pub factor: f32,
 }
 
 /// Which kernels compute a call.

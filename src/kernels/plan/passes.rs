@@ -8,7 +8,7 @@ use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, NOTHING, Part, Plan, Planner, Slot, Window,
     check_buffer, flash, padded_bytes, rows_padded, strides_used, strides4, window,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::problem::{Band, Dtype, Layout, MaskMeaning, NO_BOUND, Problem, ScoreStage, checked_len};
 
 /// Sizes of the slices along batch, heads, query rows and keys.
@@ -77,6 +77,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     }
     let passes = AttentionOperands { output: operands.output.layout.into(), ..operands.clone() };
     let call = Call { output: !has_output, ..Call::new(problem, &passes, adapter, 3) };
+    call.check_relative(adapter)?;
     if planner.plan.bands.is_empty() {
         planner.plan.bands = call.band_table();
     }
@@ -160,6 +161,7 @@ impl<'a> Call<'a> {
             masks: operands.masks.len() as u32,
             bias: !operands.biases.is_empty(),
             banded: !problem.is_unbanded(),
+            relative: operands.relative.as_ref().map(|relative| relative.kind),
         };
         // Metal's compiler needs one of eight for itself.
         let most = adapter.max_storage_buffers.min(7);
@@ -175,6 +177,18 @@ impl<'a> Call<'a> {
         Call { problem, operands, rules, fold_rules, fold_bands, output: true, align: adapter.offset_alignment }
     }
 
+    /// Folded bands do not say where each query stands, which a bias by distance must know.
+    pub(super) fn check_relative(&self, adapter: &Capabilities) -> Result<()> {
+        if self.rules.relative.is_none() || !self.fold_bands || self.problem.bands.len() == 1 {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: "a bias by distance with offsets or lengths per batch entry".into(),
+            adapter: adapter.adapter.clone(),
+            needs: format!("more storage buffers per kernel than {}", adapter.max_storage_buffers),
+        })
+    }
+
     /// Whether these passes compute weights.
     fn weighs(&self) -> bool {
         let AttentionOperands { weights, averaged, stage, .. } = *self.operands;
@@ -186,7 +200,7 @@ impl<'a> Call<'a> {
         if !self.rules.bands && !self.fold_bands {
             return Vec::new();
         }
-        self.problem.bands.iter().map(|band| [band.keys, band.lo, band.hi, 0]).collect()
+        self.problem.bands.iter().map(|band| [band.keys, band.lo, band.hi, band.offset]).collect()
     }
 
     /// Masks and biases.
@@ -383,12 +397,10 @@ impl<'a> Call<'a> {
     }
 
     pub(super) fn band(&self) -> [i32; 4] {
-        let band = if self.fold_bands || self.problem.bands.len() > 1 {
-            Band { keys: NO_BOUND, lo: -NO_BOUND, hi: NO_BOUND }
-        } else {
-            self.problem.bands[0]
-        };
-        [band.keys, band.lo, band.hi, 0]
+        let band = self.problem.bands[0];
+        let open = Band { keys: NO_BOUND, lo: -NO_BOUND, hi: NO_BOUND, ..band };
+        let band = if self.fold_bands || self.problem.bands.len() > 1 { open } else { band };
+        [band.keys, band.lo, band.hi, band.offset]
     }
 
     fn scores(
@@ -437,6 +449,7 @@ impl<'a> Call<'a> {
                 mask_a_strides: bound.masks[0].strides,
                 mask_b_strides: bound.masks[1].strides,
                 bias_strides: bound.bias.strides,
+                relative_strides: bound.relative.strides,
                 band: self.band(),
                 q_offset: q.first as u32,
                 k_offset: k.first as u32,
@@ -466,6 +479,10 @@ impl<'a> Call<'a> {
                 scale: problem.scale,
                 softcap: problem.softcap.unwrap_or(1.0),
                 pad: 0,
+                relative_offset: bound.relative.first,
+                relative_low: bound.relative.low,
+                relative_high: bound.relative.high,
+                relative_factor: bound.relative.factor,
             },
             bindings,
         )
@@ -479,7 +496,9 @@ impl<'a> Call<'a> {
         (p_slot, p_layout, p_window): (Slot, &Layout, Window),
         bound: &BoundRules,
     ) -> Result<()> {
-        let Call { problem, operands, rules, .. } = *self;
+        let Call { problem, operands, mut rules, .. } = *self;
+        // What is added to scores hides nothing.
+        rules.relative = None;
         let every = |layout: &Layout| Part { start: 0, count: layout.shape()[3] };
         let v = window(&operands.v, &[b, head_kv, j, every(&operands.v)], operands.v.element(), self.align);
         let o = window(&operands.output, &[b, h, i, every(&operands.output)], operands.output.element(), self.align);
@@ -492,7 +511,7 @@ impl<'a> Call<'a> {
             Binding { binding: 2, slot: Slot::V, offset: v.offset, size: v.size },
             Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
         ];
-        bindings.extend(&bound.bindings);
+        bindings.extend(bound.bindings.iter().filter(|one| one.slot != Slot::Relative));
         planner.push(
             catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), j.start > 0, rules),
             row_blocks * (b.count * h.count) as u64 * column_blocks as u64,
@@ -546,6 +565,19 @@ impl<'a> Call<'a> {
         if rules.bands {
             let size = (problem.batch * 16) as u64;
             bound.bindings.push(Binding { binding: 4, slot: Slot::Bands, offset: 0, size });
+        }
+        if let Some(relative) = &operands.relative {
+            let every = Part { start: 0, count: relative.layout.shape()[3] };
+            let part = window(relative.layout, &[b, h, i, every], 4, self.align);
+            let (offset, size) = (part.offset, part.size);
+            bound.bindings.push(Binding { binding: 12, slot: Slot::Relative, offset, size });
+            bound.relative = BoundRelative {
+                strides: strides4(relative.layout),
+                first: part.first as u32,
+                low: relative.low,
+                high: relative.high,
+                factor: relative.factor,
+            };
         }
         let parts = [b, h, i, j.within(problem.ruled_keys())];
         if self.fold_rules {
@@ -642,6 +674,16 @@ pub(super) struct BoundRules {
     pub bindings: Vec<Binding>,
     pub masks: [BoundRule; 2],
     pub bias: BoundRule,
+    pub relative: BoundRelative,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct BoundRelative {
+    pub strides: [u32; 4],
+    pub first: u32,
+    pub low: i32,
+    pub high: i32,
+    pub factor: f32,
 }
 
 impl Planner<'_> {

@@ -1,0 +1,154 @@
+//! Biases by distance inside the kernels, against the same biases stored, on every device.
+
+mod kit;
+
+use kit::{Call, assert_close, devices, noise};
+use rand::SeedableRng;
+use rand_pcg::Pcg64;
+use wgpu_attention::position::alibi;
+use wgpu_attention::position::shaw::RelativeKeys;
+use wgpu_attention::position::t5::{self, Buckets};
+use wgpu_attention::problem::{MaskMeaning, Positions};
+use wgpu_attention::{Align, Attention, Cut, Device, Inspect, Method, ScoreStage, Tensor, Weights};
+
+const TOLERANCE: f64 = 3e-6;
+
+/// The rules inside the kernels and the stored bias that they stand for, `[heads or batch.., len_q, len_k]`.
+fn pairs(device: &Device, call: &Call, offset: i64) -> Vec<(&'static str, Attention, Tensor)> {
+    let ([_, heads, len_q, dim], len_k) = (call.q, call.k[2]);
+    let mut rng = Pcg64::seed_from_u64(3);
+    let slopes = Tensor::from_slice(device, &[heads], &alibi::slopes(heads).unwrap()).unwrap();
+    let mut all =
+        vec![("ALiBi", call.attention().alibi(slopes), alibi::bias(device, heads, len_q, len_k, offset).unwrap())];
+    for bidirectional in [false, true] {
+        let buckets = Buckets { bidirectional, num_buckets: 8, max_distance: 20 };
+        let table = Tensor::from_slice(device, &[8, heads], &noise(&mut rng, 8 * heads)).unwrap();
+        let stored = t5::bias(&table, &buckets, len_q, len_k, offset).unwrap();
+        all.push(("T5", call.attention().t5_bias(table, buckets), stored));
+    }
+    let table = Tensor::from_slice(device, &[9, dim], &noise(&mut rng, 9 * dim)).unwrap();
+    let keys = RelativeKeys::new(&table, 5, 3).unwrap();
+    let data = call.data();
+    let q = Tensor::from_slice(device, &call.q, &data.q).unwrap();
+    let stored = keys.bias(&q, len_k, offset, call.scale).unwrap();
+    all.push(("Shaw", call.attention().relative_keys(keys), stored));
+    all
+}
+
+fn methods(device: &Device) -> Vec<Method> {
+    let mut all = vec![Method::Auto];
+    if let Device::Gpu(gpu) = device {
+        let share = if gpu.capabilities().subgroup_min.is_some_and(|least| least >= 8) { 8 } else { 1 };
+        all.extend([Method::ThreePasses, Method::Cut(Cut { workgroup: 8, rows: 2, keys: 4, share })]);
+        all.push(Method::Cut(Cut { workgroup: 64, rows: 4, keys: 32, share: 1 }));
+    }
+    all
+}
+
+#[test]
+fn in_the_kernels_as_stored() {
+    let causal = Positions { causal: true, align: Align::BottomRight, ..Positions::default() };
+    let window =
+        Positions { window_left: Some(9), window_right: Some(4), align: Align::Offset(7), ..Positions::default() };
+    let masks = vec![(vec![40, 70], MaskMeaning::Keep)];
+    let calls = [
+        (Call::plain([2, 4, 40, 12], [2, 2, 70, 12], [2, 2, 70, 12]), 0),
+        (Call { positions: causal.clone(), masks, ..Call::plain([2, 4, 40, 12], [2, 2, 70, 12], [2, 2, 70, 12]) }, 30),
+        (Call { positions: window, softcap: Some(3.0), ..Call::plain([1, 3, 33, 5], [1, 3, 40, 5], [1, 3, 40, 9]) }, 7),
+        // One query over many keys: keys are split.
+        (
+            Call {
+                positions: causal,
+                scale: Some(0.3),
+                ..Call::plain([1, 4, 1, 16], [1, 2, 700, 16], [1, 2, 700, 16])
+            },
+            699,
+        ),
+    ];
+    for (name, device) in devices() {
+        for (call, offset) in &calls {
+            let data = call.data();
+            for (rule, inside, stored) in pairs(&device, call, *offset) {
+                let mut with_bias = call.clone();
+                let shape = stored.shape().to_vec();
+                with_bias.biases = vec![shape];
+                let mut known = data.clone();
+                known.biases = vec![stored.download().unwrap()];
+                let (truth, stages) = with_bias.truth(&known);
+                for method in methods(&device) {
+                    let what = format!("{rule} by {method} on {name}: {call:?}");
+                    let out = call.run(&device, &data, inside.clone().lse(true).method(method)).unwrap();
+                    assert_close(&what, &out.output.download().unwrap(), &truth.output, TOLERANCE);
+                    assert_close(&what, &out.lse.unwrap().download().unwrap(), &truth.lse, TOLERANCE);
+                }
+                let what = format!("{rule} on {name}: {call:?}");
+                let asked = inside.clone().weights(Weights::PerHead).scores(Some(ScoreStage::Masked)).lse(true);
+                let out = call.run(&device, &data, asked).unwrap();
+                assert_close(&what, &out.weights.unwrap().download().unwrap(), &truth.weights, TOLERANCE);
+                assert_close(&what, &out.scores.unwrap().download().unwrap(), &stages[2], TOLERANCE);
+                // Sums and entropies beside the fused path.
+                let [q, k] = [(call.q, &data.q), (call.k, &data.k)]
+                    .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
+                let mut attention = inside.clone();
+                for ((shape, meaning), mask) in call.masks.iter().zip(&data.masks) {
+                    let mask = Tensor::from_bools(&device, shape, mask).unwrap();
+                    attention = attention.mask(wgpu_attention::Mask::new(mask, *meaning).unwrap());
+                }
+                let seen =
+                    attention.inspect(&q, &k, &out.lse.unwrap(), &Inspect::new().column_sums().entropy()).unwrap();
+                let heads: Vec<usize> = (0..call.q[1]).collect();
+                let expected = with_bias.inspected(&known, &heads, 0..call.q[2]);
+                assert_close(&what, &seen.column_sums.unwrap().download().unwrap(), &expected.column_sums, 3e-5);
+                assert_close(&what, &seen.entropy.unwrap().download().unwrap(), &expected.entropy, 3e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn offsets_of_each_batch_entry() {
+    let offsets = vec![30i64, 11];
+    for (name, device) in devices() {
+        let positions = Positions { causal: true, align: Align::PerBatch(offsets.clone()), ..Positions::default() };
+        let call = Call { positions, ..Call::plain([2, 4, 9, 12], [2, 2, 40, 12], [2, 2, 40, 12]) };
+        let data = call.data();
+        let slopes = Tensor::from_slice(&device, &[4], &alibi::slopes(4).unwrap()).unwrap();
+        let mut with_bias = call.clone();
+        with_bias.biases = vec![vec![2, 4, 9, 40]];
+        let mut known = data.clone();
+        let each = |offset: &i64| alibi::bias(&device, 4, 9, 40, *offset).unwrap().download().unwrap();
+        known.biases = vec![offsets.iter().flat_map(each).collect()];
+        let (truth, _) = with_bias.truth(&known);
+        for method in methods(&device) {
+            let out = call.run(&device, &data, call.attention().alibi(slopes.clone()).method(method)).unwrap();
+            assert_close(&format!("{name}, {method}"), &out.output.download().unwrap(), &truth.output, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn wrong_tables_are_errors_with_the_numbers() {
+    for (name, device) in devices() {
+        let floats =
+            |shape: &[usize]| Tensor::from_slice(&device, shape, &vec![0.5f32; shape.iter().product()]).unwrap();
+        let x = floats(&[1, 4, 3, 8]);
+        let attention = Attention::new();
+        for (wrong, say) in [
+            (attention.clone().alibi(floats(&[3])), "must be [heads_q] = [4]"),
+            (attention.clone().alibi(floats(&[1, 4])), "must be [heads_q] = [4]"),
+            (attention.clone().t5_bias(floats(&[32, 5]), Buckets::new(true)), "for 5 heads; there are 4"),
+            (attention.clone().t5_bias(floats(&[31, 4]), Buckets::new(true)), "num_buckets = 32"),
+            (
+                attention.clone().t5_bias(floats(&[32, 4]), Buckets { max_distance: usize::MAX, ..Buckets::new(true) }),
+                "must be less than",
+            ),
+            (attention.clone().relative_keys(RelativeKeys::new(&floats(&[3, 7]), 1, 1).unwrap()), "as wide as Q"),
+        ] {
+            let message = wrong.forward(&x, &x, &x).unwrap_err().to_string();
+            assert!(message.contains(say), "{name}: {message}");
+        }
+        let packed = floats(&[3, 4, 8]);
+        let message = attention.alibi(floats(&[4])).forward_packed(&packed, &packed, &packed, &[0, 3], &[0, 3]);
+        assert!(message.unwrap_err().to_string().contains("distance"), "{name}");
+    }
+}
