@@ -529,7 +529,7 @@ impl Attention {
             }
             Distance::T5(table, buckets) => {
                 let [low, high] = buckets.range()?;
-                (t5::by_distance(recording, table, buckets, heads)?, RelativeKind::Table, low, high, 1.0)
+                (t5::by_distance(recording, table, buckets, heads)?, RelativeKind::Fours, low, high, 1.0)
             }
             Distance::Shaw(keys) => {
                 let [low, high] = keys.range();

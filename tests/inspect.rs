@@ -312,6 +312,7 @@ fn plans_fit_small_adapters_and_lose_nothing() {
         },
         masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
         biases: vec![vec![4, 1, 200]],
+        relative: None,
         ..plain([0; 4], [0; 4])
     };
     // By batch, heads, rows and keys, with rules read in place and folded.
@@ -351,6 +352,7 @@ fn too_few_buffers_for_the_rules_are_said() {
         lse: &lse,
         masks: vec![],
         biases: vec![],
+        relative: None,
         heads: &[0],
         queries: 0..4,
         weights: true,
@@ -393,6 +395,7 @@ fn long_calls_are_cut_to_every_limit() {
                 lse: &lse,
                 masks: vec![(&full, MaskMeaning::Keep); masks],
                 biases: vec![],
+                relative: None,
                 heads: &heads,
                 queries: 0..q[2],
                 weights: masks > 0,

@@ -268,6 +268,10 @@ impl Tile<'_> {
                         let step = table.layout.strides()[3];
                         relative.factor * table.data[at + (column - i64::from(relative.low)) as usize * step]
                     }
+                    RelativeKind::Fours => {
+                        let first = distance.clamp(i64::from(relative.low) - 3, i64::from(relative.high));
+                        relative.factor * table.data[at + (i64::from(relative.high) - first) as usize * 4]
+                    }
                 };
             }
         }

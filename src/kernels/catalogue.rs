@@ -189,6 +189,8 @@ pub enum RelativeKind {
     Slope,
     /// A value for each distance.
     Table,
+    /// The values of four distances for each first one, from `high` down to `low − 3`: one load for four keys.
+    Fours,
 }
 
 impl Rules {
@@ -234,6 +236,20 @@ fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
             Some(RelativeKind::Table) => {
                 name.push_str("/relative");
                 changes
+            }
+            Some(RelativeKind::Fours) => {
+                name.push_str("/relative4");
+                changes.block(
+                    "relative",
+                    "@group(0) @binding(12) var<storage, read> relative: array<vec4<f32>>;
+fn relative_row(b: u32, h: u32, i: u32) -> u32 {
+    return (params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i))) / 4u;
+}
+fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
+    let first = clamp(distance.x, params.relative_low - 3, params.relative_high);
+    return params.relative_factor * relative[row + u32(params.relative_high - first)];
+}",
+                )
             }
         }
     }
@@ -783,6 +799,7 @@ pub fn variants() -> Vec<Variant> {
         Rules { bands: true, masks: 2, bias: true, banded: true, ..Rules::default() },
         Rules { relative: Some(RelativeKind::Slope), ..Rules::default() },
         Rules { relative: Some(RelativeKind::Table), banded: true, ..Rules::default() },
+        Rules { relative: Some(RelativeKind::Fours), ..Rules::default() },
     ];
     for (workgroup, share, depth4) in
         [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]

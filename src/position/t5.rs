@@ -73,7 +73,8 @@ impl Buckets {
     }
 }
 
-/// The bias of every distance of [`Buckets::range`], `[1, heads, 1, distance]`.
+/// The biases of four distances from each on, from the greatest of [`Buckets::range`] down to three below the
+/// least: `[1, heads, 1, distances · 4]`.
 pub(crate) fn by_distance(
     recording: &mut Recording,
     table: &Tensor,
@@ -88,12 +89,13 @@ pub(crate) fn by_distance(
             table.shape()[1]
         ));
     }
-    let distances = (high - low + 1) as usize;
-    check_table(&table.device(), "the biases by distance", &[heads, distances])?;
-    let columns: Vec<u32> = (low..=high)
-        .map(|distance| buckets.bucket(distance.into()).map(|bucket| bucket as u32))
-        .collect::<Result<_>>()?;
-    recording.relative(&table, &columns, [1, heads, 1, distances], 1.0)
+    let firsts = (high - low + 4) as usize;
+    check_table(&table.device(), "the biases by distance", &[heads, firsts, 4])?;
+    // Row `high − first` and column `e` hold the bias of `first + e`.
+    let bucket = |distance: i32| buckets.bucket(distance.clamp(low, high).into());
+    let columns: Vec<u32> =
+        (low - 3..=high + 3).map(|distance| bucket(distance).map(|bucket| bucket as u32)).collect::<Result<_>>()?;
+    recording.relative(&table, &columns, [1, heads, firsts, 4], 1.0)?.reshape(&[1, heads, 1, firsts * 4])
 }
 
 /// The table `[num_buckets, heads]` as `[1, heads, 1, num_buckets]`.
