@@ -7,6 +7,9 @@
 // keys lie one after another. With subgroups, SHARE lanes load different parts of K and V and hand
 // them round. Keys may be cut into splits, each with its own O and LSE; merge.wgsl joins them.
 //
+// A sink is one more score per head without a value: the running maximum and sum of split 0 start with it
+// (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
+//
 // 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: the
 // sum takes a value that is not finite as 0; where there was one, the terms that a row may see are
 // added at the end.
@@ -25,6 +28,7 @@ const SOFTCAP: bool = true;
 const BANDED: bool = true;
 // True with a mask or a bias.
 const LISTED: bool = true;
+const SINK: bool = true;
 // True when the registers hold more than the width of a key, of a value.
 const PADDED_K: bool = true;
 const PADDED_V: bool = true;
@@ -81,6 +85,10 @@ struct Params {
     not_a_number: u32,
     scale: f32,
     softcap: f32,
+    sink_offset: u32,
+    sink_stride: u32,
+    pad_0: u32,
+    pad_1: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -123,6 +131,13 @@ fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
 @group(0) @binding(7) var<storage, read> bias: array<f32>;
 fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
     return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block sink
+@group(0) @binding(10) var<storage, read> sink: array<f32>;
+fn sink_of(h: u32) -> f32 {
+    return sink[params.sink_offset + h * params.sink_stride];
 }
 // @end
 
@@ -384,6 +399,16 @@ fn main(
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         peak[r] = LEAST;
+        if (SINK && split == 0u) {
+            let score = sink_of(head[r]);
+            let bits = bitcast<u32>(score);
+            // A sink of −∞ is none.
+            if (bits != params.minus_infinity) {
+                peak[r] = score;
+                total[r] = 1.0;
+                worst[r] = bits & 0x7fffffffu;
+            }
+        }
     }
     for (var j = start; j < end; j += KEYS) {
         var mine: vec4<f32>;

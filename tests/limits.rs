@@ -36,6 +36,7 @@ fn plan(
         output: (&q).into(),
         masks: vec![(&full, MaskMeaning::Keep); masks],
         biases: vec![&full; biases],
+        sink: None,
         lse: true,
         weights: false,
         averaged: false,
@@ -194,6 +195,7 @@ fn slices_give_the_same_results() {
             order: if n == 0 { Order::Bshd } else { Order::Bhsd },
             softcap: None,
             scale: None,
+            sink: true,
             ..call
         };
         // Bindings of 64, 16 and 12 KiB: by batch, by head, by rows and by keys.
@@ -244,6 +246,7 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
                 output: (&q).into(),
                 masks: vec![],
                 biases: vec![],
+                sink: None,
                 lse: true,
                 weights: false,
                 averaged: false,

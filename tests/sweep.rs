@@ -22,15 +22,16 @@ struct Form {
     bias: bool,
     /// Causal, windows, offsets and lengths; one set for each batch entry.
     bands: bool,
+    sink: bool,
 }
 
 const FORMS: [Form; 6] = [
-    Form { dims: [16, 16], order: Order::Bhsd, softcap: false, masks: 0, bias: false, bands: false },
-    Form { dims: [20, 8], order: Order::Bshd, softcap: false, masks: 0, bias: false, bands: true },
-    Form { dims: [5, 7], order: Order::Bhds, softcap: true, masks: 1, bias: false, bands: false },
-    Form { dims: [12, 12], order: Order::Packed, softcap: false, masks: 0, bias: true, bands: false },
-    Form { dims: [3, 4], order: Order::Bhsd, softcap: false, masks: 1, bias: true, bands: true },
-    Form { dims: [8, 24], order: Order::Bshd, softcap: true, masks: 3, bias: true, bands: true },
+    Form { dims: [16, 16], order: Order::Bhsd, softcap: false, masks: 0, bias: false, bands: false, sink: false },
+    Form { dims: [20, 8], order: Order::Bshd, softcap: false, masks: 0, bias: false, bands: true, sink: true },
+    Form { dims: [5, 7], order: Order::Bhds, softcap: true, masks: 1, bias: false, bands: false, sink: true },
+    Form { dims: [12, 12], order: Order::Packed, softcap: false, masks: 0, bias: true, bands: false, sink: false },
+    Form { dims: [3, 4], order: Order::Bhsd, softcap: false, masks: 1, bias: true, bands: true, sink: false },
+    Form { dims: [8, 24], order: Order::Bshd, softcap: true, masks: 3, bias: true, bands: true, sink: true },
 ];
 
 fn draw(form: &Form, seed: u64) -> Call {
@@ -67,6 +68,7 @@ fn draw(form: &Form, seed: u64) -> Call {
         softcap: form.softcap.then(|| rng.random_range(0.5..30.0f32)),
         masks: (0..form.masks).map(|_| (broadcast(&mut rng), meanings[rng.random_range(0..2)])).collect(),
         biases: (0..usize::from(form.bias)).map(|_| broadcast(&mut rng)).collect(),
+        sink: form.sink,
         seed,
     }
 }

@@ -120,6 +120,8 @@ pub(crate) struct Inputs<'a> {
     pub v: View<'a>,
     pub masks: Vec<MaskView<'a>>,
     pub biases: Vec<View<'a>>,
+    /// `[hq]`
+    pub sink: Option<View<'a>>,
 }
 
 /// Results: `output` laid out as asked, the rest row-major.

@@ -140,7 +140,7 @@ pub struct Tile {
     pub depth4: u32,
 }
 
-/// Which rules of masking a variant reads from buffers.
+/// Which rules of masking, and whether a sink, a variant reads from buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// A band per batch entry instead of one in the parameters.
@@ -151,12 +151,14 @@ pub struct Rules {
     pub bias: bool,
     /// Whether any band hides anything.
     pub banded: bool,
+    /// A sink per head.
+    pub sink: bool,
 }
 
 impl Rules {
     /// Storage buffers that the rules take.
     pub fn buffers(&self) -> u32 {
-        u32::from(self.bands) + self.masks + u32::from(self.bias)
+        u32::from(self.bands) + self.masks + u32::from(self.bias) + u32::from(self.sink)
     }
 
     fn apply(&self, mut changes: Changes, name: &mut String) -> Changes {
@@ -186,6 +188,15 @@ impl Rules {
         }
         changes.flag("BANDED", self.banded || self.bands)
     }
+}
+
+/// With a sink per head or without, for kernels that know of it.
+fn sink(changes: Changes, given: bool, name: &mut String) -> Changes {
+    if given {
+        name.push_str("/sink");
+        return changes.flag("SINK", true);
+    }
+    changes.flag("SINK", false).block("sink", "fn sink_of(h: u32) -> f32 { return 0.0; }")
 }
 
 const LANE_BUILTIN: &str = "    @builtin(subgroup_invocation_id) subgroup_lane: u32,";
@@ -240,7 +251,7 @@ pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: R
     if accumulate {
         name.push_str("/accumulate");
     }
-    changes = rules.apply(changes, &mut name);
+    changes = sink(rules.apply(changes, &mut name), rules.sink, &mut name);
     Variant { kernel: Kernel::WeightedSum, changes, name }
 }
 
@@ -315,6 +326,7 @@ pub fn flash(
         changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
+    changes = sink(changes, rules.sink, &mut name);
     if packed {
         // Two entries per sequence (where its rows and keys lie, its band and keys per split), then for every
         // block of rows the sequence and the block in it.
@@ -440,7 +452,7 @@ fn store_sum(at: u32, sum: f32) {}",
 }
 
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
-pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
+pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
     let mut changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("LSE", lse);
     if lse {
@@ -448,6 +460,7 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     } else {
         changes = changes.block("lse", "fn store_lse(row: u32, value: f32) {}");
     }
+    changes = sink(changes, with_sink, &mut name);
     if lanes == 1 {
         changes = changes.block(
             "join",
@@ -563,8 +576,9 @@ pub fn variants() -> Vec<Variant> {
         Rules { banded: true, ..Rules::default() },
         Rules { masks: 1, ..Rules::default() },
         Rules { bias: true, ..Rules::default() },
-        Rules { bands: true, masks: 2, bias: true, banded: true },
+        Rules { bands: true, masks: 2, bias: true, banded: true, sink: false },
     ];
+    let with_sink = Rules { sink: true, ..Rules::default() };
     for (workgroup, share, depth4) in
         [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]
     {
@@ -591,6 +605,8 @@ pub fn variants() -> Vec<Variant> {
                 all.push(scores(tile, bf16[0], f16[1], true, false, plain, 2));
                 all.push(weighted_sum(tile, narrow, wide, true, plain));
                 all.push(weighted_sum(tile, wide, narrow, true, plain));
+                all.push(weighted_sum(tile, wide, wide, false, with_sink));
+                all.push(weighted_sum(tile, wide, narrow, true, Rules { bands: true, masks: 2, ..with_sink }));
                 all.push(weighted_sum(tile, f16[0], narrow, false, plain));
                 all.push(project(tile, wide, narrow, false, true, true));
                 all.push(project(tile, f16[0], bf16[0], true, false, true));
@@ -633,6 +649,10 @@ pub fn variants() -> Vec<Variant> {
                 let rules = Rules { banded, ..Rules::default() };
                 all.push(flash(tile, all_wide, [false; 2], false, banded, rules, true));
             }
+            // Seven buffers with the LSE and a mask.
+            all.push(flash(tile, all_wide, [false; 2], false, false, with_sink, false));
+            all.push(flash(tile, all_narrow, [true; 2], true, true, Rules { masks: 1, ..with_sink }, false));
+            all.push(flash(tile, all_wide, [false; 2], false, true, with_sink, true));
             for access in mixed {
                 all.push(flash(tile, access, [true, false], false, false, Rules::default(), false));
             }
@@ -669,7 +689,9 @@ pub fn variants() -> Vec<Variant> {
         }
     }
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
-        all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
+        for with_sink in [false, true] {
+            all.extend([true, false].map(|lse| softmax(workgroup, lanes, lse, with_sink)));
+        }
     }
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));

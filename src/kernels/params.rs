@@ -96,7 +96,11 @@ params! {
         column_blocks: u32,
         workgroups: u32,
         minus_infinity: u32,
-        pad: u32,
+        not_a_number: u32,
+        sink_offset: u32,
+        sink_stride: u32,
+        pad_0: u32,
+        pad_1: u32,
     }
 }
 
@@ -141,6 +145,10 @@ params! {
         not_a_number: u32,
         scale: f32,
         softcap: f32,
+        sink_offset: u32,
+        sink_stride: u32,
+        pad_0: u32,
+        pad_1: u32,
     }
 }
 
@@ -228,6 +236,10 @@ params! {
         workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
+        len_q: u32,
+        heads: u32,
+        sink_offset: u32,
+        sink_stride: u32,
     }
 }
 

@@ -4,6 +4,7 @@ mod case;
 pub mod compare;
 mod onnx;
 mod torch;
+mod transformers;
 
 use std::path::{Path, PathBuf};
 
@@ -198,6 +199,7 @@ fn run_case(target: &Target, dir: &Path, name: &str) -> Outcome {
             "sdpa" => torch::sdpa(&case, &target.device),
             "varlen" => torch::varlen(&case, &target.device),
             "mha" => torch::mha(&case, &target.device),
+            "sink_attention" => transformers::sink_attention(&case, &target.device),
             other => Err(Stop::Skip(format!("the op {other} is not known"))),
         }
     };

@@ -9,8 +9,11 @@ use crate::kit::{adapters, attn, cases, floats, folder};
 #[test]
 fn every_case_passes_on_every_adapter() {
     for adapter in adapters() {
-        for (name, last) in [("onnx", "103 passed, 0 failed, 33 skipped"), ("torch", "94 passed, 0 failed, 0 skipped")]
-        {
+        for (name, last) in [
+            ("onnx", "103 passed, 0 failed, 33 skipped"),
+            ("torch", "94 passed, 0 failed, 0 skipped"),
+            ("transformers", "3 passed, 0 failed, 0 skipped"),
+        ] {
             let ran = attn(folder().path(), &["check", cases(name).to_str().unwrap(), "--adapter", &adapter]);
             ran.succeeded();
             assert_eq!(ran.last_line(), last, "{adapter}\n{}", ran.stdout);

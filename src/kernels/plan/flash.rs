@@ -267,6 +267,7 @@ impl<'a> Fused<'a> {
             }
         }
         bindings.extend(&bound.bindings);
+        let [sink_offset, sink_stride] = self.call.bind_sink(&mut bindings, h);
         let row_blocks = match blocks {
             Some(blocks) => blocks.count,
             None => (group * i.count).div_ceil((self.tile.workgroup * self.tile.rows) as usize),
@@ -347,6 +348,10 @@ impl<'a> Fused<'a> {
                 not_a_number: NOT_A_NUMBER,
                 scale: problem.scale,
                 softcap: problem.softcap.unwrap_or(1.0),
+                sink_offset,
+                sink_stride,
+                pad_0: 0,
+                pad_1: 0,
             },
             bindings,
         )

@@ -64,6 +64,8 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         output: operands.q,
         masks: operands.masks.clone(),
         biases: operands.biases.clone(),
+        // The LSE has it.
+        sink: None,
         lse: false,
         weights: false,
         averaged: false,

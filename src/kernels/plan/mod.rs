@@ -45,6 +45,8 @@ pub enum Slot {
     Mask(usize),
     /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
     Bias(usize),
+    /// One more score per head.
+    Sink,
     /// The band table, one `vec4<i32>` per batch entry.
     Bands,
     /// The table of [`Plan::places`].
@@ -134,6 +136,8 @@ pub struct AttentionOperands<'a> {
     pub masks: Vec<(&'a Layout, MaskMeaning)>,
     /// Additive biases.
     pub biases: Vec<&'a Layout>,
+    /// `[hq]`: one more score per head.
+    pub sink: Option<&'a Layout>,
     /// Whether to write the LSE.
     pub lse: bool,
     /// Whether to keep the weights per head.
