@@ -366,11 +366,14 @@ impl Attention {
             ("a bias", !self.biases.is_empty()),
             ("returned weights", self.weights != Weights::None),
             ("returned scores", self.scores.is_some()),
-            ("the method ThreePasses", self.method == Method::ThreePasses),
         ] {
             if given {
                 return Err(value_error!("packed sequences do not go with {what}; run the sequences apart for it"));
             }
+        }
+        if self.method == Method::ThreePasses {
+            let reason = "packed sequences run fused only".into();
+            return Err(Error::Method { method: self.method, reason });
         }
         let mut four = Vec::with_capacity(3);
         for (name, tensor) in ["Q", "K", "V"].into_iter().zip(operands) {

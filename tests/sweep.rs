@@ -9,7 +9,7 @@ use kit::{Call, Order, devices};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Cut, Device, Method};
+use wgpu_attention::{Align, Device, Method};
 
 const TOLERANCE: f64 = 3e-6;
 
@@ -76,19 +76,7 @@ fn draw(form: &Form, seed: u64) -> Call {
 /// The ways to run a call on a device that are worth telling apart.
 fn methods(device: &Device) -> Vec<(String, Method)> {
     let Some(gpu) = device.gpu() else { return vec![("cpu".into(), Method::Auto)] };
-    let mut all = vec![("three passes".to_string(), Method::ThreePasses)];
-    // A call of many rows offers every cut.
-    let problem = Call { q: [1, 1, 256, 16], k: [1, 1, 256, 16], v: [1, 1, 256, 16], ..draw(&FORMS[0], 0) }.problem();
-    let cuts = Cut::candidates(&problem, gpu.capabilities(), usize::MAX);
-    let wanted = [(8, 8), (4, 4), (1, 4), (2, 1)];
-    let share = cuts[0].share;
-    let mut cuts: Vec<Cut> =
-        cuts.into_iter().filter(|cut| cut.share == share && wanted.contains(&(cut.rows, cut.keys))).collect();
-    assert_eq!(cuts.len(), wanted.len());
-    // What a GPU runs unless tuned.
-    cuts.push(Cut { workgroup: 64, rows: 1, keys: 4, share });
-    all.extend(cuts.into_iter().map(|cut| (cut.to_string(), Method::Cut(cut))));
-    all
+    Method::every(gpu.capabilities()).into_iter().map(|method| (method.to_string(), method)).collect()
 }
 
 #[test]

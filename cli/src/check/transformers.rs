@@ -8,10 +8,10 @@ use super::compare::Comparison;
 use crate::array::Array;
 
 /// Attention with a learned sink per head, as in gpt-oss; the output is `[batch, len, heads, dim]`.
-pub fn sink_attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn sink_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "sinks", "mask"])?;
     let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
-    let mut attention = Attention::new().sink(case.upload("sinks", device)?).weights(Weights::PerHead);
+    let mut attention = attention.sink(case.upload("sinks", device)?).weights(Weights::PerHead);
     if let Some(mask) = case.optional("mask")? {
         attention = attention.bias(mask.upload("mask", device)?);
     }

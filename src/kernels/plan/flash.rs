@@ -28,7 +28,7 @@ pub(super) fn attention(
     match Fused::new(problem, operands, adapter, &[]) {
         Ok(fused) => fused.plan().map(Some),
         Err(reason) if matches!(operands.method, Method::Fused | Method::Cut(_)) => {
-            Err(value_error!("attention cannot run fused: {reason}; leave the method on auto"))
+            Err(Error::Method { method: operands.method, reason })
         }
         Err(_) => Ok(None),
     }
@@ -48,6 +48,9 @@ pub fn packed(
     }
     match Fused::new(problem, operands, adapter, sequences) {
         Ok(fused) => Ok(Plan { output: operands.output.stored, ..fused.plan()? }),
+        Err(reason) if matches!(operands.method, Method::Cut(_)) => {
+            Err(Error::Method { method: operands.method, reason })
+        }
         Err(reason) => Err(Error::Unsupported {
             what: "attention over packed sequences".into(),
             adapter: adapter.adapter.clone(),
@@ -469,9 +472,35 @@ impl std::str::FromStr for Cut {
     }
 }
 
+impl Method {
+    /// One of each kind of way to compute a call on an adapter: the three passes, the fused kernel's default cut,
+    /// and cuts of every number of rows and of small and large workgroups, with subgroups and without. For
+    /// tests and checks: a fixed list, not what is fastest.
+    pub fn every(adapter: &Capabilities) -> Vec<Method> {
+        let (workgroup, share) = Cut::lanes(adapter);
+        let other = if workgroup == 64 { 32 } else { 64 };
+        let mut all = vec![Method::ThreePasses, Method::Fused];
+        for (workgroup, rows, keys, share) in [
+            (workgroup, 8, 8, share),
+            (workgroup, 4, 4, share),
+            (workgroup, 2, 1, share),
+            (workgroup, 1, 4, share),
+            (other, 1, 4, share),
+            (workgroup, 4, 4, 1),
+            (workgroup, 1, 8, 1),
+        ] {
+            let cut = Cut { workgroup, rows, keys, share };
+            if cut.check(adapter).is_ok() && !all.contains(&Method::Cut(cut)) {
+                all.push(Method::Cut(cut));
+            }
+        }
+        all
+    }
+}
+
 impl Cut {
-    /// The cut that runs unless another is chosen.
-    fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
+    /// Invocations of a workgroup, and lanes that share their loads, unless another cut is chosen.
+    fn lanes(adapter: &Capabilities) -> (u32, u32) {
         let workgroup: u32 = match adapter.class {
             AdapterClass::Cpu => 8,
             AdapterClass::Gpu => 64,
@@ -482,6 +511,12 @@ impl Cut {
             Some(4..) if workgroup >= 4 => 4,
             _ => 1,
         };
+        (workgroup, share)
+    }
+
+    /// The cut that runs unless another is chosen.
+    fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
+        let (workgroup, share) = Cut::lanes(adapter);
         let rows = rows_per_invocation(problem.group() * problem.len_q, workgroup, most_rows(problem, adapter));
         let keys = match adapter.class {
             // Where every lane of a software adapter loads for itself, the loads outweigh all else.
