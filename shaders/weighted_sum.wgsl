@@ -8,7 +8,8 @@
 // sum runs without a look at the masks and takes a value that is not finite as 0; where there was one,
 // the terms that a row may see are added at the end.
 //
-// A sink has no value. One that is NaN or +∞ makes its head NaN, rows that see no key too.
+// A sink has no value. One that is NaN or +∞ makes its head NaN, rows that see no key too: a sum over no keys
+// writes 0 or that first, the others add to it.
 
 const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 4u;

@@ -185,8 +185,6 @@ impl Attention {
     ///
     /// A sink of −∞ is none. One that is NaN or +∞ makes its head NaN: every output and LSE, and the weight of
     /// every key that is seen.
-    ///
-    /// On an adapter it takes one storage buffer more.
     pub fn sink(mut self, sink: Tensor) -> Self {
         self.sink = Some(sink);
         self

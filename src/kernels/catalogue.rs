@@ -156,9 +156,9 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Storage buffers that the rules take.
+    /// Storage buffers that the rules of masking take.
     pub fn buffers(&self) -> u32 {
-        u32::from(self.bands) + self.masks + u32::from(self.bias) + u32::from(self.sink)
+        u32::from(self.bands) + self.masks + u32::from(self.bias)
     }
 
     fn apply(&self, mut changes: Changes, name: &mut String) -> Changes {
@@ -605,8 +605,7 @@ pub fn variants() -> Vec<Variant> {
                 all.push(scores(tile, bf16[0], f16[1], true, false, plain, 2));
                 all.push(weighted_sum(tile, narrow, wide, true, plain));
                 all.push(weighted_sum(tile, wide, narrow, true, plain));
-                all.push(weighted_sum(tile, wide, wide, false, with_sink));
-                all.push(weighted_sum(tile, wide, narrow, true, Rules { bands: true, masks: 2, ..with_sink }));
+                all.extend([wide, narrow].map(|o| weighted_sum(tile, narrow, o, false, with_sink)));
                 all.push(weighted_sum(tile, f16[0], narrow, false, plain));
                 all.push(project(tile, wide, narrow, false, true, true));
                 all.push(project(tile, f16[0], bf16[0], true, false, true));

@@ -106,10 +106,12 @@ impl<'a> Fused<'a> {
         };
 
         let lse = operands.lse || splits > 1;
-        let table = u32::from(!sequences.is_empty());
-        let mut call = Call::new(problem, operands, adapter, 4 + u32::from(lse) + table);
+        let sink = operands.sink.is_some();
+        let others = 4 + u32::from(lse) + u32::from(!sequences.is_empty()) + u32::from(sink);
+        let mut call = Call::new(problem, operands, adapter, others);
+        call.rules.sink = sink;
         call.rules.banded |= sequences.iter().any(|one| one.band.hides_any_of(one.len_k));
-        if 4 + u32::from(lse) + table + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
+        if others + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
         let mut fused = Fused {

@@ -160,7 +160,8 @@ impl<'a> Call<'a> {
             masks: operands.masks.len() as u32,
             bias: !operands.biases.is_empty(),
             banded: !problem.is_unbanded(),
-            sink: operands.sink.is_some(),
+            // No pass reads rules and a sink.
+            sink: false,
         };
         // Metal's compiler needs one of eight for itself.
         let most = adapter.max_storage_buffers.min(7);
@@ -341,6 +342,9 @@ impl<'a> Call<'a> {
         if problem.dim_v == 0 || !self.output {
             return Ok(());
         }
+        if operands.sink.is_some() {
+            self.sum_of_nothing(planner, at)?;
+        }
         for j in Part::all(len_k, slices.keys) {
             // Folded rules of several key slices share one buffer: fold again what was overwritten.
             let rules_bound = self.bind_rules(planner, at, j, slices)?;
@@ -504,9 +508,9 @@ impl<'a> Call<'a> {
             Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
         ];
         bindings.extend(&bound.bindings);
-        let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, h);
+        let accumulate = j.start > 0 || operands.sink.is_some();
         planner.push(
-            catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), j.start > 0, rules),
+            catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), accumulate, rules),
             row_blocks * (b.count * h.count) as u64 * column_blocks as u64,
             |workgroups| params::WeightedSum {
                 p_strides: strides4(p_layout),
@@ -539,9 +543,6 @@ impl<'a> Call<'a> {
                 column_blocks: column_blocks as u32,
                 workgroups,
                 minus_infinity: MINUS_INFINITY,
-                not_a_number: NOT_A_NUMBER,
-                sink_offset,
-                sink_stride,
                 ..Default::default()
             },
             bindings,
@@ -670,7 +671,7 @@ pub(super) struct BoundRules {
 impl Call<'_> {
     /// No key at all: outputs 0, LSE −∞ or the sink.
     fn nothing_to_see(&self, planner: &mut Planner<'_>) -> Result<()> {
-        let Call { problem, operands, align, .. } = *self;
+        let Call { problem, operands, .. } = *self;
         let Problem { batch, heads_q, len_q, dim_v, .. } = *problem;
         let [h, i] = [heads_q, len_q].map(|count| Part { start: 0, count });
         if operands.lse && operands.sink.is_none() {
@@ -682,45 +683,51 @@ impl Call<'_> {
                 let nothing = Window { offset: 0, size: 16, first: 0 };
                 self.softmax(planner, [b, h, i], Slot::Scratch(0), nothing)?;
             }
-            if dim_v == 0 {
-                continue;
+            if dim_v > 0 {
+                self.sum_of_nothing(planner, [b, h, i])?;
             }
-            // The output may be strided in any way: a weighted sum over no keys writes its zeros.
-            let o =
-                window(&operands.output, &[b, h, i, Part { start: 0, count: dim_v }], operands.output.element(), align);
-            let tile = planner.tile(i.count, dim_v.div_ceil(4));
-            let column_blocks = dim_v.div_ceil(4).div_ceil(tile.depth4 as usize) as u64;
-            let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
-            let mut bindings = vec![
-                Binding { binding: 1, ..NOTHING },
-                Binding { binding: 2, ..NOTHING },
-                Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
-            ];
-            let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, h);
-            let rules = Rules { sink: operands.sink.is_some(), ..Rules::default() };
-            planner.push(
-                catalogue::weighted_sum(tile, Access::NARROW, operands.output.access(), false, rules),
-                row_blocks * h.count as u64 * column_blocks,
-                |workgroups| params::WeightedSum {
-                    o_strides: strides_used(&operands.output),
-                    o_offset: o.first as u32,
-                    heads: h.count as u32,
-                    group: 1,
-                    len_q: i.count as u32,
-                    dim: dim_v as u32,
-                    row_blocks: row_blocks as u32,
-                    column_blocks: column_blocks as u32,
-                    workgroups,
-                    minus_infinity: MINUS_INFINITY,
-                    not_a_number: NOT_A_NUMBER,
-                    sink_offset,
-                    sink_stride,
-                    ..Default::default()
-                },
-                bindings,
-            )?;
         }
         Ok(())
+    }
+
+    /// The output before any key: 0, or NaN where the sink is NaN or +∞. It may be strided in any way: a weighted
+    /// sum over no keys writes it.
+    fn sum_of_nothing(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3]) -> Result<()> {
+        let Call { problem, operands, align, .. } = *self;
+        let every = Part { start: 0, count: problem.dim_v };
+        let o = window(&operands.output, &[b, h, i, every], operands.output.element(), align);
+        let dim4 = problem.dim_v.div_ceil(4);
+        let tile = planner.tile(i.count, dim4);
+        let column_blocks = dim4.div_ceil(tile.depth4 as usize) as u64;
+        let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
+        let mut bindings = vec![
+            Binding { binding: 1, ..NOTHING },
+            Binding { binding: 2, ..NOTHING },
+            Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
+        ];
+        let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, h);
+        let rules = Rules { sink: operands.sink.is_some(), ..Rules::default() };
+        planner.push(
+            catalogue::weighted_sum(tile, Access::NARROW, operands.output.access(), false, rules),
+            row_blocks * (b.count * h.count) as u64 * column_blocks,
+            |workgroups| params::WeightedSum {
+                o_strides: strides_used(&operands.output),
+                o_offset: o.first as u32,
+                heads: h.count as u32,
+                group: 1,
+                len_q: i.count as u32,
+                dim: problem.dim_v as u32,
+                row_blocks: row_blocks as u32,
+                column_blocks: column_blocks as u32,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+                not_a_number: NOT_A_NUMBER,
+                sink_offset,
+                sink_stride,
+                ..Default::default()
+            },
+            bindings,
+        )
     }
 }
 
