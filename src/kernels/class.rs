@@ -79,7 +79,7 @@ impl std::str::FromStr for ShapeClass {
     }
 }
 
-/// `auto`, `three passes`, `fused` or a [`Cut`].
+/// `auto`, `three passes`, `fused` or a [`Cut`](super::plan::Cut).
 impl std::fmt::Display for Method {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
