@@ -7,6 +7,9 @@
 // keys lie one after another. With subgroups, SHARE lanes load different parts of K and V and hand
 // them round. Keys may be cut into splits, each with its own O and LSE; merge.wgsl joins them.
 //
+// A sink is one more score per head without a value: the running maximum and sum of split 0 start with it
+// (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
+//
 // 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: the
 // sum takes a value that is not finite as 0; where there was one, the terms that a row may see are
 // added at the end.
@@ -27,6 +30,7 @@ const BANDED: bool = true;
 const LISTED: bool = true;
 // True with a bias by distance.
 const RELATIVE: bool = true;
+const SINK: bool = true;
 // True when the registers hold more than the width of a key, of a value.
 const PADDED_K: bool = true;
 const PADDED_V: bool = true;
@@ -88,11 +92,15 @@ struct Params {
     tile_batch_stride: u32,
     tile_head_stride: u32,
     tiles: u32,
-    pad: u32,
+    sink_stride: u32,
     relative_offset: u32,
     relative_low: i32,
     relative_high: i32,
     relative_factor: f32,
+    sink_offset: u32,
+    pad_0: u32,
+    pad_1: u32,
+    pad_2: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -169,6 +177,13 @@ fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
     let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
     let at = vec4<u32>(row) + column * params.relative_strides.w;
     return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
+}
+// @end
+
+// @block sink
+@group(0) @binding(10) var<storage, read> sink: array<f32>;
+fn sink_of(h: u32) -> f32 {
+    return sink[params.sink_offset + h * params.sink_stride];
 }
 // @end
 
@@ -442,6 +457,16 @@ fn main(
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         peak[r] = LEAST;
+        if (SINK && split == 0u) {
+            let score = sink_of(head[r]);
+            let bits = bitcast<u32>(score);
+            // A sink of −∞ is none.
+            if (bits != params.minus_infinity) {
+                peak[r] = score;
+                total[r] = 1.0;
+                worst[r] = bits & 0x7fffffffu;
+            }
+        }
     }
     let tile_row = b * params.tile_batch_stride + head_kv * params.tile_head_stride
         + sequence.row_block * params.tiles;

@@ -31,6 +31,7 @@ const BANDED: bool = true;
 const LISTED: bool = true;
 // True with a bias by distance.
 const RELATIVE: bool = true;
+const SINK: bool = true;
 // True when the vec4s hold more than the width of a key, of a value.
 const PADDED_K: bool = true;
 const PADDED_V: bool = true;
@@ -93,11 +94,15 @@ struct Params {
     tile_batch_stride: u32,
     tile_head_stride: u32,
     tiles: u32,
-    pad: u32,
+    sink_stride: u32,
     relative_offset: u32,
     relative_low: i32,
     relative_high: i32,
     relative_factor: f32,
+    sink_offset: u32,
+    pad_0: u32,
+    pad_1: u32,
+    pad_2: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -174,6 +179,13 @@ fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
     let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
     let at = vec4<u32>(row) + column * params.relative_strides.w;
     return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
+}
+// @end
+
+// @block sink
+@group(0) @binding(10) var<storage, read> sink: array<f32>;
+fn sink_of(h: u32) -> f32 {
+    return sink[params.sink_offset + h * params.sink_stride];
 }
 // @end
 
@@ -435,6 +447,16 @@ fn main(
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         peak[r] = LEAST;
+        if (SINK && split == 0u) {
+            let score = sink_of(head[r]);
+            let bits = bitcast<u32>(score);
+            // A sink of −∞ is none; of the sums of a row, the first has it.
+            if (bits != params.minus_infinity) {
+                peak[r] = score;
+                total[r] = select(0.0, 1.0, across == 0u);
+                worst[r] = bits & 0x7fffffffu;
+            }
+        }
     }
     let tile_row = b * params.tile_batch_stride + head_kv * params.tile_head_stride
         + sequence.row_block * params.tiles;

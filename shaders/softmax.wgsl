@@ -4,10 +4,14 @@
 // Max, sum, then weights (Milakov and Gimelshein 2018, "safe softmax"): exp(S − max) in base 2, where
 // drivers are exact. LANES invocations share a row; 1 on CPU adapters, where a barrier costs more
 // than it saves. A row of −∞ gives weights 0 and LSE −∞.
+//
+// A sink is one more score per head that takes part in the maximum and the sum and has no weight of its own
+// (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
 
 const WORKGROUP: u32 = 64u;
 const LANES: u32 = 64u;
 const LSE: bool = true;
+const SINK: bool = true;
 
 const_assert WORKGROUP % LANES == 0u;
 
@@ -21,6 +25,11 @@ struct Params {
     workgroups: u32,
     minus_infinity: u32,
     not_a_number: u32,
+    // Rows of a head, and heads of a batch entry.
+    len_q: u32,
+    heads: u32,
+    sink_offset: u32,
+    sink_stride: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -30,6 +39,13 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 fn store_lse(row: u32, value: f32) {
     lse[params.lse_offset + row] = value;
+}
+// @end
+
+// @block sink
+@group(0) @binding(10) var<storage, read> sink: array<f32>;
+fn sink_of(h: u32) -> f32 {
+    return sink[params.sink_offset + h * params.sink_stride];
 }
 // @end
 
@@ -95,10 +111,19 @@ fn main(
     let lane = local % LANES;
     let at = params.s_offset4 + min(row, params.rows - 1u) * params.row_stride4;
 
+    var score = bitcast<f32>(params.minus_infinity);
+    if (SINK) {
+        score = sink_of(min(row, params.rows - 1u) / params.len_q % params.heads);
+    }
     // A bound that is more than a parameter: see README.md.
     let width4 = select(0u, params.width4, index < params.workgroups);
     var highest = vec4<f32>(LEAST);
     var is_nan = vec4<bool>();
+    if (SINK) {
+        highest.x = max(LEAST, score);
+        is_nan.x = (bitcast<u32>(score) & 0x7fffffffu) >= 0x7f800000u
+            && bitcast<u32>(score) != params.minus_infinity;
+    }
     for (var j = lane; j < width4; j += LANES) {
         let x = s[at + j];
         highest = max(highest, x);
@@ -114,7 +139,10 @@ fn main(
     for (var j = lane; j < width4; j += LANES) {
         sums += weigh(s[at + j], peak);
     }
-    let sum = join_sum(local, (sums.x + sums.y) + (sums.z + sums.w));
+    var sum = join_sum(local, (sums.x + sums.y) + (sums.z + sums.w));
+    if (SINK) {
+        sum += weigh(vec4<f32>(score), peak).x;
+    }
 
     if (row >= params.rows) {
         return;

@@ -7,6 +7,9 @@
 // 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: the
 // sum runs without a look at the masks and takes a value that is not finite as 0; where there was one,
 // the terms that a row may see are added at the end.
+//
+// A sink has no value. One that is NaN or +∞ makes its head NaN, rows that see no key too: a sum over no keys
+// writes 0 or that first, the others add to it.
 
 const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 4u;
@@ -16,6 +19,7 @@ const SHARE: u32 = 1u;
 const BANDED: bool = true;
 // Adds to O what the keys before this slice gave.
 const ACCUMULATE: bool = false;
+const SINK: bool = true;
 
 const_assert KEYS == 4u;
 const_assert KEYS * COLS4 % SHARE == 0u;
@@ -55,7 +59,11 @@ struct Params {
     column_blocks: u32,
     workgroups: u32,
     minus_infinity: u32,
-    pad: u32,
+    not_a_number: u32,
+    sink_offset: u32,
+    sink_stride: u32,
+    pad_0: u32,
+    pad_1: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -90,6 +98,13 @@ fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
 @group(0) @binding(7) var<storage, read> bias: array<f32>;
 fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
     return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
+}
+// @end
+
+// @block sink
+@group(0) @binding(10) var<storage, read> sink: array<f32>;
+fn sink_of(h: u32) -> f32 {
+    return sink[params.sink_offset + h * params.sink_stride];
 }
 // @end
 
@@ -229,13 +244,19 @@ fn main(
         }
     }
 
+    var broken = false;
+    if (SINK) {
+        let bits = bitcast<u32>(sink_of(h));
+        broken = (bits & 0x7fffffffu) >= 0x7f800000u && bits != params.minus_infinity;
+    }
+    let nan = vec4<f32>(bitcast<f32>(params.not_a_number));
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         if (row + r < params.len_q) {
             let at = o_base + (row + r) * params.o_strides.z;
             // @unroll
             for (var d = 0u; d < COLS4; d++) {
-                store_o(at, column + d, sum[r * COLS4 + d], ACCUMULATE);
+                store_o(at, column + d, select(sum[r * COLS4 + d], nan, broken), ACCUMULATE);
             }
         }
     }

@@ -66,8 +66,8 @@ impl Mask {
 /// framework, composed in one fixed order:
 /// `S = scale · Q·Kᵀ` → softcap → `+ bias` → mask → softmax over keys → `· V`.
 ///
-/// A query that may attend to nothing gets output 0, weights 0 and LSE −∞. What a masked key or
-/// value holds, NaN and ∞ included, changes no bit of the result.
+/// A query that may attend to nothing gets output 0, weights 0 and LSE −∞ (with a [sink](Attention::sink), that
+/// sink). What a masked key or value holds, NaN and ∞ included, changes no bit of the result.
 #[derive(Clone, Debug, Default)]
 pub struct Attention {
     scale: Option<f32>,
@@ -76,6 +76,7 @@ pub struct Attention {
     masks: Vec<Mask>,
     key_padding: Vec<Mask>,
     biases: Vec<Tensor>,
+    sink: Option<Tensor>,
     lse: bool,
     weights: Weights,
     scores: Option<ScoreStage>,
@@ -97,8 +98,8 @@ enum Distance {
 pub struct Attended {
     /// `[batch, heads_q, len_q, dim_v]`, in the memory order of the query.
     pub output: Tensor,
-    /// `[batch, heads_q, len_q]`: the natural logarithm of the softmax denominator; −∞ for a query
-    /// that may attend to nothing.
+    /// `[batch, heads_q, len_q]`: the natural logarithm of the softmax denominator, a sink included; −∞ or the
+    /// sink for a query that may attend to nothing.
     pub lse: Option<Tensor>,
     /// As asked for by [`Attention::weights`].
     pub weights: Option<Tensor>,
@@ -117,6 +118,8 @@ pub(crate) struct Operands {
     /// Broadcast likewise.
     pub biases: Vec<Tensor>,
     pub relative: Option<Relative>,
+    /// `[heads_q]`
+    pub sink: Option<Tensor>,
 }
 
 /// A bias by distance: see [`RelativeOperand`].
@@ -220,6 +223,25 @@ impl Attention {
     /// every bias.
     pub fn relative_keys(mut self, keys: RelativeKeys) -> Self {
         self.distance = Some(Distance::Shaw(keys));
+        self
+    }
+    /// A learned attention sink (gpt-oss; Xiao et al. 2024, "Efficient Streaming Language Models with Attention
+    /// Sinks"): floats `[heads_q]`, one more score for every query of a head, which takes its share of the
+    /// softmax and has no value.
+    ///
+    /// ```text
+    /// P_j = exp(S_j) / (exp(sink_h) + Σ_j exp(S_j))      LSE = ln(exp(sink_h) + Σ_j exp(S_j))
+    /// ```
+    ///
+    /// It is neither scaled nor capped, and no rule masks it. Weights of a query sum to less than 1; scores before
+    /// the softmax and the shape of the weights are as without it. The LSE has it in, so that
+    /// [`Attention::inspect`] and [`merge`] need not know of it (of calls that are merged, one may have it). A
+    /// query that may attend to no key gets output 0, weights 0 and the sink as LSE.
+    ///
+    /// A sink of −∞ is none. One that is NaN or +∞ makes its head NaN: every output and LSE, and the weight of
+    /// every key that is seen.
+    pub fn sink(mut self, sink: Tensor) -> Self {
+        self.sink = Some(sink);
         self
     }
     /// Returns the log-sum-exp of each query's scores.
@@ -356,7 +378,7 @@ impl Attention {
     ///
     /// Causal, window, offsets (one for all or one per sequence), scale and softcap work as in
     /// [`Attention::forward`], counted within each sequence, and give the same bits as a call over that
-    /// sequence alone with the same [`Method::Cut`]. Masks, biases, weights and scores are refused.
+    /// sequence alone with the same [`Method::Cut`]; so does a sink. Masks, biases, weights and scores are refused.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_packed(
         &self,
@@ -398,11 +420,14 @@ impl Attention {
             ("a bias by distance", self.distance.is_some()),
             ("returned weights", self.weights != Weights::None),
             ("returned scores", self.scores.is_some()),
-            ("the method ThreePasses", self.method == Method::ThreePasses),
         ] {
             if given {
                 return Err(value_error!("packed sequences do not go with {what}; run the sequences apart for it"));
             }
+        }
+        if self.method == Method::ThreePasses {
+            let reason = "packed sequences run fused only".into();
+            return Err(Error::Method { method: self.method, reason });
         }
         let mut four = Vec::with_capacity(3);
         for (name, tensor) in ["Q", "K", "V"].into_iter().zip(operands) {
@@ -412,12 +437,14 @@ impl Attention {
             }
             four.push(tensor.permute(&[1, 0, 2])?.unsqueeze(0)?);
         }
-        let [q, k, v] = [&four[0], &four[1], &four[2]];
+        let [q, k, v]: [Tensor; 3] = four.try_into().expect("three operands");
         let plain = Positions::default();
         let problem = Problem::new(q.shape(), k.shape(), v.shape(), self.scale, self.softcap, &plain, 0)?;
+        let sink = self.checked_sink(&problem)?;
+        let operands = Operands { q, k, v, masks: Vec::new(), biases: Vec::new(), relative: None, sink };
         let sequences = self.positions.sequences(cu_seqlens_q, cu_seqlens_k, problem.len_q, problem.len_k)?;
         let wanted = Wanted { lse: self.lse, method: self.method, ..Wanted::default() };
-        let attended = recording.packed(&problem, [q, k, v], &sequences, wanted)?;
+        let attended = recording.packed(&problem, &operands, &sequences, wanted)?;
         Ok(Attended {
             output: attended.output.select(0, 0)?.permute(&[1, 0, 2])?,
             lse: attended.lse.map(|lse| lse.select(0, 0)).transpose()?,
@@ -434,7 +461,21 @@ impl Attention {
             Distance::T5(table, _) => ("the table of biases", table),
             Distance::Shaw(keys) => ("the relative keys", keys.table()),
         });
-        common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases).chain(distance))
+        let sink = self.sink.iter().map(|sink| ("the sink", sink));
+        common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases).chain(distance).chain(sink))
+    }
+
+    fn checked_sink(&self, problem: &Problem) -> Result<Option<Tensor>> {
+        let Some(sink) = &self.sink else { return Ok(None) };
+        sink.expect_float("the sink")?;
+        if sink.shape() != [problem.heads_q] {
+            return Err(shape_error!(
+                "a sink of shape {:?} must be [heads_q] = [{}]: one score per query head",
+                sink.shape(),
+                problem.heads_q
+            ));
+        }
+        Ok(Some(sink.clone()))
     }
 
     /// Adds this call to a recording on the tensors' device.
@@ -509,8 +550,9 @@ impl Attention {
                 broadcast("a bias", bias)
             })
             .collect::<Result<Vec<_>>>()?;
+        let sink = self.checked_sink(&problem)?;
         let relative = self.relative(recording, &problem, &q4)?;
-        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative }))
+        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative, sink }))
     }
 
     fn relative(&self, recording: &mut Recording, problem: &Problem, q: &Tensor) -> Result<Option<Relative>> {

@@ -35,6 +35,14 @@ pub enum Error {
         /// The adapter's name.
         adapter: String,
     },
+    /// A call that the method given cannot compute; [`Method::Auto`](crate::Method::Auto) may.
+    #[error("the method {method} cannot compute this: {reason}; leave the method on auto")]
+    Method {
+        /// The method.
+        method: crate::Method,
+        /// Why not.
+        reason: String,
+    },
     /// Something this adapter cannot do.
     #[error("{what} is not supported on {adapter}: it needs {needs}")]
     Unsupported {

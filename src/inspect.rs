@@ -110,7 +110,8 @@ impl Attention {
     /// of the forward call; what that call was to return does not matter here.
     ///
     /// With the rules of masking, `P = exp(S − LSE)` for a key that the query may see and exactly 0 for one
-    /// that it may not; a query that sees nothing (LSE −∞) has weights and entropy 0. As exact as the
+    /// that it may not; a query that sees nothing (LSE −∞ or a sink) has weights and entropy 0. A sink is in the
+    /// LSE: weights sum to less than 1, and the entropy leaves the sink's own share out. As exact as the
     /// LSE, a float near the largest score, allows: `P` has a relative error of up to `|LSE| · 2⁻²⁴` more
     /// than the scores have.
     ///

@@ -258,11 +258,11 @@ impl Recording {
     pub fn packed(
         &mut self,
         problem: &Problem,
-        operands: [&Tensor; 3],
+        operands: &Operands,
         sequences: &[Sequence],
         wanted: Wanted,
     ) -> Result<Attended> {
-        let layout = output_layout(problem, operands[0].layout())?;
+        let layout = output_layout(problem, operands.q.layout())?;
         match self {
             Recording::Gpu(recording) => recording.packed(problem, operands, sequences, wanted, layout),
             #[cfg(feature = "cpu")]
@@ -274,12 +274,10 @@ impl Recording {
                 for one in sequences {
                     let cut = |x: &Tensor, first, len| x.narrow(2, first, len);
                     let operands = Operands {
-                        q: cut(operands[0], one.first_query, one.len_q)?,
-                        k: cut(operands[1], one.first_key, one.len_k)?,
-                        v: cut(operands[2], one.first_key, one.len_k)?,
-                        masks: Vec::new(),
-                        biases: Vec::new(),
-                        relative: None,
+                        q: cut(&operands.q, one.first_query, one.len_q)?,
+                        k: cut(&operands.k, one.first_key, one.len_k)?,
+                        v: cut(&operands.v, one.first_key, one.len_k)?,
+                        ..operands.clone()
                     };
                     let shape =
                         Problem { len_q: one.len_q, len_k: one.len_k, bands: vec![one.band], ..problem.clone() };
@@ -297,7 +295,7 @@ impl Recording {
                         }
                     }
                 }
-                let dtype = operands[0].dtype();
+                let dtype = operands.q.dtype();
                 let lse_layout = Layout::contiguous(&[1, heads_q, len_q])?;
                 Ok(Attended {
                     output: Tensor::from_cpu(output, layout, dtype),
@@ -358,5 +356,6 @@ fn inputs(operands: &Operands) -> cpu::Inputs<'_> {
         masks: operands.masks.iter().map(cpu::MaskView::of).collect(),
         biases: operands.biases.iter().map(cpu::View::of).collect(),
         relative: operands.relative.as_ref().map(|relative| (cpu::View::of(&relative.table), relative.operand())),
+        sink: operands.sink.as_ref().map(cpu::View::of),
     }
 }

@@ -263,6 +263,12 @@ impl Case {
             attention = attention.bias(upload(&device, &square, &bias, like)?);
             biases.push(bias.into_iter().map(f64::from).collect::<Vec<f64>>());
         }
+        let sink = operands.sink.as_ref().map(|like| -> Result<Vec<f64>> {
+            let sink: Vec<f32> = (0..heads_q).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
+            attention = attention.clone().sink(upload(&device, &[heads_q], &sink, like)?);
+            Ok(sink.into_iter().map(f64::from).collect())
+        });
+        let sink = sink.transpose()?;
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
         let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v)?;
@@ -280,6 +286,9 @@ impl Case {
                 biases: (biases.iter().zip(&laid.biases))
                     .map(|(data, bias)| reference::View { data: data.as_slice(), layout: bias.layout() })
                     .collect(),
+                sink: (sink.iter().zip(&laid.sink))
+                    .map(|(data, sink)| reference::View { data: data.as_slice(), layout: sink.layout() })
+                    .next(),
             },
         );
         let half_ulp = match operands.q.dtype() {

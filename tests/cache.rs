@@ -32,6 +32,7 @@ impl Story {
             softcap: None,
             masks: vec![],
             biases: vec![],
+            sink: false,
             seed: 11,
         };
         let data = call.data();

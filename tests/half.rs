@@ -18,6 +18,7 @@ fn call(order: Order, dim_k: usize, dim_v: usize) -> Call {
         softcap: None,
         masks: vec![],
         biases: vec![],
+        sink: false,
         seed: 5,
     }
 }

@@ -34,6 +34,9 @@ impl Forwarded {
         for (shape, bias) in call.biases.iter().zip(&data.biases) {
             attention = attention.bias(Tensor::from_slice(device, shape, bias).unwrap());
         }
+        if let Some(sink) = &data.sink {
+            attention = attention.sink(Tensor::from_slice(device, &[sink.len()], sink).unwrap());
+        }
         let [q, k, v] = [(call.q, &data.q, 0), (call.k, &data.k, 1), (call.v, &data.v, 2)]
             .map(|(shape, data, part)| place(device, shape, data, call.order, part).unwrap());
         let lse = attention.clone().lse(true).forward(&q, &k, &v).unwrap().lse.unwrap();
@@ -312,7 +315,6 @@ fn plans_fit_small_adapters_and_lose_nothing() {
         },
         masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
         biases: vec![vec![4, 1, 200]],
-        relative: None,
         ..plain([0; 4], [0; 4])
     };
     // By batch, heads, rows and keys, with rules read in place and folded.

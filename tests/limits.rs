@@ -37,6 +37,7 @@ fn plan(
         masks: vec![(&full, MaskMeaning::Keep); masks],
         biases: vec![&full; biases],
         relative: None,
+        sink: None,
         lse: true,
         weights: false,
         averaged: false,
@@ -195,6 +196,7 @@ fn slices_give_the_same_results() {
             order: if n == 0 { Order::Bshd } else { Order::Bhsd },
             softcap: None,
             scale: None,
+            sink: true,
             ..call
         };
         // Bindings of 64, 16 and 12 KiB: by batch, by head, by rows and by keys.
@@ -246,6 +248,7 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
                 masks: vec![],
                 biases: vec![],
                 relative: None,
+                sink: None,
                 lse: true,
                 weights: false,
                 averaged: false,

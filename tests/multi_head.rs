@@ -87,6 +87,7 @@ fn truth(
         v: View { data: &projected[2], layout: &vl },
         masks: padding.map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Drop)).into_iter().collect(),
         biases: vec![],
+        sink: None,
     };
     let attended = reference::attention(&problem, &inputs);
     // [b, h, i, d] to [b, i, h · d].

@@ -18,6 +18,7 @@ struct Ragged {
     lens: Vec<[usize; 2]>,
     positions: Positions,
     softcap: Option<f32>,
+    sink: bool,
 }
 
 impl Ragged {
@@ -47,6 +48,7 @@ impl Ragged {
             softcap: self.softcap,
             masks: vec![],
             biases: vec![],
+            sink: self.sink,
             seed: 100 + n as u64,
         }
     }
@@ -55,7 +57,9 @@ impl Ragged {
         let ([hq, hkv], [dk, dv]) = (self.heads, self.dims);
         let (starts_q, starts_k) = (self.starts(0), self.starts(1));
         let calls: Vec<_> = (0..self.lens.len()).map(|n| self.alone(n)).collect();
-        let data: Vec<_> = calls.iter().map(|call| call.data()).collect();
+        let mut data: Vec<_> = calls.iter().map(|call| call.data()).collect();
+        let sink = data[0].sink.clone();
+        data.iter_mut().for_each(|data| data.sink = sink.clone());
         // [1, h, len, d] as rows [len, h, d], one sequence behind another.
         let pack = |which: fn(&kit::Data) -> &Vec<f32>, heads: usize, dim: usize| -> Vec<f32> {
             data.iter()
@@ -76,6 +80,9 @@ impl Ragged {
         attention = if self.positions.causal { attention.causal(align) } else { attention.align(align) };
         if let Some(cap) = self.softcap {
             attention = attention.softcap(cap);
+        }
+        if let Some(sink) = &sink {
+            attention = attention.sink(Tensor::from_slice(device, &[hq], sink).unwrap());
         }
         let cut = device.gpu().map(|gpu| {
             let share = gpu.capabilities().subgroup_min.map_or(1, |least| if least >= 8 { 8 } else { 4.min(least) });
@@ -122,7 +129,7 @@ fn every_sequence_gives_what_it_gives_alone() {
             let mut len = |most: usize| rng.random_range(0..most);
             let lens = vec![[0, 5], [len(40), len(60)], [7, 0], [len(90), 33], [1, 1], [0, 0], [len(20), len(150)]];
             let heads = [[4, 2], [3, 3], [6, 1], [2, 2]][n];
-            Ragged { heads, dims: [16, 16], lens, positions, softcap: None }.check(&name, &device);
+            Ragged { heads, dims: [16, 16], lens, positions, softcap: None, sink: n % 2 == 1 }.check(&name, &device);
         }
     }
 }
@@ -133,7 +140,10 @@ fn long_keys_are_split_in_each_sequence_by_itself() {
         // 600 keys and few rows: cut into pieces; 40 keys: not.
         let lens = vec![[3, 600], [9, 40], [1, 1300], [2, 0]];
         let positions = Positions { causal: true, align: Align::BottomRight, ..Default::default() };
-        Ragged { heads: [2, 1], dims: [12, 8], lens, positions, softcap: Some(9.0) }.check(&name, &device);
+        for sink in [false, true] {
+            let (lens, positions) = (lens.clone(), positions.clone());
+            Ragged { heads: [2, 1], dims: [12, 8], lens, positions, softcap: Some(9.0), sink }.check(&name, &device);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use kit::{Call, Order, devices};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Cut, Device, Method};
+use wgpu_attention::{Align, Device, Method};
 
 const TOLERANCE: f64 = 3e-6;
 
@@ -22,15 +22,16 @@ struct Form {
     bias: bool,
     /// Causal, windows, offsets and lengths; one set for each batch entry.
     bands: bool,
+    sink: bool,
 }
 
 const FORMS: [Form; 6] = [
-    Form { dims: [16, 16], order: Order::Bhsd, softcap: false, masks: 0, bias: false, bands: false },
-    Form { dims: [20, 8], order: Order::Bshd, softcap: false, masks: 0, bias: false, bands: true },
-    Form { dims: [5, 7], order: Order::Bhds, softcap: true, masks: 1, bias: false, bands: false },
-    Form { dims: [12, 12], order: Order::Packed, softcap: false, masks: 0, bias: true, bands: false },
-    Form { dims: [3, 4], order: Order::Bhsd, softcap: false, masks: 1, bias: true, bands: true },
-    Form { dims: [8, 24], order: Order::Bshd, softcap: true, masks: 3, bias: true, bands: true },
+    Form { dims: [16, 16], order: Order::Bhsd, softcap: false, masks: 0, bias: false, bands: false, sink: false },
+    Form { dims: [20, 8], order: Order::Bshd, softcap: false, masks: 0, bias: false, bands: true, sink: true },
+    Form { dims: [5, 7], order: Order::Bhds, softcap: true, masks: 1, bias: false, bands: false, sink: true },
+    Form { dims: [12, 12], order: Order::Packed, softcap: false, masks: 0, bias: true, bands: false, sink: false },
+    Form { dims: [3, 4], order: Order::Bhsd, softcap: false, masks: 1, bias: true, bands: true, sink: false },
+    Form { dims: [8, 24], order: Order::Bshd, softcap: true, masks: 3, bias: true, bands: true, sink: true },
 ];
 
 fn draw(form: &Form, seed: u64) -> Call {
@@ -67,6 +68,7 @@ fn draw(form: &Form, seed: u64) -> Call {
         softcap: form.softcap.then(|| rng.random_range(0.5..30.0f32)),
         masks: (0..form.masks).map(|_| (broadcast(&mut rng), meanings[rng.random_range(0..2)])).collect(),
         biases: (0..usize::from(form.bias)).map(|_| broadcast(&mut rng)).collect(),
+        sink: form.sink,
         seed,
     }
 }
@@ -74,20 +76,7 @@ fn draw(form: &Form, seed: u64) -> Call {
 /// The ways to run a call on a device that are worth telling apart.
 fn methods(device: &Device) -> Vec<(String, Method)> {
     let Some(gpu) = device.gpu() else { return vec![("cpu".into(), Method::Auto)] };
-    let mut all = vec![("three passes".to_string(), Method::ThreePasses)];
-    // A call of many rows offers every cut.
-    let problem = Call { q: [1, 1, 256, 16], k: [1, 1, 256, 16], v: [1, 1, 256, 16], ..draw(&FORMS[0], 0) }.problem();
-    let cuts = Cut::candidates(&problem, gpu.capabilities(), usize::MAX);
-    let wanted = [(8, 8), (4, 4), (1, 4), (2, 1)];
-    let share = cuts[0].share;
-    let mut cuts: Vec<Cut> =
-        cuts.into_iter().filter(|cut| cut.share == share && wanted.contains(&(cut.rows, cut.keys))).collect();
-    assert_eq!(cuts.len(), wanted.len());
-    // What a GPU runs unless tuned.
-    cuts.push(Cut { workgroup: 64, rows: 1, keys: 4, share });
-    cuts.extend([64, 128].map(|workgroup| Cut { workgroup, rows: 4, keys: 32, share: 1 }));
-    all.extend(cuts.into_iter().map(|cut| (cut.to_string(), Method::Cut(cut))));
-    all
+    Method::every(gpu.capabilities()).into_iter().map(|method| (method.to_string(), method)).collect()
 }
 
 #[test]

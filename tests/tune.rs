@@ -225,7 +225,7 @@ fn a_call_that_a_class_does_not_fit_runs_all_the_same() {
 }
 
 #[test]
-fn halves_masks_biases_and_windows_are_tuned_too() {
+fn halves_masks_biases_windows_and_sinks_are_tuned_too() {
     for (name, gpu) in kit::gpus() {
         gpu.keep_tuning_in(None);
         let shape = [1, 2, 10, 20];
@@ -237,7 +237,8 @@ fn halves_masks_biases_and_windows_are_tuned_too() {
             .key_lengths(vec![9])
             .mask(Mask::keep(mask(&bools)).unwrap())
             .mask(Mask::drop(mask(&[false; 100])).unwrap())
-            .bias(Tensor::from_slice(&gpu, &[10], &[0.5f32; 10]).unwrap());
+            .bias(Tensor::from_slice(&gpu, &[10], &[0.5f32; 10]).unwrap())
+            .sink(Tensor::from_slice(&gpu, &[2], &[half::f16::ONE; 2]).unwrap());
         let tuned = attention.tune(&q, &q, &q).unwrap();
         assert!(tuned.class.banded && tuned.class.masked, "{name}: {tuned:?}");
         assert!(tuned.candidates.iter().all(|candidate| candidate.time.is_ok()), "{name}: {tuned:?}");

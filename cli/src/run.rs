@@ -24,8 +24,8 @@ enum LayoutWord {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Tensors: q, k, v (f32, f16 or bf16), and if there: mask (bool, or u8 of 0 and 1; needs --mask), \
-bias, key_lengths (integers, one per batch entry). Masks and biases broadcast to \
-[batch, heads, len_q, len_k], whatever the layout. A tensor of another name is an error.
+bias, key_lengths (integers, one per batch entry), sink (one score per query head). Masks and biases \
+broadcast to [batch, heads, len_q, len_k], whatever the layout. A tensor of another name is an error.
 
 The output holds `output`, and `lse`, `weights`, `column_sums` and `entropy` when asked for, in the type \
 of q (lse, column_sums and entropy in f32).
@@ -86,6 +86,7 @@ struct Inputs {
     mask: Option<Array>,
     bias: Option<Array>,
     key_lengths: Option<Array>,
+    sink: Option<Array>,
 }
 
 impl RunArgs {
@@ -98,6 +99,7 @@ impl RunArgs {
                 mask: None,
                 bias: None,
                 key_lengths: None,
+                sink: None,
             }),
             (Some(path), ..) => {
                 let file = TensorFile::open(path)?;
@@ -108,8 +110,9 @@ impl RunArgs {
                     mask: file.get("mask")?,
                     bias: file.get("bias")?,
                     key_lengths: file.get("key_lengths")?,
+                    sink: file.get("sink")?,
                 };
-                file.expect_only(&["q", "k", "v", "mask", "bias", "key_lengths"])?;
+                file.expect_only(&["q", "k", "v", "mask", "bias", "key_lengths", "sink"])?;
                 Ok(inputs)
             }
             _ => usage!("give IN, or all of --q, --k and --v"),
@@ -212,6 +215,9 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     }
     if let Some(lengths) = &inputs.key_lengths {
         attention = attention.key_lengths(lengths.lengths("key_lengths")?);
+    }
+    if let Some(sink) = &inputs.sink {
+        attention = attention.sink(sink.upload("sink", device)?);
     }
     let attended = attention.forward(&q, &k, &v)?;
     let seen = match (&inspect, &attended.lse) {

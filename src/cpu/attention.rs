@@ -39,7 +39,7 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
     let stage = wanted.scores.filter(|&stage| stage != ScoreStage::Weights);
     let mut scores = vec![0.0; if stage.is_some() { rows * len_k } else { 0 }];
 
-    if rows > 0 && len_k > 0 {
+    if rows > 0 {
         // Rows that share keys lie side by side: [b, kv head] first, then the rows of the group.
         let per_head = problem.group() * len_q;
         let heads: Vec<(Matrix<'_>, Values<'_>)> = (0..batch * heads_kv)
@@ -169,14 +169,13 @@ impl Tile<'_> {
         if let Some(stage) = stage {
             // Apart from the scores that are summed, so that asking changes no bit of the output.
             self.products(q, 0..len_k, scores);
-            for (row, (line, range)) in scores.chunks_mut(len_k).zip(&ranges).enumerate() {
+            for (row, (line, range)) in scores.chunks_mut(len_k.max(1)).zip(&ranges).enumerate() {
                 self.rules(row, range.clone(), 0, line, stage);
             }
             slices.scores.copy_from_slice(scores);
         }
 
-        let mut peaks = vec![f32::NEG_INFINITY; self.count];
-        let mut sums = vec![0.0; self.count];
+        let (mut peaks, mut sums): (Vec<f32>, Vec<f32>) = (0..self.count).map(|row| self.first(row)).unzip();
         // What each block's weights were shifted by, for those who want them.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
@@ -189,7 +188,7 @@ impl Tile<'_> {
                 peaks[row] = before.max(exp::peak(arch, line));
                 // While nothing is visible every shift gives zeros, and −∞ would give NaN.
                 let shift = if peaks[row] == f32::NEG_INFINITY { 0.0 } else { peaks[row] };
-                if peaks[row] > before && keys.start > low {
+                if peaks[row] > before && before > f32::NEG_INFINITY {
                     let factor = (before - peaks[row]).exp();
                     sums[row] *= factor;
                     exp::scale(arch, &mut slices.out[row * dim_v..][..dim_v], factor);
@@ -233,6 +232,17 @@ impl Tile<'_> {
                     }
                 }
             }
+        }
+    }
+
+    /// Maximum and sum before any key: those of the sink, where there is one.
+    fn first(&self, row: usize) -> (f32, f32) {
+        let sink = self.inputs.sink.map(|sink| sink.data[sink.layout.at(&[self.query(row).0])]);
+        match sink {
+            None | Some(f32::NEG_INFINITY) => (f32::NEG_INFINITY, 0.0),
+            Some(sink) if sink.is_finite() => (sink, 1.0),
+            // As a score that is NaN or +∞.
+            Some(_) => (f32::NEG_INFINITY, f32::NAN),
         }
     }
 

@@ -124,6 +124,8 @@ pub(crate) struct Inputs<'a> {
     pub masks: Vec<MaskView<'a>>,
     pub biases: Vec<View<'a>>,
     pub relative: Option<(View<'a>, RelativeOperand<'a>)>,
+    /// `[hq]`
+    pub sink: Option<View<'a>>,
 }
 
 /// Results: `output` laid out as asked, the rest row-major.

@@ -286,8 +286,9 @@ impl Recording {
         output: Option<&Tensor>,
         output_layout: Layout,
     ) -> Result<Attended> {
-        let Operands { q, k, v, masks, biases, relative } = operands;
+        let Operands { q, k, v, masks, biases, relative, sink } = operands;
         let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
+        let sink = sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
         let dtype = q.dtype();
         let output_layout = output.map_or(output_layout, |output| output.layout().clone());
         let stored = match output {
@@ -312,6 +313,7 @@ impl Recording {
             masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
             biases: biases.iter().map(Tensor::layout).collect(),
             relative: relative.as_ref().map(Relative::operand),
+            sink: sink.as_ref().map(Tensor::layout),
             lse: wanted.lse,
             weights: wanted.weights == Weights::PerHead,
             averaged: wanted.weights == Weights::Averaged,
@@ -369,6 +371,7 @@ impl Recording {
                 Slot::Mask(n) => masks.get(n)?.tensor(),
                 Slot::Bias(n) => biases.get(n)?,
                 Slot::Relative => &relative.as_ref()?.table,
+                Slot::Sink => sink.as_ref()?,
                 Slot::Output => &output,
                 Slot::Lse => lse.as_ref()?,
                 Slot::Weights => weights.as_ref()?,
@@ -448,11 +451,13 @@ impl Recording {
     pub fn packed(
         &mut self,
         problem: &Problem,
-        [q, k, v]: [&Tensor; 3],
+        operands: &Operands,
         sequences: &[Sequence],
         wanted: Wanted,
         layout: Layout,
     ) -> Result<Attended> {
+        let Operands { q, k, v, sink, .. } = operands;
+        let sink = sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
         let dtype = q.dtype();
         let stored = if is_wide(&layout) { dtype } else { Dtype::F32 };
         let operands = AttentionOperands {
@@ -463,6 +468,7 @@ impl Recording {
             masks: Vec::new(),
             biases: Vec::new(),
             relative: None,
+            sink: sink.as_ref().map(Tensor::layout),
             lse: wanted.lse,
             weights: false,
             averaged: false,
@@ -478,6 +484,7 @@ impl Recording {
                 Slot::Q => q,
                 Slot::K => k,
                 Slot::V => v,
+                Slot::Sink => sink.as_ref()?,
                 Slot::Output => &output,
                 Slot::Lse => lse.as_ref()?,
                 _ => return None,

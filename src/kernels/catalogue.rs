@@ -167,7 +167,7 @@ pub struct Tile {
     pub depth4: u32,
 }
 
-/// Which rules of masking a variant reads from buffers.
+/// Which rules of masking, and whether a sink, a variant reads from buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// A band per batch entry instead of one in the parameters.
@@ -180,6 +180,8 @@ pub struct Rules {
     pub banded: bool,
     /// A bias by the distance of key and query.
     pub relative: Option<RelativeKind>,
+    /// A sink per head.
+    pub sink: bool,
 }
 
 /// How the table of a bias by distance is read.
@@ -194,7 +196,7 @@ pub enum RelativeKind {
 }
 
 impl Rules {
-    /// Storage buffers that the rules take.
+    /// Storage buffers that the rules of masking take.
     pub fn buffers(&self) -> u32 {
         u32::from(self.bands) + self.masks + u32::from(self.bias) + u32::from(self.relative.is_some())
     }
@@ -276,6 +278,15 @@ fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
     }
 }
 
+/// With a sink per head or without, for kernels that know of it.
+fn sink(changes: Changes, given: bool, name: &mut String) -> Changes {
+    if given {
+        name.push_str("/sink");
+        return changes.flag("SINK", true);
+    }
+    changes.flag("SINK", false).block("sink", "fn sink_of(h: u32) -> f32 { return 0.0; }")
+}
+
 const LANE_BUILTIN: &str = "    @builtin(subgroup_invocation_id) subgroup_lane: u32,";
 const LANE: &str = "    let lane = subgroup_lane % SHARE;";
 
@@ -329,7 +340,7 @@ pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: R
     if accumulate {
         name.push_str("/accumulate");
     }
-    changes = rules.apply(changes, &mut name);
+    changes = sink(rules.apply(changes, &mut name), rules.sink, &mut name);
     Variant { kernel: Kernel::WeightedSum, changes, name }
 }
 
@@ -457,6 +468,7 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     if !tiles || rules.bias {
         changes = changes.block("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
     }
+    changes = sink(changes, rules.sink, &mut name);
     if packed {
         // Two entries per sequence (where its rows and keys lie, its band and keys per split), then for every
         // block of rows the sequence and the block in it.
@@ -593,7 +605,7 @@ fn store_sum(at: u32, sum: f32) {}",
 }
 
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
-pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
+pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
     let mut changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("LSE", lse);
     if lse {
@@ -601,6 +613,7 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool) -> Variant {
     } else {
         changes = changes.block("lse", "fn store_lse(row: u32, value: f32) {}");
     }
+    changes = sink(changes, with_sink, &mut name);
     if lanes == 1 {
         changes = changes.block(
             "join",
@@ -801,6 +814,7 @@ pub fn variants() -> Vec<Variant> {
         Rules { relative: Some(RelativeKind::Table), banded: true, ..Rules::default() },
         Rules { relative: Some(RelativeKind::Fours), ..Rules::default() },
     ];
+    let with_sink = Rules { sink: true, ..Rules::default() };
     for (workgroup, share, depth4) in
         [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]
     {
@@ -827,6 +841,7 @@ pub fn variants() -> Vec<Variant> {
                 all.push(scores(tile, bf16[0], f16[1], true, false, plain, 2));
                 all.push(weighted_sum(tile, narrow, wide, true, plain));
                 all.push(weighted_sum(tile, wide, narrow, true, plain));
+                all.extend([wide, narrow].map(|o| weighted_sum(tile, narrow, o, false, with_sink)));
                 all.push(weighted_sum(tile, f16[0], narrow, false, plain));
                 all.push(project(tile, wide, narrow, false, true, true));
                 all.push(project(tile, f16[0], bf16[0], true, false, true));
@@ -879,6 +894,20 @@ pub fn variants() -> Vec<Variant> {
                 let rules = Rules { banded, ..Rules::default() };
                 all.push(flash(tile, all_wide, FlashOptions { lse: banded, rules, packed: true, ..plain }));
             }
+            // Seven buffers with the LSE and a mask.
+            all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));
+            all.push(flash(
+                tile,
+                all_narrow,
+                FlashOptions {
+                    padded: [true; 2],
+                    softcap: true,
+                    lse: true,
+                    rules: Rules { masks: 1, ..with_sink },
+                    ..plain
+                },
+            ));
+            all.push(flash(tile, all_wide, FlashOptions { lse: true, rules: with_sink, packed: true, ..plain }));
             for access in mixed {
                 all.push(flash(tile, access, FlashOptions { padded: [true, false], ..plain }));
             }
@@ -915,7 +944,9 @@ pub fn variants() -> Vec<Variant> {
         }
     }
     for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
-        all.extend([softmax(workgroup, lanes, true), softmax(workgroup, lanes, false)]);
+        for with_sink in [false, true] {
+            all.extend([true, false].map(|lse| softmax(workgroup, lanes, lse, with_sink)));
+        }
     }
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));

@@ -1,6 +1,6 @@
 //! Which calls share what tuning found.
 
-use super::plan::{Cut, Method};
+use super::plan::Method;
 use crate::error::{Error, Result, value_error};
 use crate::problem::{Dtype, NO_BOUND, Problem};
 
@@ -79,7 +79,7 @@ impl std::str::FromStr for ShapeClass {
     }
 }
 
-/// `auto`, `three passes`, `fused` or a [`Cut`].
+/// `auto`, `three passes`, `fused` or a [`Cut`](super::plan::Cut).
 impl std::fmt::Display for Method {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -96,9 +96,14 @@ impl std::str::FromStr for Method {
     fn from_str(text: &str) -> Result<Method> {
         Ok(match text {
             "auto" => Method::Auto,
-            "three passes" => Method::ThreePasses,
+            "three passes" | "three-passes" => Method::ThreePasses,
             "fused" => Method::Fused,
-            cut => Method::Cut(cut.parse::<Cut>()?),
+            cut => Method::Cut(cut.parse().map_err(|_| {
+                value_error!(
+                    "{text:?} is no method: auto, three-passes, fused and cuts of the fused kernel, such as \
+                     rows8x8/keys8/subgroup8 and rows4x64/keys4, are"
+                )
+            })?),
         })
     }
 }
@@ -173,7 +178,9 @@ mod tests {
         for method in ["auto", "three passes", "fused", "rows8x8/keys8/subgroup8", "rows4x64/keys4"] {
             assert_eq!(method.parse::<Method>().unwrap().to_string(), method);
         }
-        assert!("fast".parse::<Method>().is_err());
+        assert_eq!("three-passes".parse::<Method>().unwrap(), Method::ThreePasses);
+        let message = "fast".parse::<Method>().unwrap_err().to_string();
+        assert!(message.contains("\"fast\"") && message.contains("three-passes"), "{message}");
     }
 
     #[test]

@@ -101,7 +101,11 @@ params! {
         column_blocks: u32,
         workgroups: u32,
         minus_infinity: u32,
-        pad: u32,
+        not_a_number: u32,
+        sink_offset: u32,
+        sink_stride: u32,
+        pad_0: u32,
+        pad_1: u32,
     }
 }
 
@@ -150,11 +154,15 @@ params! {
         tile_batch_stride: u32,
         tile_head_stride: u32,
         tiles: u32,
-        pad: u32,
+        sink_stride: u32,
         relative_offset: u32,
         relative_low: i32,
         relative_high: i32,
         relative_factor: f32,
+        sink_offset: u32,
+        pad_0: u32,
+        pad_1: u32,
+        pad_2: u32,
     }
 }
 
@@ -247,6 +255,10 @@ params! {
         workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
+        len_q: u32,
+        heads: u32,
+        sink_offset: u32,
+        sink_stride: u32,
     }
 }
 

@@ -48,6 +48,14 @@ pub struct Inputs<'a> {
     pub masks: Vec<(View<'a, bool>, MaskMeaning)>,
     /// Additive biases; −∞ masks.
     pub biases: Vec<View<'a>>,
+    /// `[hq]`: one more score per head, without a value.
+    pub sink: Option<View<'a>>,
+}
+
+impl Inputs<'_> {
+    fn sink_of(&self, h: usize) -> f64 {
+        self.sink.map_or(f64::NEG_INFINITY, |sink| sink.at(&[h]))
+    }
 }
 
 /// Everything a call can return.
@@ -77,11 +85,14 @@ pub fn visible(problem: &Problem, inputs: &Inputs<'_>, b: usize, h: usize, i: us
 /// `softmax(scale · Q·Kᵀ …) · V`.
 pub fn attention(problem: &Problem, inputs: &Inputs<'_>) -> Outputs {
     let s = scores(problem, inputs, ScoreStage::Masked);
-    let (weights, mut lse) = softmax(&s, problem.len_k);
-    // Without keys there are no rows of scores, but every query still has its LSE.
-    lse.resize(problem.batch * problem.heads_q * problem.len_q, f64::NEG_INFINITY);
+    let (weights, lse) = weigh(problem, inputs, &s);
     let output = weighted_sum(problem, inputs, &weights);
     Outputs { output, lse, weights }
+}
+
+fn weigh(problem: &Problem, inputs: &Inputs<'_>, s: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let Problem { batch, heads_q, len_q, .. } = *problem;
+    softmax(s, batch * heads_q * len_q, |row| inputs.sink_of(row / len_q % heads_q))
 }
 
 #[cfg(test)]
@@ -94,11 +105,24 @@ mod tests {
     }
 
     fn run(q: &[f64], k: &[f64], v: &[f64], shapes: [[usize; 4]; 3], positions: &Positions) -> Outputs {
+        with_sink(q, k, v, shapes, positions, None)
+    }
+
+    fn with_sink(
+        q: &[f64],
+        k: &[f64],
+        v: &[f64],
+        shapes: [[usize; 4]; 3],
+        positions: &Positions,
+        sink: Option<&[f64]>,
+    ) -> Outputs {
         let [qs, ks, vs] = shapes.map(|shape| layout(&shape));
+        let sinks = layout(&[shapes[0][1]]);
         let problem = Problem::new(&shapes[0], &shapes[1], &shapes[2], Some(1.0), None, positions, 0).unwrap();
         let view = |data, layout| View { data, layout };
-        let inputs = Inputs { q: view(q, &qs), k: view(k, &ks), v: view(v, &vs), masks: vec![], biases: vec![] };
-        attention(&problem, &inputs)
+        let (q, k, v) = (view(q, &qs), view(k, &ks), view(v, &vs));
+        let sink = sink.map(|sink| view(sink, &sinks));
+        attention(&problem, &Inputs { q, k, v, masks: vec![], biases: vec![], sink })
     }
 
     #[test]
@@ -131,6 +155,29 @@ mod tests {
         assert!(out.output[1].is_nan() && out.lse[1].is_nan());
         let out = run(&[1.0, 1.0], &[0.0, 0.0], &[1.0, f64::INFINITY], [shape, shape, shape], &positions);
         assert_eq!(out.output, [1.0, f64::INFINITY]);
+    }
+
+    #[test]
+    fn a_sink_takes_its_share() {
+        // Score ln 3 and a sink of ln 5 or none: of 3 + 5 or of 3.
+        let (shape, ln) = ([1, 1, 1, 1], f64::ln);
+        let run =
+            |sink, positions: &Positions| with_sink(&[ln(3.0)], &[1.0], &[8.0], [shape; 3], positions, Some(&[sink]));
+        let plain = Positions::default();
+        let out = run(ln(5.0), &plain);
+        assert!((out.output[0] - 3.0).abs() < 1e-12 && (out.weights[0] - 0.375).abs() < 1e-12);
+        assert!((out.lse[0] - ln(8.0)).abs() < 1e-12);
+        assert_eq!(run(f64::NEG_INFINITY, &plain).output, [8.0]);
+        let blind = Positions { causal: true, align: Align::Offset(-1), ..Default::default() };
+        let out = run(ln(5.0), &blind);
+        assert_eq!((out.output[0], out.lse[0], out.weights[0]), (0.0, ln(5.0), 0.0));
+        for broken in [f64::NAN, f64::INFINITY] {
+            for (positions, sees) in [(&plain, true), (&blind, false)] {
+                let out = run(broken, positions);
+                assert!(out.output[0].is_nan() && out.lse[0].is_nan());
+                assert!(if sees { out.weights[0].is_nan() } else { out.weights[0] == 0.0 });
+            }
+        }
     }
 
     #[test]

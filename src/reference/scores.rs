@@ -1,4 +1,4 @@
-use super::{Inputs, visible};
+use super::{Inputs, visible, weigh};
 use crate::problem::{Problem, ScoreStage};
 
 /// `S = scale · Q·Kᵀ` → softcap → `+ bias` → mask, up to `stage`: `[b, hq, i, j]`, row-major.
@@ -14,7 +14,7 @@ pub fn scores(problem: &Problem, inputs: &Inputs<'_>, stage: ScoreStage) -> Vec<
         }
     }
     match stage {
-        ScoreStage::Weights => super::softmax(&s, problem.len_k).0,
+        ScoreStage::Weights => weigh(problem, inputs, &s).0,
         _ => s,
     }
 }

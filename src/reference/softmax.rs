@@ -1,13 +1,12 @@
-/// `P = softmax(S)` over rows of `width`, and `LSE = ln Σ exp S`. A score of −∞ is a masked key; a row
-/// of nothing else gives weights 0 and LSE −∞.
-pub fn softmax(s: &[f64], width: usize) -> (Vec<f64>, Vec<f64>) {
-    if width == 0 {
-        return (Vec::new(), Vec::new());
-    }
+/// `P = softmax(S)` over `rows` rows, and `LSE = ln Σ exp S`. A score of −∞ is a masked key; a row of nothing
+/// else gives weights 0 and LSE −∞. `sink` gives one more score of a row, without a weight; −∞: none.
+pub fn softmax(s: &[f64], rows: usize, sink: impl Fn(usize) -> f64) -> (Vec<f64>, Vec<f64>) {
+    let width = s.len() / rows.max(1);
     let mut weights = Vec::with_capacity(s.len());
-    let mut lse = Vec::with_capacity(s.len() / width);
-    for row in s.chunks(width) {
-        let visible = || row.iter().copied().filter(|&x| x != f64::NEG_INFINITY);
+    let mut lse = Vec::with_capacity(rows);
+    for n in 0..rows {
+        let row = &s[n * width..][..width];
+        let visible = || row.iter().copied().chain([sink(n)]).filter(|&x| x != f64::NEG_INFINITY);
         let peak = visible().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = visible().map(|x| (x - peak).exp()).sum();
         let empty = visible().next().is_none();

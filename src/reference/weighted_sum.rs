@@ -7,6 +7,10 @@ pub fn weighted_sum(problem: &Problem, inputs: &Inputs<'_>, weights: &[f64]) -> 
     let mut o = vec![0.0; batch * heads_q * len_q * dim_v];
     let index = (0..batch).flat_map(|b| (0..heads_q).flat_map(move |h| (0..len_q).map(move |i| [b, h, i])));
     for (row, [b, h, i]) in index.enumerate() {
+        let sink = inputs.sink_of(h);
+        if sink.is_nan() || sink == f64::INFINITY {
+            o[row * dim_v..][..dim_v].fill(f64::NAN);
+        }
         for j in 0..len_k {
             if !visible(problem, inputs, b, h, i, j) {
                 continue;

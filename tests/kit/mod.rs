@@ -121,6 +121,8 @@ pub struct Call {
     /// Shapes of masks, with their meaning, and of biases.
     pub masks: Vec<(Vec<usize>, MaskMeaning)>,
     pub biases: Vec<Vec<usize>>,
+    /// A sink per head; some of them −∞.
+    pub sink: bool,
     pub seed: u64,
 }
 
@@ -141,6 +143,7 @@ impl Call {
             softcap: None,
             masks: vec![],
             biases: vec![],
+            sink: false,
             seed: 7,
         }
     }
@@ -190,6 +193,7 @@ impl Call {
             softcap: rng.random_bool(0.25).then(|| rng.random_range(0.5..30.0f32)),
             masks: (0..mask_count).map(|_| (broadcast(rng), meaning(rng))).collect(),
             biases: (0..bias_count).map(|_| broadcast(rng)).collect(),
+            sink: rng.random_bool(0.3),
             seed,
         }
     }
@@ -223,7 +227,14 @@ impl Call {
                 (0..shape.iter().product::<usize>()).map(|_| value(&mut rng)).collect()
             })
             .collect();
-        Data { q, k, v, masks, biases }
+        let sink = self.sink.then(|| {
+            let mut rng = Pcg64::seed_from_u64(self.seed ^ 0x51c);
+            let value = |rng: &mut Pcg64| {
+                if rng.random_bool(0.2) { f32::NEG_INFINITY } else { rng.random::<f32>() * 8.0 - 4.0 }
+            };
+            (0..self.q[1]).map(|_| value(&mut rng)).collect()
+        });
+        Data { q, k, v, masks, biases, sink }
     }
 
     pub fn attention(&self) -> Attention {
@@ -254,6 +265,9 @@ impl Call {
         for (shape, bias) in self.biases.iter().zip(&data.biases) {
             attention = attention.bias(Tensor::from_slice(device, shape, bias)?);
         }
+        if let Some(sink) = &data.sink {
+            attention = attention.sink(Tensor::from_slice(device, &[sink.len()], sink)?);
+        }
         let [q, k, v] = [(self.q, &data.q, 0), (self.k, &data.k, 1), (self.v, &data.v, 2)]
             .map(|(shape, data, part)| place(device, shape, data, self.order, part));
         attention.forward(&q?, &k?, &v?)
@@ -279,6 +293,8 @@ impl Call {
         let (q, k, v) = (wide(&data.q), wide(&data.k), wide(&data.v));
         let biases: Vec<Vec<f64>> = data.biases.iter().map(|bias| wide(bias)).collect();
         let [ql, kl, vl] = [self.q, self.k, self.v].map(|shape| Layout::contiguous(&shape).unwrap());
+        let sink = data.sink.as_ref().map(|sink| wide(sink));
+        let sink_layout = Layout::contiguous(&[self.q[1]]).unwrap();
         let spread = |shape: &[usize]| Layout::contiguous(shape).unwrap().broadcast_to(&problem.mask_shape()).unwrap();
         let mask_layouts: Vec<Layout> = self.masks.iter().map(|(shape, _)| spread(shape)).collect();
         let bias_layouts: Vec<Layout> = self.biases.iter().map(|shape| spread(shape)).collect();
@@ -290,6 +306,7 @@ impl Call {
                 .map(|(((_, meaning), data), layout)| (View { data, layout }, *meaning))
                 .collect(),
             biases: biases.iter().zip(&bias_layouts).map(|(data, layout)| View { data, layout }).collect(),
+            sink: sink.as_ref().map(|data| View { data, layout: &sink_layout }),
         };
         compute(&problem, &inputs)
     }
@@ -360,6 +377,7 @@ pub struct Data {
     pub v: Vec<f32>,
     pub masks: Vec<Vec<bool>>,
     pub biases: Vec<Vec<f32>>,
+    pub sink: Option<Vec<f32>>,
 }
 
 /// Uploads row-major `[b, h, s, d]` data so that it lies in memory as `order` says.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
+use wgpu_attention::{Attention, Method};
 
 use crate::error::{Error, Result, fail};
 use crate::files;
@@ -30,8 +31,15 @@ PyTorch's own f16. Weights, for which PyTorch records no error, may be as far of
 relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
 the largest value where none is recorded.
 
+Methods: auto (what a call runs unless told otherwise), three-passes, fused, a cut of the fused kernel \
+such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of cuts \
+with subgroups and without. A case that a method cannot compute is skipped with the reason, and so is \
+one of an op that has no methods. The CPU backend has one way only.
+
 Examples:
   attn check tests/cases/onnx
+  attn check tests/cases/torch --adapter vulkan --method all
+  attn check tests/cases/torch --method three-passes --method rows4x8/keys4
   attn check tests/cases/torch --adapter cpu --filter mask --verbose
   attn check tests/cases/torch --adapter all --json report.json")]
 pub struct CheckArgs {
@@ -40,12 +48,48 @@ pub struct CheckArgs {
     /// Only cases whose name contains this
     #[arg(long, value_name = "SUBSTR")]
     filter: Option<String>,
+    /// Computes the cases in this way; may be repeated
+    #[arg(long = "method", value_name = "NAME", value_parser = parse_method, default_value = "auto")]
+    methods: Vec<MethodWord>,
     /// A line for every case, not only for failing ones
     #[arg(short, long)]
     verbose: bool,
     /// Write the result of every case
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum MethodWord {
+    All,
+    One(Method),
+}
+
+fn parse_method(text: &str) -> Result<MethodWord, String> {
+    match text {
+        "all" => Ok(MethodWord::All),
+        one => one.parse().map(MethodWord::One).map_err(|error: wgpu_attention::Error| error.to_string()),
+    }
+}
+
+impl CheckArgs {
+    /// The methods on a device, each once; none where there is one way only.
+    fn methods(&self, target: &Target) -> Vec<Option<Method>> {
+        let Some(gpu) = target.device.gpu() else { return vec![None] };
+        let mut methods = Vec::new();
+        for &word in &self.methods {
+            let more = match word {
+                MethodWord::All => Method::every(gpu.capabilities()),
+                MethodWord::One(method) => vec![method],
+            };
+            for method in more.into_iter().map(Some) {
+                if !methods.contains(&method) {
+                    methods.push(method);
+                }
+            }
+        }
+        methods
+    }
 }
 
 /// What came of one case.
@@ -69,7 +113,10 @@ impl From<Error> for Stop {
 }
 impl From<wgpu_attention::Error> for Stop {
     fn from(error: wgpu_attention::Error) -> Stop {
-        Stop::Error(error.into())
+        match error {
+            wgpu_attention::Error::Method { .. } => Stop::Skip(error.to_string()),
+            _ => Stop::Error(error.into()),
+        }
     }
 }
 
@@ -83,6 +130,14 @@ struct Tally {
 impl std::fmt::Display for Tally {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, more: Tally) {
+        self.passed += more.passed;
+        self.failed += more.failed;
+        self.skipped += more.skipped;
     }
 }
 
@@ -105,16 +160,26 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     }
     let targets = target::targets(adapter)?;
     let mut total = Tally::default();
-    let mut report = Vec::new();
-    for target in &targets {
+    let (mut report, mut runs) = (Vec::new(), Vec::new());
+    let ways: Vec<_> = targets.iter().map(|target| (target, args.methods(target))).collect();
+    let several = ways.iter().map(|(_, methods)| methods.len()).sum::<usize>() > 1;
+    for (target, methods) in ways {
         target.announce();
-        let tally = check_on(target, args, &names, &mut report);
-        if targets.len() > 1 {
-            anstream::println!("{}: {tally}", target.label());
+        for method in methods {
+            let way = Way { target, method, several };
+            let tally = way.check(args, &names, &mut report);
+            if several {
+                anstream::println!("{}: {tally}", way.label());
+            }
+            total += tally;
+            runs.push(json!({
+                "adapter": target.device.name(),
+                "method": way.method_name(),
+                "passed": tally.passed,
+                "failed": tally.failed,
+                "skipped": tally.skipped,
+            }));
         }
-        total.passed += tally.passed;
-        total.failed += tally.failed;
-        total.skipped += tally.skipped;
     }
     if let Some(path) = &args.json {
         let report = json!({
@@ -122,6 +187,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
             "passed": total.passed,
             "failed": total.failed,
             "skipped": total.skipped,
+            "runs": runs,
             "cases": report,
         });
         files::write_json(path, &report)?;
@@ -130,23 +196,118 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     Ok(total.failed == 0)
 }
 
-fn check_on(target: &Target, args: &CheckArgs, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
-    let mut tally = Tally::default();
-    let mut bar = Bar::new(names.len());
-    for name in names {
-        let outcome = run_case(target, &args.dir, name);
-        match outcome.status() {
-            "passed" => tally.passed += 1,
-            "failed" => tally.failed += 1,
-            _ => tally.skipped += 1,
-        }
-        for line in lines(name, &outcome, args.verbose) {
-            bar.line(&line);
-        }
-        report.push(entry(target, name, &outcome));
-        bar.step(name);
+/// A device, and how calls are computed on it.
+struct Way<'a> {
+    target: &'a Target,
+    method: Option<Method>,
+    /// Whether there are others.
+    several: bool,
+}
+
+impl Way<'_> {
+    fn method_name(&self) -> Option<String> {
+        self.method.map(|method| method.to_string())
     }
-    tally
+
+    /// The device, and the method where it is not what calls run by themselves.
+    fn label(&self) -> String {
+        match self.method {
+            None | Some(Method::Auto) => self.target.label(),
+            Some(method) => format!("{}, {method}", self.target.label()),
+        }
+    }
+
+    fn check(&self, args: &CheckArgs, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
+        let mut tally = Tally::default();
+        let mut bar = Bar::new(names.len());
+        for name in names {
+            let outcome = self.run_case(&args.dir, name);
+            match outcome.status() {
+                "passed" => tally.passed += 1,
+                "failed" => tally.failed += 1,
+                _ => tally.skipped += 1,
+            }
+            let shown = match self.method {
+                Some(method) if self.several && method != Method::Auto => format!("{name} by {method}"),
+                _ => name.clone(),
+            };
+            for line in lines(&shown, &outcome, args.verbose) {
+                bar.line(&line);
+            }
+            report.push(self.entry(name, &outcome));
+            bar.step(name);
+        }
+        tally
+    }
+
+    fn run_case(&self, dir: &Path, name: &str) -> Outcome {
+        let device = &self.target.device;
+        let method = self.method.unwrap_or_default();
+        let attention = Attention::new().method(method);
+        let work = || -> Result<Vec<Comparison>, Stop> {
+            let case = Case::read(&dir.join(format!("{name}.safetensors")))?;
+            match case.op() {
+                "Attention" => onnx::attention(&case, device, attention),
+                "sdpa" => torch::sdpa(&case, device, attention),
+                "varlen" => torch::varlen(&case, device, attention),
+                "mha" => torch::mha(&case, device, attention),
+                "sink_attention" => transformers::sink_attention(&case, device, attention),
+                "shaw_relative_key" => transformers::shaw_relative_key(&case, device, attention),
+                "llama_attention" => transformers::llama_attention(&case, device, attention),
+                op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
+                "Softmax" => onnx::softmax(&case, device),
+                "TensorScatter" => onnx::tensor_scatter(&case, device),
+                "RotaryEmbedding" => onnx::rotary_embedding(&case, device),
+                "alibi_slopes" => transformers::alibi_slopes(&case),
+                "sinusoidal" => transformers::sinusoidal(&case, device),
+                "sinusoidal_t2t" => transformers::sinusoidal_t2t(&case),
+                "t5_bucket" => transformers::t5_bucket(&case),
+                "t5_bias" => transformers::t5_bias(&case, device),
+                "rope_half_split" => transformers::rope_half_split(&case, device),
+                "rope_interleaved" => transformers::rope_interleaved(&case, device),
+                other => Err(Stop::Skip(format!("the op {other} is not known"))),
+            }
+        };
+        match work() {
+            Ok(all) if all.is_empty() => Outcome::Broken("the case expects no output".into()),
+            Ok(all) => Outcome::Compared(all),
+            Err(Stop::Skip(reason)) => Outcome::Skipped(reason),
+            Err(Stop::Error(error)) => Outcome::Broken(error.to_string()),
+        }
+    }
+
+    fn entry(&self, name: &str, outcome: &Outcome) -> serde_json::Value {
+        // JSON has no NaN and no infinity: those become text.
+        let number = |x: f64| if x.is_finite() { json!(x) } else { json!(x.to_string()) };
+        let (reason, outputs) = match outcome {
+            Outcome::Skipped(reason) | Outcome::Broken(reason) => (Some(reason), Vec::new()),
+            Outcome::Compared(all) => (
+                None,
+                all.iter()
+                    .map(|one| {
+                        let worst = one.worst.as_ref().map(|worst| {
+                            json!({
+                                "difference": number(worst.difference),
+                                "allowed": number(worst.allowed),
+                                "index": worst.index,
+                                "got": number(worst.got),
+                                "expected": number(worst.expected),
+                            })
+                        });
+                        json!({ "output": one.output, "against": one.against, "ok": one.ok, "worst": worst, "reason": one.reason })
+                    })
+                    .collect(),
+            ),
+        };
+        json!({
+            "case": name,
+            "adapter": self.target.device.name(),
+            "method": self.method_name(),
+            "status": outcome.status(),
+            "reason": reason,
+            "outputs": outputs,
+        })
+    }
 }
 
 /// The cases of a folder.
@@ -191,37 +352,6 @@ fn case_names(dir: &Path, filter: Option<&str>) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn run_case(target: &Target, dir: &Path, name: &str) -> Outcome {
-    let work = || -> Result<Vec<Comparison>, Stop> {
-        let case = Case::read(&dir.join(format!("{name}.safetensors")))?;
-        match case.op() {
-            "Attention" => onnx::attention(&case, &target.device),
-            "Softmax" => onnx::softmax(&case, &target.device),
-            "TensorScatter" => onnx::tensor_scatter(&case, &target.device),
-            "sdpa" => torch::sdpa(&case, &target.device),
-            "varlen" => torch::varlen(&case, &target.device),
-            "mha" => torch::mha(&case, &target.device),
-            "RotaryEmbedding" => onnx::rotary_embedding(&case, &target.device),
-            "alibi_slopes" => transformers::alibi_slopes(&case),
-            "sinusoidal" => transformers::sinusoidal(&case, &target.device),
-            "sinusoidal_t2t" => transformers::sinusoidal_t2t(&case),
-            "t5_bucket" => transformers::t5_bucket(&case),
-            "t5_bias" => transformers::t5_bias(&case, &target.device),
-            "rope_half_split" => transformers::rope_half_split(&case, &target.device),
-            "rope_interleaved" => transformers::rope_interleaved(&case, &target.device),
-            "llama_attention" => transformers::llama_attention(&case, &target.device),
-            "shaw_relative_key" => transformers::shaw_relative_key(&case, &target.device),
-            other => Err(Stop::Skip(format!("the op {other} is not known"))),
-        }
-    };
-    match work() {
-        Ok(all) if all.is_empty() => Outcome::Broken("the case expects no output".into()),
-        Ok(all) => Outcome::Compared(all),
-        Err(Stop::Skip(reason)) => Outcome::Skipped(reason),
-        Err(Stop::Error(error)) => Outcome::Broken(error.to_string()),
-    }
-}
-
 fn lines(name: &str, outcome: &Outcome, verbose: bool) -> Vec<String> {
     match outcome {
         Outcome::Broken(reason) => vec![format!("FAILED {name}: {reason}")],
@@ -244,36 +374,4 @@ fn lines(name: &str, outcome: &Outcome, verbose: bool) -> Vec<String> {
             })
             .collect(),
     }
-}
-
-fn entry(target: &Target, name: &str, outcome: &Outcome) -> serde_json::Value {
-    // JSON has no NaN and no infinity: those become text.
-    let number = |x: f64| if x.is_finite() { json!(x) } else { json!(x.to_string()) };
-    let (reason, outputs) = match outcome {
-        Outcome::Skipped(reason) | Outcome::Broken(reason) => (Some(reason), Vec::new()),
-        Outcome::Compared(all) => (
-            None,
-            all.iter()
-                .map(|one| {
-                    let worst = one.worst.as_ref().map(|worst| {
-                        json!({
-                            "difference": number(worst.difference),
-                            "allowed": number(worst.allowed),
-                            "index": worst.index,
-                            "got": number(worst.got),
-                            "expected": number(worst.expected),
-                        })
-                    });
-                    json!({ "output": one.output, "against": one.against, "ok": one.ok, "worst": worst, "reason": one.reason })
-                })
-                .collect(),
-        ),
-    };
-    json!({
-        "case": name,
-        "adapter": target.device.name(),
-        "status": outcome.status(),
-        "reason": reason,
-        "outputs": outputs,
-    })
 }

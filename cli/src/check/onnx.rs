@@ -33,7 +33,7 @@ fn window_side(case: &Case, name: &str) -> Result<Option<usize>> {
 }
 
 /// Attention of opsets 23 to 25.
-pub fn attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec<Comparison>, Stop> {
     const INPUTS: [&str; 7] = ["Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen"];
     const ATTRIBUTES: [&str; 9] = [
         "is_causal",
@@ -71,7 +71,6 @@ pub fn attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> 
         return Err(stop("Q and K must have three or four axes"));
     };
 
-    let mut attention = Attention::new();
     // Where queries stand: behind the past, or at the end of the valid keys.
     let mut align = Align::Offset(past_len as i64);
     if let Some(valid) = case.optional("nonpad_kv_seqlen")? {

@@ -9,10 +9,10 @@ use crate::array::Array;
 use crate::error::{Error, Result};
 
 /// `scaled_dot_product_attention`.
-pub fn sdpa(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn sdpa(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "attn_mask"])?;
     let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
-    let mut attention = Attention::new().lse(true).weights(Weights::PerHead);
+    let mut attention = attention.lse(true).weights(Weights::PerHead);
     if let Some(mask) = case.optional("attn_mask")? {
         attention = if mask.is_bool() {
             attention.mask(Mask::keep(mask.upload_bools("attn_mask", device)?)?)
@@ -40,10 +40,10 @@ pub fn sdpa(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
 }
 
 /// Sequences packed one behind another, `[total, heads, dim]`.
-pub fn varlen(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn varlen(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])?;
     let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
-    let mut attention = Attention::new().lse(true);
+    let mut attention = attention.lse(true);
     attention = match case.get("causal").as_str() {
         None if !case.get("causal").is_null() => {
             return Err(Error::Failed(format!("the case's \"causal\" is {}", case.get("causal"))).into());
@@ -64,7 +64,7 @@ pub fn varlen(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
 }
 
 /// `nn.MultiheadAttention`; a true mask entry means masked out.
-pub fn mha(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn mha(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["query", "key", "value", "key_padding_mask", "attn_mask"])?;
     let mut state = StateDict::default();
     for (name, array) in case.with_prefix("param.")? {
@@ -79,7 +79,6 @@ pub fn mha(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     } else {
         (case.upload("key", device)?, case.upload("value", device)?)
     };
-    let mut attention = Attention::new();
     if case.flag("need_weights")? {
         let averaged = case.flag("average_attn_weights")?;
         attention = attention.weights(if averaged { Weights::Averaged } else { Weights::PerHead });

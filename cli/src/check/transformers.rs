@@ -315,7 +315,7 @@ fn joined(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Llama's attention: grouped heads, rotary positions, causal, perhaps within a window.
-pub fn llama_attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn llama_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["x"])?;
     let x = case.upload("x", device)?;
     let (heads_q, heads_kv) = (case.count("Hq")?, case.count("Hkv")?);
@@ -327,7 +327,7 @@ pub fn llama_attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, 
     };
     let (q, k) = (turned("q_proj", heads_q)?, turned("k_proj", heads_kv)?);
     let v = heads_of(case, &x, "v_proj", heads_kv)?;
-    let mut attention = Attention::new().weights(Weights::PerHead);
+    let mut attention = attention.weights(Weights::PerHead);
     if case.flag("causal")? {
         attention = attention.causal(Align::TopLeft);
     }
@@ -342,7 +342,7 @@ pub fn llama_attention(case: &Case, device: &Device) -> Result<Vec<Comparison>, 
 }
 
 /// Attention with the relative keys of Shaw et al.
-pub fn shaw_relative_key(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
+pub fn shaw_relative_key(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["x"])?;
     let x = case.upload("x", device)?;
     let heads = case.count("heads")?;
@@ -350,8 +350,7 @@ pub fn shaw_relative_key(case: &Case, device: &Device) -> Result<Vec<Comparison>
     let (q, k, v) = (part("linear_q")?, part("linear_k")?, part("linear_v")?);
     let table = case.tensor("param.distance_embedding.weight")?.upload("distance_embedding", device)?;
     let keys = RelativeKeys::new(&table, case.count("left_max")?, case.count("right_max")?)?;
-    let bias = keys.bias(&q, k.shape()[2], 0, None)?;
-    let attended = Attention::new().bias(bias).weights(Weights::PerHead).forward(&q, &k, &v)?;
+    let attended = attention.relative_keys(keys).weights(Weights::PerHead).forward(&q, &k, &v)?;
     against_layer(case, attended, "linear_out")
 }
 
@@ -363,4 +362,20 @@ fn against_layer(case: &Case, attended: wgpu_attention::Attended, output: &str) 
     let weights = attended.weights.expect("asked for");
     held.truth("weights", &Array::download(&weights)?, F32_SUMS)?;
     held.finish()
+}
+
+/// Attention with a learned sink per head, as in gpt-oss; the output is `[batch, len, heads, dim]`.
+pub fn sink_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
+    case.expect_inputs(&["q", "k", "v", "sinks", "mask"])?;
+    let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
+    let mut attention = attention.sink(case.upload("sinks", device)?).weights(Weights::PerHead);
+    if let Some(mask) = case.optional("mask")? {
+        attention = attention.bias(mask.upload("mask", device)?);
+    }
+    let attended = attention.forward(&q, &k, &v)?;
+    let mut results = vec![("out", Array::download(&attended.output.permute(&[0, 2, 1, 3])?)?)];
+    if let Some(weights) = &attended.weights {
+        results.push(("weights", Array::download(weights)?));
+    }
+    case.against_torch(q.dtype(), "out", &results)
 }

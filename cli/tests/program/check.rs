@@ -12,13 +12,109 @@ fn every_case_passes_on_every_adapter() {
         for (name, last) in [
             ("onnx", "111 passed, 0 failed, 25 skipped"),
             ("torch", "94 passed, 0 failed, 0 skipped"),
-            ("transformers", "29 passed, 0 failed, 3 skipped"),
+            ("transformers", "32 passed, 0 failed, 0 skipped"),
         ] {
             let ran = attn(folder().path(), &["check", cases(name).to_str().unwrap(), "--adapter", &adapter]);
             ran.succeeded();
             assert_eq!(ran.last_line(), last, "{adapter}\n{}", ran.stdout);
         }
     }
+}
+
+#[test]
+fn every_method_passes_every_case_on_the_first_adapter() {
+    // But the widest of PyTorch's, whose eight rows of 255 columns take a software adapter a minute to compile.
+    let folder = folder();
+    let index: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(cases("torch").join("index.json")).unwrap()).unwrap();
+    let wide = "sdpa_dim255";
+    let names = index.as_array().unwrap().iter().map(|case| case["name"].as_str().unwrap());
+    let narrow: Vec<&str> = names.filter(|&name| name != wide).collect();
+    assert_eq!(narrow.len(), 93);
+    for name in narrow {
+        let file = format!("{name}.safetensors");
+        std::fs::copy(cases("torch").join(&file), folder.path().join(&file)).unwrap();
+    }
+    let gpu = wgpu_attention::Gpu::with_options(&wgpu_attention::GpuOptions {
+        adapter: Some(adapters()[0].clone()),
+        ..Default::default()
+    });
+    let methods = wgpu_attention::Method::every(gpu.unwrap().capabilities());
+    assert!(methods.len() >= 8, "{methods:?}");
+    let narrow = folder.path().to_path_buf();
+    // Packed sequences run fused only, and other ops than attention have no methods.
+    for (dir, by_passes, fused) in [
+        (narrow, "89 passed, 0 failed, 4 skipped", "93 passed, 0 failed, 0 skipped"),
+        (cases("onnx"), "93 passed, 0 failed, 43 skipped", "93 passed, 0 failed, 43 skipped"),
+        (cases("transformers"), "3 passed, 0 failed, 0 skipped", "3 passed, 0 failed, 0 skipped"),
+    ] {
+        let ran =
+            attn(folder.path(), &["check", dir.to_str().unwrap(), "--adapter", &adapters()[0], "--method", "all"]);
+        ran.succeeded();
+        let lines: Vec<&str> = ran.stdout.lines().collect();
+        assert_eq!(lines.len(), methods.len() + 1, "{}", ran.stdout);
+        for (n, (line, method)) in lines.iter().zip(&methods).enumerate() {
+            let end = format!(", {method}: {}", if n == 0 { by_passes } else { fused });
+            assert!(line.ends_with(&end), "{end} is not in {line}");
+        }
+    }
+    // The widest by the two that calls run unless tuned.
+    let args =
+        ["check", "--filter", wide, "--adapter", &adapters()[0], "--method", "fused", "--method", "three-passes"];
+    let ran = attn(folder.path(), &[&args[..], &[cases("torch").to_str().unwrap()]].concat());
+    ran.succeeded();
+    assert_eq!(ran.last_line(), "2 passed, 0 failed, 0 skipped");
+}
+
+#[test]
+fn what_a_method_cannot_compute_is_skipped_with_the_reason() {
+    let folder = folder();
+    let (torch, onnx) = (cases("torch"), cases("onnx"));
+    let check = |more: &[&str]| attn(folder.path(), &[&["check"], more].concat());
+    let torch = torch.to_str().unwrap();
+    let ran = check(&[torch, "--adapter", "0", "--method", "three-passes", "--filter", "varlen_self", "--verbose"]);
+    ran.succeeded();
+    assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
+    let reason = "skipped varlen_self: the method three passes cannot compute this: packed sequences run fused only";
+    assert!(ran.stdout.contains(reason), "{}", ran.stdout);
+    let onnx = onnx.to_str().unwrap();
+    let ran = check(&[onnx, "--adapter", "0", "--method", "fused", "--filter", "softmax_axis_0", "--verbose"]);
+    assert!(ran.stdout.contains("skipped test_softmax_axis_0: the op Softmax has no methods"), "{}", ran.stdout);
+    // A cut that nothing runs.
+    let ran = check(&[torch, "--adapter", "0", "--method", "rows3x8/keys4", "--filter", "sdpa_dim005", "--verbose"]);
+    assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
+    assert!(ran.stdout.contains("rows and keys must be 1, 2, 4 or 8"), "{}", ran.stdout);
+    check(&[torch, "--method", "fast"]).refused(2, "is no method");
+    // One way only: named or not.
+    let ran = check(&[torch, "--adapter", "cpu", "--method", "all", "--filter", "sdpa_dim005"]);
+    ran.succeeded();
+    assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped");
+}
+
+#[test]
+fn a_failure_names_the_method() {
+    let folder = folder();
+    copy_case(
+        &cases("torch").join("sdpa_dim005.safetensors"),
+        &folder.path().join("bad.safetensors"),
+        None,
+        |name, _, data| {
+            if name == "ref64.out" {
+                data[..8].copy_from_slice(&1234.5f64.to_le_bytes());
+            }
+        },
+    );
+    let args = ["check", ".", "--adapter", "0", "--method", "three-passes", "--method", "rows1x8/keys4"];
+    let ran = attn(folder.path(), &[&args[..], &["--method", "three-passes", "--json", "report.json"]].concat());
+    assert_eq!(ran.status, Some(1));
+    assert_eq!(ran.last_line(), "0 passed, 2 failed, 0 skipped");
+    for method in ["three passes", "rows1x8/keys4"] {
+        assert!(ran.stdout.contains(&format!("FAILED bad by {method}: out against ref64")), "{}", ran.stdout);
+    }
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("report.json")).unwrap()).unwrap();
+    assert_eq!((&report["runs"][1]["method"], &report["runs"][1]["failed"]), (&"rows1x8/keys4".into(), &1.into()));
+    assert_eq!(report["cases"][0]["method"], "three passes");
 }
 
 #[test]

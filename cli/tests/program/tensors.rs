@@ -139,6 +139,29 @@ fn run_composes_window_causal_and_lengths() {
     }
 }
 
+#[test]
+fn run_takes_a_sink() {
+    let folder = folder();
+    let sinks = [0.5f32, -1.0];
+    let [q, k, v] = save_qkv(&folder.path().join("in.safetensors"), vec![floats("sink", &[2], &sinks)]);
+    let [output, weights, lse] = expected(&q, &k, &v, |_, i, j| j <= i);
+    // What the sink of a query's head leaves to its keys.
+    let left = |row: usize| 1.0 / (1.0 + (f64::from(sinks[row / 3 % 2]) - lse[row]).exp());
+    let rows =
+        |x: &[f64], width: usize| -> Vec<f64> { x.iter().enumerate().map(|(n, x)| x * left(n / width)).collect() };
+    for adapter in adapters() {
+        let args = ["run", "in.safetensors", "-o", "out.safetensors", "--causal", "0", "--weights", "--lse"];
+        attn(folder.path(), &[&args[..], &["--adapter", &adapter]].concat()).succeeded();
+        let out = folder.path().join("out.safetensors");
+        close(&load(&out, "output").1, &rows(&output, 4), 1e-6);
+        close(&load(&out, "weights").1, &rows(&weights, 3), 1e-6);
+        let lse: Vec<f64> = lse.iter().enumerate().map(|(row, lse)| lse - left(row).ln()).collect();
+        close(&load(&out, "lse").1, &lse, 2e-6);
+    }
+    save_qkv(&folder.path().join("in.safetensors"), vec![floats("sink", &[3], &[0.0; 3])]);
+    attn(folder.path(), &["run", "in.safetensors", "-o", "out.safetensors"]).refused(1, "must be [heads_q] = [2]");
+}
+
 fn write_npy(path: &Path, shape: &[u64], data: &[f32], order: npyz::Order) {
     let file = std::fs::File::create(path).unwrap();
     let mut writer =

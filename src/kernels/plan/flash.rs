@@ -30,7 +30,7 @@ pub(super) fn attention(
     match Fused::new(problem, operands, adapter, &[]) {
         Ok(fused) => fused.plan().map(Some),
         Err(reason) if matches!(operands.method, Method::Fused | Method::Cut(_)) => {
-            Err(value_error!("attention cannot run fused: {reason}; leave the method on auto"))
+            Err(Error::Method { method: operands.method, reason })
         }
         Err(_) => Ok(None),
     }
@@ -50,6 +50,9 @@ pub fn packed(
     }
     match Fused::new(problem, operands, adapter, sequences) {
         Ok(fused) => Ok(Plan { output: operands.output.stored, ..fused.plan()? }),
+        Err(reason) if matches!(operands.method, Method::Cut(_)) => {
+            Err(Error::Method { method: operands.method, reason })
+        }
         Err(reason) => Err(Error::Unsupported {
             what: "attention over packed sequences".into(),
             adapter: adapter.adapter.clone(),
@@ -107,14 +110,16 @@ impl<'a> Fused<'a> {
         };
 
         let lse = operands.lse || splits > 1;
-        let table = u32::from(!sequences.is_empty());
-        let mut call = Call::new(problem, operands, adapter, 4 + u32::from(lse) + table);
+        let sink = operands.sink.is_some();
+        let others = 4 + u32::from(lse) + u32::from(!sequences.is_empty()) + u32::from(sink);
+        let mut call = Call::new(problem, operands, adapter, others);
+        call.rules.sink = sink;
         call.rules.banded |= sequences.iter().any(|one| one.band.hides_any_of(one.len_k));
-        if 4 + u32::from(lse) + table + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
+        if others + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
         call.check_relative(adapter).map_err(|error| error.to_string())?;
-        let spare = adapter.max_storage_buffers.min(7) - (4 + u32::from(lse) + table + call.rules.buffers());
+        let spare = adapter.max_storage_buffers.min(7) - (others + call.rules.buffers());
         let mut fused = Fused {
             tiles: spare > 0 && hides_tiles(&call, tile),
             call,
@@ -348,6 +353,7 @@ impl<'a> Fused<'a> {
             }
         }
         bindings.extend(&bound.bindings);
+        let [sink_offset, sink_stride] = self.call.bind_sink(&mut bindings, h);
         let row_blocks = match blocks {
             Some(blocks) => blocks.count,
             None => self.row_blocks(i.count),
@@ -439,11 +445,15 @@ impl<'a> Fused<'a> {
                 tile_batch_stride: classes[0],
                 tile_head_stride: classes[1],
                 tiles: self.class_tiles() as u32,
-                pad: 0,
+                sink_stride,
                 relative_offset: bound.relative.first,
                 relative_low: bound.relative.low,
                 relative_high: bound.relative.high,
                 relative_factor: bound.relative.factor,
+                sink_offset,
+                pad_0: 0,
+                pad_1: 0,
+                pad_2: 0,
             },
             bindings,
         )
@@ -570,6 +580,34 @@ impl std::str::FromStr for Cut {
     }
 }
 
+impl Method {
+    /// One of each kind of way to compute a call on an adapter: the three passes, the fused kernel's default cut,
+    /// and cuts of every number of rows and of small and large workgroups, with subgroups and without, through
+    /// workgroup memory too. For
+    /// tests and checks: a fixed list, not what is fastest.
+    pub fn every(adapter: &Capabilities) -> Vec<Method> {
+        let (workgroup, share) = Cut::lanes(adapter);
+        let other = if workgroup == 64 { 32 } else { 64 };
+        let mut all = vec![Method::ThreePasses, Method::Fused];
+        let cuts = [
+            (workgroup, 8, 8, share),
+            (workgroup, 4, 4, share),
+            (workgroup, 2, 1, share),
+            (workgroup, 1, 4, share),
+            (other, 1, 4, share),
+            (workgroup, 4, 4, 1),
+            (workgroup, 1, 8, 1),
+        ];
+        let cuts = cuts.map(|(workgroup, rows, keys, share)| Cut { workgroup, rows, keys, share });
+        for cut in cuts.into_iter().chain(Cut::TILED) {
+            if cut.check(adapter).is_ok() && !all.contains(&Method::Cut(cut)) {
+                all.push(Method::Cut(cut));
+            }
+        }
+        all
+    }
+}
+
 impl Cut {
     /// Through workgroup memory: 32 and 64 rows per workgroup.
     const TILED: [Cut; 2] = [Cut::tiled(64), Cut::tiled(128)];
@@ -578,24 +616,30 @@ impl Cut {
         Cut { workgroup, rows: catalogue::TILED_ROWS, keys: catalogue::TILED_KEYS, share: 1 }
     }
 
-    /// The cut that runs unless another is chosen.
-    fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
+    /// Invocations of a workgroup, and lanes that share their loads, unless another cut is chosen.
+    fn lanes(adapter: &Capabilities) -> (u32, u32) {
         let workgroup: u32 = match adapter.class {
             AdapterClass::Cpu => 8,
             AdapterClass::Gpu => 64,
         };
-        if adapter.class == AdapterClass::Gpu
-            && problem.group() * problem.len_q >= LEAST_TILED_ROWS
-            && let Some(tiled) = Cut::TILED.into_iter().find(|cut| cut.check(adapter).is_ok())
-        {
-            return tiled;
-        }
         let workgroup = workgroup.min(adapter.max_invocations);
         let share = match adapter.subgroup_min {
             Some(8..) if workgroup >= 8 => 8,
             Some(4..) if workgroup >= 4 => 4,
             _ => 1,
         };
+        (workgroup, share)
+    }
+
+    /// The cut that runs unless another is chosen.
+    fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
+        if adapter.class == AdapterClass::Gpu
+            && problem.group() * problem.len_q >= LEAST_TILED_ROWS
+            && let Some(tiled) = Cut::TILED.into_iter().find(|cut| cut.check(adapter).is_ok())
+        {
+            return tiled;
+        }
+        let (workgroup, share) = Cut::lanes(adapter);
         let rows = rows_per_invocation(problem.group() * problem.len_q, workgroup, most_rows(problem, adapter));
         let keys = match adapter.class {
             // Where every lane of a software adapter loads for itself, the loads outweigh all else.

@@ -67,6 +67,8 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         masks: operands.masks.clone(),
         biases: operands.biases.clone(),
         relative: operands.relative,
+        // The LSE has it.
+        sink: None,
         lse: false,
         weights: false,
         averaged: false,

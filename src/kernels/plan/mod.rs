@@ -51,6 +51,8 @@ pub enum Slot {
     Relative,
     /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
     Bias(usize),
+    /// One more score per head.
+    Sink,
     /// The band table, one `vec4<i32>` per batch entry.
     Bands,
     /// The table of [`Plan::places`].
@@ -146,6 +148,8 @@ pub struct AttentionOperands<'a> {
     pub biases: Vec<&'a Layout>,
     /// A bias by distance.
     pub relative: Option<RelativeOperand<'a>>,
+    /// `[hq]`: one more score per head.
+    pub sink: Option<&'a Layout>,
     /// Whether to write the LSE.
     pub lse: bool,
     /// Whether to keep the weights per head.

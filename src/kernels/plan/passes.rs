@@ -54,7 +54,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     }
     if len_k == 0 {
         planner.plan.scratch = vec![16];
-        planner.nothing_to_see(problem, operands)?;
+        Call::new(problem, operands, adapter, 3).nothing_to_see(&mut planner)?;
         return Ok(planner.plan);
     }
 
@@ -162,6 +162,8 @@ impl<'a> Call<'a> {
             bias: !operands.biases.is_empty(),
             banded: !problem.is_unbanded(),
             relative: operands.relative.as_ref().map(|relative| relative.kind),
+            // No pass reads rules and a sink.
+            sink: false,
         };
         // Metal's compiler needs one of eight for itself.
         let most = adapter.max_storage_buffers.min(7);
@@ -247,7 +249,9 @@ impl<'a> Call<'a> {
         let biases = operands.biases.iter().map(|layout| size(layout, [batch, heads, rows, ruled], 4));
         let folded =
             if self.fold_rules { self.folded_shape(slices).iter().map(|&n| n as u64).product::<u64>() * 4 } else { 0 };
+        let sink = operands.sink.map_or(0, |sink| size(sink, [heads, 1, 1, 1], 4));
         [
+            sink,
             size(&operands.q, [batch, heads, rows, dims(&operands.q)], operands.q.element()),
             size(&operands.k, [batch, heads_kv, keys, dims(&operands.k)], operands.k.element()),
             size(&operands.v, [batch, heads_kv, keys, dims(&operands.v)], operands.v.element()),
@@ -319,43 +323,12 @@ impl<'a> Call<'a> {
             return Ok(());
         }
 
-        let rows = b.count as u64 * h.count as u64 * i.count as u64;
-        let (workgroup, lanes) = match planner.adapter.class {
-            AdapterClass::Cpu => (8, 1),
-            AdapterClass::Gpu if len_k <= 128 => (64, 32),
-            AdapterClass::Gpu => (64, 64),
-        };
-        let workgroup = workgroup.min(planner.adapter.max_invocations);
-        let lanes = lanes.min(workgroup);
-        let row_stride4 = len_k.div_ceil(4) as u32;
-        let mut bindings = vec![Binding { binding: 1, slot: p_slot, offset: p_window.offset, size: p_window.size }];
-        let mut lse_offset = 0;
-        let lse = operands.lse && self.output;
-        if lse {
-            let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
-            let part = window(&lse, &[b, h, i], 4, self.align);
-            lse_offset = part.first as u32;
-            bindings.push(Binding { binding: 2, slot: Slot::Lse, offset: part.offset, size: part.size });
-        }
-        planner.push(
-            catalogue::softmax(workgroup, lanes, lse),
-            rows.div_ceil(u64::from(workgroup / lanes)),
-            |workgroups| params::Softmax {
-                rows: rows as u32,
-                width4: row_stride4,
-                row_stride4,
-                s_offset4: (p_window.first / 4) as u32,
-                lse_offset,
-                workgroups,
-                minus_infinity: MINUS_INFINITY,
-                not_a_number: NOT_A_NUMBER,
-            },
-            bindings,
-        )?;
+        self.softmax(planner, at, p_slot, p_window)?;
 
         if let Some(averaged) = planner.plan.averaged.clone() {
             let part = window(&averaged, &[b, i, Part { start: 0, count: len_k }], 4, self.align);
-            let total = b.count as u64 * i.count as u64 * u64::from(row_stride4);
+            let width4 = len_k.div_ceil(4) as u32;
+            let total = b.count as u64 * i.count as u64 * u64::from(width4);
             let strides = |layout: &Layout, axes: [Option<usize>; 3]| {
                 let mut out = [0; 4];
                 for (to, axis) in out.iter_mut().zip(axes) {
@@ -373,7 +346,7 @@ impl<'a> Call<'a> {
                     a_offset4: (part.first / 4) as u32,
                     heads: h.count as u32,
                     len_q: i.count as u32,
-                    width4: row_stride4,
+                    width4,
                     total: total as u32,
                     workgroups,
                     factor: 1.0 / problem.heads_q as f32,
@@ -388,6 +361,9 @@ impl<'a> Call<'a> {
         if problem.dim_v == 0 || !self.output {
             return Ok(());
         }
+        if operands.sink.is_some() {
+            self.sum_of_nothing(planner, at)?;
+        }
         for j in Part::all(len_k, slices.keys) {
             // Folded rules of several key slices share one buffer: fold again what was overwritten.
             let rules_bound = self.bind_rules(planner, at, j, slices)?;
@@ -401,6 +377,50 @@ impl<'a> Call<'a> {
         let open = Band { keys: NO_BOUND, lo: -NO_BOUND, hi: NO_BOUND, ..band };
         let band = if self.fold_bands || self.problem.bands.len() > 1 { open } else { band };
         [band.keys, band.lo, band.hi, band.offset]
+    }
+
+    /// The softmax of a slice in place, and its LSE.
+    fn softmax(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3], slot: Slot, at: Window) -> Result<()> {
+        let Call { problem, operands, .. } = *self;
+        let len_k = problem.len_k;
+        let rows = b.count as u64 * h.count as u64 * i.count as u64;
+        let (workgroup, lanes) = match planner.adapter.class {
+            AdapterClass::Cpu => (8, 1),
+            AdapterClass::Gpu if len_k <= 128 => (64, 32),
+            AdapterClass::Gpu => (64, 64),
+        };
+        let workgroup = workgroup.min(planner.adapter.max_invocations);
+        let lanes = lanes.min(workgroup);
+        let width4 = len_k.div_ceil(4) as u32;
+        let mut bindings = vec![Binding { binding: 1, slot, offset: at.offset, size: at.size }];
+        let mut lse_offset = 0;
+        let lse = operands.lse && self.output;
+        if lse {
+            let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
+            let part = window(&lse, &[b, h, i], 4, self.align);
+            lse_offset = part.first as u32;
+            bindings.push(Binding { binding: 2, slot: Slot::Lse, offset: part.offset, size: part.size });
+        }
+        let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, h);
+        planner.push(
+            catalogue::softmax(workgroup, lanes, lse, operands.sink.is_some()),
+            rows.div_ceil(u64::from(workgroup / lanes)),
+            |workgroups| params::Softmax {
+                rows: rows as u32,
+                width4,
+                row_stride4: width4,
+                s_offset4: (at.first / 4) as u32,
+                lse_offset,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+                not_a_number: NOT_A_NUMBER,
+                len_q: i.count as u32,
+                heads: h.count as u32,
+                sink_offset,
+                sink_stride,
+            },
+            bindings,
+        )
     }
 
     fn scores(
@@ -512,8 +532,9 @@ impl<'a> Call<'a> {
             Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
         ];
         bindings.extend(bound.bindings.iter().filter(|one| one.slot != Slot::Relative));
+        let accumulate = j.start > 0 || operands.sink.is_some();
         planner.push(
-            catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), j.start > 0, rules),
+            catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), accumulate, rules),
             row_blocks * (b.count * h.count) as u64 * column_blocks as u64,
             |workgroups| params::WeightedSum {
                 p_strides: strides4(p_layout),
@@ -546,10 +567,18 @@ impl<'a> Call<'a> {
                 column_blocks: column_blocks as u32,
                 workgroups,
                 minus_infinity: MINUS_INFINITY,
-                pad: 0,
+                ..Default::default()
             },
             bindings,
         )
+    }
+
+    /// Binds the sinks of a slice's heads, where there are any; gives the first one's place and the stride.
+    pub(super) fn bind_sink(&self, bindings: &mut Vec<Binding>, h: Part) -> [u32; 2] {
+        let Some(sink) = self.operands.sink else { return [0; 2] };
+        let at = window(sink, &[h], 4, self.align);
+        bindings.push(Binding { binding: 10, slot: Slot::Sink, offset: at.offset, size: at.size });
+        [at.first as u32, sink.strides()[0] as u32]
     }
 
     /// Binds the rules for a slice, after folding them if they must be.
@@ -686,55 +715,70 @@ pub(super) struct BoundRelative {
     pub factor: f32,
 }
 
-impl Planner<'_> {
-    /// No key at all: outputs 0, LSE −∞.
-    fn nothing_to_see(&mut self, problem: &Problem, operands: &AttentionOperands<'_>) -> Result<()> {
-        if operands.lse {
-            let rows = checked_len(&[problem.batch, problem.heads_q, problem.len_q])?;
-            self.fill(Slot::Lse, rows, MINUS_INFINITY)?;
+impl Call<'_> {
+    /// No key at all: outputs 0, LSE −∞ or the sink.
+    fn nothing_to_see(&self, planner: &mut Planner<'_>) -> Result<()> {
+        let Call { problem, operands, .. } = *self;
+        let Problem { batch, heads_q, len_q, dim_v, .. } = *problem;
+        let [h, i] = [heads_q, len_q].map(|count| Part { start: 0, count });
+        if operands.lse && operands.sink.is_none() {
+            planner.fill(Slot::Lse, checked_len(&[batch, heads_q, len_q])?, MINUS_INFINITY)?;
         }
-        if problem.dim_v == 0 {
-            return Ok(());
-        }
-        // The output may be strided in any way: a weighted sum over no keys writes its zeros.
-        let rules = Rules::default();
-        for b in Part::all(problem.batch, 1) {
-            let h = Part { start: 0, count: problem.heads_q };
-            let i = Part { start: 0, count: problem.len_q };
-            let o = window(
-                &operands.output,
-                &[b, h, i, Part { start: 0, count: problem.dim_v }],
-                operands.output.element(),
-                self.adapter.offset_alignment,
-            );
-            let tile = self.tile(i.count, problem.dim_v.div_ceil(4));
-            let column_blocks = problem.dim_v.div_ceil(4).div_ceil(tile.depth4 as usize) as u64;
-            let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
-            self.push(
-                catalogue::weighted_sum(tile, Access::NARROW, operands.output.access(), false, rules),
-                row_blocks * h.count as u64 * column_blocks,
-                |workgroups| params::WeightedSum {
-                    o_strides: strides_used(&operands.output),
-                    o_offset: o.first as u32,
-                    heads: h.count as u32,
-                    group: 1,
-                    len_q: i.count as u32,
-                    dim: problem.dim_v as u32,
-                    row_blocks: row_blocks as u32,
-                    column_blocks: column_blocks as u32,
-                    workgroups,
-                    ..Default::default()
-                },
-                vec![
-                    Binding { binding: 1, ..NOTHING },
-                    Binding { binding: 2, ..NOTHING },
-                    Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
-                ],
-            )?;
+        for b in Part::all(batch, 1) {
+            if operands.lse && operands.sink.is_some() {
+                // Rows of no scores.
+                let nothing = Window { offset: 0, size: 16, first: 0 };
+                self.softmax(planner, [b, h, i], Slot::Scratch(0), nothing)?;
+            }
+            if dim_v > 0 {
+                self.sum_of_nothing(planner, [b, h, i])?;
+            }
         }
         Ok(())
     }
 
+    /// The output before any key: 0, or NaN where the sink is NaN or +∞. It may be strided in any way: a weighted
+    /// sum over no keys writes it.
+    fn sum_of_nothing(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3]) -> Result<()> {
+        let Call { problem, operands, align, .. } = *self;
+        let every = Part { start: 0, count: problem.dim_v };
+        let o = window(&operands.output, &[b, h, i, every], operands.output.element(), align);
+        let dim4 = problem.dim_v.div_ceil(4);
+        let tile = planner.tile(i.count, dim4);
+        let column_blocks = dim4.div_ceil(tile.depth4 as usize) as u64;
+        let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
+        let mut bindings = vec![
+            Binding { binding: 1, ..NOTHING },
+            Binding { binding: 2, ..NOTHING },
+            Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
+        ];
+        let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, h);
+        let rules = Rules { sink: operands.sink.is_some(), ..Rules::default() };
+        planner.push(
+            catalogue::weighted_sum(tile, Access::NARROW, operands.output.access(), false, rules),
+            row_blocks * (b.count * h.count) as u64 * column_blocks,
+            |workgroups| params::WeightedSum {
+                o_strides: strides_used(&operands.output),
+                o_offset: o.first as u32,
+                heads: h.count as u32,
+                group: 1,
+                len_q: i.count as u32,
+                dim: problem.dim_v as u32,
+                row_blocks: row_blocks as u32,
+                column_blocks: column_blocks as u32,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+                not_a_number: NOT_A_NUMBER,
+                sink_offset,
+                sink_stride,
+                ..Default::default()
+            },
+            bindings,
+        )
+    }
+}
+
+impl Planner<'_> {
     /// `elements` words of a buffer set to the bits of `value`: a copy of rows without columns.
     pub(super) fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
         let whole = Layout::contiguous(&[elements])?;

@@ -21,17 +21,17 @@ pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     let (workgroup, lanes) = if adapter.class == AdapterClass::Cpu { (8, 1) } else { (64, 64) };
     planner.rows_copied(x, &out, width4 * 4, |planner, rows, to| {
         planner.push(
-            catalogue::softmax(workgroup, lanes, false),
+            catalogue::softmax(workgroup, lanes, false, false),
             (rows as u64).div_ceil(u64::from(workgroup / lanes)),
             |workgroups| params::Softmax {
                 rows: rows as u32,
                 width4,
                 row_stride4: width4,
                 s_offset4: (to.first / 4) as u32,
-                lse_offset: 0,
                 workgroups,
                 minus_infinity: MINUS_INFINITY,
                 not_a_number: NOT_A_NUMBER,
+                ..Default::default()
             },
             vec![Binding { binding: 1, slot: Slot::Output, offset: to.offset, size: to.size }],
         )
