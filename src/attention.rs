@@ -8,6 +8,7 @@ use crate::kernels::catalogue::RelativeKind;
 use crate::kernels::plan::RelativeOperand;
 use crate::position::shaw::RelativeKeys;
 use crate::position::t5::{self, Buckets};
+use crate::position::{Rotary, TokenPositions};
 use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, ScoreStage, as_four_axes};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
@@ -83,6 +84,7 @@ pub struct Attention {
     method: Method,
     extra_keys: usize,
     distance: Option<Distance>,
+    rotary: Option<(Rotary, Option<[TokenPositions; 2]>)>,
 }
 
 /// What the distance of key and query adds to a score.
@@ -202,6 +204,18 @@ impl Attention {
         self.biases.push(bias);
         self
     }
+    /// Turns queries and keys by their positions (Su et al. 2021) before their product: key `j` stands at `j`, query
+    /// `i` at `i + offset`, where [`Attention::causal`] or [`Attention::align`] puts it. All positions must be in the
+    /// table. A [`KvCache`](crate::KvCache) takes its own: [`KvCache::with_rotary`](crate::KvCache::with_rotary).
+    pub fn rotary(mut self, rotary: Rotary) -> Self {
+        self.rotary = Some((rotary, None));
+        self
+    }
+    /// As [`Attention::rotary`], with the positions of queries and keys given.
+    pub fn rotary_at(mut self, rotary: Rotary, queries: TokenPositions, keys: TokenPositions) -> Self {
+        self.rotary = Some((rotary, Some([queries, keys])));
+        self
+    }
     /// Attention with linear biases (Press et al. 2022, section 3): `−slope(h) · |i + offset − j|` is added to
     /// each score, `slopes` `[heads_q]` on the call's device
     /// ([`position::alibi::slopes`](crate::position::alibi::slopes)). Queries stand where [`Attention::causal`]
@@ -296,6 +310,10 @@ impl Attention {
             ..self.positions.clone()
         };
         Attention { softcap: self.softcap, positions, ..Default::default() }
+    }
+    /// Whether queries and keys are to be turned.
+    pub(crate) fn turns(&self) -> bool {
+        self.rotary.is_some()
     }
     /// Keys before a query's own that it sees.
     pub(crate) fn window_left(&self) -> Option<usize> {
@@ -441,8 +459,26 @@ impl Attention {
         let plain = Positions::default();
         let problem = Problem::new(q.shape(), k.shape(), v.shape(), self.scale, self.softcap, &plain, 0)?;
         let sink = self.checked_sink(&problem)?;
-        let operands = Operands { q, k, v, masks: Vec::new(), biases: Vec::new(), relative: None, sink };
         let sequences = self.positions.sequences(cu_seqlens_q, cu_seqlens_k, problem.len_q, problem.len_k)?;
+        let [q, k] = match &self.rotary {
+            None => [q, k],
+            Some((rotary, given)) => {
+                let [queries, keys] = match given {
+                    Some(given) => given.clone(),
+                    None => {
+                        let (mut queries, mut keys) = (Vec::new(), Vec::new());
+                        for (n, one) in sequences.iter().enumerate().filter(|(_, one)| one.len_q > 0) {
+                            let start = first_position(n, one.band.offset)?;
+                            queries.extend(start..start + one.len_q);
+                        }
+                        sequences.iter().for_each(|one| keys.extend(0..one.len_k));
+                        [TokenPositions::Given(queries), TokenPositions::Given(keys)]
+                    }
+                };
+                [rotary.record(recording, &q, &queries)?, rotary.record(recording, &k, &keys)?]
+            }
+        };
+        let operands = Operands { q, k, v, masks: Vec::new(), biases: Vec::new(), relative: None, sink };
         let wanted = Wanted { lse: self.lse, method: self.method, ..Wanted::default() };
         let attended = recording.packed(&problem, &operands, &sequences, wanted)?;
         Ok(Attended {
@@ -462,7 +498,9 @@ impl Attention {
             Distance::Shaw(keys) => ("the relative keys", keys.table()),
         });
         let sink = self.sink.iter().map(|sink| ("the sink", sink));
-        common_device(q, [("K", k), ("V", v)].into_iter().chain(masks).chain(biases).chain(distance).chain(sink))
+        let rotary = self.rotary.iter().map(|(rotary, _)| ("the rotary table", rotary.rotation().table));
+        let others = masks.chain(biases).chain(distance).chain(sink).chain(rotary);
+        common_device(q, [("K", k), ("V", v)].into_iter().chain(others))
     }
 
     fn checked_sink(&self, problem: &Problem) -> Result<Option<Tensor>> {
@@ -552,7 +590,33 @@ impl Attention {
             .collect::<Result<Vec<_>>>()?;
         let sink = self.checked_sink(&problem)?;
         let relative = self.relative(recording, &problem, &q4)?;
+        let [q4, k4] = self.turned(recording, &problem, q4, k4)?;
         Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative, sink }))
+    }
+
+    /// Q and K turned by their positions, where a rotary says so.
+    fn turned(&self, recording: &mut Recording, problem: &Problem, q: Tensor, k: Tensor) -> Result<[Tensor; 2]> {
+        let Some((rotary, given)) = &self.rotary else { return Ok([q, k]) };
+        if problem.extra_keys > 0 {
+            return Err(value_error!(
+                "rotary positions do not go with add_bias_kv or add_zero_attn: {} keys stand nowhere",
+                problem.extra_keys
+            ));
+        }
+        let [queries, keys] = match given {
+            Some(given) => given.clone(),
+            None => {
+                let starts = (problem.bands.iter().enumerate())
+                    .map(|(b, band)| first_position(b, band.offset))
+                    .collect::<Result<Vec<_>>>()?;
+                let queries = match *starts {
+                    [start] => TokenPositions::From(start),
+                    _ => TokenPositions::FromEach(starts),
+                };
+                [queries, TokenPositions::From(0)]
+            }
+        };
+        Ok([rotary.record(recording, &q, &queries)?, rotary.record(recording, &k, &keys)?])
     }
 
     fn relative(&self, recording: &mut Recording, problem: &Problem, q: &Tensor) -> Result<Option<Relative>> {
@@ -587,6 +651,12 @@ impl Attention {
         let layout = table.layout().broadcast_to(&shape)?;
         Ok(Some(Relative { table: table.with_layout(layout), kind, low, high, factor }))
     }
+}
+
+fn first_position(b: usize, offset: i32) -> Result<usize> {
+    usize::try_from(offset).map_err(|_| {
+        value_error!("query 0 of batch entry {b} stands at position {offset}; rotary positions begin at 0")
+    })
 }
 
 pub(crate) fn common_device_is(expected: &Device, device: Device) -> Result<()> {

@@ -6,6 +6,7 @@ use crate::attention::{Attended, Attention, common_device_is};
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::Gpu;
+use crate::position::{Rotary, TokenPositions};
 use crate::problem::{Dtype, Layout, MAX_LEN, Place, as_four_axes, checked_len};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
@@ -133,6 +134,7 @@ pub struct KvCache {
     sequences: Vec<Sequence>,
     /// A write went around the end: rows no longer lie in the order of positions.
     is_ring: bool,
+    rotary: Option<Rotary>,
     /// Buffers that work in a caller's encoder still reads, until its token is dropped.
     retired: Vec<(Weak<()>, [Tensor; 2])>,
 }
@@ -157,6 +159,7 @@ impl KvCache {
             config,
             device,
             is_ring: false,
+            rotary: None,
             retired: Vec::new(),
         })
     }
@@ -187,6 +190,42 @@ impl KvCache {
     /// The values held, `[batch, heads_kv, longest, dim_v]`, likewise.
     pub fn values(&self) -> Result<Tensor> {
         view(&self.rows[1], &self.sequences, self.config.dim_v)
+    }
+
+    /// Turns every key by its position as it is appended or written, and every query as it attends (Su et al.
+    /// 2021): positions go on from call to call and count keys that a window dropped. [`KvCache::keys`] are the
+    /// turned ones. Only an empty cache takes it.
+    pub fn with_rotary(mut self, rotary: Rotary) -> Result<KvCache> {
+        let table = rotary.rotation().table.device();
+        common_device_is(&self.device, table)?;
+        if let Some((b, sequence)) = self.sequences.iter().enumerate().find(|(_, sequence)| sequence.len > 0) {
+            return Err(value_error!(
+                "batch entry {b} holds {} keys that were not turned; give the rotary to an empty cache",
+                sequence.len
+            ));
+        }
+        if rotary.dim() > self.config.dim_k {
+            return Err(shape_error!(
+                "the rotary dimension {} is more than dim_k = {} of the cache",
+                rotary.dim(),
+                self.config.dim_k
+            ));
+        }
+        self.rotary = Some(rotary);
+        Ok(self)
+    }
+
+    /// X, of which the first `counts[b]` tokens stand from `starts[b]` on, turned where a rotary is given.
+    fn turned(&self, recording: &mut Recording, x: &Tensor, starts: &[usize], counts: &[usize]) -> Result<Tensor> {
+        let Some(rotary) = &self.rotary else { return Ok(x.clone()) };
+        let len = as_four_axes("x", x.layout())?.shape()[2];
+        // What lies behind the tokens that count stands where the last of them does.
+        let places = |(&start, &count): (&usize, &usize)| {
+            let last = (start + count).saturating_sub(1);
+            (0..len).map(move |i| (start + i).min(last))
+        };
+        let positions = starts.iter().zip(counts).flat_map(places).collect();
+        rotary.record(recording, x, &TokenPositions::Given(positions))
     }
 
     /// Forgets everything.
@@ -384,7 +423,13 @@ impl KvCache {
             places.push(Place { from: 0, to: if to == capacity { 0 } else { to }, count });
             sequence.len = sequence.len.max((to + count).min(capacity));
         }
+        if is_ring && self.rotary.is_some() {
+            return Err(value_error!(
+                "a circular write around the end of a cache with rotary positions: row 0 has one position already"
+            ));
+        }
         let mut recording = Recording::for_step(&self.device);
+        let k = self.turned(&mut recording, &k, starts, &vec![count; starts.len()])?;
         for (source, rows) in [k, v].iter().zip(&mut self.rows) {
             recording.scatter(source, rows, &places)?;
         }
@@ -461,8 +506,9 @@ impl KvCache {
         lengths: Option<&[usize]>,
     ) -> Result<Appended> {
         self.expect_order("an append")?;
-        let operands = self.operands(k, v)?;
+        let [k, v] = self.operands(k, v)?;
         let counts = self.counts(lengths, "K", k.layout())?;
+        let operands = [self.turned(recording, &k, &self.positions(), &counts)?, v];
         let capacity = self.config.capacity;
         let mut sequences = self.sequences.clone();
         let mut kept = Vec::with_capacity(counts.len());
@@ -559,6 +605,13 @@ impl KvCache {
         let offsets = lengths.iter().zip(counts).map(|(&len, &count)| len as i64 - count as i64).collect();
         let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
         common_device_is(&self.device, attention.device(q, &k, &v)?)?;
+        if attention.turns() {
+            return Err(value_error!(
+                "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
+            ));
+        }
+        let starts: Vec<usize> = sequences.iter().zip(counts).map(|(at, &count)| at.first + at.len - count).collect();
+        let q = &self.turned(recording, q, &starts, counts)?;
         attention.behind(lengths, offsets, self.config.window)?.record(recording, q, &k, &v, output)
     }
 }
