@@ -231,6 +231,28 @@ fn load_k(at: u32, d4: u32) -> vec4<f32> {
 }
 // @end
 
+// @block turn
+// Rotary positions: vec4 d4 of a row that stands at `position`, its first `2 · PAIRS4` vec4s turned, each with
+// the one half of them away (half-split pairs). Angles: cosines, then sines, of each position.
+@group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
+const PAIRS4: u32 = 1u;
+fn turned(x: vec4<f32>, other: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {
+    let pair = d4 % PAIRS4;
+    let at = position * 2u * PAIRS4 + pair;
+    let sine = select(angles[at + PAIRS4], -angles[at + PAIRS4], vec4<bool>(d4 < PAIRS4));
+    return select(x * angles[at] + other * sine, x, vec4<bool>(d4 >= 2u * PAIRS4));
+}
+fn partner(d4: u32) -> u32 {
+    return select(d4 - PAIRS4, d4 + PAIRS4, d4 < PAIRS4);
+}
+fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> {
+    return turned(load_q(at, d4), load_q(at, min(partner(d4), 2u * PAIRS4 - 1u)), d4, position);
+}
+fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> {
+    return turned(load_k(at, d4), load_k(at, min(partner(d4), 2u * PAIRS4 - 1u)), d4, position);
+}
+// @end
+
 // @block load_v
 fn load_v(at: u32, d4: u32) -> vec4<f32> {
     let d = d4 * 4u;
@@ -406,7 +428,7 @@ fn main(
     for (var d = 0u; d < DEPTH4; d++) {
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            let q4 = load_q(q_base[r], d);
+            let q4 = turned_q(q_base[r], d, u32(i32(query[r] + params.row_0) + band.w));
             // @unroll
             for (var e = 0u; e < DEPTH4; e++) {
                 q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], q4, d == e);
@@ -482,7 +504,7 @@ fn main(
             // @unroll
             for (var d = 0u; d < DEPTH4; d++) {
                 if (d % SHARE == 0u) {
-                    mine = load_k(key, k_part[d / SHARE]);
+                    mine = turned_k(key, k_part[d / SHARE], min(j + c, len_k - 1u) + params.key_0);
                 }
                 // @block share_k
                 let k4 = mine;
@@ -607,6 +629,7 @@ fn main(
                 row_divisor = divisor[n];
             }
         }
+        let stands = u32(i32(i + params.row_0) + band.w);
         let q_from = params.q_offset + b * params.q_strides.x + h * params.q_strides.y
             + (sequence.first_query + i) * params.q_strides.z;
         // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
@@ -618,7 +641,7 @@ fn main(
                 if (any(not_finite(value)) && visible(b, h, i, j, band)) {
                     var part = 0.0;
                     for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
-                        part += dot(load_q(q_from, e), load_k(k_base + j * params.k_strides.z, e));
+                        part += dot(turned_q(q_from, e, stands), turned_k(k_base + j * params.k_strides.z, e, j + params.key_0));
                     }
                     let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true, relative_row(b, h, i)), row_peak).x * row_divisor;
                     term += select(vec4<f32>(), weight * value, not_finite(value));

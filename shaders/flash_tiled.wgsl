@@ -233,6 +233,28 @@ fn load_k(at: u32, d4: u32) -> vec4<f32> {
 }
 // @end
 
+// @block turn
+// Rotary positions: vec4 d4 of a row that stands at `position`, its first `2 · PAIRS4` vec4s turned, each with
+// the one half of them away (half-split pairs). Angles: cosines, then sines, of each position.
+@group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
+const PAIRS4: u32 = 1u;
+fn turned(x: vec4<f32>, other: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {
+    let pair = d4 % PAIRS4;
+    let at = position * 2u * PAIRS4 + pair;
+    let sine = select(angles[at + PAIRS4], -angles[at + PAIRS4], vec4<bool>(d4 < PAIRS4));
+    return select(x * angles[at] + other * sine, x, vec4<bool>(d4 >= 2u * PAIRS4));
+}
+fn partner(d4: u32) -> u32 {
+    return select(d4 - PAIRS4, d4 + PAIRS4, d4 < PAIRS4);
+}
+fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> {
+    return turned(load_q(at, d4), load_q(at, min(partner(d4), 2u * PAIRS4 - 1u)), d4, position);
+}
+fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> {
+    return turned(load_k(at, d4), load_k(at, min(partner(d4), 2u * PAIRS4 - 1u)), d4, position);
+}
+// @end
+
 // @block load_v
 fn load_v(at: u32, d4: u32) -> vec4<f32> {
     let d = d4 * 4u;
@@ -410,12 +432,14 @@ fn main(
         relative_from[r] = relative_row(b, head[r], query[r]);
     }
     var q_base: array<u32, ROW_LOADS>;
+    var q_stands: array<u32, ROW_LOADS>;
     // @unroll
     for (var n = 0u; n < ROW_LOADS; n++) {
         let at = min(first_row + n * (WORKGROUP / ACROSS) + down, rows - 1u);
         q_base[n] = params.q_offset + b * params.q_strides.x
             + (head_kv * params.group + at / len_q) * params.q_strides.y
             + (sequence.first_query + at % len_q) * params.q_strides.z;
+        q_stands[n] = u32(i32(at % len_q + params.row_0) + band.w);
     }
 
     // The keys of this split that any row of this workgroup can see by position.
@@ -469,13 +493,14 @@ fn main(
             // @unroll
             for (var n = 0u; n < ROW_LOADS; n++) {
                 rows_part[slot(n * (WORKGROUP / ACROSS) + down, across)] =
-                    select(vec4<f32>(), load_q(q_base[n], min(d, DEPTH4 - 1u)), d < DEPTH4);
+                    select(vec4<f32>(), turned_q(q_base[n], min(d, DEPTH4 - 1u), q_stands[n]), d < DEPTH4);
             }
             // @unroll
             for (var n = 0u; n < KEY_LOADS; n++) {
                 let c = n * (WORKGROUP / ACROSS) + down;
-                let key = k_base + min(j + c, len_k - 1u) * params.k_strides.z;
-                keys_part[slot(c, across)] = select(vec4<f32>(), load_k(key, min(d, DEPTH4 - 1u)), d < DEPTH4);
+                let key = min(j + c, len_k - 1u);
+                let k4 = turned_k(k_base + key * params.k_strides.z, min(d, DEPTH4 - 1u), key + params.key_0);
+                keys_part[slot(c, across)] = select(vec4<f32>(), k4, d < DEPTH4);
             }
             workgroupBarrier();
             for (var e = 0u; e < ACROSS; e++) {
@@ -626,6 +651,7 @@ fn main(
                 row_divisor = divisor[n];
             }
         }
+        let stands = u32(i32(i + params.row_0) + band.w);
         let q_from = params.q_offset + b * params.q_strides.x + h * params.q_strides.y
             + (sequence.first_query + i) * params.q_strides.z;
         for (var d = across; d < (params.dim_v + 3u) / 4u; d += ACROSS) {
@@ -636,7 +662,7 @@ fn main(
                 if (any(not_finite(value)) && visible(b, h, i, j, band)) {
                     var part = 0.0;
                     for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
-                        part += dot(load_q(q_from, e), load_k(k_base + j * params.k_strides.z, e));
+                        part += dot(turned_q(q_from, e, stands), turned_k(k_base + j * params.k_strides.z, e, j + params.key_0));
                     }
                     let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true, relative_row(b, h, i)), row_peak).x * row_divisor;
                     term += select(vec4<f32>(), weight * value, not_finite(value));

@@ -9,7 +9,7 @@ use crate::kernels::plan::RelativeOperand;
 use crate::position::shaw::RelativeKeys;
 use crate::position::t5::{self, Buckets};
 use crate::position::{Rotary, TokenPositions};
-use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, ScoreStage, as_four_axes};
+use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, Rows, ScoreStage, as_four_axes};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
 
@@ -120,6 +120,9 @@ pub(crate) struct Operands {
     /// Broadcast likewise.
     pub biases: Vec<Tensor>,
     pub relative: Option<Relative>,
+    /// Turns queries and keys, which stand in these rows of its table; the queries of a batch entry from its band's
+    /// offset on, keys from 0 on.
+    pub rotary: Option<(Rotary, [Rows; 2])>,
     /// `[heads_q]`
     pub sink: Option<Tensor>,
 }
@@ -478,7 +481,7 @@ impl Attention {
                 [rotary.record(recording, &q, &queries)?, rotary.record(recording, &k, &keys)?]
             }
         };
-        let operands = Operands { q, k, v, masks: Vec::new(), biases: Vec::new(), relative: None, sink };
+        let operands = Operands { q, k, v, masks: Vec::new(), biases: Vec::new(), relative: None, rotary: None, sink };
         let wanted = Wanted { lse: self.lse, method: self.method, ..Wanted::default() };
         let attended = recording.packed(&problem, &operands, &sequences, wanted)?;
         Ok(Attended {
@@ -525,7 +528,11 @@ impl Attention {
         v: &Tensor,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let (problem, operands) = self.operands(recording, q, k, v)?;
+        let fuse = matches!(recording, Recording::Gpu(_))
+            && self.weights == Weights::None
+            && self.scores.is_none()
+            && self.method != Method::ThreePasses;
+        let (problem, operands) = self.operands(recording, q, k, v, fuse)?;
         let output =
             output.map(|output| Ok(output.with_layout(as_four_axes("output", output.layout())?))).transpose()?;
         let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores, method: self.method };
@@ -533,13 +540,14 @@ impl Attention {
         restore_axes(attended, q.shape())
     }
 
-    /// The checked problem, and the operands as backends take them.
+    /// The checked problem, and the operands as backends take them; `fuse`: rows may be turned while they are read.
     pub(crate) fn operands(
         &self,
         recording: &mut Recording,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        fuse: bool,
     ) -> Result<(Problem, Operands)> {
         for (name, tensor) in [("Q", q), ("K", k), ("V", v)] {
             tensor.expect_float(name)?;
@@ -590,33 +598,26 @@ impl Attention {
             .collect::<Result<Vec<_>>>()?;
         let sink = self.checked_sink(&problem)?;
         let relative = self.relative(recording, &problem, &q4)?;
-        let [q4, k4] = self.turned(recording, &problem, q4, k4)?;
-        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative, sink }))
-    }
-
-    /// Q and K turned by their positions, where a rotary says so.
-    fn turned(&self, recording: &mut Recording, problem: &Problem, q: Tensor, k: Tensor) -> Result<[Tensor; 2]> {
-        let Some((rotary, given)) = &self.rotary else { return Ok([q, k]) };
-        if problem.extra_keys > 0 {
-            return Err(value_error!(
-                "rotary positions do not go with add_bias_kv or add_zero_attn: {} keys stand nowhere",
-                problem.extra_keys
-            ));
-        }
-        let [queries, keys] = match given {
-            Some(given) => given.clone(),
-            None => {
-                let starts = (problem.bands.iter().enumerate())
-                    .map(|(b, band)| first_position(b, band.offset))
-                    .collect::<Result<Vec<_>>>()?;
-                let queries = match *starts {
-                    [start] => TokenPositions::From(start),
-                    _ => TokenPositions::FromEach(starts),
-                };
-                [queries, TokenPositions::From(0)]
+        let (q4, k4, rotary) = match &self.rotary {
+            None => (q4, k4, None),
+            Some((rotary, given)) => {
+                let rows = rotary_rows(rotary, given.as_ref(), &problem)?;
+                if rotary.dim() > problem.dim_k {
+                    return Err(shape_error!(
+                        "the rotary dimension {} is more than the width of Q {:?}",
+                        rotary.dim(),
+                        q.shape()
+                    ));
+                }
+                if fuse && given.is_none() {
+                    (q4, k4, Some((rotary.clone(), rows)))
+                } else {
+                    let mut turn = |x: &Tensor, rows: &Rows| recording.rotate(x, rotary.rotation(), rows);
+                    (turn(&q4, &rows[0])?, turn(&k4, &rows[1])?, None)
+                }
             }
         };
-        Ok([rotary.record(recording, &q, &queries)?, rotary.record(recording, &k, &keys)?])
+        Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative, rotary, sink }))
     }
 
     fn relative(&self, recording: &mut Recording, problem: &Problem, q: &Tensor) -> Result<Option<Relative>> {
@@ -651,6 +652,31 @@ impl Attention {
         let layout = table.layout().broadcast_to(&shape)?;
         Ok(Some(Relative { table: table.with_layout(layout), kind, low, high, factor }))
     }
+}
+
+/// The rows of a rotary's table for queries and keys: given, or from each band's offset and from 0 on.
+fn rotary_rows(rotary: &Rotary, given: Option<&[TokenPositions; 2]>, problem: &Problem) -> Result<[Rows; 2]> {
+    if problem.extra_keys > 0 {
+        return Err(value_error!(
+            "rotary positions do not go with add_bias_kv or add_zero_attn: {} keys stand nowhere",
+            problem.extra_keys
+        ));
+    }
+    let [queries, keys] = match given {
+        Some(given) => given.clone(),
+        None => {
+            let starts = (problem.bands.iter().enumerate())
+                .map(|(b, band)| first_position(b, band.offset))
+                .collect::<Result<Vec<_>>>()?;
+            let queries = match *starts {
+                [start] => TokenPositions::From(start),
+                _ => TokenPositions::FromEach(starts),
+            };
+            [queries, TokenPositions::From(0)]
+        }
+    };
+    let positions = rotary.positions();
+    Ok([queries.rows(problem.batch, problem.len_q, positions)?, keys.rows(problem.batch, problem.len_k, positions)?])
 }
 
 fn first_position(b: usize, offset: i32) -> Result<usize> {

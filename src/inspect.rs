@@ -180,7 +180,7 @@ impl Attention {
         inspect: &Inspect,
     ) -> Result<Inspected> {
         // Attention without values.
-        let (problem, operands) = self.operands(recording, q, k, k)?;
+        let (problem, operands) = self.operands(recording, q, k, k, false)?;
         let chosen = inspect.choose(&problem, q.shape())?;
         lse.expect_float("LSE")?;
         let (rows, lead) = (&q.shape()[..q.shape().len() - 1], &q.shape()[..q.shape().len() - 2]);

@@ -103,7 +103,7 @@ impl<'a> Trial<'a> {
                 device.name()
             )));
         };
-        let (problem, operands) = attention.operands(&mut Recording::new(&q.device()), q, k, v)?;
+        let (problem, operands) = attention.operands(&mut Recording::new(&q.device()), q, k, v, false)?;
         if problem.is_empty() || problem.len_k == 0 {
             return Err(value_error!(
                 "nothing to tune: Q {:?} and K {:?} leave no work; every axis must be at least 1",
@@ -271,7 +271,7 @@ impl Case {
         let sink = sink.transpose()?;
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
-        let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v)?;
+        let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v, false)?;
         let truth = reference::attention(
             &problem,
             &reference::Inputs {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::buffers::{GpuBuffer, Purpose};
 use super::{Gpu, lock};
-use crate::attention::{Attended, Operands, Relative, Wanted, Weights};
+use crate::attention::{Attended, Operands, Relative, Wanted, Weights, in_order_of};
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::inspect::{Chosen, Inspected};
@@ -286,10 +286,11 @@ impl Recording {
         output: Option<&Tensor>,
         output_layout: Layout,
     ) -> Result<Attended> {
-        let Operands { q, k, v, masks, biases, relative, sink } = operands;
+        let Operands { q, k, v, masks, biases, relative, rotary, sink } = operands;
         let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
         let sink = sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
         let dtype = q.dtype();
+        let asked_for = output_layout.clone();
         let output_layout = output.map_or(output_layout, |output| output.layout().clone());
         let stored = match output {
             Some(output) => output.stored(),
@@ -313,6 +314,7 @@ impl Recording {
             masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
             biases: biases.iter().map(Tensor::layout).collect(),
             relative: relative.as_ref().map(Relative::operand),
+            rotary: rotary.as_ref().map(|(rotary, _)| rotary.rotation().operand()),
             sink: sink.as_ref().map(Tensor::layout),
             lse: wanted.lse,
             weights: wanted.weights == Weights::PerHead,
@@ -333,6 +335,16 @@ impl Recording {
             };
         }
         let plan = match plan::attention(problem, &planned, &self.gpu.0.capabilities) {
+            // Where the kernel cannot turn them, queries and keys are turned before it runs.
+            Err(_) if let Some((rotary, rows)) = rotary => {
+                let mut turn = |x: &Tensor, rows: &Rows| {
+                    let &[b, h, i, d] = x.shape() else { unreachable!("four axes") };
+                    self.rotate(x, rotary.rotation(), rows, in_order_of(x.layout(), [b, h, i, d])?)
+                };
+                let (q, k) = (turn(q, &rows[0])?, turn(k, &rows[1])?);
+                let turned = Operands { q, k, rotary: None, ..operands.clone() };
+                return self.attention(problem, &turned, wanted, output, asked_for);
+            }
             // What was found on one call of the class need not fit every other.
             Err(_) if planned.method != wanted.method => {
                 planned.method = wanted.method;
@@ -371,6 +383,7 @@ impl Recording {
                 Slot::Mask(n) => masks.get(n)?.tensor(),
                 Slot::Bias(n) => biases.get(n)?,
                 Slot::Relative => &relative.as_ref()?.table,
+                Slot::Angles => rotary.as_ref()?.0.rotation().table,
                 Slot::Sink => sink.as_ref()?,
                 Slot::Output => &output,
                 Slot::Lse => lse.as_ref()?,
@@ -468,6 +481,7 @@ impl Recording {
             masks: Vec::new(),
             biases: Vec::new(),
             relative: None,
+            rotary: None,
             sink: sink.as_ref().map(Tensor::layout),
             lse: wanted.lse,
             weights: false,

@@ -408,11 +408,22 @@ pub struct FlashOptions {
     pub tiles: bool,
     /// Whether sequences of any lengths lie one behind another.
     pub packed: bool,
+    /// Whether queries and keys are turned by their positions.
+    pub rotary: Option<FlashRotary>,
+}
+
+/// How `flash.wgsl` turns rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlashRotary {
+    /// vec4s of cosines, as many of sines, per position.
+    pub pairs4: u32,
+    /// Whether neighbouring columns turn together; else those half of the turned ones apart.
+    pub interleaved: bool,
 }
 
 /// A variant of `flash.wgsl`, or of `flash_tiled.wgsl`.
 pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
-    let FlashOptions { padded, softcap, lse, rules, tiles, packed } = options;
+    let FlashOptions { padded, softcap, lse, rules, tiles, packed, rotary } = options;
     let kernel = if tile.is_tiled() { Kernel::FlashTiled } else { Kernel::Flash };
     let mut name = String::from(kernel.name());
     let shared = [
@@ -469,6 +480,39 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
         changes = changes.block("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
+    match rotary {
+        None => {
+            changes = changes.block(
+                "turn",
+                "fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> { return load_q(at, d4); }
+fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> { return load_k(at, d4); }",
+            );
+        }
+        Some(FlashRotary { pairs4, interleaved: false }) => {
+            name.push_str(&format!("/rotary{}", pairs4 * 8));
+            changes = changes.number("PAIRS4", pairs4);
+        }
+        Some(FlashRotary { pairs4, interleaved: true }) => {
+            name.push_str(&format!("/rotary{}_interleaved", pairs4 * 8));
+            changes = changes.block(
+                "turn",
+                format!(
+                    "@group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
+const PAIRS4: u32 = {pairs4}u;
+fn turned(x: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {{
+    let at = position * 2u * PAIRS4 + min(d4 / 2u, PAIRS4 - 1u);
+    let is_odd = vec2<bool>(d4 % 2u == 1u);
+    let cosine = select(angles[at].xy, angles[at].zw, is_odd);
+    let sine = select(angles[at + PAIRS4].xy, angles[at + PAIRS4].zw, is_odd);
+    let y = x * cosine.xxyy + x.yxwz * vec4<f32>(-sine.x, sine.x, -sine.y, sine.y);
+    return select(y, x, vec4<bool>(d4 >= 2u * PAIRS4));
+}}
+fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> {{ return turned(load_q(at, d4), d4, position); }}
+fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> {{ return turned(load_k(at, d4), d4, position); }}"
+                ),
+            );
+        }
+    }
     if packed {
         // Two entries per sequence (where its rows and keys lie, its band and keys per split), then for every
         // block of rows the sequence and the block in it.
@@ -893,6 +937,11 @@ pub fn variants() -> Vec<Variant> {
             for banded in [false, true] {
                 let rules = Rules { banded, ..Rules::default() };
                 all.push(flash(tile, all_wide, FlashOptions { lse: banded, rules, packed: true, ..plain }));
+            }
+            for interleaved in [false, true] {
+                let rotary = Some(FlashRotary { pairs4: depth4.div_ceil(4), interleaved });
+                let banded = Rules { banded: interleaved, ..Rules::default() };
+                all.push(flash(tile, all_wide, FlashOptions { rotary, rules: banded, ..plain }));
             }
             // Seven buffers with the LSE and a mask.
             all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));

@@ -5,6 +5,7 @@ use crate::attention::common_device_is;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
+use crate::kernels::plan::RotaryOperand;
 use crate::memory::check_floats;
 use crate::problem::{as_four_axes, checked_len};
 use crate::record::Recording;
@@ -369,6 +370,12 @@ pub(crate) struct Rotation<'a> {
     pub table: &'a Tensor,
     pub pairs: usize,
     pub interleaved: bool,
+}
+
+impl<'a> Rotation<'a> {
+    pub fn operand(&self) -> RotaryOperand<'a> {
+        RotaryOperand { table: self.table.layout(), pairs: self.pairs, interleaved: self.interleaved }
+    }
 }
 
 impl Rotary {

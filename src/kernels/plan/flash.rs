@@ -2,12 +2,12 @@
 
 use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashTile};
+use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashRotary, FlashTile};
 use super::super::params;
 use super::passes::{BoundRules, Call, Slices};
 use super::{
-    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, Slot, check_buffer,
-    rows_per_invocation, strides_used, window,
+    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RotaryOperand, Slot,
+    check_buffer, rows_per_invocation, strides_used, window,
 };
 use crate::error::{Error, Result, value_error};
 use crate::problem::{Layout, Problem, Sequence, checked_len};
@@ -73,6 +73,7 @@ struct Fused<'a> {
     sequences: &'a [Sequence],
     /// Whether tiles of keys are classed by what masks and biases leave of them.
     tiles: bool,
+    rotary: Option<FlashRotary>,
 }
 
 impl<'a> Fused<'a> {
@@ -111,7 +112,9 @@ impl<'a> Fused<'a> {
 
         let lse = operands.lse || splits > 1;
         let sink = operands.sink.is_some();
-        let others = 4 + u32::from(lse) + u32::from(!sequences.is_empty()) + u32::from(sink);
+        let rotary = operands.rotary.map(|rotary| flash_rotary(rotary, tile)).transpose()?;
+        let others =
+            4 + u32::from(lse) + u32::from(!sequences.is_empty()) + u32::from(sink) + u32::from(rotary.is_some());
         let mut call = Call::new(problem, operands, adapter, others);
         call.rules.sink = sink;
         call.rules.banded |= sequences.iter().any(|one| one.band.hides_any_of(one.len_k));
@@ -119,9 +122,13 @@ impl<'a> Fused<'a> {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
         call.check_relative(adapter).map_err(|error| error.to_string())?;
+        if rotary.is_some() && call.fold_bands {
+            return Err("folded bands do not say where each query stands".into());
+        }
         let spare = adapter.max_storage_buffers.min(7) - (others + call.rules.buffers());
         let mut fused = Fused {
             tiles: spare > 0 && hides_tiles(&call, tile),
+            rotary,
             call,
             adapter,
             tile,
@@ -358,6 +365,11 @@ impl<'a> Fused<'a> {
             Some(blocks) => blocks.count,
             None => self.row_blocks(i.count),
         };
+        if let Some(rotary) = &operands.rotary {
+            let every = rotary.table.shape().iter().map(|&count| Part { start: 0, count }).collect::<Vec<_>>();
+            let at = window(rotary.table, &every, 4, align);
+            bindings.push(Binding { binding: 13, slot: Slot::Angles, offset: at.offset, size: at.size });
+        }
         if self.tiles {
             let size = planner.plan.scratch[3];
             bindings.push(Binding { binding: 11, slot: Slot::Scratch(3), offset: 0, size });
@@ -393,6 +405,7 @@ impl<'a> Fused<'a> {
                     lse: operands.lse || split,
                     rules,
                     tiles: self.tiles,
+                    rotary: self.rotary,
                     packed: blocks.is_some(),
                 },
             ),
@@ -504,6 +517,15 @@ impl<'a> Fused<'a> {
             bindings,
         )
     }
+}
+
+/// How the kernel turns rows, if it can: whole vec4s of pairs.
+fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Result<FlashRotary, String> {
+    let pairs4 = (rotary.pairs / 4) as u32;
+    if !rotary.pairs.is_multiple_of(4) || rotary.table.offset() != 0 || 2 * pairs4 > tile.depth4 {
+        return Err(format!("{} pairs of columns that turn are not whole fours", rotary.pairs));
+    }
+    Ok(FlashRotary { pairs4, interleaved: rotary.interleaved })
 }
 
 /// Whether it may pay to class tiles of keys: masks and biases are read once more for it, and less often where

@@ -67,6 +67,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         masks: operands.masks.clone(),
         biases: operands.biases.clone(),
         relative: operands.relative,
+        rotary: None,
         // The LSE has it.
         sink: None,
         lse: false,

@@ -49,6 +49,8 @@ pub enum Slot {
     Mask(usize),
     /// The table of a bias by distance.
     Relative,
+    /// The cosines and sines of positions.
+    Angles,
     /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
     Bias(usize),
     /// One more score per head.
@@ -148,6 +150,8 @@ pub struct AttentionOperands<'a> {
     pub biases: Vec<&'a Layout>,
     /// A bias by distance.
     pub relative: Option<RelativeOperand<'a>>,
+    /// Positions that queries and keys are turned by as they are read; only the fused kernel does.
+    pub rotary: Option<RotaryOperand<'a>>,
     /// `[hq]`: one more score per head.
     pub sink: Option<&'a Layout>,
     /// Whether to write the LSE.
@@ -160,6 +164,17 @@ pub struct AttentionOperands<'a> {
     pub stage: Option<ScoreStage>,
     /// Which kernels to use.
     pub method: Method,
+}
+
+/// The table of [`Rotary`](crate::position::Rotary): query `i` stands at `i` + its band's offset, key `j` at `j`.
+#[derive(Clone, Copy, Debug)]
+pub struct RotaryOperand<'a> {
+    /// `[positions, 2 · pairs.next_multiple_of(4)]`, row-major.
+    pub table: &'a Layout,
+    /// Pairs of columns that turn.
+    pub pairs: usize,
+    /// Whether neighbouring columns turn together.
+    pub interleaved: bool,
 }
 
 /// A bias by the distance of key and query, read from a small table.

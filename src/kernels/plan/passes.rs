@@ -63,6 +63,15 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         _ => flash::attention(problem, operands, adapter)?,
     };
     let has_output = fused.is_some();
+    if let Some(rotary) = operands.rotary
+        && (!has_output || operands.weights || operands.averaged || operands.stage.is_some())
+    {
+        return Err(Error::Unsupported {
+            what: format!("turning {} pairs of columns while they are read", rotary.pairs),
+            adapter: adapter.adapter.clone(),
+            needs: "a call for the output alone that runs fused; else they are turned before".into(),
+        });
+    }
     if let Some(fused) = fused {
         if !operands.weights && !operands.averaged && operands.stage.is_none() {
             return Ok(Plan { output: operands.output.stored, ..fused });
