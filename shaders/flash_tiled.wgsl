@@ -337,8 +337,13 @@ struct Scores {
     seen: vec4<bool>,
 }
 
-// Scores of keys j, j + 1, …
-fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool, relative_row: u32) -> Scores {
+// The distances of keys j, j + 1, … from query i.
+fn away(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
+    return vec4<i32>(0, 1, 2, 3) + vec4<i32>(i32(j + params.key_0) - i32(i + params.row_0) - band.w);
+}
+
+// Scores of keys j, j + 1, …; `more` is what their distances add.
+fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool, more: vec4<f32>) -> Scores {
     let step = vec4<u32>(0u, 1u, 2u, 3u);
     var x = sum * params.scale;
     if (SOFTCAP) {
@@ -353,7 +358,6 @@ fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i
         seen = seen & (inside | (key >= vec4<i32>(i32(params.ruled_keys))));
     }
     if (RELATIVE) {
-        let more = relative_at(relative_row, key - vec4<i32>(i32(i + params.row_0) + band.w));
         x += select(more, vec4<f32>(), key >= vec4<i32>(i32(params.ruled_keys)));
     }
     if (LISTED && listed) {
@@ -524,7 +528,8 @@ fn main(
         var scores: array<Scores, ROWS>;
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            scores[r] = finish(product[r], b, head[r], query[r], j + across * 4u, end, band, listed, relative_from[r]);
+            let more = relative_at(relative_from[r], away(query[r], j + across * 4u, band));
+            scores[r] = finish(product[r], b, head[r], query[r], j + across * 4u, end, band, listed, more);
             let x = select(vec4<f32>(LEAST), scores[r].x, scores[r].seen);
             let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
             worst[r] = max(max(max(worst[r], bits.x), bits.y), max(bits.z, bits.w));
@@ -664,7 +669,7 @@ fn main(
                     for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
                         part += dot(turned_q(q_from, e, stands), turned_k(k_base + j * params.k_strides.z, e, j + params.key_0));
                     }
-                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true, relative_row(b, h, i)), row_peak).x * row_divisor;
+                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true, relative_at(relative_row(b, h, i), away(i, j, band))), row_peak).x * row_divisor;
                     term += select(vec4<f32>(), weight * value, not_finite(value));
                     sees = true;
                 }

@@ -410,6 +410,8 @@ pub struct FlashOptions {
     pub packed: bool,
     /// Whether queries and keys are turned by their positions.
     pub rotary: Option<FlashRotary>,
+    /// Whether the rows of an invocation are neighbouring queries of one head.
+    pub runs: bool,
 }
 
 /// How `flash.wgsl` turns rows.
@@ -421,9 +423,27 @@ pub struct FlashRotary {
     pub interleaved: bool,
 }
 
+/// What the distances of `rows` neighbouring queries add to 4 · `groups` keys: `rows + 3` values for each four.
+fn relative_runs(rows: u32, groups: u32) -> String {
+    let mut text = String::new();
+    for g in 0..groups {
+        text.push_str(&format!("{{ let first = away(query[{}u], j + {}u, band);\n", rows - 1, 4 * g));
+        for n in 0..(rows + 3).div_ceil(4) {
+            text.push_str(&format!("let x{n} = relative_at(relative_from[0u], first + vec4<i32>({}));\n", 4 * n));
+        }
+        let value = |at: u32| format!("x{}[{}]", at / 4, at % 4);
+        for r in 0..rows {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|e| value(rows - 1 - r + e));
+            text.push_str(&format!("more[{}u] = vec4<f32>({a}, {b}, {c}, {d});\n", r * groups + g));
+        }
+        text.push_str("}\n");
+    }
+    text
+}
+
 /// A variant of `flash.wgsl`, or of `flash_tiled.wgsl`.
 pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
-    let FlashOptions { padded, softcap, lse, rules, tiles, packed, rotary } = options;
+    let FlashOptions { padded, softcap, lse, rules, tiles, packed, rotary, runs } = options;
     let kernel = if tile.is_tiled() { Kernel::FlashTiled } else { Kernel::Flash };
     let mut name = String::from(kernel.name());
     let shared = [
@@ -480,6 +500,17 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
         changes = changes.block("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
+    if !tile.is_tiled() {
+        changes = match rules.relative {
+            // The rows of an invocation are neighbours: what their distances add overlaps.
+            Some(RelativeKind::Fours) if runs => {
+                name.push_str("/runs");
+                changes.block("relative_step", relative_runs(rows, keys.div_ceil(4)))
+            }
+            Some(_) => changes,
+            None => changes.block("relative_step", ""),
+        };
+    }
     match rotary {
         None => {
             changes = changes.block(
@@ -943,6 +974,8 @@ pub fn variants() -> Vec<Variant> {
                 let banded = Rules { banded: interleaved, ..Rules::default() };
                 all.push(flash(tile, all_wide, FlashOptions { rotary, rules: banded, ..plain }));
             }
+            let by_distance = Rules { relative: Some(RelativeKind::Fours), ..Rules::default() };
+            all.push(flash(tile, all_wide, FlashOptions { rules: by_distance, runs: true, ..plain }));
             // Seven buffers with the LSE and a mask.
             all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));
             all.push(flash(

@@ -406,6 +406,7 @@ impl<'a> Fused<'a> {
                     rules,
                     tiles: self.tiles,
                     rotary: self.rotary,
+                    runs: i.count.is_multiple_of(self.tile.rows as usize),
                     packed: blocks.is_some(),
                 },
             ),
