@@ -429,6 +429,7 @@ fn main(
     }
     // Loads and stores of single lanes are long pieces of code on software adapters, and take longest to
     // compile: one for each row stands in a loop, and selects put what it gives into its register.
+    // @block bring_q
     for (var d = 0u; d < DEPTH4; d++) {
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
@@ -439,6 +440,7 @@ fn main(
             }
         }
     }
+    // @end
 
     // Which part of a key this lane loads, load by load; which key and which part of its value.
     var k_part: array<u32, K_LOADS>;
@@ -504,11 +506,16 @@ fn main(
         for (var c = 0u; c < KEYS; c++) {
             // Behind the last key lies what is not seen.
             let key = k_base + (j + c) * params.k_strides.z;
+            let position = min(j + c, len_k - 1u) + params.key_0;
+            // @block bring_k
+            // @end
             var part: array<f32, ROWS>;
             // @unroll
             for (var d = 0u; d < DEPTH4; d++) {
                 if (d % SHARE == 0u) {
-                    mine = turned_k(key, k_part[d / SHARE], min(j + c, len_k - 1u) + params.key_0);
+                    // @block part_k
+                    mine = turned_k(key, k_part[d / SHARE], position);
+                    // @end
                 }
                 // @block share_k
                 let k4 = mine;

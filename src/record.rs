@@ -154,7 +154,7 @@ impl Recording {
             #[cfg(feature = "cpu")]
             Recording::Cpu => {
                 check_floats("rotated rows", layout.shape())?;
-                let Rotation { table, pairs, interleaved } = rotation;
+                let Rotation { table, pairs, interleaved, .. } = rotation;
                 let y = cpu::rotate(cpu::View::of(x), cpu::View::of(table), pairs, interleaved, rows, &layout);
                 Ok(Tensor::from_cpu(y, layout, x.dtype()))
             }

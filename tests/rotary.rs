@@ -7,8 +7,8 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, TokenPositions};
 use wgpu_attention::{
-    Align, Attention, Device, Dtype, Inspect, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, Tensor,
-    Weights,
+    Align, Attention, Device, Dtype, Inspect, KvCache, KvCacheConfig, Method, MultiHeadAttention, MultiHeadConfig,
+    Tensor, Weights,
 };
 
 const TOLERANCE: f64 = 3e-6;
@@ -59,6 +59,19 @@ fn attention_turns_what_it_is_given() {
                 assert_same(&what, &got.output, &expected.output);
                 let lse = got.lse.unwrap();
                 assert_same(&what, &lse, &expected.lse.unwrap());
+                if let Device::Gpu(gpu) = &device
+                    && starts == [5, 30]
+                {
+                    // While they are read, by every cut, and before in three passes.
+                    for method in Method::every(gpu.capabilities()) {
+                        let what = format!("{what}, {method}");
+                        let (attended, profile) = turning.clone().method(method).forward_profiled(&q, &k, &v).unwrap();
+                        assert_same(&what, &attended.output, &expected.output);
+                        let is_read = profile.kernels.iter().any(|kernel| kernel.contains("/rotary"));
+                        // Three pairs side by side are no whole vec4s.
+                        assert_eq!(is_read, method != Method::ThreePasses && rotary.dim() != 6, "{what}: {profile:?}");
+                    }
+                }
                 let weights = turning.clone().weights(Weights::PerHead).forward(&q, &k, &v).unwrap().weights.unwrap();
                 let all = Inspect::new().weights();
                 let seen = turning.inspect(&q, &k, &lse, &all).unwrap().weights.unwrap();

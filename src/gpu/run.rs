@@ -383,7 +383,7 @@ impl Recording {
                 Slot::Mask(n) => masks.get(n)?.tensor(),
                 Slot::Bias(n) => biases.get(n)?,
                 Slot::Relative => &relative.as_ref()?.table,
-                Slot::Angles => rotary.as_ref()?.0.rotation().table,
+                Slot::Angles => rotary.as_ref()?.0.rotation().fused,
                 Slot::Sink => sink.as_ref()?,
                 Slot::Output => &output,
                 Slot::Lse => lse.as_ref()?,
@@ -558,7 +558,7 @@ impl Recording {
 
     /// X `[b, h, i, d]` turned by the angles of its rows, in a tensor of `layout`.
     pub fn rotate(&mut self, x: &Tensor, rotation: Rotation<'_>, rows: &Rows, layout: Layout) -> Result<Tensor> {
-        let Rotation { table, pairs, interleaved } = rotation;
+        let Rotation { table, pairs, interleaved, .. } = rotation;
         let capabilities = &self.gpu.0.capabilities;
         let plan = plan::rotate(x.operand(), &layout, table.layout(), (pairs, interleaved), rows, capabilities)?;
         let y = self.output("rotated rows", layout, x.dtype())?;

@@ -417,10 +417,50 @@ pub struct FlashOptions {
 /// How `flash.wgsl` turns rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashRotary {
-    /// vec4s of cosines, as many of sines, per position.
+    /// vec4s of cosines, as many of sines, per position; interleaved, vec4s of two of each.
     pub pairs4: u32,
     /// Whether neighbouring columns turn together; else those half of the turned ones apart.
     pub interleaved: bool,
+}
+
+/// The rows of Q, halves turned together.
+const QUERY_HALVES_TURNED: &str = "for (var d = 0u; d < PAIRS4; d++) {
+    // @unroll
+    for (var r = 0u; r < ROWS; r++) {
+        let at = u32(i32(query[r] + params.row_0) + band.w) * 2u * PAIRS4 + d;
+        let cosine = angles[at];
+        let sine = angles[at + PAIRS4];
+        let low = load_q(q_base[r], d);
+        let high = load_q(q_base[r], d + PAIRS4);
+        let turned_low = low * cosine - high * sine;
+        let turned_high = high * cosine + low * sine;
+        // @unroll
+        for (var e = 0u; e < PAIRS4; e++) {
+            q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], turned_low, d == e);
+            q_tile[r * DEPTH4 + PAIRS4 + e] = select(q_tile[r * DEPTH4 + PAIRS4 + e], turned_high, d == e);
+        }
+    }
+}";
+
+/// A key's vec4s of a lane, those `apart` loads from each other turned together.
+fn halves_turned(apart: u32) -> String {
+    format!(
+        "var brought: array<vec4<f32>, K_LOADS>;
+// @unroll
+for (var n = 0u; n < K_LOADS; n++) {{
+    brought[n] = load_k(key, k_part[n]);
+}}
+// @unroll
+for (var n = 0u; n < {apart}u; n++) {{
+    let at = position * 2u * PAIRS4 + k_part[n];
+    let cosine = angles[at];
+    let sine = angles[at + PAIRS4];
+    let low = brought[n];
+    let high = brought[n + {apart}u];
+    brought[n] = low * cosine - high * sine;
+    brought[n + {apart}u] = high * cosine + low * sine;
+}}"
+    )
 }
 
 /// What the distances of `rows` neighbouring queries add to 4 · `groups` keys: `rows + 3` values for each four.
@@ -522,21 +562,26 @@ fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> { return load_k(at, d4
         Some(FlashRotary { pairs4, interleaved: false }) => {
             name.push_str(&format!("/rotary{}", pairs4 * 8));
             changes = changes.number("PAIRS4", pairs4);
+            if !tile.is_tiled() && 2 * pairs4 == depth4 {
+                changes = changes.block("bring_q", QUERY_HALVES_TURNED);
+            }
+            if !tile.is_tiled() && pairs4.is_multiple_of(lanes) {
+                // A lane loads both halves of its pairs.
+                changes = changes
+                    .block("bring_k", halves_turned(pairs4 / lanes))
+                    .block("part_k", "mine = brought[d / SHARE];");
+            }
         }
         Some(FlashRotary { pairs4, interleaved: true }) => {
-            name.push_str(&format!("/rotary{}_interleaved", pairs4 * 8));
+            name.push_str(&format!("/rotary{}_interleaved", pairs4 * 4));
             changes = changes.block(
                 "turn",
                 format!(
                     "@group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
-const PAIRS4: u32 = {pairs4}u;
 fn turned(x: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {{
-    let at = position * 2u * PAIRS4 + min(d4 / 2u, PAIRS4 - 1u);
-    let is_odd = vec2<bool>(d4 % 2u == 1u);
-    let cosine = select(angles[at].xy, angles[at].zw, is_odd);
-    let sine = select(angles[at + PAIRS4].xy, angles[at + PAIRS4].zw, is_odd);
-    let y = x * cosine.xxyy + x.yxwz * vec4<f32>(-sine.x, sine.x, -sine.y, sine.y);
-    return select(y, x, vec4<bool>(d4 >= 2u * PAIRS4));
+    let angle = angles[position * {pairs4}u + min(d4, {pairs4}u - 1u)];
+    let y = x * angle.xxyy + x.yxwz * vec4<f32>(-angle.z, angle.z, -angle.w, angle.w);
+    return select(y, x, vec4<bool>(d4 >= {pairs4}u));
 }}
 fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> {{ return turned(load_q(at, d4), d4, position); }}
 fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> {{ return turned(load_k(at, d4), d4, position); }}"
@@ -970,7 +1015,7 @@ pub fn variants() -> Vec<Variant> {
                 all.push(flash(tile, all_wide, FlashOptions { lse: banded, rules, packed: true, ..plain }));
             }
             for interleaved in [false, true] {
-                let rotary = Some(FlashRotary { pairs4: depth4.div_ceil(4), interleaved });
+                let rotary = Some(FlashRotary { pairs4: depth4.div_ceil(2), interleaved });
                 let banded = Rules { banded: interleaved, ..Rules::default() };
                 all.push(flash(tile, all_wide, FlashOptions { rotary, rules: banded, ..plain }));
             }

@@ -359,6 +359,8 @@ impl RotaryConfig {
 pub struct Rotary {
     /// `[positions, 2 · columns]`: cosines and sines, each row of either padded to whole vec4s.
     table: Tensor,
+    /// Interleaved, in whole vec4s: two cosines and two sines in turn, as the fused kernel reads them.
+    in_turn: Option<Tensor>,
     pairs: usize,
     pairing: Pairing,
 }
@@ -370,11 +372,13 @@ pub(crate) struct Rotation<'a> {
     pub table: &'a Tensor,
     pub pairs: usize,
     pub interleaved: bool,
+    /// The table as the fused kernel reads it.
+    pub fused: &'a Tensor,
 }
 
 impl<'a> Rotation<'a> {
     pub fn operand(&self) -> RotaryOperand<'a> {
-        RotaryOperand { table: self.table.layout(), pairs: self.pairs, interleaved: self.interleaved }
+        RotaryOperand { table: self.fused.layout(), pairs: self.pairs, interleaved: self.interleaved }
     }
 }
 
@@ -416,7 +420,13 @@ impl Rotary {
             row[..pairs].copy_from_slice(cos);
             row[shape[1] / 2..][..pairs].copy_from_slice(sin);
         }
-        Ok(Rotary { table: Tensor::from_slice(device, &shape, &table)?, pairs, pairing })
+        let in_turn = (pairing == Pairing::Interleaved && pairs.is_multiple_of(2)).then(|| {
+            let fours =
+                cos.data().chunks(2).zip(sin.data().chunks(2)).flat_map(|(cos, sin)| [cos[0], cos[1], sin[0], sin[1]]);
+            Tensor::from_slice(&device, &[rows, 2 * pairs], &fours.collect::<Vec<f32>>())
+        });
+        let in_turn = in_turn.transpose()?;
+        Ok(Rotary { table: Tensor::from_slice(device, &shape, &table)?, in_turn, pairs, pairing })
     }
 
     /// Positions that the table holds.
@@ -433,7 +443,9 @@ impl Rotary {
     }
 
     pub(crate) fn rotation(&self) -> Rotation<'_> {
-        Rotation { table: &self.table, pairs: self.pairs, interleaved: self.pairing == Pairing::Interleaved }
+        let interleaved = self.pairing == Pairing::Interleaved;
+        let fused = self.in_turn.as_ref().unwrap_or(&self.table);
+        Rotation { table: &self.table, pairs: self.pairs, interleaved, fused }
     }
 
     /// Turns X `[batch, heads, len, dim]` (any strides; missing leading axes as in

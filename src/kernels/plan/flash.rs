@@ -520,11 +520,12 @@ impl<'a> Fused<'a> {
     }
 }
 
-/// How the kernel turns rows, if it can: whole vec4s of pairs.
+/// How the kernel turns rows, if it can: in whole vec4s.
 fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Result<FlashRotary, String> {
-    let pairs4 = (rotary.pairs / 4) as u32;
-    if !rotary.pairs.is_multiple_of(4) || rotary.table.offset() != 0 || 2 * pairs4 > tile.depth4 {
-        return Err(format!("{} pairs of columns that turn are not whole fours", rotary.pairs));
+    let (each, vec4s) = if rotary.interleaved { (2, 1) } else { (4, 2) };
+    let pairs4 = (rotary.pairs / each) as u32;
+    if !rotary.pairs.is_multiple_of(each) || rotary.table.offset() != 0 || vec4s * pairs4 > tile.depth4 {
+        return Err(format!("{} pairs of columns that turn are not whole vec4s", rotary.pairs));
     }
     Ok(FlashRotary { pairs4, interleaved: rotary.interleaved })
 }

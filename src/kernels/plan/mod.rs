@@ -169,7 +169,8 @@ pub struct AttentionOperands<'a> {
 /// The table of [`Rotary`](crate::position::Rotary): query `i` stands at `i` + its band's offset, key `j` at `j`.
 #[derive(Clone, Copy, Debug)]
 pub struct RotaryOperand<'a> {
-    /// `[positions, 2 · pairs.next_multiple_of(4)]`, row-major.
+    /// `[positions, 2 · pairs]`, row-major, the pairs whole fours: cosines, then sines. Interleaved: two cosines and
+    /// two sines in turn.
     pub table: &'a Layout,
     /// Pairs of columns that turn.
     pub pairs: usize,
