@@ -172,7 +172,7 @@ impl Fitted {
             angles.clone().map(f64::cos).chain(angles.map(|angle| -angle.sin()))
         };
         let features: Vec<f64> = (1..TRAINED).flat_map(turned).collect();
-        let rotary = guide::least_squares(&features, &targets, POSITION, 1, 1e-3);
+        let rotary = guide::least_squares(&features, &targets, POSITION, 1, 1.0);
 
         let (mut features, mut answers) = (Vec::new(), Vec::new());
         for i in 0..TRAINED {
@@ -183,7 +183,7 @@ impl Fitted {
                 answers.push(target(i - j));
             }
         }
-        let sinusoidal = guide::least_squares(&features, &answers, SINES * SINES, 1, 1e-3);
+        let sinusoidal = guide::least_squares(&features, &answers, SINES * SINES, 1, 1.0);
 
         // The mean of those distances that share a number is the least-squares answer.
         let means = |count: usize, which: &dyn Fn(usize) -> Result<usize>| -> Result<Vec<f32>> {
@@ -304,7 +304,7 @@ fn beyond_the_table(device: &Device, out: &mut String) -> Result<()> {
 
 /// Left the sinusoids, right what each method makes of distances it was never fitted on.
 fn draw(device: &Device, fitted: &Fitted) -> Result<RgbImage> {
-    const SHOWN: usize = 257;
+    const SHOWN: usize = 256;
     let table = sinusoidal(0, 64, 64)?;
     let map = Heatmap {
         title: "sinusoidal encodings",
@@ -315,7 +315,7 @@ fn draw(device: &Device, fitted: &Fitted) -> Result<RgbImage> {
         row_axis: "position, 0 to 63",
         column_axis: "dimension, 0 to 63",
         range: (-1.0, 1.0),
-        cell: 6,
+        cell: 8,
     };
     let mut lines = Vec::new();
     for (name, method) in METHODS {
@@ -324,6 +324,7 @@ fn draw(device: &Device, fitted: &Fitted) -> Result<RgbImage> {
         }
         let scores = fitted.attend(device, method, SHOWN, &[0; SHOWN], 0.0)?.scores.expect("asked for").download()?;
         let points = scores.iter().rev().enumerate().map(|(n, &score)| ((n + 1) as f64, f64::from(score)));
+        let name = if method == Method::Sinusoidal { "sinusoidal, query at 255" } else { name };
         lines.push((name, points.collect::<Vec<_>>()));
     }
     let (left, _) = map.size();
@@ -335,7 +336,7 @@ fn draw(device: &Device, fitted: &Fitted) -> Result<RgbImage> {
             x_axis: "distance (fitted up to 63)",
             y_axis: "score",
             x_ticks: &[0.0, 63.0, 127.0, 191.0, 255.0],
-            y_ticks: &[-16.0, -12.0, -8.0, -4.0, 0.0, 4.0, 8.0],
+            y_ticks: &[-16.0, -12.0, -8.0, -4.0, 0.0, 4.0],
             logarithmic: false,
             marks: false,
             lines: &lines,

@@ -199,8 +199,8 @@ impl Curves<'_> {
             .draw()?;
         for (n, (name, points)) in self.lines.iter().enumerate() {
             let colour = COLOURS[n % COLOURS.len()];
-            let inside = |&&(px, py): &&(f64, f64)| px >= x.0 && px <= x.1 && py >= y.0 && py <= y.1;
-            let points: Vec<(f64, f64)> = points.iter().filter(inside).map(|&(x, y)| (place(x), y)).collect();
+            // What leaves the chart runs along its edge.
+            let points: Vec<(f64, f64)> = points.iter().map(|&(px, py)| (place(px), py.clamp(y.0, y.1))).collect();
             chart.draw_series(LineSeries::new(points.clone(), colour.stroke_width(2)))?;
             if self.marks {
                 for at in points {
