@@ -66,6 +66,8 @@ fn steps(device: &Device, out: &mut String) -> Result<()> {
     let sums: Vec<String> =
         weights.download()?.chunks_exact(3).map(|row| format!("{:.4}", row.iter().sum::<f32>())).collect();
     writeln!(out, "each row of weights sums to {}", sums.join(", "))?;
+    let Err(error) = attention.forward(&q, &v, &v) else { return Err("keys of width 2 fitted".into()) };
+    writeln!(out, "keys of another width are refused:\n  {error}")?;
     Ok(())
 }
 

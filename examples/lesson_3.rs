@@ -95,6 +95,13 @@ fn what_heads_do(out: &mut String, sentence: &Sentence, heads: &Heads) -> Result
             .collect();
         writeln!(out, "{h:4}{entropy:9.2}{on_first:10.2}  {}", strongest.join("  "))?;
     }
+    let it = sentence.find("it")?;
+    let mean = |j: usize| {
+        let in_heads = heads.weights.iter().skip(it * len + j).step_by(len * len);
+        in_heads.sum::<f32>() / HEADS as f32
+    };
+    let (animal, first) = (mean(sentence.find("animal")?), mean(0));
+    writeln!(out, "mean of the heads: it→animal {animal:.2}  it→[CLS] {first:.2}")?;
     Ok(())
 }
 

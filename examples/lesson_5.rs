@@ -54,7 +54,7 @@ fn shuffle(device: &Device, out: &mut String) -> Result<()> {
     let (in_order, out_of_order) = (run(&queries, &x, &plain)?, run(&mixed, &x, &plain)?);
     let same = shuffled(&in_order).iter().zip(&out_of_order).all(|(a, b)| a.to_bits() == b.to_bits());
     writeln!(out, "queries shuffled: the same bits, shuffled: {}", if same { "yes" } else { "no" })?;
-    for (name, attention) in [("no mask", Attention::new()), ("causal ", Attention::new().causal(Align::TopLeft))] {
+    for (name, attention) in [("no mask", Attention::new()), ("causal", Attention::new().causal(Align::TopLeft))] {
         let off = guide::difference(&shuffled(&run(&x, &x, &attention)?), &run(&mixed, &mixed, &attention)?);
         let off = if off < 1e-3 { format!("{off:.0e}") } else { format!("{off:.2}") };
         writeln!(out, "all tokens shuffled, {name}: largest difference {off}")?;
@@ -207,7 +207,7 @@ impl Fitted {
     /// each row the one asked for.
     fn attend(&self, device: &Device, method: Method, len: usize, symbols: &[usize], gain: f32) -> Result<Attended> {
         let (batch, keys) = (symbols.len() / len, len - 1);
-        let mut query_position = vec![0.0; POSITION];
+        let mut query_position = [0.0; POSITION];
         let mut key_positions = vec![0.0; keys * POSITION];
         match method {
             Method::Sinusoidal => {
@@ -242,7 +242,7 @@ impl Fitted {
             Method::Rotary | Method::Interpolated => {
                 let mut config = RotaryConfig::new(POSITION);
                 if method == Method::Interpolated {
-                    config = config.scaling(RotaryScaling::Linear { factor: len as f64 / TRAINED as f64 });
+                    config = config.scaling(RotaryScaling::Linear { factor: (len as f64 / TRAINED as f64).max(1.0) });
                 }
                 let rotary = Rotary::new(device, &config, len)?;
                 q = rotary.rotate(&q, &keys.into())?;
@@ -296,7 +296,7 @@ fn longer(device: &Device, fitted: &Fitted, out: &mut String) -> Result<()> {
 /// A learned table ends where training ended.
 fn beyond_the_table(device: &Device, out: &mut String) -> Result<()> {
     let table = PositionTable::learned(&Tensor::from_slice(device, &[TRAINED, 4], &[0.1; TRAINED * 4])?)?;
-    let x = Tensor::from_slice(device, &[128, 4], &[0.0; 128 * 4])?;
+    let x = Tensor::from_slice(device, &[2 * TRAINED, 4], &[0.0; 2 * TRAINED * 4])?;
     let Err(error) = table.add(&x, &TokenPositions::From(0)) else { return Err("the table has grown".into()) };
     writeln!(out, "learned: {error}")?;
     Ok(())

@@ -173,8 +173,7 @@ impl Curves<'_> {
         let legend = self.lines.len() as i32 * LEGEND_ROW + 18;
         let (upper, lower) = area.split_vertically(height as i32 - legend);
         let place = |x: f64| if self.logarithmic { x.log2() } else { x };
-        let ends = |ticks: &[f64]| (ticks[0], ticks[ticks.len() - 1]);
-        let (x, y) = (ends(self.x_ticks), ends(self.y_ticks));
+        let y = (self.y_ticks[0], self.y_ticks[self.y_ticks.len() - 1]);
         let x_axis = Axis(self.x_ticks.iter().map(|&x| place(x)).collect());
         let y_axis = Axis(self.y_ticks.to_vec());
         let label = self.y_ticks.iter().map(|y| text_width(&y.to_string(), TEXT)).max().unwrap_or(0);

@@ -1,4 +1,5 @@
 //! A real layer and a real sentence: layer 3 of all-MiniLM-L6-v2, as the program `attn` ships them.
+#![allow(dead_code, reason = "each lesson uses its part")]
 
 use std::path::Path;
 
