@@ -24,6 +24,8 @@
 //! arithmetic; [`kernels`] the shaders as plain data and the planning of a call; [`mod@reference`] the f64 truth that
 //! tests lean on.
 //!
+//! New to attention? `docs/guide/` in the repository teaches it in five lessons.
+//!
 //! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
 //! slices where the adapter's limits ask for it, and so are those of heads wider than 512; arithmetic is f32.
 #![warn(missing_docs)]
@@ -32,6 +34,21 @@
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The code of the guide for learners.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../docs/guide/1-why-attention.md")]
+    struct WhyAttention;
+    #[doc = include_str!("../docs/guide/2-scaled-dot-product.md")]
+    struct ScaledDotProduct;
+    #[doc = include_str!("../docs/guide/3-multi-head.md")]
+    struct MultiHead;
+    #[doc = include_str!("../docs/guide/4-self-and-cross.md")]
+    struct SelfAndCross;
+    #[doc = include_str!("../docs/guide/5-positions.md")]
+    struct Positions;
+}
 
 mod attention;
 mod cache;
