@@ -271,8 +271,17 @@ pub struct Heatmap<'a> {
     pub scale: Scale,
 }
 
-pub const QUERIES: &str = "query: the token that attends";
-pub const KEYS: &str = "key: the token attended to";
+/// What the rows are, in so many pixels.
+pub fn queries(room: i32) -> &'static str {
+    let full = "query: the token that attends";
+    if text_width(full, TEXT) <= room { full } else { "query" }
+}
+
+/// What the columns are, in so many pixels.
+pub fn keys(room: i32) -> &'static str {
+    let full = "key: the token attended to";
+    if text_width(full, TEXT) <= room { full } else { "key" }
+}
 
 impl Heatmap<'_> {
     fn cells(&self) -> Cells<'_> {
@@ -285,7 +294,7 @@ impl Heatmap<'_> {
     }
     /// Where the cells begin. The layout follows the labels, so that no text is cut.
     fn origin(&self, cells: &Cells<'_>) -> (i32, i32) {
-        let above = (text_width(QUERIES, TEXT) - cells.height()).max(0) / 2;
+        let above = (text_width(queries(cells.height()), TEXT) - cells.height()).max(0) / 2;
         (MARGIN + TEXT + 14 + cells.row_room(), MARGIN + TITLE + 20 + above)
     }
 }
@@ -294,11 +303,11 @@ impl Picture for Heatmap<'_> {
     fn size(&self) -> (i32, i32) {
         let cells = self.cells();
         let (left, top) = self.origin(&cells);
-        let caption = (text_width(KEYS, TEXT) - cells.width()).max(0) / 2;
+        let caption = (text_width(keys(cells.width()), TEXT) - cells.width()).max(0) / 2;
         let right = left + cells.width() + (34 + bar_room(&self.scale)).max(caption);
         let below = top + cells.height() + cells.column_room() + 14 + TEXT;
         let lowest = top + cells.height().max(bar_height(self.nan()));
-        let lowest = lowest.max(top + (cells.height() + text_width(QUERIES, TEXT)) / 2);
+        let lowest = lowest.max(top + (cells.height() + text_width(queries(cells.height()), TEXT)) / 2);
         let nan = if self.nan() { top + cells.height().max(bar_height(false)) + 2 * TEXT } else { 0 };
         let width = (right + MARGIN).max(text_width(self.title, TITLE) + 2 * MARGIN);
         (width, below.max(lowest).max(nan) + MARGIN)
@@ -319,8 +328,8 @@ impl Picture for Heatmap<'_> {
         cells.column_labels(root, (left, top))?;
         let middle = (left + cells.width() / 2, top + cells.height() / 2);
         let below = top + cells.height() + cells.column_room() + 14;
-        text(root, KEYS, (middle.0, below), TEXT, ABOVE, BLACK)?;
-        upright(root, QUERIES, (MARGIN, middle.1), TEXT, ABOVE)?;
+        text(root, keys(cells.width()), (middle.0, below), TEXT, ABOVE, BLACK)?;
+        upright(root, queries(cells.height()), (MARGIN, middle.1), TEXT, ABOVE)?;
         let at = (left + cells.width() + 34, top);
         bar(root, at, cells.height().max(bar_height(false)), &self.scale, self.nan())
     }

@@ -115,6 +115,11 @@ pub const RIGHT: Pos = Pos { h_pos: HPos::Right, v_pos: VPos::Center };
 pub const CENTRE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Center };
 pub const ABOVE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Top };
 
+/// Both backends set centred text too high, the bitmap more so; half-way between what each would need.
+fn sink(size: i32) -> i32 {
+    (size * 2 + 12) / 25
+}
+
 /// Level text.
 pub fn text<B: DrawingBackend>(
     root: &Area<B>,
@@ -124,12 +129,14 @@ pub fn text<B: DrawingBackend>(
     pos: Pos,
     ink: RGBColor,
 ) -> Drawn<B> {
+    let at = (at.0, at.1 + if matches!(pos.v_pos, VPos::Center) { sink(size) } else { 0 });
     root.draw_text(text, &TextStyle::from((FONT, f64::from(size)).into_font()).color(&ink).pos(pos), at)
 }
 
 /// Text that reads upwards.
 pub fn upright<B: DrawingBackend>(root: &Area<B>, text: &str, at: (i32, i32), size: i32, pos: Pos) -> Drawn<B> {
     let font = (FONT, f64::from(size)).into_font().transform(FontTransform::Rotate270);
+    let at = (at.0 + if matches!(pos.v_pos, VPos::Center) { sink(size) } else { 0 }, at.1);
     root.draw_text(text, &TextStyle::from(font).color(&BLACK).pos(pos), at)
 }
 

@@ -313,6 +313,10 @@ fn draw(args: &AttentionPlot, seen: &Seen, token: Option<usize>, path: &Path) ->
     let (queries, keys) = (&labels(&seen.queries), &labels(&seen.keys));
     let title = font::visible(&seen.title);
     if args.lines {
+        let title = match token {
+            Some(at) => format!("{title}: what \"{}\" attends to", queries[at]),
+            None => title,
+        };
         return picture::write(path, &Lines::new(&title, seen, queries, keys, token));
     }
     let scale = Scale::of_weights(&seen.weights);

@@ -4,7 +4,7 @@ use plotters::prelude::*;
 
 use super::attention::Seen;
 use crate::font::text_width;
-use crate::heatmap::{self, Axis, Cells, KEYS, MARGIN, QUERIES, Scale, TEXT, TITLE};
+use crate::heatmap::{self, Axis, Cells, MARGIN, Scale, TEXT, TITLE};
 use crate::picture::{ABOVE, Area, Drawn, Picture, text, upright};
 
 /// Heads side by side, under one scale; tokens stand on the outer sides.
@@ -46,7 +46,8 @@ impl Grid<'_> {
     /// Where the cells of head 0 begin.
     fn origin(&self) -> (i32, i32) {
         let (_, rows) = self.shape();
-        let above = (text_width(QUERIES, TEXT) - rows * self.step().1).max(0) / 2;
+        let height = rows.saturating_mul(self.step().1);
+        let above = (text_width(heatmap::queries(height), TEXT) - height).max(0) / 2;
         (MARGIN + TEXT + 14 + self.cells(0).row_room(), MARGIN + TITLE + 20 + above + HEAD + 6)
     }
     fn nan(&self) -> bool {
@@ -65,11 +66,11 @@ impl Grid<'_> {
 impl Picture for Grid<'_> {
     fn size(&self) -> (i32, i32) {
         let ((left, top), (right, lower)) = (self.origin(), self.end());
-        let caption = (text_width(KEYS, TEXT) - (right - left)).max(0) / 2;
+        let caption = (text_width(heatmap::keys(right - left), TEXT) - (right - left)).max(0) / 2;
         let width = right + (34 + heatmap::bar_room(&self.scale)).max(caption) + MARGIN;
         let below = lower + self.cells(0).column_room() + 14 + TEXT;
         let bar = top + (lower - top).max(heatmap::bar_height(false)) + if self.nan() { 2 * TEXT } else { 0 };
-        let side = (top + lower) / 2 + text_width(QUERIES, TEXT) / 2;
+        let side = (top + lower) / 2 + text_width(heatmap::queries(lower - top), TEXT) / 2;
         (width.max(text_width(self.title, TITLE) + 2 * MARGIN), below.max(bar).max(side) + MARGIN)
     }
     fn marks(&self) -> usize {
@@ -99,8 +100,8 @@ impl Picture for Grid<'_> {
             }
         }
         let below = lower + self.cells(0).column_room() + 14;
-        text(root, KEYS, ((left + right) / 2, below), TEXT, ABOVE, BLACK)?;
-        upright(root, QUERIES, (MARGIN, (top + lower) / 2), TEXT, ABOVE)?;
+        text(root, heatmap::keys(right - left), ((left + right) / 2, below), TEXT, ABOVE, BLACK)?;
+        upright(root, heatmap::queries(lower - top), (MARGIN, (top + lower) / 2), TEXT, ABOVE)?;
         let height = (lower - top).max(heatmap::bar_height(false));
         heatmap::bar(root, (right + 34, top), height, &self.scale, self.nan())
     }

@@ -138,14 +138,17 @@ impl Picture for Lines<'_> {
         text(root, "key", (keys, top - TEXT / 2 - 4), TEXT, LEFT, GREY)?;
 
         for (head, i, j, weight) in self.lines() {
+            // Heads side by side, where they would lie on each other.
+            let heads = self.seen.heads.len() as i32;
+            let apart = (2 * head as i32 + 1 - heads) * (step - 8).max(0) / (2 * heads);
+            let ends = [(left, y(i) + apart), (right, y(j) + apart)];
             // Lines of NaN are dashed; a block of NaN is grey and crossed out.
             if weight.is_nan() {
-                let style = NAN.stroke_width(2);
-                root.draw(&DashedPathElement::new([(left, y(i)), (right, y(j))], 6, 6, style))?;
+                root.draw(&DashedPathElement::new(ends, 6, 6, NAN.stroke_width(2)))?;
             } else {
                 let ink = colour(head).mix(f64::from(weight.clamp(0.0, 1.0)));
-                let thick = if self.token.is_some() { 3 } else { 2 };
-                root.draw(&PathElement::new([(left, y(i)), (right, y(j))], ink.stroke_width(thick)))?;
+                let thick = if heads == 1 { 3 } else { 2 };
+                root.draw(&PathElement::new(ends, ink.stroke_width(thick)))?;
             }
             if self.strip() > 0 {
                 let (x, half) = (right + 4 + head as i32 * BLOCK, (step / 2 - 1).min(9));

@@ -427,7 +427,7 @@ impl Picture for Encoding {
         let width = (panels + heatmap::bar_room(&self.scale)).max(least) + 2 * MARGIN;
         let (columns, _) = self.legend(width);
         let rows = (self.chart.lines.len() as i32 + columns - 1) / columns;
-        (width, self.chart_top() + CHART + rows * ROW + MARGIN)
+        (width, self.chart_top() + CHART + rows * ROW + 2 * MARGIN)
     }
     fn marks(&self) -> usize {
         let cells: usize = self.panels.iter().map(|panel| panel.values.len()).sum();
@@ -462,7 +462,7 @@ impl Picture for Encoding {
         self.chart.draw(&upper)?;
         let (columns, each) = self.legend(width);
         for (n, (name, _)) in self.chart.lines.iter().enumerate() {
-            let at = (2 * MARGIN + n as i32 % columns * each, n as i32 / columns * ROW + ROW / 2);
+            let at = (2 * MARGIN + n as i32 % columns * each, MARGIN + n as i32 / columns * ROW + ROW / 2);
             legend(&lower, name, at, n, TEXT)?;
         }
         Ok(())
@@ -485,7 +485,7 @@ impl Chart {
             .margin_right(2 * MARGIN)
             .margin_top(MARGIN / 2)
             .x_label_area_size(3 * TEXT + 10)
-            .y_label_area_size(text_width("-0.00000", TEXT) + TEXT + 20)
+            .y_label_area_size(text_width("-000.00", TEXT) + TEXT + 14)
             .build_cartesian_2d(x, least - room..most + room)?;
         let number = |value: &f64| {
             let text = format!("{value:.5}");
