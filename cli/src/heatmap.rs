@@ -118,19 +118,19 @@ impl Scale {
 
     fn ticks(&self) -> Vec<(f64, String)> {
         let (least, range) = (f64::from(self.least), f64::from(self.most) - f64::from(self.least));
-        let decimals = match range {
-            range if range >= 100.0 => 0,
-            range if range >= 10.0 => 1,
-            range if range >= 0.9 => 2,
-            range if range > 0.0 => 2 - range.log10().floor() as i32,
-            _ => 3,
-        };
-        let number = |value: f64| match decimals {
-            0..=6 => format!("{:.*}", decimals as usize, value + 0.0),
-            _ => format!("{value:.2e}"),
-        };
+        let number = |value: f64| number(value, range);
         let parts = if range > 0.0 { 4 } else { 0 };
         (0..=parts).map(|n| f64::from(n) / 4.0).map(|part| (part, number(least + part * range))).collect()
+    }
+}
+
+/// A number on a scale that spans `range`.
+pub fn number(value: f64, range: f64) -> String {
+    let decimals = 2 - if range > 0.0 { range.log10().round() as i32 } else { -1 };
+    match value.abs() {
+        size if size >= 1e6 || decimals > 6 => format!("{value:.2e}"),
+        // Not −0.
+        _ => format!("{:.*}", decimals.max(0) as usize, value + 0.0),
     }
 }
 

@@ -45,7 +45,7 @@ fn ticks(least: f64, most: f64) -> Vec<f64> {
     all[from..=to].to_vec()
 }
 
-pub fn number(value: f64) -> String {
+fn number(value: f64) -> String {
     // Rounded away: 10⁻¹ · 2 is not quite 0.2.
     let text = format!("{value:.9}");
     text.trim_end_matches('0').trim_end_matches('.').to_string()

@@ -136,6 +136,11 @@ impl Seen {
     }
 }
 
+/// `head 3`, or what a mean is called.
+pub fn head_name(head: &str) -> String {
+    if head.parse::<usize>().is_ok() { format!("head {head}") } else { head.into() }
+}
+
 /// The first of them.
 fn listed(tokens: &[String]) -> String {
     const SHOWN: usize = 40;
@@ -255,7 +260,7 @@ impl AttentionPlot {
         if let Some(chosen) = &self.head {
             seen.choose(chosen)?;
         }
-        if self.average {
+        if self.average && seen.heads.len() > 1 {
             seen.average();
         }
         Ok(seen)
@@ -317,12 +322,12 @@ fn draw(args: &AttentionPlot, seen: &Seen, token: Option<usize>, path: &Path) ->
             Some(at) => format!("{title}: what \"{}\" attends to", queries[at]),
             None => title,
         };
-        return picture::write(path, &Lines::new(&title, seen, queries, keys, token));
+        return picture::write(path, &Lines::new(&title, seen, queries, keys, token)?);
     }
     let scale = Scale::of_weights(&seen.weights);
     match seen.heads.as_slice() {
         [head] => {
-            let title = if args.average { format!("{title}, {head}") } else { format!("{title}, head {head}") };
+            let title = format!("{title}, {}", head_name(head));
             let values = &seen.weights;
             picture::write(path, &Heatmap { title: &title, rows: queries, columns: keys, values, scale })
         }

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::attention::Seen;
+use super::attention::{Seen, head_name};
 use crate::font::text_width;
 use crate::heatmap::{self, Axis, Cells, MARGIN, Scale, TEXT, TITLE};
 use crate::picture::{ABOVE, Area, Drawn, Picture, text, upright};
@@ -27,7 +27,7 @@ impl Grid<'_> {
         Cells { values: self.seen.head(head), rows, columns, cell: (side, side), scale: self.scale }
     }
     fn name(&self, head: usize) -> String {
-        format!("head {}", self.seen.heads[head])
+        head_name(&self.seen.heads[head])
     }
     /// Columns and rows of heads: at most one row short of a square.
     fn shape(&self) -> (i32, i32) {

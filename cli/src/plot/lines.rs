@@ -4,7 +4,8 @@
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
-use super::attention::Seen;
+use super::attention::{Seen, head_name};
+use crate::error::{Result, fail};
 use crate::font::text_width;
 use crate::heatmap::{GAP, MARGIN, NAN, SMALLEST, TEXT, TITLE, short};
 use crate::picture::{ABOVE, Area, CENTRE, COLOURS, Drawn, LEFT, Picture, RIGHT, rectangle, text};
@@ -17,8 +18,12 @@ pub struct Lines<'a> {
     queries: &'a [String],
     keys: &'a [String],
     token: Option<usize>,
+    /// Head, query, key and weight of every line, faintest first so that strong ones lie on top.
+    lines: Vec<(usize, usize, usize, f32)>,
 }
 
+/// More lines are one blot.
+const MOST: usize = 100_000;
 /// Weights below cannot be seen, and get no line.
 const FAINTEST: f32 = 0.005;
 /// Between the columns.
@@ -33,27 +38,23 @@ impl<'a> Lines<'a> {
         queries: &'a [String],
         keys: &'a [String],
         token: Option<usize>,
-    ) -> Lines<'a> {
-        Lines { title, seen, queries, keys, token }
-    }
-
-    /// Head, query, key and weight of every line, faintest first so that strong ones lie on top.
-    fn lines(&self) -> Vec<(usize, usize, usize, f32)> {
-        let queries = match self.token {
-            Some(at) => at..at + 1,
-            None => 0..self.queries.len(),
-        };
+    ) -> Result<Lines<'a>> {
+        let chosen = token.map_or(0..queries.len(), |at| at..at + 1);
         let mut lines = Vec::new();
-        for head in 0..self.seen.heads.len() {
-            for i in queries.clone() {
-                let row = &self.seen.head(head)[i * self.keys.len()..][..self.keys.len()];
-                let seen = row.iter().enumerate().filter(|(_, weight)| weight.is_nan() || **weight >= FAINTEST);
-                lines.extend(seen.map(|(j, &weight)| (head, i, j, weight)));
+        for head in 0..seen.heads.len() {
+            for i in chosen.clone() {
+                let row = &seen.head(head)[i * keys.len()..][..keys.len()];
+                let visible = row.iter().enumerate().filter(|(_, weight)| weight.is_nan() || **weight >= FAINTEST);
+                lines.extend(visible.map(|(j, &weight)| (head, i, j, weight)));
             }
         }
+        if lines.len() > MOST {
+            fail!("{} lines are more than {MOST}, which nobody can tell apart; choose --token or --head", lines.len());
+        }
         lines.sort_by(|a, b| a.3.total_cmp(&b.3));
-        lines
+        Ok(Lines { title, seen, queries, keys, token, lines })
     }
+
     /// Pixels from one token to the next, and the size of their text.
     fn row(&self) -> (i32, i32) {
         let step = (1000 / self.queries.len().max(self.keys.len()) as i32).clamp(SMALLEST + 2, 30);
@@ -86,7 +87,7 @@ impl<'a> Lines<'a> {
         let (mut x, mut line) = (MARGIN, 0);
         let mut places = Vec::new();
         for head in &self.seen.heads {
-            let room = BLOCK + 6 + text_width(&name(head), TEXT) + MARGIN;
+            let room = BLOCK + 6 + text_width(&head_name(head), TEXT) + MARGIN;
             if x > MARGIN && x + room > self.width() {
                 (x, line) = (MARGIN, line + 1);
             }
@@ -99,13 +100,8 @@ impl<'a> Lines<'a> {
         MARGIN + TITLE + 14 + self.legend().1 * (TEXT + 8) + 2 * TEXT
     }
     fn nan(&self) -> bool {
-        self.lines().iter().any(|line| line.3.is_nan())
+        self.lines.iter().any(|line| line.3.is_nan())
     }
-}
-
-/// `head 3`, or what a mean is called.
-fn name(head: &str) -> String {
-    if head.parse::<usize>().is_ok() { format!("head {head}") } else { head.into() }
 }
 
 impl Picture for Lines<'_> {
@@ -115,7 +111,7 @@ impl Picture for Lines<'_> {
         (self.width(), (i64::from(self.top() + note + MARGIN) + rows).min(1 << 24) as i32)
     }
     fn marks(&self) -> usize {
-        self.lines().len()
+        self.lines.len()
     }
     fn texts(&self) -> Vec<&str> {
         self.queries.iter().chain(self.keys).map(String::as_str).chain([self.title]).collect()
@@ -129,7 +125,7 @@ impl Picture for Lines<'_> {
         for (head, (x, line)) in places.into_iter().enumerate() {
             let y = MARGIN + TITLE + 14 + line * (TEXT + 8) + TEXT / 2;
             rectangle(root, (x, y - BLOCK / 2), (x + BLOCK, y + BLOCK / 2), &colour(head))?;
-            text(root, &name(&self.seen.heads[head]), (x + BLOCK + 6, y), TEXT, LEFT, BLACK)?;
+            text(root, &head_name(&self.seen.heads[head]), (x + BLOCK + 6, y), TEXT, LEFT, BLACK)?;
         }
         let ((left, right), top, (step, size)) = (self.sides(), self.top(), self.row());
         let y = |n: usize| top + n as i32 * step + step / 2;
@@ -137,7 +133,7 @@ impl Picture for Lines<'_> {
         text(root, "query", (left - GAP, top - TEXT / 2 - 4), TEXT, RIGHT, GREY)?;
         text(root, "key", (keys, top - TEXT / 2 - 4), TEXT, LEFT, GREY)?;
 
-        for (head, i, j, weight) in self.lines() {
+        for &(head, i, j, weight) in &self.lines {
             // Heads side by side, where they would lie on each other.
             let heads = self.seen.heads.len() as i32;
             let apart = (2 * head as i32 + 1 - heads) * (step - 8).max(0) / (2 * heads);

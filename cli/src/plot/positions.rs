@@ -62,7 +62,7 @@ pub struct PositionsPlot {
     #[arg(long, value_name = "N")]
     heads: Option<usize>,
     /// Base of the rotary frequencies [default: 10000]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     base: Option<f64>,
     /// Rotary pairs are neighbours (GPT-J) instead of halves (Llama)
     #[arg(long)]
@@ -480,25 +480,22 @@ impl Chart {
         let count = self.lines.iter().map(|(_, values)| values.len()).max().unwrap_or(1);
         let x = self.first as f64..(self.first + count as i64 - 1).max(self.first + 1) as f64;
         let style = TextStyle::from((FONT, f64::from(TEXT)).into_font());
+        let number = |value: &f64| heatmap::number(*value, most - least);
+        let widest = [least - room, most + room].map(|end| text_width(&number(&end), TEXT)).into_iter().max();
         let mut chart = ChartBuilder::on(area)
             .margin_left(MARGIN)
             .margin_right(2 * MARGIN)
             .margin_top(MARGIN / 2)
             .x_label_area_size(3 * TEXT + 10)
-            .y_label_area_size(text_width("-000.00", TEXT) + TEXT + 14)
+            .y_label_area_size(widest.unwrap_or(0).max(4 * TEXT) + TEXT + 20)
             .build_cartesian_2d(x, least - room..most + room)?;
-        let number = |value: &f64| {
-            let text = format!("{value:.5}");
-            let text = text.trim_end_matches('0').trim_end_matches('.');
-            if text == "-0" { "0".into() } else { text.to_string() }
-        };
         chart
             .configure_mesh()
             .bold_line_style(RGBColor(0xdd, 0xdd, 0xdd))
             .light_line_style(TRANSPARENT)
             .x_labels(9)
             .y_labels(7)
-            .x_label_formatter(&number)
+            .x_label_formatter(&|distance| heatmap::number(*distance, count as f64))
             .y_label_formatter(&number)
             .label_style(style.clone())
             .axis_desc_style(style)

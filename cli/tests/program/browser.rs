@@ -10,8 +10,16 @@ use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
 /// Names that browsers with this protocol go by; `CHROME` names another.
-const NAMES: [&str; 6] =
-    ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge"];
+const NAMES: [&str; 8] = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "microsoft-edge",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+];
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A headless browser with one page.
@@ -99,7 +107,10 @@ impl Browser {
         }
         let screen = json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false });
         browser.call("Emulation.setDeviceMetricsOverride", screen);
-        browser.call("Page.navigate", json!({ "url": format!("file://{}", page.display()) }));
+        // A drive letter needs a slash before it.
+        let path = page.display().to_string().replace('\\', "/");
+        let url = format!("file:///{}", path.trim_start_matches('/'));
+        browser.call("Page.navigate", json!({ "url": url }));
         browser.wait("document.readyState === 'complete' && location.protocol === 'file:'");
         browser
     }

@@ -197,7 +197,7 @@ fn positions_that_cannot_be_drawn_say_why() {
     refused(&["spiral"], 2, "rotary");
     refused(&["rotary", "--dim", "7"], 1, "the rotary dimension 7 must be even");
     refused(&["rotary", "--dim", "0"], 1, "must be even and positive");
-    refused(&["rotary", "--base", "-1"], 2, "-1");
+    refused(&["rotary", "--base", "-1"], 1, "base = -1 must be positive");
     refused(&["rotary", "--base", "0"], 1, "base = 0 must be positive");
     refused(&["sinusoidal", "--dim", "0"], 1, "dim ≥ 1");
     refused(&["sinusoidal", "--len", "0"], 2, "--len 0");
@@ -207,7 +207,7 @@ fn positions_that_cannot_be_drawn_say_why() {
     refused(&["learned"], 2, "--table");
     refused(&["learned", "--table", "table.npy", "--len", "10"], 1, "[9, 8]");
     refused(&["learned", "--table", "table.npy", "--dim", "9"], 1, "--dim 9");
-    refused(&["t5", "--table", "table.npy", "--heads", "9"], 1, "num_buckets = 9");
+    refused(&["t5", "--table", "table.npy"], 1, "num_buckets = 9");
     refused(&["t5", "--table", "table.npy", "--causal", "--heads", "9"], 1, "more than the 8 heads");
     refused(&["t5", "--max-distance", "3"], 1, "max_distance = 3");
     refused(&["sinusoidal", "-o", "out.gif"], 2, ".png or .svg");
@@ -356,6 +356,7 @@ fn attention_that_cannot_be_drawn_says_why() {
     save_npy(&at("w.npy"), &[2, 3, 4], &weights(2, 3, 4));
     save_npy(&at("scores.npy"), &[1, 2, 2], &[0.5, 0.5, 1.5, -0.5]);
     save_npy(&at("flat.npy"), &[4], &[0.25; 4]);
+    save_npy(&at("even.npy"), &[4, 170, 170], &vec![1.0 / 170.0; 4 * 170 * 170]);
     save_npy(&at("empty.npy"), &[0, 2, 2], &[]);
     std::fs::write(at("bad.json"), "[\"a\", 3]").unwrap();
     let refused = |args: &[&str], status: i32, part: &str| {
@@ -364,6 +365,8 @@ fn attention_that_cannot_be_drawn_says_why() {
     refused(&["--weights", "scores.npy"], 1, "1.5 at head 0, query 1, key 0; attention weights lie between 0 and 1");
     refused(&["--weights", "flat.npy"], 1, "[4] must be [batch, heads, len_q, len_k]");
     refused(&["--weights", "empty.npy"], 1, "[0, 2, 2] holds no weights");
+    refused(&["--weights", "even.npy", "--lines"], 1, "115600 lines are more than 100000");
+    refused(&["--weights", "even.npy", "-o", "out.svg"], 1, "take .png");
     refused(&["--weights", "absent.npy"], 1, "no such file");
     refused(&["--weights", "w.npy", "--tokens", "a,b"], 1, "2 tokens for 3 queries");
     refused(&["--weights", "w.npy", "--tokens", "a,b,c"], 2, "--key-tokens");
