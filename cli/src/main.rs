@@ -43,6 +43,7 @@ Examples:
   attn check tests/cases/onnx                      hold a folder of cases against their answers
   attn bench --shape P1 --adapter all              how long calls take
   attn tune --shape P1                             find the fastest kernels, and keep them
+  attn plot attention --html page.html             where each head looks, as a page to explore
 
 Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call."
 )]

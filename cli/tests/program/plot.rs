@@ -27,15 +27,52 @@ impl Svg {
     fn read(path: &Path) -> Svg {
         Svg(std::fs::read_to_string(path).expect("the file is there"))
     }
-    /// Width and fill of rectangles of a size, in the order of the file.
-    fn cells(&self, width: i32, height: i32) -> Vec<String> {
+    /// Fills of the squares with a side of `side` pixels, row by row within each of `matrices`, and these in reading
+    /// order.
+    #[track_caller]
+    fn cells(&self, side: i32, matrices: usize) -> Vec<String> {
         let document = roxmltree::Document::parse(&self.0).expect("valid XML");
-        let (width, height) = (width.to_string(), height.to_string());
-        let of = |node: &roxmltree::Node<'_, '_>| {
-            node.attribute("width") == Some(&width) && node.attribute("height") == Some(&height)
-        };
+        let number = |node: roxmltree::Node<'_, '_>, name: &str| node.attribute(name).expect("a number").parse::<i32>();
         let rectangles = document.descendants().filter(|node| node.has_tag_name("rect"));
-        rectangles.filter(of).map(|node| node.attribute("fill").expect("filled").to_string()).collect()
+        let mut cells: Vec<([i32; 2], String)> = rectangles
+            .filter(|&node| ["width", "height"].iter().all(|name| number(node, name) == Ok(side)))
+            .map(|node| (["y", "x"].map(|name| number(node, name).unwrap()), node.attribute("fill").unwrap().into()))
+            .collect();
+        assert!(!cells.is_empty() && cells.len().is_multiple_of(matrices), "{} cells", cells.len());
+        let each = cells.len() / matrices;
+        let mut origins = Vec::new();
+        for matrix in cells.chunks_exact_mut(each) {
+            matrix.sort();
+            origins.push(matrix[0].0);
+            // No cell on another, and no gap.
+            let ([top, left], [bottom, right]) = (matrix[0].0, matrix[each - 1].0);
+            assert_eq!(((bottom - top) / side + 1) * ((right - left) / side + 1), each as i32);
+        }
+        assert!(origins.is_sorted(), "{origins:?}");
+        cells.into_iter().map(|(_, fill)| fill).collect()
+    }
+    /// The first line of a chart stands for `values`: evenly along, and as high as they are large.
+    #[track_caller]
+    fn charts(&self, values: &[f64]) {
+        let document = roxmltree::Document::parse(&self.0).expect("valid XML");
+        let blue = |node: &roxmltree::Node<'_, '_>| {
+            node.has_tag_name("polyline") && node.attribute("stroke") == Some("#0072B2")
+        };
+        let line = document.descendants().find(blue).expect("a line");
+        let points: Vec<Vec<f64>> = (line.attribute("points").expect("points").split_whitespace())
+            .map(|point| point.split(',').map(|number| number.parse().expect("a number")).collect())
+            .collect();
+        assert_eq!(points.len(), values.len());
+        let extreme = |sign: f64| (0..values.len()).max_by(|&a, &b| (sign * values[a]).total_cmp(&(sign * values[b])));
+        let (least, most) = (extreme(-1.0).unwrap(), extreme(1.0).unwrap());
+        assert!(points[least][1] > points[most][1] + 40.0, "larger values stand higher");
+        let (first, last) = (points[0][0], points[points.len() - 1][0]);
+        for (n, point) in points.iter().enumerate() {
+            let x = first + n as f64 / (values.len() - 1) as f64 * (last - first);
+            let part = (values[n] - values[least]) / (values[most] - values[least]);
+            let y = points[least][1] + part * (points[most][1] - points[least][1]);
+            assert!((point[0] - x).abs() <= 1.5 && (point[1] - y).abs() <= 1.5, "{point:?} instead of {x}, {y}");
+        }
     }
     fn texts(&self) -> Vec<String> {
         let document = roxmltree::Document::parse(&self.0).expect("valid XML");
@@ -122,7 +159,10 @@ fn every_method_draws_what_the_library_says() {
 
     let table = sinusoidal(0, 12, 10).unwrap();
     let svg = draw(&["sinusoidal", "--len", "12", "--dim", "10"]);
-    assert_eq!(svg.cells(32, 32), scaled(table.data(), -1.0, 1.0));
+    assert_eq!(svg.cells(32, 1), scaled(table.data(), -1.0, 1.0));
+    let row = |n: usize| table.data()[n * 10..][..10].iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    svg.charts(&(0..12).map(|n| dot(&row(0), &row(n))).collect::<Vec<_>>());
     for text in ["position", "dimension", "distance", "dot product", "-1.00", "11"] {
         assert!(svg.texts().iter().any(|shown| shown == text), "{text}: {:?}", svg.texts());
     }
@@ -134,16 +174,22 @@ fn every_method_draws_what_the_library_says() {
         let angle = |n: usize| (n / 6) as f64 * 100f64.powf(-2.0 * pair[n % 6] as f64 / 6.0);
         let mut expected: Vec<f32> = (0..30).map(|n| angle(n).cos() as f32).collect();
         expected.extend((0..30).map(|n| angle(n).sin() as f32));
-        assert_eq!(svg.cells(32, 32), scaled(&expected, -1.0, 1.0));
+        assert_eq!(svg.cells(32, 2), scaled(&expected, -1.0, 1.0));
+        // Σ cos(distance · frequency) over the pairs, as many as columns / 2, of a unit vector.
+        let product =
+            |n: usize| (0..3).map(|i| (n as f64 * 100f64.powf(-2.0 * i as f64 / 6.0)).cos()).sum::<f64>() / 3.0;
+        svg.charts(&(0..5).map(product).collect::<Vec<_>>());
     }
 
     let bias = alibi::bias(Device::Cpu, 3, 1, 20, 19).unwrap().download().unwrap();
     let (least, most) = range(&bias);
-    assert_eq!(draw(&["alibi", "--heads", "3", "--len", "20"]).cells(32, 32), scaled(&bias, least, most));
+    let svg = draw(&["alibi", "--heads", "3", "--len", "20"]);
+    assert_eq!(svg.cells(32, 1), scaled(&bias, least, most));
+    svg.charts(&bias[..20].iter().map(|&x| f64::from(x)).collect::<Vec<_>>());
     let bias = alibi::bias(Device::Cpu, 3, 1, 19, 9).unwrap().download().unwrap();
     let (least, most) = range(&bias);
     let svg = draw(&["alibi", "--heads", "3", "--len", "10", "--bidirectional"]);
-    assert_eq!(svg.cells(32, 32), scaled(&bias, least, most));
+    assert_eq!(svg.cells(32, 1), scaled(&bias, least, most));
 
     let learned = numbers(32 * 4, 1.0);
     save(&at("t5.safetensors"), &[floats("bias", &[32, 4], &learned), floats("other", &[1], &[0.0])]);
@@ -153,18 +199,21 @@ fn every_method_draws_what_the_library_says() {
         args.extend(causal.then_some("--causal"));
         let bias = t5::bias(&table, &t5::Buckets::new(!causal), 1, keys, 9).unwrap().download().unwrap();
         let (least, most) = range(&bias[..3 * keys]);
-        assert_eq!(draw(&args).cells(32, 32), scaled(&bias[..3 * keys], least, most));
+        assert_eq!(draw(&args).cells(32, 1), scaled(&bias[..3 * keys], least, most));
     }
     let buckets = t5::Buckets { num_buckets: 8, max_distance: 20, bidirectional: false };
     let numbers_of: Vec<f32> = (-11..=0).map(|distance| buckets.bucket(distance).unwrap() as f32).collect();
     let svg = draw(&["t5", "--causal", "--buckets", "8", "--max-distance", "20", "--len", "12"]);
-    assert_eq!(svg.cells(32, 32), scaled(&numbers_of, 0.0, range(&numbers_of).1));
+    assert_eq!(svg.cells(32, 1), scaled(&numbers_of, 0.0, range(&numbers_of).1));
 
     let learned = numbers(9 * 8, 2.0);
     save_npy(&at("table.npy"), &[9, 8], &learned);
     let (least, most) = range(&learned[..7 * 8]);
     let svg = draw(&["learned", "--table", "table.npy", "--len", "7"]);
-    assert_eq!(svg.cells(32, 32), scaled(&learned[..7 * 8], least, most));
+    assert_eq!(svg.cells(32, 1), scaled(&learned[..7 * 8], least, most));
+    let row = |n: usize| learned[n * 8..][..8].iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    let mean = |d: usize| (0..7 - d).map(|n| dot(&row(n), &row(n + d))).sum::<f64>() / (7 - d) as f64;
+    svg.charts(&(0..7).map(mean).collect::<Vec<_>>());
 }
 
 #[test]
@@ -232,14 +281,14 @@ fn the_sentence_is_drawn_in_every_way() {
     let head = |h: usize| (0..256).map(|n| of(h, n / 16, n % 16)).collect::<Vec<_>>();
     let grid: Vec<f64> = (0..12).flat_map(head).collect();
     let svg = draw(&[]);
-    alike(&svg.cells(16, 16), &colours(grid, 1.0));
+    alike(&svg.cells(16, 12), &colours(grid, 1.0));
     assert_eq!(svg.texts().iter().filter(|text| *text == "animal").count(), 3 + 4, "outer sides only");
     let svg = draw(&["--head", "1"]);
-    alike(&svg.cells(44, 44), &colours(head(1), 1.0));
+    alike(&svg.cells(44, 1), &colours(head(1), 1.0));
     assert!(svg.texts().contains(&".68".to_string()));
     let mean: Vec<f64> = (0..256).map(|n| (head(1)[n] + head(8)[n]) / 2.0).collect();
     let most = (mean.iter().copied().fold(0.0, f64::max) / 0.05).ceil() * 0.05;
-    alike(&draw(&["--head", "1,8", "--average"]).cells(44, 44), &colours(mean, most));
+    alike(&draw(&["--head", "1,8", "--average"]).cells(44, 1), &colours(mean, most));
 
     // Lines are as opaque as weights are large; those nobody could see are left out.
     let visible = |weights: Vec<f64>| {
@@ -286,7 +335,7 @@ fn own_weights_and_own_queries_are_drawn() {
         plot(folder.path(), &[&["attention", "-o", "out.svg"], args].concat()).succeeded();
         let svg = Svg::read(&at("out.svg"));
         svg.nothing_is_cut();
-        (svg.cells(44, 44), svg.texts())
+        (svg.cells(44, 1), svg.texts())
     };
     let expected = |data: &[f32]| {
         let most = data.iter().copied().fold(0.0, f32::max);
