@@ -7,7 +7,7 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 /// Its name; an SVG file carries it, and a viewer has a monospaced font of its own.
 pub const FONT: &str = "monospace";
 /// The advance of a monospaced font (0.6 em and a little) relative to its size, which plotters takes as 1.24 em.
-const ADVANCE: f64 = 0.51;
+const ADVANCE: f64 = 0.53;
 /// The columns of a label; a longer token loses its middle.
 const LONGEST: usize = 28;
 

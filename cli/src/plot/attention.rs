@@ -24,8 +24,7 @@ Without --weights, --q and --k: the sentence and layer of `attn` without a comma
 
 Weights are [heads, len_q, len_k] or [batch, heads, len_q, len_k] (one head: [len_q, len_k]), as \
 `attn run --weights` and `attn mha --return-weights` write them; of a file with several tensors the one called \
-weights, or FILE:NAME. With --q and --k ([.., heads, len, dim]) the library computes them; for masks and biases, \
-let `attn run IN -o OUT --weights` do it.
+weights, or FILE:NAME. With --q and --k ([.., heads, len, dim]) the library computes them.
 
 Every head is drawn unless --head, --average or --lines say otherwise. Labels shrink with their cells, down to \
 13 pixels; then only every 2nd, 5th, 10th, ... token has one, with its number. A token of more than 28 columns \
@@ -48,8 +47,12 @@ pub struct AttentionPlot {
     /// Keys, likewise
     #[arg(long, value_name = "FILE", requires = "q")]
     k: Option<String>,
-    #[command(flatten)]
-    attention: AttentionArgs,
+    /// A boolean mask over queries and keys (needs --mask), for --q and --k
+    #[arg(long, value_name = "FILE", requires = "q")]
+    attn_mask: Option<String>,
+    /// An additive bias over queries and keys, for --q and --k
+    #[arg(long, value_name = "FILE", requires = "q")]
+    bias: Option<String>,
     /// Which batch entry of four axes [default: 0]
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
@@ -80,6 +83,8 @@ pub struct AttentionPlot {
     /// A page to explore: one file, no network
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    #[command(flatten)]
+    attention: AttentionArgs,
 }
 
 /// Weights with their tokens.
@@ -200,7 +205,7 @@ impl AttentionPlot {
     fn seen(&self, adapter: Option<&str>) -> Result<Seen> {
         if self.attention.any() && self.q.is_none() {
             usage!(
-                "--causal, --window, --softcap and --scale say how weights come from --q and --k; without them \
+                "--causal, --window, --softcap, --scale and --mask say how weights come from --q and --k; without them \
                     weights are drawn as they are"
             );
         }
@@ -268,17 +273,25 @@ impl AttentionPlot {
 
     /// `[.., heads, len_q, len_k]` of the library.
     fn compute(&self, q: &str, k: &str, adapter: Option<&str>) -> Result<Array> {
-        if self.attention.mask.is_some() {
-            usage!(
-                "there is no mask here; `attn run IN -o OUT --weights --mask ..` takes one, and --weights OUT draws it"
-            );
+        if self.attention.mask.is_some() && self.attn_mask.is_none() {
+            usage!("--mask says what a mask means, but there is no --attn-mask");
         }
         let (q, k) = (files::read_named(q)?, files::read_named(k)?);
+        let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
+        let (mask, bias) = (read(&self.attn_mask)?, read(&self.bias)?);
         let target = target::target(adapter)?;
         target.announce();
-        let (q, k) = (q.upload("q", &target.device)?, k.upload("k", &target.device)?);
+        let device = &target.device;
+        let (q, k) = (q.upload("q", device)?, k.upload("k", device)?);
+        let mut attention = self.attention.attention().weights(Weights::PerHead);
+        if let Some(mask) = &mask {
+            attention = attention.mask(self.attention.meant("attention mask", mask, device)?);
+        }
+        if let Some(bias) = &bias {
+            attention = attention.bias(bias.upload("bias", device)?);
+        }
         // Weights do not depend on values: the keys stand in for them.
-        let attended = self.attention.attention().weights(Weights::PerHead).forward(&q, &k, &k)?;
+        let attended = attention.forward(&q, &k, &k)?;
         Array::download(&attended.weights.expect("asked for"))
     }
 }

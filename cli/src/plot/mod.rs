@@ -13,7 +13,7 @@ use crate::error::Result;
 #[derive(Subcommand, Debug)]
 pub enum PlotCommand {
     /// Attention weights: every head, one head, their mean, or lines from token to token
-    Attention(attention::AttentionPlot),
+    Attention(Box<attention::AttentionPlot>),
     /// A positional encoding, and what it says of distances
     Positions(positions::PositionsPlot),
 }

@@ -346,7 +346,12 @@ fn biases(title: String, values: Vec<f32>, heads: usize, keys: usize, first: i64
     Ok(Encoding {
         title,
         scale: Scale::of(values.iter().copied()),
-        chart: Chart { x: DISTANCE, y: if heads > MOST_HEADS { "bias, first 28 heads" } else { "bias" }, first, lines },
+        chart: Chart {
+            x: DISTANCE,
+            y: if heads > MOST_HEADS { "bias of the first heads" } else { "bias" },
+            first,
+            lines,
+        },
         panels: vec![Panel { title: "", rows: ("head", 0, heads), columns: (DISTANCE, first, keys), values }],
     })
 }

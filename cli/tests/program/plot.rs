@@ -361,6 +361,22 @@ fn own_weights_and_own_queries_are_drawn() {
     let truth = attention.forward(&tensor(&q), &tensor(&k), &tensor(&k)).unwrap().weights.unwrap().download().unwrap();
     let call = ["--q", "qk.safetensors:q", "--k", "qk.safetensors:k", "--causal", "top-left", "--scale", "2"];
     alike(&head(&[&call[..], &["--head", "1"]].concat()).0, &expected(&truth[9..]));
+
+    // A mask and a bias, under the meaning that is given.
+    let hides = [false, true, false, true, false, false, false, false, true];
+    let bias = numbers(9, 7.0);
+    let mask = ("mask", safetensors::Dtype::BOOL, vec![3, 3], hides.map(u8::from).to_vec());
+    save(&at("more.safetensors"), &[mask, floats("bias", &[3, 3], &bias)]);
+    let device = Device::Cpu;
+    let mask = wgpu_attention::Mask::drop(Tensor::from_bools(&device, &[3, 3], &hides).unwrap()).unwrap();
+    let attention = Attention::new().mask(mask).bias(Tensor::from_slice(&device, &[3, 3], &bias).unwrap());
+    let attention = attention.weights(Weights::PerHead);
+    let truth = attention.forward(&tensor(&q), &tensor(&k), &tensor(&k)).unwrap().weights.unwrap().download().unwrap();
+    let more = ["--attn-mask", "more.safetensors:mask", "--mask", "drop", "--bias", "more.safetensors:bias"];
+    alike(&head(&[&call[..4], &more, &["--head", "0"]].concat()).0, &expected(&truth[..9]));
+    let unclear = [&["attention"][..], &call[..4], &more[..2]].concat();
+    plot(folder.path(), &unclear).refused(2, "--mask keep");
+    plot(folder.path(), &[&["attention"][..], &call[..4], &["--mask", "keep"]].concat()).refused(2, "no --attn-mask");
 }
 
 #[test]
@@ -443,6 +459,11 @@ fn shown(browser: &mut Browser, head: &str) -> Vec<String> {
     browser.text(&format!("({ROW})('{head}')")).split(' ').map(str::to_string).collect()
 }
 
+const SENTENCE: [&str; 16] = [
+    "[CLS]", "the", "animal", "didn", "'", "t", "cross", "the", "street", "because", "it", "was", "too", "tired", ".",
+    "[SEP]",
+];
+
 /// A weight as the page writes it.
 fn written(weight: f64) -> String {
     let number = format!("{:.2}", weight as f32);
@@ -508,7 +529,13 @@ fn a_mouse_on_a_token_shows_what_each_head_attends_to() {
     assert_eq!(shown(browser, "head 1"), row(1, 3));
     browser.key("End", 35);
     assert_eq!(shown(browser, "head 1"), row(1, 15));
-    assert!(browser.text("document.getElementById('said').textContent").starts_with("“[SEP]” (15) attends most to "));
+    let mean = |j: usize| (0..12).map(|h| all[(h * 24 + 15) * 24 + j]).sum::<f64>() / 12.0;
+    let mut order: Vec<usize> = (0..16).collect();
+    order.sort_by(|&a, &b| mean(b).total_cmp(&mean(a)));
+    let names: Vec<String> =
+        order[..3].iter().map(|&j| format!("{}\u{a0}{}", SENTENCE[j], &format!("{:.3}", mean(j))[1..])).collect();
+    let said = format!("“[SEP]” (15) attends most to {} in the mean of 12 heads.", names.join(", "));
+    assert_eq!(browser.text("document.getElementById('said').textContent"), said);
     assert_eq!(browser.text("document.activeElement.textContent"), "[SEP]");
 
     // Heads can be hidden.
@@ -555,7 +582,11 @@ fn hostile_tokens_and_nan_stay_text_on_a_phone() {
     assert_eq!(shown(browser, "head 1"), ["NaN"; 6]);
     assert_eq!(shown(browser, "head 0")[0], "NaN");
     assert_eq!(shown(browser, "head 0")[1], written(own[1].into()));
-    assert!(browser.text("document.getElementById('said').textContent").contains("has only weights that are NaN"));
+    assert!(
+        browser
+            .text("document.getElementById('said').textContent")
+            .ends_with(" (0) has only weights that are NaN in the mean of 2 heads.")
+    );
     browser.tap(&button(2));
     browser.wait(&format!("{}.getAttribute('aria-pressed') === 'true'", button(2)));
     let row: Vec<String> = own[12..18].iter().map(|&weight| written(weight.into())).collect();
