@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anstyle::{AnsiColor, Style};
-use wgpu_attention::{Attention, Mask, MultiHeadAttention, StateDict, Weights};
+use wgpu_attention::{Attention, Device, Mask, MultiHeadAttention, StateDict, Tensor, Weights};
 
 use crate::array::Array;
 use crate::check::compare::largest_difference;
@@ -51,6 +51,14 @@ impl Example {
             weights: case.need("expected.weights")?,
         })
     }
+
+    /// The layer, what it attends over, and how.
+    fn upload(&self, device: &Device) -> Result<(MultiHeadAttention, Tensor, Attention)> {
+        let layer = MultiHeadAttention::from_state_dict(device, &self.state, "", HEADS)?;
+        let padding = Mask::drop(self.padding.upload_bools("key_padding_mask", device)?)?;
+        let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
+        Ok((layer, self.x.upload("x", device)?, attention))
+    }
 }
 
 pub fn demo(adapter: Option<&str>) -> Result<()> {
@@ -88,10 +96,7 @@ pub fn demo(adapter: Option<&str>) -> Result<()> {
 /// Runs the layer and prints what came of it: whether it is right, and the weights.
 fn attend(target: &Target, example: &Example) -> Result<(bool, Vec<f32>)> {
     let device = &target.device;
-    let layer = MultiHeadAttention::from_state_dict(device, &example.state, "", HEADS)?;
-    let x = example.x.upload("x", device)?;
-    let padding = Mask::drop(example.padding.upload_bools("key_padding_mask", device)?)?;
-    let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
+    let (layer, x, attention) = example.upload(device)?;
     let call = || -> Result<(Duration, Vec<f32>, Vec<f32>)> {
         let start = Instant::now();
         let result = layer.forward(&x, &x, &x, &attention)?;
@@ -124,11 +129,7 @@ pub fn sentence(adapter: Option<&str>) -> Result<(Vec<String>, Vec<f32>)> {
     let example = Example::load()?;
     let target = target::target(adapter)?;
     target.announce();
-    let device = &target.device;
-    let layer = MultiHeadAttention::from_state_dict(device, &example.state, "", HEADS)?;
-    let x = example.x.upload("x", device)?;
-    let padding = Mask::drop(example.padding.upload_bools("key_padding_mask", device)?)?;
-    let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
+    let (layer, x, attention) = example.upload(&target.device)?;
     let weights = layer.forward(&x, &x, &x, &attention)?.weights.expect("asked for").download()?;
     let len = example.tokens.len();
     Ok((example.tokens, (0..HEADS).flat_map(|head| head_of_sentence(&weights, head, len)).collect()))
