@@ -81,6 +81,10 @@ impl Array {
         matches!(self.values, Values::Bool(_))
     }
 
+    pub fn is_float(&self) -> bool {
+        !matches!(self.values, Values::Bool(_) | Values::Int(_))
+    }
+
     /// The tensor type of a float array; what `name` must be otherwise.
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
         match self.values {

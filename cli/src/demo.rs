@@ -5,13 +5,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anstyle::{AnsiColor, Style};
-use wgpu_attention::{Attention, Mask, MultiHeadAttention, StateDict, Weights};
+use wgpu_attention::{Attention, Device, Mask, MultiHeadAttention, StateDict, Tensor, Weights};
 
 use crate::array::Array;
 use crate::check::compare::largest_difference;
 use crate::error::{Error, Result, fail};
 use crate::files::TensorFile;
-use crate::heatmap::{self, Heatmap};
+use crate::heatmap::{Heatmap, Scale};
+use crate::picture;
 use crate::target::{self, Target};
 
 const WEIGHTS: &[u8] = include_bytes!("../data/minilm-layer3.weights.safetensors");
@@ -50,6 +51,14 @@ impl Example {
             weights: case.need("expected.weights")?,
         })
     }
+
+    /// The layer, what it attends over, and how.
+    fn upload(&self, device: &Device) -> Result<(MultiHeadAttention, Tensor, Attention)> {
+        let layer = MultiHeadAttention::from_state_dict(device, &self.state, "", HEADS)?;
+        let padding = Mask::drop(self.padding.upload_bools("key_padding_mask", device)?)?;
+        let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
+        Ok((layer, self.x.upload("x", device)?, attention))
+    }
 }
 
 pub fn demo(adapter: Option<&str>) -> Result<()> {
@@ -69,14 +78,12 @@ pub fn demo(adapter: Option<&str>) -> Result<()> {
         anstream::println!();
     }
     if let Some(weights) = last {
-        let head = head_of_sentence(&weights, example.tokens.len());
+        let head = head_of_sentence(&weights, HEAD, example.tokens.len());
         show_word(&example.tokens, &head)?;
         let path = Path::new(PICTURE);
         let title = format!("layer 3, head {HEAD}: what each token attends to");
-        heatmap::write(
-            path,
-            &Heatmap { title: &title, rows: &example.tokens, columns: &example.tokens, values: &head },
-        )?;
+        let (tokens, scale) = (&example.tokens, Scale { least: 0.0, most: 1.0 });
+        picture::write(path, &Heatmap { title: &title, rows: tokens, columns: tokens, values: &head, scale })?;
         let folder = std::env::current_dir().unwrap_or_default();
         anstream::println!("\nheatmap of head {HEAD} written to {}", folder.join(path).display());
     }
@@ -89,10 +96,7 @@ pub fn demo(adapter: Option<&str>) -> Result<()> {
 /// Runs the layer and prints what came of it: whether it is right, and the weights.
 fn attend(target: &Target, example: &Example) -> Result<(bool, Vec<f32>)> {
     let device = &target.device;
-    let layer = MultiHeadAttention::from_state_dict(device, &example.state, "", HEADS)?;
-    let x = example.x.upload("x", device)?;
-    let padding = Mask::drop(example.padding.upload_bools("key_padding_mask", device)?)?;
-    let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
+    let (layer, x, attention) = example.upload(device)?;
     let call = || -> Result<(Duration, Vec<f32>, Vec<f32>)> {
         let start = Instant::now();
         let result = layer.forward(&x, &x, &x, &attention)?;
@@ -120,10 +124,21 @@ fn attend(target: &Target, example: &Example) -> Result<(bool, Vec<f32>)> {
     Ok((ok, weights))
 }
 
-/// `[len, len]` of sentence 0 without its padding, from `[2, 12, 24, 24]`.
-fn head_of_sentence(weights: &[f32], len: usize) -> Vec<f32> {
+/// The tokens of the sentence and the weights `[HEADS, len, len]` of the layer over it, computed on `adapter`.
+pub fn sentence(adapter: Option<&str>) -> Result<(Vec<String>, Vec<f32>)> {
+    let example = Example::load()?;
+    let target = target::target(adapter)?;
+    target.announce();
+    let (layer, x, attention) = example.upload(&target.device)?;
+    let weights = layer.forward(&x, &x, &x, &attention)?.weights.expect("asked for").download()?;
+    let len = example.tokens.len();
+    Ok((example.tokens, (0..HEADS).flat_map(|head| head_of_sentence(&weights, head, len)).collect()))
+}
+
+/// `[len, len]` of one head and sentence 0 without its padding, from `[2, 12, 24, 24]`.
+fn head_of_sentence(weights: &[f32], head: usize, len: usize) -> Vec<f32> {
     const PADDED: usize = 24;
-    let head = &weights[HEAD * PADDED * PADDED..][..PADDED * PADDED];
+    let head = &weights[head * PADDED * PADDED..][..PADDED * PADDED];
     head.chunks_exact(PADDED).take(len).flat_map(|row| &row[..len]).copied().collect()
 }
 

@@ -1,139 +1,381 @@
-//! A labelled heatmap as a PNG.
-
-use std::path::Path;
+//! Matrices as heatmaps: the parts, and one labelled heatmap.
 
 use plotters::prelude::*;
-use plotters::style::FontTransform;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::error::{Error, Result, fail};
-use crate::files;
-use crate::font::{self, FONT, text_width};
+use crate::font::text_width;
+use crate::picture::{ABOVE, Area, CENTRE, Drawn, LEFT, Picture, RIGHT, rectangle, text, upright};
 
-/// `values` is `[rows, columns]`, between 0 and 1.
-pub struct Heatmap<'a> {
-    pub title: &'a str,
-    pub rows: &'a [String],
-    pub columns: &'a [String],
-    pub values: &'a [f32],
+pub const TEXT: i32 = 20;
+/// Labels shrink with their cells down to this; then only every 2nd, 5th, 10th … has one.
+pub const SMALLEST: i32 = 13;
+pub const TITLE: i32 = 26;
+pub const MARGIN: i32 = 24;
+/// Between cells and labels.
+pub const GAP: i32 = 10;
+const BAR: i32 = 26;
+/// From this weight on a cell says its number.
+const NUMBERED: f32 = 0.1;
+/// What is not a number, in a colour that viridis does not have.
+pub const NAN: RGBColor = RGBColor(0xb4, 0xb4, 0xb4);
+
+/// A side of a matrix.
+#[derive(Clone, Copy)]
+pub enum Axis<'a> {
+    /// Labels as they are.
+    Names(&'a [String]),
+    /// `len` numbers from `first` on.
+    Numbers { first: i64, len: usize },
 }
 
-const CELL: i32 = 44;
-const TEXT: i32 = 20;
-const TITLE: i32 = 26;
-const MARGIN: i32 = 24;
-
-/// viridis: even steps in lightness, readable with any colour vision.
-fn colour(value: f32) -> RGBColor {
-    ViridisRGB.get_color(value.clamp(0.0, 1.0))
+/// The labels that have room, with the number of their cell.
+pub struct Labels {
+    pub size: i32,
+    pub shown: Vec<(usize, String)>,
+    /// The longest, in pixels.
+    pub length: i32,
 }
 
-pub fn write(path: &Path, map: &Heatmap<'_>) -> Result<()> {
-    if map.values.len() != map.rows.len() * map.columns.len() {
-        fail!("{} values do not fill {} rows of {}", map.values.len(), map.rows.len(), map.columns.len());
+impl Axis<'_> {
+    pub fn len(&self) -> usize {
+        match self {
+            Axis::Names(names) => names.len(),
+            Axis::Numbers { len, .. } => *len,
+        }
     }
-    let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot draw {}: {error}", path.display()));
-    font::register().map_err(|error| cannot(&error))?;
 
-    // The layout follows the labels, so that no text is cut.
-    let widest = |labels: &[String]| labels.iter().map(|label| text_width(label, TEXT)).max().unwrap_or(0);
-    let label_gap = 10;
-    let left = MARGIN + TEXT + 14 + widest(map.rows) + label_gap;
-    let grid = (map.columns.len() as i32 * CELL, map.rows.len() as i32 * CELL);
-    let top = MARGIN + TITLE + 20;
-    let bar_left = left + grid.0 + 34;
-    let bar_width = 26;
-    let width =
-        (bar_left + bar_width + 12 + text_width("1.00", TEXT) + MARGIN).max(text_width(map.title, TITLE) + 2 * MARGIN);
-    let height = top + grid.1 + label_gap + widest(map.columns) + 14 + TEXT + MARGIN;
-
-    let mut pixels = vec![0u8; (width * height * 3) as usize];
-    {
-        let root = BitMapBackend::with_buffer(&mut pixels, (width as u32, height as u32)).into_drawing_area();
-        root.fill(&WHITE).map_err(|error| cannot(&error))?;
-        let text = |text: &str, at: (i32, i32), size: i32, pos: Pos, turn: FontTransform, ink: &RGBColor| {
-            let style = TextStyle::from((FONT, f64::from(size)).into_font().transform(turn)).color(ink).pos(pos);
-            root.draw_text(text, &style, at).map_err(|error| cannot(&error))
+    /// The labels of cells that are `cell` wide, which stand side by side lengthwise (`level`) or not.
+    pub fn labels(&self, cell: i32, level: bool) -> Labels {
+        let size = cell.clamp(SMALLEST, TEXT);
+        let room = match self {
+            Axis::Numbers { first, len } if level => {
+                let widest =
+                    text_width(&first.to_string(), size).max(text_width(&(first + *len as i64).to_string(), size));
+                widest + GAP
+            }
+            _ => size,
         };
-        let rectangle = |from: (i32, i32), to: (i32, i32), ink: RGBColor| {
-            root.draw(&Rectangle::new([from, to], ink.filled())).map_err(|error| cannot(&error))
+        let steps = (0..).flat_map(|power| [1, 2, 5].map(|step| step * 10i64.pow(power)));
+        let every = steps.into_iter().find(|every| every * i64::from(cell) >= i64::from(room)).expect("steps grow");
+        let shown: Vec<(usize, String)> = match self {
+            Axis::Names(names) if every == 1 => names.iter().cloned().enumerate().collect(),
+            // With its number, since its neighbours are not there to count.
+            Axis::Names(names) => names
+                .iter()
+                .enumerate()
+                .step_by(every as usize)
+                .map(|(n, name)| (n, if *name == n.to_string() { name.clone() } else { format!("{n} {name}") }))
+                .collect(),
+            Axis::Numbers { first, len } => (0..*len)
+                .map(|n| (n, first + n as i64))
+                .filter(|(_, number)| number % every == 0)
+                .map(|(n, number)| (n, number.to_string()))
+                .collect(),
         };
-        let level = FontTransform::None;
-        text(map.title, (width / 2, MARGIN), TITLE, Pos::new(HPos::Center, VPos::Top), level.clone(), &BLACK)?;
+        let length = shown.iter().map(|(_, label)| text_width(label, size)).max().unwrap_or(0);
+        Labels { size, shown, length }
+    }
+}
 
-        for (i, row) in map.rows.iter().enumerate() {
-            let y = top + i as i32 * CELL;
-            text(
-                row,
-                (left - label_gap, y + CELL / 2),
-                TEXT,
-                Pos::new(HPos::Right, VPos::Center),
-                level.clone(),
-                &BLACK,
-            )?;
-            for j in 0..map.columns.len() {
-                let (x, value) = (left + j as i32 * CELL, map.values[i * map.columns.len() + j]);
-                rectangle((x, y), (x + CELL - 1, y + CELL - 1), colour(value))?;
-                // The weights that matter, in numbers too.
-                if value >= 0.1 {
-                    let ink = if value > 0.6 { BLACK } else { WHITE };
-                    let number = format!("{value:.2}");
-                    text(
-                        number.strip_prefix('0').unwrap_or(&number),
-                        (x + CELL / 2, y + CELL / 2),
-                        16,
-                        Pos::new(HPos::Center, VPos::Center),
-                        level.clone(),
-                        &ink,
-                    )?;
-                }
+/// Which values the first and the last colour stand for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scale {
+    pub least: f32,
+    pub most: f32,
+}
+
+impl Scale {
+    /// From the least to the most of `values`, NaN aside.
+    pub fn of(values: impl Iterator<Item = f32>) -> Scale {
+        let (least, most) = values
+            .filter(|value| value.is_finite())
+            .fold((f32::INFINITY, f32::NEG_INFINITY), |(least, most), value| (least.min(value), most.max(value)));
+        if least <= most { Scale { least, most } } else { Scale { least: 0.0, most: 1.0 } }
+    }
+
+    /// From 0 to the largest of weights, rounded up to half a power of ten.
+    pub fn of_weights(weights: &[f32]) -> Scale {
+        let most = f64::from(Scale::of(weights.iter().copied()).most);
+        let step = 10f64.powf(most.log10().floor()) / 2.0;
+        let most = if most > 0.0 { ((most / step - 1e-6).ceil() * step).min(1.0) } else { 1.0 };
+        Scale { least: 0.0, most: most as f32 }
+    }
+
+    /// Where `value` lies, between 0 and 1.
+    fn part(&self, value: f32) -> f32 {
+        let range = self.most - self.least;
+        if range > 0.0 { ((value - self.least) / range).clamp(0.0, 1.0) } else { 0.5 }
+    }
+
+    /// viridis: even steps in lightness, readable with any colour vision.
+    pub fn colour(&self, value: f32) -> RGBColor {
+        if value.is_nan() { NAN } else { ViridisRGB.get_color(self.part(value)) }
+    }
+
+    /// The ink that stands out from that colour.
+    fn ink(&self, value: f32) -> RGBColor {
+        if value.is_nan() || self.part(value) > 0.45 { BLACK } else { WHITE }
+    }
+
+    fn ticks(&self) -> Vec<(f64, String)> {
+        let (least, range) = (f64::from(self.least), f64::from(self.most) - f64::from(self.least));
+        let number = |value: f64| number(value, range);
+        let parts = if range > 0.0 { 4 } else { 0 };
+        (0..=parts).map(|n| f64::from(n) / 4.0).map(|part| (part, number(least + part * range))).collect()
+    }
+}
+
+/// A number on a scale that spans `range`.
+pub fn number(value: f64, range: f64) -> String {
+    let decimals = 2 - if range > 0.0 { range.log10().round() as i32 } else { -1 };
+    match value.abs() {
+        size if size >= 1e6 || decimals > 6 => format!("{value:.2e}"),
+        // Not −0.
+        _ => format!("{:.*}", decimals.max(0) as usize, value + 0.0),
+    }
+}
+
+/// A matrix of cells, `[rows, columns]`.
+pub struct Cells<'a> {
+    pub values: &'a [f32],
+    pub rows: Axis<'a>,
+    pub columns: Axis<'a>,
+    /// Of one cell, in pixels.
+    pub cell: (i32, i32),
+    pub scale: Scale,
+}
+
+/// The largest cell up to `most` of which `count` fit into `room` pixels; at least one pixel.
+pub fn cell(count: usize, room: i32, most: i32) -> i32 {
+    (i64::from(room) / count.max(1) as i64).clamp(1, i64::from(most)) as i32
+}
+
+impl Cells<'_> {
+    pub fn width(&self) -> i32 {
+        i32::try_from(self.columns.len() as i64 * i64::from(self.cell.0)).unwrap_or(i32::MAX / 4)
+    }
+    pub fn height(&self) -> i32 {
+        i32::try_from(self.rows.len() as i64 * i64::from(self.cell.1)).unwrap_or(i32::MAX / 4)
+    }
+
+    pub fn draw<B: DrawingBackend>(&self, root: &Area<B>, (left, top): (i32, i32)) -> Drawn<B> {
+        let (width, height) = self.cell;
+        let numbers = width >= 40 && height >= TEXT;
+        for (n, &value) in self.values.iter().enumerate() {
+            let (i, j) = (n / self.columns.len(), n % self.columns.len());
+            let (x, y) = (left + j as i32 * width, top + i as i32 * height);
+            // An SVG's rectangle ends before its corner, a bitmap's on it: the next cell covers that.
+            rectangle(root, (x, y), (x + width, y + height), &self.scale.colour(value))?;
+            if numbers && (value.is_nan() || value >= NUMBERED) {
+                let number = if value.is_nan() { "NaN".into() } else { short(value) };
+                text(root, &number, (x + width / 2, y + height / 2), 16, CENTRE, self.scale.ink(value))?;
+            } else if value.is_nan() && width.min(height) >= 6 {
+                root.draw(&PathElement::new([(x + 1, y + height - 1), (x + width - 1, y + 1)], BLACK))?;
             }
         }
-        let below = top + grid.1 + label_gap;
-        for (j, column) in map.columns.iter().enumerate() {
-            let x = left + j as i32 * CELL + CELL / 2;
-            text(column, (x, below), TEXT, Pos::new(HPos::Right, VPos::Center), FontTransform::Rotate270, &BLACK)?;
-        }
-        let middle = (left + grid.0 / 2, top + grid.1 / 2);
-        let caption = below + widest(map.columns) + 14;
-        text(
-            "key: the token attended to",
-            (middle.0, caption),
-            TEXT,
-            Pos::new(HPos::Center, VPos::Top),
-            level.clone(),
-            &BLACK,
-        )?;
-        text(
-            "query: the token that attends",
-            (MARGIN, middle.1),
-            TEXT,
-            Pos::new(HPos::Center, VPos::Top),
-            FontTransform::Rotate270,
-            &BLACK,
-        )?;
-
-        for y in 0..grid.1 {
-            let value = 1.0 - y as f32 / (grid.1 - 1).max(1) as f32;
-            rectangle((bar_left, top + y), (bar_left + bar_width, top + y + 1), colour(value))?;
-        }
-        for tick in 0..=4 {
-            let value = f64::from(tick) / 4.0;
-            let y = top + ((1.0 - value) * f64::from(grid.1 - 1)).round() as i32;
-            rectangle((bar_left + bar_width, y), (bar_left + bar_width + 6, y + 1), BLACK)?;
-            text(
-                &format!("{value:.2}"),
-                (bar_left + bar_width + 12, y),
-                TEXT,
-                Pos::new(HPos::Left, VPos::Center),
-                level.clone(),
-                &BLACK,
-            )?;
-        }
-        root.present().map_err(|error| cannot(&error))?;
+        Ok(())
     }
-    let picture = image::RgbImage::from_raw(width as u32, height as u32, pixels).expect("three bytes a pixel");
-    files::write_whole(path, |file| {
-        picture.write_to(&mut std::io::BufWriter::new(file), image::ImageFormat::Png).map_err(|error| cannot(&error))
-    })
+
+    /// To the left of cells at `at`.
+    pub fn row_labels<B: DrawingBackend>(&self, root: &Area<B>, (left, top): (i32, i32)) -> Drawn<B> {
+        let labels = self.rows.labels(self.cell.1, false);
+        for (i, label) in &labels.shown {
+            let y = top + *i as i32 * self.cell.1 + self.cell.1 / 2;
+            text(root, label, (left - GAP, y), labels.size, RIGHT, BLACK)?;
+        }
+        Ok(())
+    }
+
+    /// Below cells at `at`: numbers level, names upright.
+    pub fn column_labels<B: DrawingBackend>(&self, root: &Area<B>, (left, top): (i32, i32)) -> Drawn<B> {
+        let level = matches!(self.columns, Axis::Numbers { .. });
+        let labels = self.columns.labels(self.cell.0, level);
+        for (j, label) in &labels.shown {
+            let at = (left + *j as i32 * self.cell.0 + self.cell.0 / 2, top + self.height() + GAP);
+            if level {
+                text(root, label, at, labels.size, ABOVE, BLACK)?;
+            } else {
+                upright(root, label, at, labels.size, RIGHT)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The room that row labels take.
+    pub fn row_room(&self) -> i32 {
+        self.rows.labels(self.cell.1, false).length + GAP
+    }
+    /// The room that column labels take.
+    pub fn column_room(&self) -> i32 {
+        let level = matches!(self.columns, Axis::Numbers { .. });
+        let labels = self.columns.labels(self.cell.0, level);
+        GAP + if level { labels.size } else { labels.length }
+    }
+}
+
+/// `.68`, `1.00`.
+pub fn short(value: f32) -> String {
+    let number = format!("{value:.2}");
+    number.strip_prefix('0').map(str::to_string).unwrap_or(number)
+}
+
+/// A bar of the scale's colours, `height` high, with a sample of NaN below where there is one.
+pub fn bar<B: DrawingBackend>(
+    root: &Area<B>,
+    (left, top): (i32, i32),
+    height: i32,
+    scale: &Scale,
+    nan: bool,
+) -> Drawn<B> {
+    let steps = height.min(256);
+    let edge = |step: i32| top + (i64::from(step) * i64::from(height) / i64::from(steps)) as i32;
+    for step in 0..steps {
+        let part = 1.0 - step as f32 / (steps - 1).max(1) as f32;
+        let colour = ViridisRGB.get_color(part);
+        rectangle(root, (left, edge(step)), (left + BAR, edge(step + 1)), &colour)?;
+    }
+    for (part, label) in scale.ticks() {
+        let y = top + ((1.0 - part) * f64::from(height - 1)).round() as i32;
+        rectangle(root, (left + BAR, y), (left + BAR + 6, y + 1), &BLACK)?;
+        text(root, &label, (left + BAR + 12, y), TEXT, LEFT, BLACK)?;
+    }
+    if nan {
+        let y = top + height + TEXT;
+        rectangle(root, (left, y), (left + BAR, y + TEXT), &NAN)?;
+        root.draw(&PathElement::new([(left + 2, y + TEXT - 2), (left + BAR - 2, y + 2)], BLACK))?;
+        text(root, "NaN", (left + BAR + 12, y + TEXT / 2), TEXT, LEFT, BLACK)?;
+    }
+    Ok(())
+}
+
+/// The width of [`bar`] with its labels.
+pub fn bar_room(scale: &Scale) -> i32 {
+    let widest = scale.ticks().iter().map(|(_, label)| text_width(label, TEXT)).max().unwrap_or(0);
+    BAR + 12 + widest.max(text_width("NaN", TEXT))
+}
+
+/// The height that [`bar`] needs.
+pub fn bar_height(nan: bool) -> i32 {
+    let ticks = 5 * TEXT + TEXT / 2;
+    if nan { ticks + 2 * TEXT } else { ticks }
+}
+
+/// What each token attends to in one head, or in the mean of several.
+pub struct Heatmap<'a> {
+    pub title: &'a str,
+    /// The queries.
+    pub rows: &'a [String],
+    /// The keys.
+    pub columns: &'a [String],
+    /// `[rows, columns]`.
+    pub values: &'a [f32],
+    pub scale: Scale,
+}
+
+/// What the rows are, in so many pixels.
+pub fn queries(room: i32) -> &'static str {
+    let full = "query: the token that attends";
+    if text_width(full, TEXT) <= room { full } else { "query" }
+}
+
+/// What the columns are, in so many pixels.
+pub fn keys(room: i32) -> &'static str {
+    let full = "key: the token attended to";
+    if text_width(full, TEXT) <= room { full } else { "key" }
+}
+
+impl Heatmap<'_> {
+    fn cells(&self) -> Cells<'_> {
+        let (rows, columns) = (Axis::Names(self.rows), Axis::Names(self.columns));
+        let side = cell(rows.len().max(columns.len()), 1000, 44);
+        Cells { values: self.values, rows, columns, cell: (side, side), scale: self.scale }
+    }
+    fn nan(&self) -> bool {
+        self.values.iter().any(|value| value.is_nan())
+    }
+    /// Where the cells begin. The layout follows the labels, so that no text is cut.
+    fn origin(&self, cells: &Cells<'_>) -> (i32, i32) {
+        let above = (text_width(queries(cells.height()), TEXT) - cells.height()).max(0) / 2;
+        (MARGIN + TEXT + 14 + cells.row_room(), MARGIN + TITLE + 20 + above)
+    }
+}
+
+impl Picture for Heatmap<'_> {
+    fn size(&self) -> (i32, i32) {
+        let cells = self.cells();
+        let (left, top) = self.origin(&cells);
+        let caption = (text_width(keys(cells.width()), TEXT) - cells.width()).max(0) / 2;
+        let right = left + cells.width() + (34 + bar_room(&self.scale)).max(caption);
+        let below = top + cells.height() + cells.column_room() + 14 + TEXT;
+        let lowest = top + cells.height().max(bar_height(self.nan()));
+        let lowest = lowest.max(top + (cells.height() + text_width(queries(cells.height()), TEXT)) / 2);
+        let nan = if self.nan() { top + cells.height().max(bar_height(false)) + 2 * TEXT } else { 0 };
+        let width = (right + MARGIN).max(text_width(self.title, TITLE) + 2 * MARGIN);
+        (width, below.max(lowest).max(nan) + MARGIN)
+    }
+    fn marks(&self) -> usize {
+        self.values.len()
+    }
+    fn texts(&self) -> Vec<&str> {
+        self.rows.iter().chain(self.columns).map(String::as_str).chain([self.title]).collect()
+    }
+
+    fn draw<B: DrawingBackend>(&self, root: &Area<B>) -> Drawn<B> {
+        let cells = self.cells();
+        let (left, top) = self.origin(&cells);
+        text(root, self.title, (self.size().0 / 2, MARGIN), TITLE, ABOVE, BLACK)?;
+        cells.draw(root, (left, top))?;
+        cells.row_labels(root, (left, top))?;
+        cells.column_labels(root, (left, top))?;
+        let middle = (left + cells.width() / 2, top + cells.height() / 2);
+        let below = top + cells.height() + cells.column_room() + 14;
+        text(root, keys(cells.width()), (middle.0, below), TEXT, ABOVE, BLACK)?;
+        upright(root, queries(cells.height()), (MARGIN, middle.1), TEXT, ABOVE)?;
+        let at = (left + cells.width() + 34, top);
+        bar(root, at, cells.height().max(bar_height(false)), &self.scale, self.nan())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_thin_out_where_cells_are_small() {
+        let names: Vec<String> = (0..100).map(|n| format!("t{n}")).collect();
+        let labels = Axis::Names(&names).labels(44, false);
+        assert_eq!((labels.size, labels.shown.len()), (TEXT, 100));
+        let labels = Axis::Names(&names).labels(4, false);
+        assert_eq!((labels.size, labels.shown.len()), (SMALLEST, 20), "every 5th: 20 pixels");
+        assert_eq!(labels.shown[1], (5, "5 t5".into()));
+        let labels = Axis::Numbers { first: -30, len: 61 }.labels(6, true);
+        assert!(labels.shown.iter().any(|shown| *shown == (30, "0".into())), "{:?}", labels.shown);
+    }
+
+    #[test]
+    fn scales_hold_what_they_show() {
+        assert_eq!(Scale::of_weights(&[0.0, 0.68, f32::NAN]), Scale { least: 0.0, most: 0.7 });
+        assert_eq!(Scale::of_weights(&[0.98]).most, 1.0);
+        assert_eq!(Scale::of_weights(&[0.0]).most, 1.0);
+        assert_eq!(Scale::of_weights(&[]).most, 1.0);
+        assert_eq!(Scale::of([2.0, -1.0].into_iter()), Scale { least: -1.0, most: 2.0 });
+        assert_eq!(Scale { least: 0.0, most: 1.0 }.ticks()[1].1, "0.25");
+        assert_eq!(Scale { least: 3.0, most: 3.0 }.ticks().len(), 1);
+    }
+
+    #[test]
+    fn numbers_stand_out_from_every_colour() {
+        let lightness = |c: RGBColor| {
+            let part = |x: u8| {
+                let x = f64::from(x) / 255.0;
+                if x <= 0.04045 { x / 12.92 } else { ((x + 0.055) / 1.055).powf(2.4) }
+            };
+            0.2126 * part(c.0) + 0.7152 * part(c.1) + 0.0722 * part(c.2)
+        };
+        let scale = Scale { least: 0.0, most: 1.0 };
+        for value in (0..=100).map(|n| n as f32 / 100.0).chain([f32::NAN]) {
+            let (a, b) = (lightness(scale.colour(value)), lightness(scale.ink(value)));
+            let contrast = (a.max(b) + 0.05) / (a.min(b) + 0.05);
+            assert!(contrast >= 4.3, "{contrast} at {value}");
+        }
+    }
 }

@@ -11,6 +11,8 @@ mod font;
 mod heatmap;
 mod mha;
 mod options;
+mod picture;
+mod plot;
 mod progress;
 mod run;
 mod shader;
@@ -41,6 +43,7 @@ Examples:
   attn check tests/cases/onnx                      hold a folder of cases against their answers
   attn bench --shape P1 --adapter all              how long calls take
   attn tune --shape P1                             find the fastest kernels, and keep them
+  attn plot attention --html page.html             where each head looks, as a page to explore
 
 Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call."
 )]
@@ -66,6 +69,9 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Finds the fastest kernels for a shape on an adapter, and keeps them
     Tune(tune::TuneArgs),
+    /// Pictures of attention weights and of positional encodings
+    #[command(subcommand)]
+    Plot(plot::PlotCommand),
     /// The WGSL of a kernel variant as it runs
     Shader(shader::ShaderArgs),
     /// A completion script for a shell
@@ -96,6 +102,7 @@ fn dispatch(cli: &Cli) -> Result<bool> {
         Some(Command::Check(args)) => return check::check(args, adapter),
         Some(Command::Bench(args)) => return bench::bench(args, adapter),
         Some(Command::Tune(args)) => return tune::tune(args, adapter),
+        Some(Command::Plot(command)) => plot::plot(command, adapter)?,
         Some(Command::Shader(args)) => shader::shader(args)?,
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

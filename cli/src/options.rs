@@ -61,6 +61,12 @@ pub struct AttentionArgs {
 }
 
 impl AttentionArgs {
+    /// Whether any of them is given.
+    pub fn any(&self) -> bool {
+        let AttentionArgs { causal, window, softcap, scale, mask } = self;
+        causal.is_some() || window.is_some() || softcap.is_some() || scale.is_some() || mask.is_some()
+    }
+
     /// Everything but masks and biases.
     pub fn attention(&self) -> Attention {
         let mut attention = Attention::new();

@@ -13,6 +13,7 @@ use wgpu_attention::{Method, Weights};
 
 use crate::error::{Result, usage};
 use crate::files;
+use crate::picture;
 use crate::progress::Spinner;
 use crate::target::{self, Target, backend_name};
 use measure::{Effort, Times, measure};
@@ -223,8 +224,7 @@ pub fn bench(args: &BenchArgs, adapter: Option<&str>) -> Result<bool> {
     lengths.sort_unstable();
     lengths.dedup();
     if let Some(path) = &args.plot {
-        plot::check_ending(path)?;
-        files::check_folder(path)?;
+        picture::check_output(path)?;
         if lengths.len() < 2 {
             usage!("--plot draws time over length: --lengths needs at least two different ones");
         }

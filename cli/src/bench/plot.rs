@@ -2,14 +2,12 @@
 
 use std::path::Path;
 
-use plotters::coord::Shift;
 use plotters::coord::combinators::{BindKeyPoints, IntoLogRange};
 use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::error::{Error, Result, fail, usage};
-use crate::files;
-use crate::font::{self, FONT, text_width};
+use crate::error::{Result, fail};
+use crate::font::{FONT, text_width};
+use crate::picture::{self, Area, COLOURS, Drawn, LEGEND, Picture, legend, mark};
 
 pub struct Line {
     pub name: String,
@@ -30,53 +28,11 @@ const MARGIN: i32 = 24;
 const ROW: i32 = 30;
 const CHART: (i32, i32) = (900, 560);
 
-/// Okabe and Ito's colours, which every kind of colour vision tells apart, without the yellow, which
-/// is too light for a line on white.
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(0x00, 0x72, 0xb2),
-    RGBColor(0xd5, 0x5e, 0x00),
-    RGBColor(0x00, 0x9e, 0x73),
-    RGBColor(0xcc, 0x79, 0xa7),
-    RGBColor(0x56, 0xb4, 0xe9),
-    RGBColor(0xe6, 0x9f, 0x00),
-    RGBColor(0x00, 0x00, 0x00),
-];
-
-fn extension(path: &Path) -> String {
-    path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default()
-}
-
-/// Refuses what is not a picture, before the work is done.
-pub fn check_ending(path: &Path) -> Result<()> {
-    match extension(path).as_str() {
-        "png" | "svg" => Ok(()),
-        _ => usage!("{}: the ending must be .png or .svg", path.display()),
-    }
-}
-
 pub fn write(path: &Path, plot: &Plot<'_>) -> Result<()> {
     if plot.lines.is_empty() {
         fail!("cannot draw {}: no length could be measured", path.display());
     }
-    let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot draw {}: {error}", path.display()));
-    font::register().map_err(|error| cannot(&error))?;
-    let widest = plot.lines.iter().map(|line| text_width(&line.name, TEXT)).max().unwrap_or(0);
-    let width = CHART.0.max(widest + 3 * MARGIN + 60).max(text_width(plot.title, TITLE) + 2 * MARGIN) as u32;
-    let height = (CHART.1 + plot.lines.len() as i32 * ROW + MARGIN) as u32;
-    if extension(path) == "svg" {
-        let mut text = String::new();
-        draw(SVGBackend::with_string(&mut text, (width, height)), plot).map_err(|error| cannot(&error))?;
-        return files::write_whole(path, |file| {
-            use std::io::Write;
-            file.write_all(text.as_bytes()).map_err(|error| cannot(&error))
-        });
-    }
-    let mut pixels = vec![0u8; width as usize * height as usize * 3];
-    draw(BitMapBackend::with_buffer(&mut pixels, (width, height)), plot).map_err(|error| cannot(&error))?;
-    let picture = image::RgbImage::from_raw(width, height, pixels).expect("three bytes a pixel");
-    files::write_whole(path, |file| {
-        picture.write_to(&mut std::io::BufWriter::new(file), image::ImageFormat::Png).map_err(|error| cannot(&error))
-    })
+    picture::write(path, plot)
 }
 
 /// 1, 2 and 5 times the powers of ten from the last below `least` to the first above `most`.
@@ -110,79 +66,50 @@ fn labelled(lengths: &[usize]) -> Vec<f64> {
     kept
 }
 
-fn draw<B: DrawingBackend>(backend: B, plot: &Plot<'_>) -> Result<(), String> {
-    let cannot = |error: DrawingAreaErrorKind<B::ErrorType>| error.to_string();
-    let root = backend.into_drawing_area();
-    root.fill(&WHITE).map_err(cannot)?;
-    let (upper, legend) = root.split_vertically(CHART.1);
-
-    let times = || plot.lines.iter().flat_map(|line| &line.points).map(|&(_, ms)| ms);
-    let y = ticks(times().fold(f64::INFINITY, f64::min), times().fold(0.0, f64::max));
-    let (first, last) = (plot.lengths[0] as f64, plot.lengths[plot.lengths.len() - 1] as f64);
-    let room = (last / first).powf(0.03);
-    let x_axis = (first / room..last * room).log_scale().with_key_points(labelled(plot.lengths));
-    let y_axis = (y[0]..y[y.len() - 1]).log_scale().with_key_points(y.clone());
-    let text = |size: i32| TextStyle::from((FONT, f64::from(size)).into_font());
-    let label = y.iter().map(|&tick| text_width(&number(tick), TEXT)).max().unwrap_or(0);
-    let mut chart = ChartBuilder::on(&upper)
-        .caption(plot.title, text(TITLE))
-        .margin(MARGIN)
-        .x_label_area_size(3 * TEXT + 10)
-        .y_label_area_size(label + 2 * TEXT + 20)
-        .build_cartesian_2d(x_axis, y_axis)
-        .map_err(cannot)?;
-    chart
-        .configure_mesh()
-        .bold_line_style(RGBColor(0xdd, 0xdd, 0xdd))
-        .light_line_style(TRANSPARENT)
-        .x_label_formatter(&|length| number(*length))
-        .y_label_formatter(&|ms| number(*ms))
-        .label_style(text(TEXT))
-        .axis_desc_style(text(TEXT))
-        .x_desc("length: queries and keys")
-        .y_desc("milliseconds per call, median")
-        .draw()
-        .map_err(cannot)?;
-    for (n, line) in plot.lines.iter().enumerate() {
-        let points = line.points.iter().map(|&(length, ms)| (length as f64, ms));
-        let style = COLOURS[n % COLOURS.len()].stroke_width(3);
-        chart.draw_series(LineSeries::new(points.clone(), style)).map_err(cannot)?;
-        for point in points {
-            mark(chart.plotting_area(), point, n).map_err(cannot)?;
-        }
-        legend_row(&legend, line, n).map_err(cannot)?;
+impl Picture for Plot<'_> {
+    fn size(&self) -> (i32, i32) {
+        let widest = self.lines.iter().map(|line| text_width(&line.name, TEXT)).max().unwrap_or(0);
+        let width = CHART.0.max(widest + LEGEND + 3 * MARGIN).max(text_width(self.title, TITLE) + 2 * MARGIN);
+        (width, CHART.1 + self.lines.len() as i32 * ROW + MARGIN)
     }
-    root.present().map_err(cannot)
-}
 
-fn legend_row<B: DrawingBackend>(
-    area: &DrawingArea<B, Shift>,
-    line: &Line,
-    n: usize,
-) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
-    let y = n as i32 * ROW + ROW / 2;
-    let style = COLOURS[n % COLOURS.len()].stroke_width(3);
-    area.draw(&PathElement::new([(2 * MARGIN, y), (2 * MARGIN + 44, y)], style))?;
-    mark(area, (2 * MARGIN + 22, y), n)?;
-    let text = TextStyle::from((FONT, f64::from(TEXT)).into_font()).pos(Pos::new(HPos::Left, VPos::Center));
-    area.draw_text(&line.name, &text, (2 * MARGIN + 56, y))
-}
-
-/// The n-th line's marker: lines differ by form as well as by colour.
-fn mark<B: DrawingBackend, C: CoordTranslate>(
-    area: &DrawingArea<B, C>,
-    at: C::From,
-    n: usize,
-) -> Result<(), DrawingAreaErrorKind<B::ErrorType>>
-where
-    C::From: Clone,
-{
-    let colour = COLOURS[n % COLOURS.len()];
-    match n % 4 {
-        0 => area.draw(&Circle::new(at, 6, colour.filled())),
-        1 => area.draw(&TriangleMarker::new(at, 9, colour.filled())),
-        2 => area.draw(&(EmptyElement::at(at) + Rectangle::new([(-6, -6), (6, 6)], colour.filled()))),
-        _ => area.draw(&Cross::new(at, 7, colour.stroke_width(3))),
+    fn draw<B: DrawingBackend>(&self, root: &Area<B>) -> Drawn<B> {
+        let (upper, lower) = root.split_vertically(CHART.1);
+        let times = || self.lines.iter().flat_map(|line| &line.points).map(|&(_, ms)| ms);
+        let y = ticks(times().fold(f64::INFINITY, f64::min), times().fold(0.0, f64::max));
+        let (first, last) = (self.lengths[0] as f64, self.lengths[self.lengths.len() - 1] as f64);
+        let room = (last / first).powf(0.03);
+        let x_axis = (first / room..last * room).log_scale().with_key_points(labelled(self.lengths));
+        let y_axis = (y[0]..y[y.len() - 1]).log_scale().with_key_points(y.clone());
+        let text = |size: i32| TextStyle::from((FONT, f64::from(size)).into_font());
+        let label = y.iter().map(|&tick| text_width(&number(tick), TEXT)).max().unwrap_or(0);
+        let mut chart = ChartBuilder::on(&upper)
+            .caption(self.title, text(TITLE))
+            .margin(MARGIN)
+            .x_label_area_size(3 * TEXT + 10)
+            .y_label_area_size(label + 2 * TEXT + 20)
+            .build_cartesian_2d(x_axis, y_axis)?;
+        chart
+            .configure_mesh()
+            .bold_line_style(RGBColor(0xdd, 0xdd, 0xdd))
+            .light_line_style(TRANSPARENT)
+            .x_label_formatter(&|length| number(*length))
+            .y_label_formatter(&|ms| number(*ms))
+            .label_style(text(TEXT))
+            .axis_desc_style(text(TEXT))
+            .x_desc("length: queries and keys")
+            .y_desc("milliseconds per call, median")
+            .draw()?;
+        for (n, line) in self.lines.iter().enumerate() {
+            let points = line.points.iter().map(|&(length, ms)| (length as f64, ms));
+            let style = COLOURS[n % COLOURS.len()].stroke_width(3);
+            chart.draw_series(LineSeries::new(points.clone(), style))?;
+            for point in points {
+                mark(chart.plotting_area(), point, n)?;
+            }
+            legend(&lower, &line.name, (2 * MARGIN, n as i32 * ROW + ROW / 2), n, TEXT)?;
+        }
+        Ok(())
     }
 }
 

@@ -64,6 +64,11 @@ pub fn cases(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases").join(name)
 }
 
+/// The case that `attn` carries.
+pub fn example() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm-layer3.case.safetensors")
+}
+
 pub type Entry<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
 
 pub fn floats<'a>(name: &'a str, shape: &[usize], data: &[f32]) -> Entry<'a> {

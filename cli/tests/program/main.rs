@@ -1,8 +1,10 @@
 //! The built program, run as a user runs it: on every adapter of this machine and on the CPU backend.
 
 mod bench;
+mod browser;
 mod check;
 mod kit;
 mod main_job;
+mod plot;
 mod tensors;
 mod tune;

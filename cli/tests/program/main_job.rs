@@ -58,6 +58,6 @@ fn shaders_are_printed_and_completions_made() {
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         let ran = attn(folder().path(), &["completions", shell]);
         ran.succeeded();
-        assert!(ran.stdout.contains("attn"), "{shell}");
+        assert!(["attn", "positions", "interleaved"].iter().all(|word| ran.stdout.contains(word)), "{shell}");
     }
 }

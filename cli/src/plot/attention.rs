@@ -1,0 +1,349 @@
+//! `attn plot attention`: what is drawn, and from where.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use wgpu_attention::Weights;
+
+use crate::array::Array;
+use crate::error::{Error, Result, fail, usage};
+use crate::files::{self, TensorFile};
+use crate::font;
+use crate::heatmap::{Heatmap, Scale};
+use crate::options::AttentionArgs;
+use crate::plot::grid::Grid;
+use crate::plot::lines::Lines;
+use crate::plot::page::{self, Page};
+use crate::{demo, picture, target};
+
+const PICTURE: &str = "attn-attention.png";
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Without --weights, --q and --k: the sentence and layer of `attn` without a command.
+
+Weights are [heads, len_q, len_k] or [batch, heads, len_q, len_k] (one head: [len_q, len_k]), as \
+`attn run --weights` and `attn mha --return-weights` write them; of a file with several tensors the one called \
+weights, or FILE:NAME. With --q and --k ([.., heads, len, dim]) the library computes them.
+
+Every head is drawn unless --head, --average or --lines say otherwise. Labels shrink with their cells, down to \
+13 pixels; then only every 2nd, 5th, 10th, ... token has one, with its number. A token of more than 28 columns \
+loses its middle. Colours run from 0 to the largest weight drawn, rounded up; NaN is grey and crossed out.
+
+Examples:
+  attn plot attention                                       every head of the example
+  attn plot attention --head 1 -o head.svg
+  attn plot attention --lines --token it --head 1,8,10
+  attn plot attention --html attention.html                 a page to explore
+  attn plot attention --weights out.npz --tokens \"the,cat,sat\"
+  attn plot attention --q qkv.npz:q --k qkv.npz:k --causal top-left --tokens tokens.txt --average")]
+pub struct AttentionPlot {
+    /// Attention weights: FILE, or FILE:NAME for one tensor of several
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["q", "k"])]
+    weights: Option<String>,
+    /// Queries, to compute weights from: FILE, or FILE:NAME
+    #[arg(long, value_name = "FILE", requires = "k")]
+    q: Option<String>,
+    /// Keys, likewise
+    #[arg(long, value_name = "FILE", requires = "q")]
+    k: Option<String>,
+    /// A boolean mask over queries and keys (needs --mask), for --q and --k
+    #[arg(long, value_name = "FILE", requires = "q")]
+    attn_mask: Option<String>,
+    /// An additive bias over queries and keys, for --q and --k
+    #[arg(long, value_name = "FILE", requires = "q")]
+    bias: Option<String>,
+    /// Which batch entry of four axes [default: 0]
+    #[arg(long, value_name = "B")]
+    batch: Option<usize>,
+    /// The tokens, separated by commas, or a file: a JSON list, or one a line [default: numbers]
+    #[arg(long, value_name = "A,B,...|FILE")]
+    tokens: Option<String>,
+    /// The keys' tokens where they are others [default: those of --tokens]
+    #[arg(long, value_name = "A,B,...|FILE")]
+    key_tokens: Option<String>,
+    /// Only these heads; a single one is drawn large
+    #[arg(long, value_name = "H,H,...", value_delimiter = ',')]
+    head: Option<Vec<usize>>,
+    /// The mean over the heads
+    #[arg(long)]
+    average: bool,
+    /// Lines from queries to keys: a colour per head, opacity by weight
+    #[arg(long)]
+    lines: bool,
+    /// Only the lines of this query: a token (the first of that name) or its number; the page begins with it
+    #[arg(long, value_name = "WORD|INDEX")]
+    token: Option<String>,
+    /// What the picture is called
+    #[arg(long)]
+    title: Option<String>,
+    /// The picture, .png or .svg [default: attn-attention.png, or none with --html]
+    #[arg(short, long, visible_alias = "out", value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// A page to explore: one file, no network
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    #[command(flatten)]
+    attention: AttentionArgs,
+}
+
+/// Weights with their tokens.
+pub struct Seen {
+    pub title: String,
+    /// The head's own numbers, or none for their mean.
+    pub heads: Vec<String>,
+    /// `[heads, queries, keys]`
+    pub weights: Vec<f32>,
+    /// As the user gave them.
+    pub queries: Vec<String>,
+    pub keys: Vec<String>,
+    /// Whether queries and keys are the same tokens.
+    pub same: bool,
+}
+
+impl Seen {
+    pub fn head(&self, n: usize) -> &[f32] {
+        let each = self.queries.len() * self.keys.len();
+        &self.weights[n * each..][..each]
+    }
+
+    /// Keeps `chosen` heads, in that order.
+    fn choose(&mut self, chosen: &[usize]) -> Result<()> {
+        if let Some(head) = chosen.iter().find(|&&head| head >= self.heads.len()) {
+            fail!("head {head} is not there: the weights have {}, counted from 0", self.heads.len());
+        }
+        self.weights = chosen.iter().flat_map(|&head| self.head(head)).copied().collect();
+        self.heads = chosen.iter().map(|head| head.to_string()).collect();
+        Ok(())
+    }
+
+    /// One head: the mean of all.
+    fn average(&mut self) {
+        let count = self.heads.len();
+        let each = self.queries.len() * self.keys.len();
+        let mean = |n: usize| (0..count).map(|head| f64::from(self.head(head)[n])).sum::<f64>() / count as f64;
+        self.weights = (0..each).map(|n| mean(n) as f32).collect();
+        self.heads = vec![format!("mean of {count} heads")];
+    }
+
+    /// The query that `word` names.
+    fn query(&self, word: &str) -> Result<usize> {
+        let named = self.queries.iter().position(|token| token == word);
+        let numbered = || word.parse().ok().filter(|&at: &usize| at < self.queries.len());
+        match named.or_else(numbered) {
+            Some(at) => Ok(at),
+            None => usage!(
+                "--token {word:?} is neither a token nor its number, 0 to {}; the tokens are {}",
+                self.queries.len() - 1,
+                listed(&self.queries)
+            ),
+        }
+    }
+}
+
+/// `head 3`, or what a mean is called.
+pub fn head_name(head: &str) -> String {
+    if head.parse::<usize>().is_ok() { format!("head {head}") } else { head.into() }
+}
+
+/// The first of them.
+fn listed(tokens: &[String]) -> String {
+    const SHOWN: usize = 40;
+    let first: Vec<String> = tokens.iter().take(SHOWN).map(|token| font::visible(token)).collect();
+    let more = tokens.len().saturating_sub(SHOWN);
+    if more == 0 { first.join(" ") } else { format!("{} and {more} more", first.join(" ")) }
+}
+
+/// One batch entry, as `[heads, len_q, len_k]`.
+fn entry(name: &str, array: &Array, batch: Option<usize>) -> Result<([usize; 3], Vec<f32>)> {
+    let shape = array.shape();
+    if !array.is_float() {
+        fail!("{name} holds no floats; attention weights are numbers between 0 and 1");
+    }
+    if shape.contains(&0) {
+        fail!("{name} {shape:?} holds no weights");
+    }
+    let (entries, heads, len_q, len_k) = match *shape {
+        [len_q, len_k] => (None, 1, len_q, len_k),
+        [heads, len_q, len_k] => (None, heads, len_q, len_k),
+        [entries, heads, len_q, len_k] => (Some(entries), heads, len_q, len_k),
+        _ => fail!("{name} {shape:?} must be [batch, heads, len_q, len_k], [heads, len_q, len_k] or [len_q, len_k]"),
+    };
+    match (entries, batch) {
+        (None, Some(_)) => usage!("--batch chooses among entries of a batch, but {name} {shape:?} has no such axis"),
+        (Some(entries), Some(batch)) if batch >= entries => {
+            fail!("--batch {batch} is not there: {name} {shape:?} has {entries} entries, counted from 0")
+        }
+        _ => {}
+    }
+    let each = heads * len_q * len_k;
+    let weights = array.to_f32()[batch.unwrap_or(0) * each..][..each].to_vec();
+    // Rounding, of halves too, keeps well within.
+    if let Some(at) = weights.iter().position(|weight| !weight.is_nan() && !(-1e-3..=1.001).contains(weight)) {
+        let (head, i, j) = (at / (len_q * len_k), at / len_k % len_q, at % len_k);
+        fail!("{name} is {} at head {head}, query {i}, key {j}; attention weights lie between 0 and 1", weights[at]);
+    }
+    Ok(([heads, len_q, len_k], weights))
+}
+
+/// A JSON list or a token a line of a file, or a list with commas.
+fn read_tokens(text: &str) -> Result<Vec<String>> {
+    let path = Path::new(text);
+    if !path.is_file() {
+        return Ok(text.split(',').map(str::to_string).collect());
+    }
+    let content = String::from_utf8(files::read_bytes(path)?)
+        .map_err(|error| Error::Failed(format!("{text} is not UTF-8: {error}")))?;
+    if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("json")) || content.starts_with("[\"") {
+        return serde_json::from_str(&content)
+            .map_err(|error| Error::Failed(format!("{text} is not a JSON list of texts: {error}")));
+    }
+    Ok(content.lines().map(str::to_string).collect())
+}
+
+impl AttentionPlot {
+    fn seen(&self, adapter: Option<&str>) -> Result<Seen> {
+        if self.attention.any() && self.q.is_none() {
+            usage!(
+                "--causal, --window, --softcap, --scale and --mask say how weights come from --q and --k; without them \
+                    weights are drawn as they are"
+            );
+        }
+        let ([heads, len_q, len_k], weights, title, known) = match (&self.weights, &self.q, &self.k) {
+            (Some(name), ..) => {
+                let array = match Path::new(name).exists() {
+                    true => {
+                        let file = TensorFile::open(Path::new(name))?;
+                        // As `attn run` and `attn mha` call them.
+                        let ours = file.names().iter().any(|tensor| tensor == "weights").then_some("weights");
+                        file.single(ours)?
+                    }
+                    false => files::read_named(name)?,
+                };
+                let (shape, weights) = entry(name, &array, self.batch)?;
+                (shape, weights, "attention weights".to_string(), None)
+            }
+            (None, Some(q), Some(k)) => {
+                let array = self.compute(q, k, adapter)?;
+                let (shape, weights) = entry("the result", &array, self.batch)?;
+                (shape, weights, "attention weights".to_string(), None)
+            }
+            _ => {
+                if self.batch.is_some() || self.tokens.is_some() || self.key_tokens.is_some() {
+                    usage!("--batch, --tokens and --key-tokens belong to --weights, or --q and --k");
+                }
+                let (tokens, weights) = demo::sentence(adapter)?;
+                let len = tokens.len();
+                let shape = [weights.len() / (len * len), len, len];
+                (shape, weights, "all-MiniLM-L6-v2, layer 3".to_string(), Some(tokens))
+            }
+        };
+        let given = match &self.tokens {
+            Some(text) => Some(read_tokens(text)?),
+            None => known,
+        };
+        let given_keys = self.key_tokens.as_deref().map(read_tokens).transpose()?;
+        let fit = |what: &str, tokens: &Vec<String>, len: usize| match tokens.len() == len {
+            true => Ok(()),
+            false => fail!("{} tokens for {len} {what}; one each is needed", tokens.len()),
+        };
+        let numbers = |len: usize| (0..len).map(|n| n.to_string()).collect::<Vec<_>>();
+        if let Some(keys) = &given_keys {
+            fit("keys", keys, len_k)?;
+        }
+        if let Some(queries) = &given {
+            fit("queries", queries, len_q)?;
+            if given_keys.is_none() && len_k != len_q {
+                usage!("{len_q} queries attend to {len_k} keys: the keys' tokens are needed too, as --key-tokens");
+            }
+        }
+        let same = given_keys.is_none() && len_k == len_q;
+        let queries = given.unwrap_or_else(|| numbers(len_q));
+        let keys = given_keys.unwrap_or_else(|| if same { queries.clone() } else { numbers(len_k) });
+        let title = self.title.clone().unwrap_or(title);
+        let mut seen = Seen { title, heads: numbers(heads), weights, queries, keys, same };
+        if let Some(chosen) = &self.head {
+            seen.choose(chosen)?;
+        }
+        if self.average && seen.heads.len() > 1 {
+            seen.average();
+        }
+        Ok(seen)
+    }
+
+    /// `[.., heads, len_q, len_k]` of the library.
+    fn compute(&self, q: &str, k: &str, adapter: Option<&str>) -> Result<Array> {
+        if self.attention.mask.is_some() && self.attn_mask.is_none() {
+            usage!("--mask says what a mask means, but there is no --attn-mask");
+        }
+        let (q, k) = (files::read_named(q)?, files::read_named(k)?);
+        let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
+        let (mask, bias) = (read(&self.attn_mask)?, read(&self.bias)?);
+        let target = target::target(adapter)?;
+        target.announce();
+        let device = &target.device;
+        let (q, k) = (q.upload("q", device)?, k.upload("k", device)?);
+        let mut attention = self.attention.attention().weights(Weights::PerHead);
+        if let Some(mask) = &mask {
+            attention = attention.mask(self.attention.meant("attention mask", mask, device)?);
+        }
+        if let Some(bias) = &bias {
+            attention = attention.bias(bias.upload("bias", device)?);
+        }
+        // Weights do not depend on values: the keys stand in for them.
+        let attended = attention.forward(&q, &k, &k)?;
+        Array::download(&attended.weights.expect("asked for"))
+    }
+}
+
+pub fn plot(args: &AttentionPlot, adapter: Option<&str>) -> Result<()> {
+    if args.token.is_some() && !args.lines && args.html.is_none() {
+        usage!("--token chooses what --lines draws and where --html begins; give one of these");
+    }
+    if args.head.as_ref().is_some_and(Vec::is_empty) {
+        usage!("--head needs at least one head");
+    }
+    let output = match (&args.output, &args.html) {
+        (None, None) => Some(Path::new(PICTURE)),
+        (output, _) => output.as_deref(),
+    };
+    if let Some(path) = output {
+        picture::check_output(path)?;
+    }
+    if let Some(path) = &args.html {
+        page::check_output(path)?;
+    }
+    let seen = args.seen(adapter)?;
+    let token = args.token.as_ref().map(|word| seen.query(word)).transpose()?;
+    if let Some(path) = output {
+        draw(args, &seen, token, path)?;
+        anstream::println!("picture written to {}", path.display());
+    }
+    if let Some(path) = &args.html {
+        page::write(path, &Page { seen: &seen, token: token.unwrap_or(0) })?;
+        anstream::println!("page written to {}", path.display());
+    }
+    Ok(())
+}
+
+fn draw(args: &AttentionPlot, seen: &Seen, token: Option<usize>, path: &Path) -> Result<()> {
+    let labels = |tokens: &[String]| tokens.iter().map(|token| font::label(token)).collect::<Vec<_>>();
+    let (queries, keys) = (&labels(&seen.queries), &labels(&seen.keys));
+    let title = font::visible(&seen.title);
+    if args.lines {
+        let title = match token {
+            Some(at) => format!("{title}: what \"{}\" attends to", queries[at]),
+            None => title,
+        };
+        return picture::write(path, &Lines::new(&title, seen, queries, keys, token)?);
+    }
+    let scale = Scale::of_weights(&seen.weights);
+    match seen.heads.as_slice() {
+        [head] => {
+            let title = format!("{title}, {}", head_name(head));
+            let values = &seen.weights;
+            picture::write(path, &Heatmap { title: &title, rows: queries, columns: keys, values, scale })
+        }
+        _ => picture::write(path, &Grid { title: &title, seen, queries, keys, scale }),
+    }
+}

@@ -1,0 +1,26 @@
+//! `attn plot`: pictures of attention weights and of positional encodings.
+
+mod attention;
+mod grid;
+mod lines;
+mod page;
+mod positions;
+
+use clap::Subcommand;
+
+use crate::error::Result;
+
+#[derive(Subcommand, Debug)]
+pub enum PlotCommand {
+    /// Attention weights: every head, one head, their mean, or lines from token to token
+    Attention(Box<attention::AttentionPlot>),
+    /// A positional encoding, and what it says of distances
+    Positions(positions::PositionsPlot),
+}
+
+pub fn plot(command: &PlotCommand, adapter: Option<&str>) -> Result<()> {
+    match command {
+        PlotCommand::Attention(args) => attention::plot(args, adapter),
+        PlotCommand::Positions(args) => positions::plot(args, adapter),
+    }
+}

@@ -1,0 +1,70 @@
+//! A page to explore attention with: one HTML file that needs no network.
+
+use std::io::Write;
+use std::path::Path;
+
+use base64::Engine;
+use serde_json::json;
+
+use super::attention::Seen;
+use crate::error::{Error, Result, fail, usage};
+use crate::files;
+use crate::font;
+
+const TEMPLATE: &str = include_str!("page.html");
+/// Where the data go, as JSON.
+const DATA: &str = "{/* data */}";
+/// 21 MB of text; phones cope with that.
+const MOST_WEIGHTS: usize = 4 << 20;
+/// A box each; browsers get slow beyond.
+const MOST_BOXES: usize = 50_000;
+
+pub struct Page<'a> {
+    pub seen: &'a Seen,
+    /// The query that the page begins with.
+    pub token: usize,
+}
+
+/// Refuses what is not a page or has no folder, before the work is done.
+pub fn check_output(path: &Path) -> Result<()> {
+    match path.extension().and_then(|ending| ending.to_str()) {
+        Some("html" | "htm") => files::check_folder(path),
+        _ => usage!("{}: the ending must be .html", path.display()),
+    }
+}
+
+pub fn write(path: &Path, page: &Page<'_>) -> Result<()> {
+    let seen = page.seen;
+    let (weights, boxes) = (seen.weights.len(), (seen.heads.len() + 1) * seen.keys.len());
+    if weights > MOST_WEIGHTS || boxes > MOST_BOXES {
+        fail!(
+            "cannot write {}: {} heads of {} queries and {} keys are {weights} weights and {boxes} boxes; a page takes \
+             {MOST_WEIGHTS} and {MOST_BOXES}; choose some with --head",
+            path.display(),
+            seen.heads.len(),
+            seen.queries.len(),
+            seen.keys.len()
+        );
+    }
+    let shown = |tokens: &[String]| tokens.iter().map(|token| font::visible(token)).collect::<Vec<_>>();
+    let bytes: Vec<u8> = seen.weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+    let data = json!({
+        "title": font::visible(&seen.title),
+        "heads": seen.heads,
+        "queries": shown(&seen.queries),
+        "keys": shown(&seen.keys),
+        "same": seen.same,
+        "token": page.token,
+        // f32, little-endian, [heads, queries, keys]
+        "weights": base64::engine::general_purpose::STANDARD.encode(bytes),
+    });
+    // No tag can begin within the data, whatever the tokens hold.
+    let data = data.to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
+    let (before, after) = TEMPLATE.split_once(DATA).expect("the template has a place for the data");
+    files::write_whole(path, |file| {
+        [before, &data, after]
+            .iter()
+            .try_for_each(|part| file.write_all(part.as_bytes()))
+            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
+    })
+}
