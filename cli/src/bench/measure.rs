@@ -2,12 +2,15 @@
 
 use std::time::{Duration, Instant};
 
+use wgpu_attention::position::shaw::RelativeKeys;
+use wgpu_attention::position::t5::{self, Buckets};
+use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, alibi};
 use wgpu_attention::problem::Problem;
 use wgpu_attention::{
-    Align, Attention, Device, Gpu, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights,
+    Align, Attention, Device, Gpu, Mask, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights,
 };
 
-use super::shape::{Shape, Work};
+use super::shape::{Extra, Shape, Work};
 use crate::error::{Result, fail};
 
 /// How long to measure.
@@ -48,6 +51,9 @@ impl Prepared {
         let mut attention = Attention::new().method(method).weights(weights);
         if shape.causal {
             attention = attention.causal(Align::BottomRight);
+        }
+        if let Some(extra) = shape.extra {
+            attention = with_extra(attention, shape, extra, device)?;
         }
         Ok(match shape.work {
             Work::Attention => {
@@ -124,6 +130,49 @@ impl Prepared {
         }
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
+}
+
+/// What a call has beside Q, K and V, inside the kernels or stored before.
+fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device) -> Result<Attention> {
+    let Problem { heads_q, len_q, len_k, dim_k, .. } = shape.problem;
+    let offset = shape.problem.band(0).offset;
+    let start = usize::try_from(offset).map_err(|_| format!("{} has queries before position 0", shape.name));
+    let start = start.map_err(crate::error::Error::Failed)?;
+    Ok(match extra {
+        Extra::Rotary { interleaved } => {
+            let pairing = if interleaved { Pairing::Interleaved } else { Pairing::HalfSplit };
+            let config = RotaryConfig::new(dim_k).pairing(pairing);
+            let rotary = Rotary::new(device, &config, len_k.max(start + len_q))?;
+            match shape.stored {
+                true => attention.rotary_at(rotary, start.into(), 0.into()),
+                false => attention.rotary(rotary),
+            }
+        }
+        Extra::Alibi if shape.stored => attention.bias(alibi::bias(device, heads_q, len_q, len_k, offset.into())?),
+        Extra::Alibi => attention.alibi(Tensor::from_slice(device, &[heads_q], &alibi::slopes(heads_q)?)?),
+        Extra::T5 => {
+            let (table, buckets) = (noise(device, &[32, heads_q], 5)?, Buckets::new(!shape.causal));
+            match shape.stored {
+                true => attention.bias(t5::bias(&table, &buckets, len_q, len_k, offset.into())?),
+                false => attention.t5_bias(table, buckets),
+            }
+        }
+        Extra::Shaw => {
+            let keys = RelativeKeys::new(&noise(device, &[33, dim_k], 6)?, 16, 16)?;
+            match shape.stored {
+                true => {
+                    let q = noise(device, &[shape.problem.batch, heads_q, len_q, dim_k], 1)?;
+                    attention.bias(keys.bias(&q, len_k, offset.into(), None)?)
+                }
+                false => attention.relative_keys(keys),
+            }
+        }
+        Extra::Mask => {
+            let seen = |at: usize| at % len_k <= at / len_k + start + len_k.saturating_sub(len_q + start);
+            let keep: Vec<bool> = (0..len_q * len_k).map(seen).collect();
+            attention.mask(Mask::keep(Tensor::from_bools(device, &[len_q, len_k], &keep)?)?)
+        }
+    })
 }
 
 /// Even numbers between −1 and 1, the same in every run.

@@ -24,7 +24,9 @@ use shape::{Shape, Work};
 #[command(after_help = "\
 Shapes are b,hq,hkv,sq,skv,d: batch, query heads, key/value heads, queries, keys, width; all f32.
 `:causal` behind one hides the keys after each query (the last query sees every key), `:xN` puts N \
-calls into one encoder and gives their time together. Named:
+calls into one encoder and gives their time together. `:rotary`, `:rotary-interleaved`, `:alibi`, `:t5`, \
+`:shaw` or `:mask` add positions, read inside the kernels (with `:stored`: turned rows, a bias of the size of \
+the scores made before), or a dense causal mask. Named:
   P1  1,12,12,512,512,64              P5  1,4,4,4096,4096,64:causal
   P2  1,12,12,1024,1024,64:causal     P6  a self-attention layer, width 512, 8 heads, batch 8, length 128
   P3  1,32,8,512,512,128:causal       P7  4,8,8,128,512,64
@@ -41,7 +43,7 @@ Examples:
   attn bench --adapter all --shape P1 --shape 1,16,4,1,8192,128 --json times.json
   attn bench --lengths 128,256,512,1024 --heads 8 --dim 64 --method fused,passes --plot times.png")]
 pub struct BenchArgs {
-    /// A named shape or b,hq,hkv,sq,skv,d, then :causal, :xN or both; may be repeated [default: all named ones]
+    /// A named shape or b,hq,hkv,sq,skv,d, then any of :causal, :xN, :alibi, …; may be repeated [default: all named ones]
     #[arg(long = "shape", value_name = "SHAPE", value_parser = Shape::parse)]
     shapes: Vec<Shape>,
     /// Times self-attention of these lengths

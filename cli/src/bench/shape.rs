@@ -16,6 +16,30 @@ pub enum Work {
     Layer,
 }
 
+/// What a call has beside Q, K and V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extra {
+    /// Rotary positions, half-split or interleaved.
+    Rotary { interleaved: bool },
+    /// Slopes per head.
+    Alibi,
+    /// 32 buckets up to a distance of 128.
+    T5,
+    /// Relative keys up to a distance of 16.
+    Shaw,
+    /// A boolean mask `[sq, skv]` that hides what comes after each query.
+    Mask,
+}
+
+const EXTRAS: [(&str, Extra); 6] = [
+    ("rotary", Extra::Rotary { interleaved: false }),
+    ("rotary-interleaved", Extra::Rotary { interleaved: true }),
+    ("alibi", Extra::Alibi),
+    ("t5", Extra::T5),
+    ("shaw", Extra::Shaw),
+    ("mask", Extra::Mask),
+];
+
 /// One thing to time. Only made by [`Shape::parse`] and [`Shape::square`], which check it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
@@ -26,6 +50,9 @@ pub struct Shape {
     pub causal: bool,
     /// Calls in one encoder.
     pub calls: usize,
+    pub extra: Option<Extra>,
+    /// Whether the extra is stored before the call: turned rows, a bias of the size of the scores.
+    pub stored: bool,
 }
 
 /// Name, work, [batch, heads_q, heads_kv, len_q, len_k, dim], causal, calls.
@@ -49,7 +76,7 @@ impl Shape {
         NAMED.iter().map(|&(name, ..)| Shape::parse(name).expect("a shape of the table")).collect()
     }
 
-    /// `NAME` or `b,hq,hkv,sq,skv,d`, followed by `:causal`, `:xN` or both.
+    /// `NAME` or `b,hq,hkv,sq,skv,d`, followed by any of `:causal`, `:xN`, an extra and `:stored`.
     pub fn parse(text: &str) -> Result<Shape, String> {
         let mut parts = text.split(':');
         let head = parts.next().unwrap_or_default();
@@ -57,19 +84,34 @@ impl Shape {
             Some(&(_, work, sizes, causal, _)) => (work, sizes, causal),
             None => (Work::Attention, six_numbers(head)?, false),
         };
-        let mut calls = 1;
+        let (mut calls, mut extra, mut stored) = (1, None, false);
         for part in parts {
+            if let Some(&(_, found)) = EXTRAS.iter().find(|(name, _)| *name == part) {
+                if extra.replace(found).is_some() {
+                    return Err(format!("\"{part}\" is the second of {}; a shape has one", extras()));
+                }
+                continue;
+            }
             match part.strip_prefix('x') {
                 _ if part == "causal" => causal = true,
+                _ if part == "stored" => stored = true,
                 Some(number) => {
                     calls = number.parse().ok().filter(|calls| (1..=MOST_CALLS).contains(calls)).ok_or_else(|| {
                         format!("\"{part}\" must say how many calls share an encoder: x1 to x{MOST_CALLS}")
                     })?;
                 }
-                None => return Err(format!("\"{part}\" is neither causal nor xN (N calls in one encoder)")),
+                None => {
+                    return Err(format!(
+                        "\"{part}\" is neither causal nor xN (N calls in one encoder) nor one of {} nor stored",
+                        extras()
+                    ));
+                }
             }
         }
-        Shape::new(text, work, sizes, causal, calls)
+        if stored && matches!(extra, None | Some(Extra::Mask)) {
+            return Err("stored goes with rotary, rotary-interleaved, alibi, t5 or shaw".into());
+        }
+        Ok(Shape { extra, stored, ..Shape::new(text, work, sizes, causal, calls)? })
     }
 
     /// Self-attention of one length.
@@ -93,7 +135,7 @@ impl Shape {
         let problem = Problem::new(&[batch, heads_q, len_q, dim], &keys, &keys, None, None, &positions, 0)
             .and_then(|problem| checked_len(&[batch, heads_q, len_q, len_k]).map(|_| problem))
             .map_err(|error| error.to_string())?;
-        Ok(Shape { name: name.into(), work, problem, causal, calls })
+        Ok(Shape { name: name.into(), work, problem, causal, calls, extra: None, stored: false })
     }
 
     /// Width of the layer.
@@ -148,6 +190,10 @@ impl Shape {
     }
 }
 
+fn extras() -> String {
+    EXTRAS.map(|(name, _)| name).join(", ")
+}
+
 fn six_numbers(text: &str) -> Result<[usize; 6], String> {
     let unknown = || {
         let names: Vec<&str> = NAMED.iter().map(|&(name, ..)| name).filter(|name| !name.contains(':')).collect();
@@ -196,6 +242,8 @@ mod tests {
             ("99999999999,99999999999,1,1,1,1", "does not fit in 64 bits"),
             ("1,1,1,1,99999999999999999999999,1", "too large"),
             ("P1:upside-down", "neither causal nor xN"),
+            ("P1:t5:alibi", "a shape has one"),
+            ("P1:mask:stored", "stored goes with rotary"),
             ("P1:x0", "x1 to x10000"),
             ("P1:xx", "x1 to x10000"),
         ] {

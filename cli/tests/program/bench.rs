@@ -97,6 +97,32 @@ fn a_layer_has_projections() {
 }
 
 #[test]
+fn positions_and_masks_are_timed_inside_and_stored() {
+    let folder = folder();
+    let extras =
+        ["rotary", "rotary-interleaved", "alibi", "t5", "shaw", "mask", "rotary:stored", "alibi:stored", "t5:stored"];
+    let shapes: Vec<String> = extras.iter().map(|extra| format!("1,4,2,3,40,8:causal:{extra}")).collect();
+    let mut args = vec!["--repeat", "1", "--adapter", "all", "--json", "e.json"];
+    shapes.iter().for_each(|shape| args.extend(["--shape", shape.as_str()]));
+    bench(folder.path(), &args).succeeded();
+    let rows = rows(&folder.path().join("e.json"));
+    assert_eq!(rows.len(), extras.len() * adapters().len());
+    for row in rows.iter().filter(|row| row["backend"] != "cpu") {
+        let (shape, kernels) = (row["shape"].as_str().unwrap(), row["kernels"].to_string());
+        let inside = match shape.split(':').nth(2).unwrap() {
+            _ if shape.ends_with("stored") => "flash",
+            "t5" => "/relative4",
+            "shaw" => "/relative",
+            "rotary-interleaved" => "/rotary8_interleaved",
+            "rotary" => "/rotary8",
+            "mask" => "/mask/tiles",
+            other => other,
+        };
+        assert!(kernels.contains(inside), "{shape}: {kernels}");
+    }
+}
+
+#[test]
 fn methods_are_compared_over_lengths_and_drawn() {
     let folder = folder();
     let sweep = ["--lengths", "48,16,24,16", "--heads", "4,2", "--dim", "8", "--batch", "2", "--causal"];
