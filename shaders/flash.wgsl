@@ -23,6 +23,9 @@ const DEPTH4: u32 = 4u;
 const COLS4: u32 = 4u;
 // Loads per lane and key: DEPTH4 / SHARE, rounded up.
 const K_LOADS: u32 = 4u;
+// Parts of a row that are loaded, stored between two turns of a loop.
+const Q_LOADS: u32 = 1u;
+const O_STORES: u32 = 1u;
 const SHARE: u32 = 1u;
 const SOFTCAP: bool = true;
 const BANDED: bool = true;
@@ -430,13 +433,17 @@ fn main(
     // Loads and stores of single lanes are long pieces of code on software adapters, and take longest to
     // compile: one for each row stands in a loop, and selects put what it gives into its register.
     // @block bring_q
-    for (var d = 0u; d < DEPTH4; d++) {
+    for (var first = 0u; first < DEPTH4; first += Q_LOADS) {
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            let q4 = turned_q(q_base[r], d, u32(i32(query[r] + params.row_0) + band.w));
             // @unroll
-            for (var e = 0u; e < DEPTH4; e++) {
-                q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], q4, d == e);
+            for (var n = 0u; n < Q_LOADS; n++) {
+                let q4 = turned_q(q_base[r], first + n, u32(i32(query[r] + params.row_0) + band.w));
+                // @unroll
+                for (var e = 0u; e < DEPTH4 / Q_LOADS; e++) {
+                    let to = r * DEPTH4 + e * Q_LOADS + n;
+                    q_tile[to] = select(q_tile[to], q4, first == e * Q_LOADS);
+                }
             }
         }
     }
@@ -616,16 +623,19 @@ fn main(
             );
         }
     }
-    for (var d = 0u; d < COLS4; d++) {
+    for (var first = 0u; first < COLS4; first += O_STORES) {
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            var o4: vec4<f32>;
             // @unroll
-            for (var e = 0u; e < COLS4; e++) {
-                o4 = select(o4, sum[r * COLS4 + e], d == e);
-            }
-            if (row + r < rows) {
-                store_o(o_base[r], d, select(o4 * divisor[r], vec4<f32>(nan), worst[r] >= 0x7f800000u), false);
+            for (var n = 0u; n < O_STORES; n++) {
+                var o4: vec4<f32>;
+                // @unroll
+                for (var e = 0u; e < COLS4 / O_STORES; e++) {
+                    o4 = select(o4, sum[r * COLS4 + e * O_STORES + n], first == e * O_STORES);
+                }
+                if (row + r < rows) {
+                    store_o(o_base[r], first + n, select(o4 * divisor[r], vec4<f32>(nan), worst[r] >= 0x7f800000u), false);
+                }
             }
         }
     }

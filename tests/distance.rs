@@ -2,14 +2,17 @@
 
 mod kit;
 
-use kit::{Call, assert_close, devices, noise};
+use kit::{Call, assert_close, bits, devices, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::alibi;
 use wgpu_attention::position::shaw::RelativeKeys;
 use wgpu_attention::position::t5::{self, Buckets};
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Attention, Cut, Device, Inspect, Method, ScoreStage, Tensor, Weights};
+use wgpu_attention::{
+    Align, Attention, Cut, Device, Inspect, KvCache, KvCacheConfig, Method, MultiHeadAttention, MultiHeadConfig,
+    ScoreStage, Tensor, Weights,
+};
 
 const TOLERANCE: f64 = 3e-6;
 
@@ -122,6 +125,45 @@ fn offsets_of_each_batch_entry() {
         for method in methods(&device) {
             let out = call.run(&device, &data, call.attention().alibi(slopes.clone()).method(method)).unwrap();
             assert_close(&format!("{name}, {method}"), &out.output.download().unwrap(), &truth.output, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn a_cache_and_a_layer_take_them() {
+    const LEN: usize = 40;
+    for (name, device) in devices() {
+        let random = |shape: &[usize], seed: u64| {
+            let values = noise(&mut Pcg64::seed_from_u64(seed), shape.iter().product());
+            Tensor::from_slice(&device, shape, &values).unwrap()
+        };
+        let (q, kv) = (random(&[2, 4, LEN, 16], 1), random(&[2, 2, LEN, 16], 2));
+        let rules = [
+            Attention::new().alibi(Tensor::from_slice(&device, &[4], &alibi::slopes(4).unwrap()).unwrap()),
+            Attention::new().t5_bias(random(&[32, 4], 3), Buckets::new(false)),
+            Attention::new().relative_keys(RelativeKeys::new(&random(&[8, 16], 4), 6, 1).unwrap()),
+        ];
+        for (n, rule) in rules.into_iter().enumerate() {
+            for window in [None, Some(9)] {
+                let whole = rule.clone().causal(Align::TopLeft).window(window, None);
+                let expected = whole.forward(&q, &kv, &kv).unwrap().output;
+                let capacity = if window.is_some() { 20 } else { LEN };
+                let config = KvCacheConfig::new(2, 2, capacity, 16).window(window);
+                let mut cache = KvCache::new(&device, config).unwrap();
+                for at in (0..LEN).step_by(2) {
+                    let part = |x: &Tensor| x.narrow(2, at, 2).unwrap();
+                    let got = cache.step(&rule, &part(&q), &part(&kv), &part(&kv)).unwrap().output;
+                    let want: Vec<f64> = part(&expected).download().unwrap().into_iter().map(f64::from).collect();
+                    let what = format!("{name}, rule {n}, window {window:?}, token {at}");
+                    assert_close(&what, &got.download().unwrap(), &want, 2e-5);
+                }
+            }
+            // In a layer: the bias tells shuffled tokens apart, which plain attention cannot.
+            let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(64, 4).unwrap(), 5).unwrap();
+            let x = random(&[1, 7, 64], 6);
+            let plain = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output.download().unwrap();
+            let told = layer.forward(&x, &x, &x, &rule).unwrap().output.download().unwrap();
+            assert_ne!(bits(&plain), bits(&told), "{name}, rule {n}");
         }
     }
 }

@@ -442,6 +442,11 @@ const QUERY_HALVES_TURNED: &str = "for (var d = 0u; d < PAIRS4; d++) {
     }
 }";
 
+/// Parts of a row that are loaded or stored between two turns of a loop: few pieces of long code, and few selects.
+fn at_once(count: u32) -> u32 {
+    if count.is_multiple_of(2) { 2 } else { 1 }
+}
+
 /// A key's vec4s of a lane, those `apart` loads from each other turned together.
 fn halves_turned(apart: u32) -> String {
     format!(
@@ -505,6 +510,8 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
             .number("KEYS", keys)
             .number("GROUPS", keys.div_ceil(4))
             .number("K_LOADS", depth4.div_ceil(lanes))
+            .number("Q_LOADS", at_once(depth4))
+            .number("O_STORES", at_once(cols4))
     };
     changes = changes.number("DEPTH4", depth4).number("COLS4", cols4);
     changes = changes.flag("PADDED_K", padded[0]).flag("PADDED_V", padded[1]);
