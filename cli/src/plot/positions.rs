@@ -55,7 +55,7 @@ pub struct PositionsPlot {
     /// Positions (learned: all that the table holds) [default: 128]
     #[arg(long, value_name = "N")]
     len: Option<usize>,
-    /// Width of a vector or of a head (learned: the table's) [default: 64]
+    /// Width of a vector or of a head (learned: the table's; alibi and t5 have none) [default: 64]
     #[arg(long, value_name = "D")]
     dim: Option<usize>,
     /// Heads of alibi [default: 8]; how many of the table's heads of t5 [default: all]
@@ -115,12 +115,12 @@ struct Encoding {
 }
 
 impl PositionsPlot {
-    /// Options that mean nothing for the method are errors: they must not be ignored.
+    /// Options that mean nothing for the method are errors: they must not be ignored. A width goes with all: it
+    /// belongs to every call that compares them.
     fn check_options(&self) -> Result<()> {
         use MethodWord::*;
         let given = [
-            ("--dim", self.dim.is_some(), &[Sinusoidal, Rotary, Learned][..]),
-            ("--heads", self.heads.is_some(), &[Alibi, T5]),
+            ("--heads", self.heads.is_some(), &[Alibi, T5][..]),
             ("--base", self.base.is_some(), &[Rotary]),
             ("--interleaved", self.interleaved, &[Rotary]),
             ("--halves", self.halves, &[Sinusoidal]),

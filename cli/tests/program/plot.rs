@@ -252,6 +252,7 @@ fn positions_that_cannot_be_drawn_say_why() {
     refused(&["sinusoidal", "--len", "0"], 2, "--len 0");
     refused(&["sinusoidal", "--len", "100000000000"], 2, "2048");
     refused(&["alibi", "--heads", "0"], 1, "at least one head");
+    refused(&["t5", "--halves"], 2, "--halves means nothing to --method t5; it belongs to sinusoidal");
     refused(&["alibi", "--base", "3"], 2, "--base means nothing to --method alibi; it belongs to rotary");
     refused(&["learned"], 2, "--table");
     refused(&["learned", "--table", "table.npy", "--len", "10"], 1, "[9, 8]");
