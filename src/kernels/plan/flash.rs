@@ -168,7 +168,9 @@ impl<'a> Fused<'a> {
                 return Err(format!("a binding of {} bytes is too large", fused.largest_binding()));
             }
         }
-        fused.tiles &= fused.class_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding);
+        // One invocation per row and tile must be countable too.
+        let countable = |bytes: u64| bytes / 4 * tile.block_rows() as u64 <= u64::from(u32::MAX);
+        fused.tiles &= fused.class_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding && countable(bytes));
         Ok(fused)
     }
 
@@ -607,8 +609,7 @@ impl std::str::FromStr for Cut {
 impl Method {
     /// One of each kind of way to compute a call on an adapter: the three passes, the fused kernel's default cut,
     /// and cuts of every number of rows and of small and large workgroups, with subgroups and without, through
-    /// workgroup memory too. For
-    /// tests and checks: a fixed list, not what is fastest.
+    /// workgroup memory too. For tests and checks: a fixed list, not what is fastest.
     pub fn every(adapter: &Capabilities) -> Vec<Method> {
         let (workgroup, share) = Cut::lanes(adapter);
         let other = if workgroup == 64 { 32 } else { 64 };
