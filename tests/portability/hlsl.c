@@ -7,6 +7,8 @@
 
 #define COBJMACROS
 #include <d3dcommon.h>
+#include <fcntl.h>
+#include <io.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -92,6 +94,7 @@ int main(int count, char **arguments) {
         fprintf(stderr, "usage: hlsl.exe fxc|dxc LIBRARY PATH...\n");
         return 2;
     }
+    _setmode(1, _O_BINARY);
     HMODULE library = must(LoadLibraryA(arguments[2]), arguments[2]);
     D3DCompileFn compile = NULL;
     DxcCompiler *compiler = NULL;

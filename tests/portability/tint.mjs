@@ -10,8 +10,10 @@ import { readFileSync, writeSync } from 'node:fs';
 import { create, globals } from 'webgpu';
 
 Object.assign(globalThis, globals);
-const adapter = await create(['backend=null']).requestAdapter();
-const device = await adapter.requestDevice({ requiredFeatures: ['subgroups'] });
+// Dawn crashes when what it hands out is collected as garbage: all of it stays reachable.
+globalThis.gpu = create(['backend=null']);
+globalThis.adapter = await gpu.requestAdapter();
+globalThis.device = await adapter.requestDevice({ requiredFeatures: ['subgroups'] });
 
 async function faults(path) {
   const source = readFileSync(path, 'utf8');
