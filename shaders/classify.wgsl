@@ -83,8 +83,8 @@ fn main(
     var found = 0u;
     for (var j = tile * TILE; j < min((tile + 1u) * TILE, params.len_k); j++) {
         // The extra keys at the end are seen by every row.
-        let seen = j >= params.ruled_keys || passes_a(b, h, i, j) && passes_b(b, h, i, j)
-            && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
+        let seen = j >= params.ruled_keys || (passes_a(b, h, i, j) && passes_b(b, h, i, j)
+            && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity);
         found |= select(2u, 1u, seen);
         if (found == 3u) {
             break;

@@ -486,6 +486,10 @@ fn main(
             }
         }
     }
+    // Workgroup memory holds anything at first; a barrier follows before any value is read.
+    if (local == 0u) {
+        atomicStore(&spoilt, 0u);
+    }
     let tile_row = b * params.tile_batch_stride + head_kv * params.tile_head_stride
         + sequence.row_block * params.tiles;
     for (var j = next_key(tile_row, start, end); j < end; j = next_key(tile_row, j + KEYS, end)) {

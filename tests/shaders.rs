@@ -2,19 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use naga::back::{glsl, hlsl, msl, spv};
-use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use translate::{translate, validate};
 use wgpu_attention::kernels::catalogue::{self, Kernel};
 use wgpu_attention::kernels::{blocks, params};
 
-fn validate(name: &str, source: &str) -> (naga::Module, ModuleInfo) {
-    let module =
-        naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
-    let info = Validator::new(ValidationFlags::all(), Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16_IN_FLOAT32)
-        .validate(&module)
-        .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
-    (module, info)
-}
+#[path = "portability/translate.rs"]
+mod translate;
 
 #[test]
 fn every_file_is_valid_as_it_stands() {
@@ -35,52 +28,13 @@ fn every_variant_validates_and_translates() {
     for variant in &variants {
         let source = variant.source().unwrap();
         let (module, info) = validate(&variant.name, &source);
-        let fail = |language: &str, error: String| -> ! {
-            panic!("{} does not translate to {language}: {error}", variant.name)
-        };
-
         let storage =
             bindings(&module).values().filter(|space| matches!(space, naga::AddressSpace::Storage { .. })).count();
         assert!(storage <= 7, "{}: {storage} storage buffers; Metal needs one of 8", variant.name);
 
-        spv::write_vec(&module, &info, &spv::Options { lang_version: (1, 3), ..Default::default() }, None)
-            .unwrap_or_else(|e| fail("SPIR-V", e.to_string()));
-
-        let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..Default::default() };
-        msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
-            .unwrap_or_else(|e| fail("MSL", e.to_string()));
-
-        // Base variants must compile with FXC, shader model 5.1; subgroups need 6.0.
-        let shader_model = if variant.uses_subgroups() { hlsl::ShaderModel::V6_0 } else { hlsl::ShaderModel::V5_1 };
-        let options = hlsl::Options { shader_model, fake_missing_bindings: true, ..Default::default() };
-        let mut text = String::new();
-        hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default())
-            .write(&module, &info, None)
-            .unwrap_or_else(|e| fail("HLSL", e.to_string()));
-
-        // GLSL has subgroups only as an extension of desktop versions; wgpu offers none over GL.
-        if variant.uses_subgroups() {
-            continue;
-        }
-        for version in [glsl::Version::Desktop(430), glsl::Version::Embedded { version: 310, is_webgl: false }] {
-            let options = glsl::Options { version, ..Default::default() };
-            let pipeline = glsl::PipelineOptions {
-                shader_stage: naga::ShaderStage::Compute,
-                entry_point: "main".into(),
-                multiview: None,
-            };
-            let mut text = String::new();
-            glsl::Writer::new(
-                &mut text,
-                &module,
-                &info,
-                &options,
-                &pipeline,
-                naga::proc::BoundsCheckPolicies::default(),
-            )
-            .and_then(|mut writer| writer.write())
-            .unwrap_or_else(|e| fail("GLSL", format!("{version:?}: {e}")));
-        }
+        let texts = translate(&module, &info, variant.uses_subgroups())
+            .unwrap_or_else(|error| panic!("{} {error}", variant.name));
+        assert_eq!(texts.len(), if variant.uses_subgroups() { 4 } else { 8 });
     }
 }
 

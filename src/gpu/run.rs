@@ -79,7 +79,7 @@ impl Gpu {
             module: &module,
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
-                // Only softmax has workgroup memory, and writes it before it reads.
+                // What has workgroup memory writes it before it reads.
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },

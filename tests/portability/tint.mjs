@@ -1,0 +1,41 @@
+// Compiles WGSL with Tint, the compiler of Chrome and of whatever else is built on Dawn.
+//
+//     node tint.mjs PATH…
+//
+// One line per path: `passed PATH` or `failed PATH MESSAGE`, separated by tabs. No diagnostic is turned off, and
+// a warning fails too. A name that ends in `.file.wgsl` is a shader file as it stands, which binds more buffers
+// than any variant of it: its module is compiled, its pipeline is not.
+
+import { readFileSync, writeSync } from 'node:fs';
+import { create, globals } from 'webgpu';
+
+Object.assign(globalThis, globals);
+// Dawn crashes when what it hands out is collected as garbage: all of it stays reachable.
+globalThis.gpu = create(['backend=null']);
+globalThis.adapter = await gpu.requestAdapter();
+globalThis.device = await adapter.requestDevice({ requiredFeatures: ['subgroups'] });
+
+async function faults(path) {
+  const source = readFileSync(path, 'utf8');
+  // naga refuses the line, browsers ask for it.
+  const code = source.includes('subgroup_invocation_id') ? `enable subgroups;\n${source}` : source;
+  const lines = code.split('\n');
+  device.pushErrorScope('validation');
+  const module = device.createShaderModule({ code });
+  const { messages } = await module.getCompilationInfo();
+  if (!path.endsWith('.file.wgsl') && !messages.some(({ type }) => type === 'error')) {
+    device.createComputePipeline({ layout: 'auto', compute: { module, entryPoint: 'main' } });
+  }
+  const error = await device.popErrorScope();
+  const told = messages
+    .filter(({ type }) => type !== 'info')
+    .map(({ type, lineNum, message }) => `${type}: ${message} in line ${lineNum}: ${lines[lineNum - 1]?.trim()}`);
+  return error && told.length === 0 ? [error.message] : told;
+}
+
+for (const path of process.argv.slice(2)) {
+  const found = await faults(path);
+  writeSync(1, found.length ? `failed\t${path}\t${found.join('; ').replace(/\s+/g, ' ')}\n` : `passed\t${path}\n`);
+}
+// Dawn keeps the process alive.
+process.exit(0);
