@@ -602,13 +602,7 @@ impl Attention {
             None => (q4, k4, None),
             Some((rotary, given)) => {
                 let rows = rotary_rows(rotary, given.as_ref(), &problem)?;
-                if rotary.dim() > problem.dim_k {
-                    return Err(shape_error!(
-                        "the rotary dimension {} is more than the width of Q {:?}",
-                        rotary.dim(),
-                        q.shape()
-                    ));
-                }
+                rotary.check_width("Q", q.shape(), problem.dim_k)?;
                 if fuse && given.is_none() {
                     (q4, k4, Some((rotary.clone(), rows)))
                 } else {

@@ -480,17 +480,19 @@ impl Rotary {
         Ok(turned)
     }
 
+    /// Refuses rows of `dim` columns that are fewer than turn.
+    pub(crate) fn check_width(&self, name: &str, shape: &[usize], dim: usize) -> Result<()> {
+        if self.dim() > dim {
+            return Err(shape_error!("the rotary dimension {} is more than the width of {name} {shape:?}", self.dim()));
+        }
+        Ok(())
+    }
+
     pub(crate) fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         x.expect_float("x")?;
         let four = x.with_layout(as_four_axes("x", x.layout())?);
         let &[batch, _, len, dim] = four.shape() else { unreachable!("four axes") };
-        if self.dim() > dim {
-            return Err(shape_error!(
-                "the rotary dimension {} is more than the width of x {:?}",
-                self.dim(),
-                x.shape()
-            ));
-        }
+        self.check_width("x", x.shape(), dim)?;
         let rows = positions.rows(batch, len, self.positions())?;
         recording.rotate(&four, self.rotation(), &rows)?.reshape(x.shape())
     }

@@ -136,8 +136,7 @@ impl Prepared {
 fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device) -> Result<Attention> {
     let Problem { heads_q, len_q, len_k, dim_k, .. } = shape.problem;
     let offset = shape.problem.band(0).offset;
-    let start = usize::try_from(offset).map_err(|_| format!("{} has queries before position 0", shape.name));
-    let start = start.map_err(crate::error::Error::Failed)?;
+    let Ok(start) = usize::try_from(offset) else { fail!("{} has queries before position 0", shape.name) };
     Ok(match extra {
         Extra::Rotary { interleaved } => {
             let pairing = if interleaved { Pairing::Interleaved } else { Pairing::HalfSplit };
@@ -168,7 +167,7 @@ fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device
             }
         }
         Extra::Mask => {
-            let seen = |at: usize| at % len_k <= at / len_k + start + len_k.saturating_sub(len_q + start);
+            let seen = |at: usize| at % len_k <= at / len_k + start;
             let keep: Vec<bool> = (0..len_q * len_k).map(seen).collect();
             attention.mask(Mask::keep(Tensor::from_bools(device, &[len_q, len_k], &keep)?)?)
         }

@@ -10,6 +10,12 @@ pub const TILED_KEYS: u32 = 32;
 /// Invocations that share a row of it.
 pub const TILED_ACROSS: u32 = 8;
 
+/// Bytes of workgroup memory of `flash_tiled.wgsl`: four vec4s and four numbers per invocation, the part of the
+/// keys, one flag.
+pub const fn tiled_memory(workgroup: u32) -> u32 {
+    workgroup.saturating_mul(TILED_ROWS * 20).saturating_add(TILED_KEYS * TILED_ACROSS * 16 + 4)
+}
+
 /// How `flash.wgsl` and `flash_tiled.wgsl` are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashTile {

@@ -2,7 +2,9 @@
 
 mod flash;
 
-pub use flash::{FlashAccess, FlashOptions, FlashRotary, FlashTile, TILED_ACROSS, TILED_KEYS, TILED_ROWS, flash};
+pub use flash::{
+    FlashAccess, FlashOptions, FlashRotary, FlashTile, TILED_ACROSS, TILED_KEYS, TILED_ROWS, flash, tiled_memory,
+};
 
 use super::access::{self, Access};
 use super::specialise::{Changes, specialise};
@@ -151,8 +153,7 @@ impl Variant {
         match self.kernel {
             // One f32 and one u32 per invocation.
             Kernel::Softmax if !self.changes.blocks.contains_key("join") => 8 * workgroup,
-            // Four vec4s and four numbers per invocation, the part of the keys, one flag.
-            Kernel::FlashTiled => workgroup * TILED_ROWS * 20 + TILED_KEYS * TILED_ACROSS * 16 + 4,
+            Kernel::FlashTiled => tiled_memory(workgroup),
             _ => 0,
         }
     }

@@ -718,7 +718,7 @@ impl Cut {
         let Cut { workgroup, rows, keys, share } = *self;
         let rule = |rule: String| Err(value_error!("the cut {self} cannot run on {}: {rule}", adapter.adapter));
         if keys == catalogue::TILED_KEYS {
-            let needed = workgroup.saturating_mul(80) + 4100;
+            let needed = catalogue::tiled_memory(workgroup);
             return if !Cut::TILED.contains(self) {
                 rule("32 keys go with 4 rows of 64 or 128 invocations that share nothing".into())
             } else if workgroup > adapter.max_invocations {
