@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::Value;
 use wgpu_attention::{Device, Dtype, Tensor};
 
-use super::Stop;
 use super::compare::{Comparison, compare, largest_finite};
+use super::folder::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 use crate::files::{self, TensorFile};

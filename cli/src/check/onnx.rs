@@ -6,9 +6,9 @@ use wgpu_attention::{
     Align, Attention, Device, HostTensor, KvCache, KvCacheConfig, Mask, ScatterMode, ScoreStage, Tensor,
 };
 
-use super::Stop;
 use super::case::{Case, as_float, as_int};
 use super::compare::Comparison;
+use super::folder::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 

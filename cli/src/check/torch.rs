@@ -2,9 +2,9 @@
 
 use wgpu_attention::{Align, Attention, Device, HostTensor, Mask, MultiHeadAttention, StateDict, Weights};
 
-use super::Stop;
 use super::case::Case;
 use super::compare::Comparison;
+use super::folder::Stop;
 use crate::array::Array;
 use crate::error::{Error, Result};
 

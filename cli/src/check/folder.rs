@@ -1,0 +1,372 @@
+//! `attn check DIR`: a folder of cases against their expected answers.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+use wgpu_attention::{Attention, Method};
+
+use super::case::Case;
+use super::compare::Comparison;
+use super::{case, onnx, torch, transformers};
+use crate::error::{Error, Result, fail};
+use crate::files;
+use crate::progress::Bar;
+use crate::target::{self, Target};
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+A case is a safetensors file whose header's __metadata__ holds a JSON text `case` that says \
+what to compute. Tensors: in.* and param.* go in, out.* (ONNX), ref64.* (float64) and out32.* \
+(transformers) are expected.
+
+Allowed: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest value from \
+float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
+PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
+relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
+the largest value where none is recorded.
+
+Methods: auto (what a call runs unless told otherwise), three-passes, fused, a cut of the fused kernel \
+such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of cuts \
+with subgroups and without. A case that a method cannot compute is skipped with the reason, and so is \
+one of an op that has no methods. The CPU backend has one way only.
+
+Examples:
+  attn check tests/cases/onnx
+  attn check tests/cases/torch --adapter vulkan --method all
+  attn check tests/cases/torch --method three-passes --method rows4x8/keys4
+  attn check tests/cases/torch --adapter cpu --filter mask --verbose
+  attn check tests/cases/torch --adapter all --json report.json")]
+pub struct CheckArgs {
+    /// The folder; its index.json lists the cases, without one every .safetensors file is a case
+    dir: PathBuf,
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "SUBSTR")]
+    filter: Option<String>,
+    /// Computes the cases in this way; may be repeated
+    #[arg(long = "method", value_name = "NAME", value_parser = parse_method, default_value = "auto")]
+    methods: Vec<MethodWord>,
+    /// A line for every case, not only for failing ones
+    #[arg(short, long)]
+    verbose: bool,
+    /// Write the result of every case
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum MethodWord {
+    All,
+    One(Method),
+}
+
+fn parse_method(text: &str) -> Result<MethodWord, String> {
+    match text {
+        "all" => Ok(MethodWord::All),
+        one => one.parse().map(MethodWord::One).map_err(|error: wgpu_attention::Error| error.to_string()),
+    }
+}
+
+impl CheckArgs {
+    /// The methods on a device, each once; none where there is one way only.
+    fn methods(&self, target: &Target) -> Vec<Option<Method>> {
+        let Some(gpu) = target.device.gpu() else { return vec![None] };
+        let mut methods = Vec::new();
+        for &word in &self.methods {
+            let more = match word {
+                MethodWord::All => Method::every(gpu.capabilities()),
+                MethodWord::One(method) => vec![method],
+            };
+            for method in more.into_iter().map(Some) {
+                if !methods.contains(&method) {
+                    methods.push(method);
+                }
+            }
+        }
+        methods
+    }
+}
+
+/// What came of one case.
+enum Outcome {
+    Compared(Vec<Comparison>),
+    Skipped(String),
+    /// The case could not be read or computed.
+    Broken(String),
+}
+
+/// Why a case gives no comparisons.
+pub enum Stop {
+    Skip(String),
+    Error(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Stop {
+        Stop::Error(error)
+    }
+}
+impl From<wgpu_attention::Error> for Stop {
+    fn from(error: wgpu_attention::Error) -> Stop {
+        match error {
+            wgpu_attention::Error::Method { .. } => Stop::Skip(error.to_string()),
+            _ => Stop::Error(error.into()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+impl std::fmt::Display for Tally {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, more: Tally) {
+        self.passed += more.passed;
+        self.failed += more.failed;
+        self.skipped += more.skipped;
+    }
+}
+
+impl Outcome {
+    fn status(&self) -> &'static str {
+        match self {
+            Outcome::Skipped(_) => "skipped",
+            // Nothing compared is nothing shown: never a pass.
+            Outcome::Compared(all) if !all.is_empty() && all.iter().all(|one| one.ok) => "passed",
+            _ => "failed",
+        }
+    }
+}
+
+/// Whether no case failed.
+pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
+    let names = case_names(&args.dir, args.filter.as_deref())?;
+    if let Some(path) = &args.json {
+        files::check_folder(path)?;
+    }
+    let targets = target::targets(adapter)?;
+    let mut total = Tally::default();
+    let (mut report, mut runs) = (Vec::new(), Vec::new());
+    let ways: Vec<_> = targets.iter().map(|target| (target, args.methods(target))).collect();
+    let several = ways.iter().map(|(_, methods)| methods.len()).sum::<usize>() > 1;
+    for (target, methods) in ways {
+        target.announce();
+        for method in methods {
+            let way = Way { target, method, several };
+            let tally = way.check(args, &names, &mut report);
+            if several {
+                anstream::println!("{}: {tally}", way.label());
+            }
+            total += tally;
+            runs.push(json!({
+                "adapter": target.device.name(),
+                "method": way.method_name(),
+                "passed": tally.passed,
+                "failed": tally.failed,
+                "skipped": tally.skipped,
+            }));
+        }
+    }
+    if let Some(path) = &args.json {
+        let report = json!({
+            "folder": args.dir.display().to_string(),
+            "passed": total.passed,
+            "failed": total.failed,
+            "skipped": total.skipped,
+            "runs": runs,
+            "cases": report,
+        });
+        files::write_json(path, &report)?;
+    }
+    anstream::println!("{total}");
+    Ok(total.failed == 0)
+}
+
+/// A device, and how calls are computed on it.
+struct Way<'a> {
+    target: &'a Target,
+    method: Option<Method>,
+    /// Whether there are others.
+    several: bool,
+}
+
+impl Way<'_> {
+    fn method_name(&self) -> Option<String> {
+        self.method.map(|method| method.to_string())
+    }
+
+    /// The device, and the method where it is not what calls run by themselves.
+    fn label(&self) -> String {
+        match self.method {
+            None | Some(Method::Auto) => self.target.label(),
+            Some(method) => format!("{}, {method}", self.target.label()),
+        }
+    }
+
+    fn check(&self, args: &CheckArgs, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
+        let mut tally = Tally::default();
+        let mut bar = Bar::new(names.len());
+        for name in names {
+            let outcome = self.run_case(&args.dir, name);
+            match outcome.status() {
+                "passed" => tally.passed += 1,
+                "failed" => tally.failed += 1,
+                _ => tally.skipped += 1,
+            }
+            let shown = match self.method {
+                Some(method) if self.several && method != Method::Auto => format!("{name} by {method}"),
+                _ => name.clone(),
+            };
+            for line in lines(&shown, &outcome, args.verbose) {
+                bar.line(&line);
+            }
+            report.push(self.entry(name, &outcome));
+            bar.step(name);
+        }
+        tally
+    }
+
+    fn run_case(&self, dir: &Path, name: &str) -> Outcome {
+        let device = &self.target.device;
+        let method = self.method.unwrap_or_default();
+        let attention = Attention::new().method(method);
+        let work = || -> Result<Vec<Comparison>, Stop> {
+            let case = Case::read(&dir.join(format!("{name}.safetensors")))?;
+            match case.op() {
+                "Attention" => onnx::attention(&case, device, attention),
+                "sdpa" => torch::sdpa(&case, device, attention),
+                "varlen" => torch::varlen(&case, device, attention),
+                "mha" => torch::mha(&case, device, attention),
+                "sink_attention" => transformers::sink_attention(&case, device, attention),
+                "shaw_relative_key" => transformers::shaw_relative_key(&case, device, attention),
+                "llama_attention" => transformers::llama_attention(&case, device, attention),
+                op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
+                "Softmax" => onnx::softmax(&case, device),
+                "TensorScatter" => onnx::tensor_scatter(&case, device),
+                "RotaryEmbedding" => onnx::rotary_embedding(&case, device),
+                "alibi_slopes" => transformers::alibi_slopes(&case),
+                "sinusoidal" => transformers::sinusoidal(&case, device),
+                "sinusoidal_t2t" => transformers::sinusoidal_t2t(&case),
+                "t5_bucket" => transformers::t5_bucket(&case),
+                "t5_bias" => transformers::t5_bias(&case, device),
+                "rope_half_split" => transformers::rope_half_split(&case, device),
+                "rope_interleaved" => transformers::rope_interleaved(&case, device),
+                other => Err(Stop::Skip(format!("the op {other} is not known"))),
+            }
+        };
+        match work() {
+            Ok(all) if all.is_empty() => Outcome::Broken("the case expects no output".into()),
+            Ok(all) => Outcome::Compared(all),
+            Err(Stop::Skip(reason)) => Outcome::Skipped(reason),
+            Err(Stop::Error(error)) => Outcome::Broken(error.to_string()),
+        }
+    }
+
+    fn entry(&self, name: &str, outcome: &Outcome) -> serde_json::Value {
+        // JSON has no NaN and no infinity: those become text.
+        let number = |x: f64| if x.is_finite() { json!(x) } else { json!(x.to_string()) };
+        let (reason, outputs) = match outcome {
+            Outcome::Skipped(reason) | Outcome::Broken(reason) => (Some(reason), Vec::new()),
+            Outcome::Compared(all) => (
+                None,
+                all.iter()
+                    .map(|one| {
+                        let worst = one.worst.as_ref().map(|worst| {
+                            json!({
+                                "difference": number(worst.difference),
+                                "allowed": number(worst.allowed),
+                                "index": worst.index,
+                                "got": number(worst.got),
+                                "expected": number(worst.expected),
+                            })
+                        });
+                        json!({ "output": one.output, "against": one.against, "ok": one.ok, "worst": worst, "reason": one.reason })
+                    })
+                    .collect(),
+            ),
+        };
+        json!({
+            "case": name,
+            "adapter": self.target.device.name(),
+            "method": self.method_name(),
+            "status": outcome.status(),
+            "reason": reason,
+            "outputs": outputs,
+        })
+    }
+}
+
+/// The cases of a folder.
+fn case_names(dir: &Path, filter: Option<&str>) -> Result<Vec<String>> {
+    if !dir.is_dir() {
+        fail!("{} is not a folder of cases", dir.display());
+    }
+    let index = dir.join("index.json");
+    let mut names: Vec<String> = if index.exists() {
+        let bad = |what: &str| Error::Failed(format!("{} is not a list of cases: {what}", index.display()));
+        let text = String::from_utf8(files::read_bytes(&index)?).map_err(|error| bad(&error.to_string()))?;
+        let list = case::parse_json(&text).map_err(|error| bad(&error.to_string()))?;
+        let list = list.as_array().ok_or_else(|| bad("an array of objects with a \"name\" is needed"))?;
+        list.iter()
+            .map(|entry| {
+                let name =
+                    entry.get("name").unwrap_or(entry).as_str().ok_or_else(|| bad("an entry has no \"name\""))?;
+                // A name is a file of this folder, never a way out of it.
+                match Path::new(name).file_name().and_then(|file| file.to_str()) == Some(name) {
+                    true => Ok(name.to_string()),
+                    false => Err(bad(&format!("{name:?} is not a file name"))),
+                }
+            })
+            .collect::<Result<_>>()?
+    } else {
+        let entries =
+            std::fs::read_dir(dir).map_err(|error| Error::Failed(format!("cannot read {}: {error}", dir.display())))?;
+        let files = entries.flatten().map(|entry| entry.path());
+        let cases = files.filter(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
+        cases.filter_map(|path| Some(path.file_stem()?.to_str()?.to_string())).collect()
+    };
+    if names.is_empty() {
+        fail!("{} holds no cases (index.json, or .safetensors files)", dir.display());
+    }
+    names.sort();
+    if let Some(part) = filter {
+        names.retain(|name| name.contains(part));
+        if names.is_empty() {
+            fail!("no case of {} has \"{part}\" in its name", dir.display());
+        }
+    }
+    Ok(names)
+}
+
+fn lines(name: &str, outcome: &Outcome, verbose: bool) -> Vec<String> {
+    match outcome {
+        Outcome::Broken(reason) => vec![format!("FAILED {name}: {reason}")],
+        Outcome::Skipped(reason) if verbose => vec![format!("skipped {name}: {reason}")],
+        Outcome::Skipped(_) => Vec::new(),
+        Outcome::Compared(all) => all
+            .iter()
+            .filter(|one| verbose || !one.ok)
+            .map(|one| {
+                let head =
+                    format!("{} {name}: {} against {}", if one.ok { "ok" } else { "FAILED" }, one.output, one.against);
+                match (&one.worst, &one.reason) {
+                    (Some(worst), _) => format!(
+                        "{head}: difference {:.2e}, allowed {:.2e}, at {:?} ({:e} instead of {:e})",
+                        worst.difference, worst.allowed, worst.index, worst.got, worst.expected
+                    ),
+                    (None, Some(reason)) => format!("{head}: {reason}"),
+                    (None, None) => format!("{head}: empty"),
+                }
+            })
+            .collect(),
+    }
+}
