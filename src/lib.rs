@@ -77,7 +77,7 @@ pub use attention::{merge, softmax};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile};
+pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile, Traced};
 pub use inspect::{Inspect, Inspected};
 pub use kernels::{Cut, Method, ShapeClass};
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};

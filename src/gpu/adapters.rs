@@ -1,7 +1,7 @@
 //! Finding an adapter and reading off what it can do.
 
 use crate::error::{Error, Result};
-use crate::kernels::{AdapterClass, Capabilities};
+use crate::kernels::{AdapterClass, Capabilities, Variant};
 use crate::memory::system_memory;
 
 /// Which adapter to take.
@@ -12,6 +12,9 @@ pub struct GpuOptions {
     pub adapter: Option<String>,
     /// Leaves the subgroup kernels out even where the adapter has subgroups.
     pub without_subgroups: bool,
+    /// Changes the WGSL of a variant before it is compiled; `None` leaves it. For checks that break a kernel on
+    /// purpose, and for experiments.
+    pub rewrite: Option<fn(&Variant, &str) -> Option<String>>,
 }
 
 impl GpuOptions {

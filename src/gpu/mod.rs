@@ -11,8 +11,8 @@ mod tuning;
 
 pub use adapters::{AdapterSummary, GpuOptions};
 pub(crate) use buffers::{GpuBuffer, Purpose};
-pub use run::Profile;
 pub(crate) use run::Recording;
+pub use run::{Profile, Traced};
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +38,9 @@ struct Inner {
     constants: Mutex<HashMap<Vec<u8>, wgpu::Buffer>>,
     pool: Pool,
     tuning: Tuning,
+    rewrite: Option<fn(&Variant, &str) -> Option<String>>,
+    /// What runs, while somebody wants to know.
+    trace: Mutex<Option<Vec<Traced>>>,
     /// What [`Gpu::multiply_add_ceiling`] measured.
     #[cfg(not(target_arch = "wasm32"))]
     ceiling: Mutex<Option<f64>>,
@@ -102,7 +105,7 @@ impl Gpu {
             during: "creating the device".into(),
             message: error.to_string(),
         })?;
-        let gpu = Gpu::assemble(info, device, queue, options.without_subgroups);
+        let gpu = Gpu::assemble(info, device, queue, options);
         // Our own device: what no scope catches is kept and reported by the next call.
         let fault = gpu.0.fault.clone();
         gpu.0.device.on_uncaptured_error(Arc::new(move |error| {
@@ -119,11 +122,11 @@ impl Gpu {
     /// were not requested are not used. Subgroup kernels need [`wgpu::Features::SUBGROUP`], GPU times
     /// [`wgpu::Features::TIMESTAMP_QUERY`].
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Gpu {
-        Gpu::assemble(adapter.get_info(), device, queue, false)
+        Gpu::assemble(adapter.get_info(), device, queue, &GpuOptions::default())
     }
 
-    fn assemble(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue, without_subgroups: bool) -> Gpu {
-        let capabilities = adapters::capabilities(&info, &device, without_subgroups);
+    fn assemble(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue, options: &GpuOptions) -> Gpu {
+        let capabilities = adapters::capabilities(&info, &device, options.without_subgroups);
         let gpu = Gpu(Arc::new(Inner {
             info,
             capabilities,
@@ -133,6 +136,8 @@ impl Gpu {
             constants: Mutex::default(),
             pool: Pool::default(),
             tuning: Tuning::default(),
+            rewrite: options.rewrite,
+            trace: Mutex::default(),
             #[cfg(not(target_arch = "wasm32"))]
             ceiling: Mutex::default(),
             lost: Arc::default(),
@@ -176,6 +181,14 @@ impl Gpu {
         let mut counts = self.0.pool.counts();
         counts.pipelines = lock(&self.0.pipelines).len() as u64;
         counts
+    }
+
+    /// Does `work`, and tells what ran on this adapter meanwhile, other threads' calls included. Work recorded into a
+    /// caller's encoder counts when it is recorded.
+    pub fn trace<T>(&self, work: impl FnOnce() -> T) -> (T, Vec<Traced>) {
+        *lock(&self.0.trace) = Some(Vec::new());
+        let done = work();
+        (done, lock(&self.0.trace).take().unwrap_or_default())
     }
 
     /// Waits until everything submitted so far is done.

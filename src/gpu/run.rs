@@ -43,6 +43,9 @@ impl Gpu {
             return Ok(pipeline.clone());
         }
         let mut source = variant.source()?;
+        if let Some(changed) = self.0.rewrite.and_then(|rewrite| rewrite(variant, &source)) {
+            source = changed;
+        }
         if variant.uses_subgroups() && self.0.info.backend == wgpu::Backend::BrowserWebGpu {
             // Browsers ask for the line, naga refuses it.
             source.insert_str(0, "enable subgroups;\n");
@@ -99,6 +102,17 @@ pub struct Profile {
     pub gpu_time: Option<Duration>,
 }
 
+/// A kernel as it was sent to the adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Traced {
+    /// The kernel; [`Variant::source`] is its text.
+    pub variant: Variant,
+    /// Workgroups in x and y.
+    pub workgroups: [u32; 2],
+    /// Why attention runs on these kernels; empty where there is one way only.
+    pub why: String,
+}
+
 /// A part of a buffer.
 struct Part {
     /// `None`: of the recording's own parameters.
@@ -110,6 +124,7 @@ struct Part {
 /// A planned step with its real buffers.
 struct Bound {
     step: Step,
+    why: Arc<str>,
     /// The uniform block first.
     parts: Vec<(u32, Part)>,
 }
@@ -196,6 +211,7 @@ impl Recording {
         let bands = self.constant(bytemuck::cast_slice(&plan.bands));
         let places = self.constant(bytemuck::cast_slice(&plan.places));
         let rows = self.constant(bytemuck::cast_slice(&plan.rows));
+        let why: Arc<str> = plan.why.into();
         for step in plan.steps {
             let mut parts = vec![(0, self.constant(&step.params))];
             for binding in &step.bindings {
@@ -221,7 +237,7 @@ impl Recording {
                 };
                 parts.push((binding.binding, part));
             }
-            self.steps.push(Bound { step, parts });
+            self.steps.push(Bound { step, why: why.clone(), parts });
         }
         Ok(())
     }
@@ -334,7 +350,7 @@ impl Recording {
                 found => found.unwrap_or_default(),
             };
         }
-        let plan = match plan::attention(problem, &planned, &self.gpu.0.capabilities) {
+        let mut plan = match plan::attention(problem, &planned, &self.gpu.0.capabilities) {
             // Where the kernel cannot turn them, queries and keys are turned before it runs.
             Err(_) if let Some((rotary, rows)) = rotary => {
                 let mut turn = |x: &Tensor, rows: &Rows| {
@@ -352,6 +368,9 @@ impl Recording {
             }
             plan => plan,
         }?;
+        if wanted.method == Method::Auto && planned.method != Method::Auto {
+            plan.why = format!("tuned for such calls: {}", plan.why);
+        }
         let square = |recording: &Recording, what: &str, layout: &Option<Layout>| {
             let make = |layout: &Layout| recording.output(what, layout.clone(), dtype);
             layout.as_ref().map(make).transpose()
@@ -679,6 +698,13 @@ impl Recording {
         encoder: &mut wgpu::CommandEncoder,
         timestamps: Option<&wgpu::QuerySet>,
     ) {
+        if let Some(trace) = lock(&self.gpu.0.trace).as_mut() {
+            trace.extend(self.steps.iter().map(|bound| Traced {
+                variant: bound.step.variant.clone(),
+                workgroups: bound.step.workgroups,
+                why: bound.why.to_string(),
+            }));
+        }
         let bind = |(bound, pipeline): (&Bound, &Arc<Pipeline>)| self.bind_group(pipeline, bound, parameters);
         let groups: Vec<_> = self.steps.iter().zip(pipelines).map(bind).collect();
         let timestamp_writes = timestamps.map(|query_set| wgpu::ComputePassTimestampWrites {

@@ -151,7 +151,7 @@ pub struct Sequence {
 }
 
 /// The positional rules of one call, before the shapes are known.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Positions {
     /// Where queries stand among keys.
     pub align: Align,

@@ -146,10 +146,15 @@ impl Variant {
         self.changes.blocks.contains_key("lane_builtin")
     }
 
+    /// Invocations per workgroup.
+    pub fn workgroup_size(&self) -> u32 {
+        let changed = self.changes.consts.get("WORKGROUP");
+        changed.and_then(|text| text.trim_end_matches('u').parse().ok()).unwrap_or(64)
+    }
+
     /// Bytes of workgroup memory the variant declares.
     pub fn workgroup_memory(&self) -> u32 {
-        let number = |name| self.changes.consts.get(name).and_then(|text| text.trim_end_matches('u').parse().ok());
-        let workgroup: u32 = number("WORKGROUP").unwrap_or(64);
+        let workgroup = self.workgroup_size();
         match self.kernel {
             // One f32 and one u32 per invocation.
             Kernel::Softmax if !self.changes.blocks.contains_key("join") => 8 * workgroup,

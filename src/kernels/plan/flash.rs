@@ -21,18 +21,33 @@ const LEAST_TILED_ROWS: usize = 16;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
 
-/// The plan of a fused call; none where the call needs scores in memory or does not fit.
+/// The plan of a fused call, or why the call needs scores in memory or does not fit.
 pub(super) fn attention(
     problem: &Problem,
     operands: &AttentionOperands<'_>,
     adapter: &Capabilities,
-) -> Result<Option<Plan>> {
+) -> Result<std::result::Result<Plan, String>> {
     match Fused::new(problem, operands, adapter, &[]) {
-        Ok(fused) => fused.plan().map(Some),
+        Ok(fused) => {
+            let why = match operands.method {
+                Method::Cut(cut) => format!("the cut {cut} was asked for"),
+                method => {
+                    let kind = match adapter.class {
+                        AdapterClass::Cpu => "software adapters",
+                        AdapterClass::Gpu => "GPUs",
+                    };
+                    let rows = problem.group() * problem.len_q;
+                    let asked = if method == Method::Fused { "asked for" } else { "where nothing else was found" };
+                    let cut = Cut::default_for(problem, adapter);
+                    format!("fused, {asked}; {cut} is the default of {kind} for {rows} rows of a key head")
+                }
+            };
+            Ok(Ok(Plan { why, ..fused.plan()? }))
+        }
         Err(reason) if matches!(operands.method, Method::Fused | Method::Cut(_)) => {
             Err(Error::Method { method: operands.method, reason })
         }
-        Err(_) => Ok(None),
+        Err(reason) => Ok(Err(reason)),
     }
 }
 

@@ -130,6 +130,8 @@ pub struct Plan {
     pub places: Vec<[u32; 4]>,
     /// Which row of a table each token reads, or which column each distance does.
     pub rows: Vec<u32>,
+    /// Why attention runs on these kernels and no others, in words; empty where there is one way only.
+    pub why: String,
 }
 
 /// The operands of an attention call: four axes each, masks and biases broadcast to

@@ -59,9 +59,13 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     }
 
     let fused = match operands.method {
-        Method::ThreePasses => None,
+        Method::ThreePasses => Err("they were asked for".into()),
         _ => flash::attention(problem, operands, adapter)?,
     };
+    if let Err(reason) = &fused {
+        planner.plan.why = format!("three passes: {reason}");
+    }
+    let fused = fused.ok();
     let has_output = fused.is_some();
     if let Some(rotary) = operands.rotary
         && (!has_output || operands.weights || operands.averaged || operands.stage.is_some())
@@ -80,6 +84,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         planner.plan.steps = fused.steps;
         planner.plan.scratch = fused.scratch;
         planner.plan.bands = fused.bands;
+        planner.plan.why = fused.why + "; weights and scores beside it";
     } else {
         // Sums over slices of the keys add up in the output.
         planner.plan.output = Dtype::F32;

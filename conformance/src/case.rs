@@ -1,0 +1,420 @@
+//! Cases by name: an operation over a drawn call, told apart by a text that any run understands.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::str::FromStr;
+
+use wgpu_attention::problem::Positions;
+use wgpu_attention::{Align, Dtype, Method};
+
+use crate::call::{Call, Order};
+use crate::draw::{FORMS, draw};
+
+/// What is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Op {
+    /// Output and LSE.
+    Attention,
+    /// Weights per head and averaged, and scores of a stage, beside output and LSE.
+    Weights,
+    /// Weights, column sums and entropies of some heads and queries, from the LSE.
+    Inspect,
+    /// Attention with ALiBi's slopes.
+    Alibi,
+    /// Attention with T5's biases.
+    T5,
+    /// Attention with rotary positions.
+    Rotary,
+    /// Sequences of different lengths one behind another.
+    Packed,
+    /// A key/value cache filled step by step.
+    Cache,
+    /// Two halves of the keys, joined by their LSE.
+    Merge,
+    /// Softmax over one axis.
+    Softmax,
+    /// A linear projection.
+    Projection,
+}
+
+impl Op {
+    pub const ALL: [Op; 11] = [
+        Op::Attention,
+        Op::Weights,
+        Op::Inspect,
+        Op::Alibi,
+        Op::T5,
+        Op::Rotary,
+        Op::Packed,
+        Op::Cache,
+        Op::Merge,
+        Op::Softmax,
+        Op::Projection,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Attention => "attention",
+            Op::Weights => "weights",
+            Op::Inspect => "inspect",
+            Op::Alibi => "alibi",
+            Op::T5 => "t5",
+            Op::Rotary => "rotary",
+            Op::Packed => "packed",
+            Op::Cache => "cache",
+            Op::Merge => "merge",
+            Op::Softmax => "softmax",
+            Op::Projection => "projection",
+        }
+    }
+
+    /// Whether the kernels that compute it can be chosen, by this method among others.
+    pub fn takes(self, method: Method) -> bool {
+        match self {
+            Op::Attention | Op::Alibi | Op::T5 | Op::Rotary => true,
+            // Packed sequences run fused only.
+            Op::Packed => method != Method::ThreePasses,
+            _ => method == Method::Auto,
+        }
+    }
+
+    /// The forms that it is drawn in, and how many calls of each storage type: in all, and of the quick ones of f32.
+    fn amount(self) -> (&'static [&'static str], u64, u64) {
+        match self {
+            Op::Attention => (&["plain", "causal", "wide", "bands", "capped", "biased", "ruled", "all"], 180, 12),
+            Op::Weights => (&["plain", "bands", "capped", "all"], 16, 3),
+            Op::Inspect => (&["plain", "bands", "all"], 16, 3),
+            Op::Alibi | Op::T5 | Op::Rotary => (&["causal"], 40, 11),
+            Op::Packed => (&["plain", "causal"], 20, 6),
+            Op::Cache => (&["causal"], 16, 2),
+            Op::Merge => (&["plain"], 16, 2),
+            Op::Softmax | Op::Projection => (&["plain"], 32, 4),
+        }
+    }
+}
+
+/// A size of a call that a case may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Size {
+    LenK,
+    LenQ,
+    Batch,
+    HeadsKv,
+    /// Query heads of a key head.
+    Group,
+    DimV,
+    DimK,
+}
+
+impl Size {
+    const ALL: [(Size, &'static str); 7] = [
+        (Size::LenK, "len_k"),
+        (Size::LenQ, "len_q"),
+        (Size::Batch, "batch"),
+        (Size::HeadsKv, "heads_kv"),
+        (Size::Group, "group"),
+        (Size::DimV, "dim_v"),
+        (Size::DimK, "dim_k"),
+    ];
+}
+
+/// A rule of a call that a case may leave out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rule {
+    Masks,
+    Biases,
+    Bands,
+    Softcap,
+    Scale,
+    Sink,
+    Strides,
+}
+
+impl Rule {
+    const ALL: [(Rule, &'static str); 7] = [
+        (Rule::Masks, "masks"),
+        (Rule::Biases, "biases"),
+        (Rule::Bands, "bands"),
+        (Rule::Softcap, "softcap"),
+        (Rule::Scale, "scale"),
+        (Rule::Sink, "sink"),
+        (Rule::Strides, "strides"),
+    ];
+}
+
+/// A call by its name: `attention/bands/f16/17`, and changed: `attention/bands/f16/17,len_k=9,no-masks`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Case {
+    pub op: Op,
+    /// Index into [`FORMS`].
+    pub form: usize,
+    /// How Q, K and V lie in memory.
+    pub storage: Dtype,
+    pub seed: u64,
+    pub sizes: BTreeMap<Size, usize>,
+    pub without: BTreeSet<Rule>,
+}
+
+impl Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}/{}", self.op.name(), FORMS[self.form].name, self.storage, self.seed)?;
+        for (size, n) in &self.sizes {
+            let name = Size::ALL.iter().find(|(known, _)| known == size).map_or("", |(_, name)| name);
+            write!(f, ",{name}={n}")?;
+        }
+        for rule in &self.without {
+            let name = Rule::ALL.iter().find(|(known, _)| known == rule).map_or("", |(_, name)| name);
+            write!(f, ",no-{name}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Larger sizes than any that is drawn: a name is typed by people.
+const MOST: usize = 4096;
+
+impl FromStr for Case {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Case, String> {
+        let known = |names: Vec<&str>| names.join(", ");
+        let mut parts = text.split(',');
+        let head = parts.next().unwrap_or_default();
+        let [op, form, storage, seed] = head.split('/').collect::<Vec<_>>()[..] else {
+            return Err(format!(
+                "\"{text}\" is no case: op/form/storage/seed is needed, such as attention/plain/f32/7"
+            ));
+        };
+        let ops = Op::ALL.map(Op::name);
+        let op = Op::ALL
+            .into_iter()
+            .find(|known| known.name() == op)
+            .ok_or_else(|| format!("\"{op}\" is no op of a case; there are {}", known(ops.to_vec())))?;
+        let form = FORMS.iter().position(|known| known.name == form).ok_or_else(|| {
+            format!(
+                "\"{form}\" is no form of a case; there are {}",
+                known(FORMS.iter().map(|form| form.name).collect())
+            )
+        })?;
+        let storage = [Dtype::F32, Dtype::F16, Dtype::BF16]
+            .into_iter()
+            .find(|known| known.to_string() == storage)
+            .ok_or_else(|| format!("\"{storage}\" is no storage type of a case; there are f32, f16, bf16"))?;
+        let seed = seed.parse().map_err(|_| format!("\"{seed}\" is no seed: a whole number is needed"))?;
+        let mut case = Case { op, form, storage, seed, sizes: BTreeMap::new(), without: BTreeSet::new() };
+        for change in parts {
+            if let Some(rule) = change.strip_prefix("no-") {
+                let (rule, _) = Rule::ALL.into_iter().find(|(_, name)| *name == rule).ok_or_else(|| {
+                    format!("\"{rule}\" is no rule; there are {}", known(Rule::ALL.map(|(_, name)| name).to_vec()))
+                })?;
+                case.without.insert(rule);
+                continue;
+            }
+            let size = change.split_once('=').and_then(|(name, n)| {
+                let (size, _) = Size::ALL.into_iter().find(|(_, known)| *known == name)?;
+                Some((size, n.parse().ok().filter(|n| (1..=MOST).contains(n))?))
+            });
+            let (size, n) = size.ok_or_else(|| {
+                format!(
+                    "\"{change}\" changes nothing: a size from 1 to {MOST} is needed, such as len_k=9 (there are {}), \
+                     or no-RULE",
+                    known(Size::ALL.map(|(_, name)| name).to_vec())
+                )
+            })?;
+            case.sizes.insert(size, n);
+        }
+        Ok(case)
+    }
+}
+
+impl Case {
+    /// The call that stands behind the name.
+    pub fn call(&self) -> Call {
+        let mut call = draw(&FORMS[self.form], self.seed);
+        let full = |call: &Call| [call.q[0], call.q[1], call.q[2], call.k[2]];
+        let before = full(&call);
+        let size = |size, drawn| self.sizes.get(&size).copied().unwrap_or(drawn);
+        let (heads_kv, group) = (size(Size::HeadsKv, call.k[1]), size(Size::Group, call.q[1] / call.k[1]));
+        let (batch, len_q, len_k) =
+            (size(Size::Batch, call.q[0]), size(Size::LenQ, call.q[2]), size(Size::LenK, call.k[2]));
+        let (dim_k, dim_v) = (size(Size::DimK, call.q[3]), size(Size::DimV, call.v[3]));
+        call.q = [batch, heads_kv * group, len_q, dim_k];
+        call.k = [batch, heads_kv, len_k, dim_k];
+        call.v = [batch, heads_kv, len_k, dim_v];
+        let after = full(&call);
+        let shapes = call.masks.iter_mut().map(|(shape, _)| shape).chain(&mut call.biases);
+        for shape in shapes {
+            let first = 4 - shape.len();
+            for (axis, n) in shape.iter_mut().enumerate() {
+                // What is as long as its axis stays so, what is broadcast too.
+                if *n == before[first + axis] {
+                    *n = after[first + axis];
+                } else {
+                    *n = 1;
+                }
+            }
+        }
+        if let Align::PerBatch(offsets) = &mut call.positions.align {
+            let drawn = offsets.clone();
+            *offsets = (0..batch).map(|b| drawn[b % drawn.len()]).collect();
+        }
+        if let Some(lengths) = &mut call.positions.key_lengths {
+            let drawn = lengths.clone();
+            *lengths = (0..batch).map(|b| drawn[b % drawn.len()].min(len_k)).collect();
+        }
+        for rule in &self.without {
+            match rule {
+                Rule::Masks => call.masks.clear(),
+                Rule::Biases => call.biases.clear(),
+                Rule::Bands => call.positions = Positions::default(),
+                Rule::Softcap => call.softcap = None,
+                Rule::Scale => call.scale = None,
+                Rule::Sink => call.sink = false,
+                Rule::Strides => call.order = Order::Bhsd,
+            }
+        }
+        call
+    }
+
+    /// Cases that are smaller by one thing each, the largest steps first.
+    pub fn smaller(&self) -> Vec<Case> {
+        let call = self.call();
+        let mut all = Vec::new();
+        let mut without = |rule, has: bool| {
+            if has {
+                let mut case = self.clone();
+                case.without.insert(rule);
+                all.push(case);
+            }
+        };
+        without(Rule::Masks, !call.masks.is_empty());
+        without(Rule::Biases, !call.biases.is_empty());
+        without(Rule::Bands, call.positions != Positions::default());
+        without(Rule::Softcap, call.softcap.is_some());
+        without(Rule::Scale, call.scale.is_some());
+        without(Rule::Sink, call.sink);
+        without(Rule::Strides, call.order != Order::Bhsd);
+        for (size, n) in [
+            (Size::LenK, call.k[2]),
+            (Size::LenQ, call.q[2]),
+            (Size::Batch, call.q[0]),
+            (Size::HeadsKv, call.k[1]),
+            (Size::Group, call.q[1] / call.k[1]),
+            (Size::DimV, call.v[3]),
+            (Size::DimK, call.q[3]),
+        ] {
+            let mut seen = BTreeSet::from([n]);
+            for less in [1, n / 4, n / 2, n - n / 4, n.saturating_sub(1)] {
+                if less >= 1 && less < n && seen.insert(less) {
+                    let mut case = self.clone();
+                    case.sizes.insert(size, less);
+                    all.push(case);
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Every case of the sweep in its order, each with the method that it is computed by: an op's cases are dealt out to
+/// `methods`, of which there is at least one. Where there is but one way, `methods` holds [`Method::Auto`] alone.
+pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> {
+    let mut all = Vec::new();
+    for op in Op::ALL {
+        let (forms, in_full, in_quick) = op.amount();
+        let mut ways: Vec<Method> = methods.iter().copied().filter(|&method| op.takes(method)).collect();
+        if ways.is_empty() {
+            ways.push(Method::Auto);
+        }
+        for (n, form) in forms.iter().enumerate() {
+            let form = FORMS.iter().position(|known| known.name == *form).expect("a form by its name");
+            for storage in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+                // What narrow storage adds to f32 is reading and rounding: few calls show it.
+                let count = match (quick, storage) {
+                    (false, _) => in_full,
+                    (true, Dtype::F32) => in_quick,
+                    (true, _) => in_quick / 3,
+                };
+                for at in 0..count {
+                    let seed = seed.wrapping_mul(1_000_000).wrapping_add(at);
+                    let case = Case { op, form, storage, seed, sizes: BTreeMap::new(), without: BTreeSet::new() };
+                    // Another method begins each row, so that few calls reach all of them too.
+                    let way = ways[(at as usize + n * 5 + storage as usize * 3) % ways.len()];
+                    all.push((case, way));
+                }
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_a_case() {
+        for (case, _) in cases(&[Method::Auto], 1, true) {
+            assert_eq!(case.to_string().parse(), Ok(case.clone()));
+            for less in case.smaller().into_iter().step_by(5) {
+                assert_eq!(less.to_string().parse(), Ok(less.clone()), "{less}");
+                assert_ne!(less.call().q.iter().chain(&less.call().v).product::<usize>(), 0);
+            }
+        }
+        for (text, say) in [
+            ("", "op/form/storage/seed"),
+            ("attention/plain/f32", "op/form/storage/seed"),
+            ("addition/plain/f32/1", "no op"),
+            ("attention/plane/f32/1", "no form"),
+            ("attention/plain/f64/1", "no storage type"),
+            ("attention/plain/f32/-1", "no seed"),
+            ("attention/plain/f32/1,len_k=0", "from 1 to 4096"),
+            ("attention/plain/f32/1,len_k", "from 1 to 4096"),
+            ("attention/plain/f32/1,length=3", "from 1 to 4096"),
+            ("attention/plain/f32/1,no-mask", "no rule"),
+        ] {
+            assert!(text.parse::<Case>().unwrap_err().contains(say), "{text}");
+        }
+    }
+
+    #[test]
+    fn more_than_5100_and_no_two_alike() {
+        let all = cases(&[Method::ThreePasses, Method::Fused], 1, false);
+        let names: BTreeSet<String> = all.iter().map(|(case, _)| case.to_string()).collect();
+        assert_eq!(names.len(), all.len());
+        assert!(all.len() >= 5_100, "{}", all.len());
+        // By what they compute too, not by their names alone.
+        let calls: BTreeSet<String> = (all.iter())
+            .map(|(case, _)| format!("{:?} {:?} {} {:?}", case.op, case.storage, FORMS[case.form].name, case.call()))
+            .collect();
+        assert_eq!(calls.len(), all.len());
+    }
+
+    #[test]
+    fn every_form_meets_every_method() {
+        let methods = [Method::ThreePasses, Method::Fused, Method::Auto];
+        for quick in [false, true] {
+            let all = cases(&methods, 1, quick);
+            for form in 0..FORMS.len() {
+                for method in methods {
+                    let meets = |(case, way): &(Case, Method)| {
+                        case.op == Op::Attention && case.form == form && *way == method && case.storage == Dtype::F32
+                    };
+                    assert!(all.iter().any(meets), "{} by {method}", FORMS[form].name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shrinking_ends_at_the_smallest() {
+        let mut case: Case = "attention/all/f32/3".parse().unwrap();
+        let mut steps = 0;
+        while let Some(less) = case.smaller().into_iter().next() {
+            (case, steps) = (less, steps + 1);
+        }
+        let call = case.call();
+        assert!(steps < 50);
+        assert_eq!((call.q, call.k, call.v), ([1; 4], [1; 4], [1; 4]));
+        assert!(call.masks.is_empty() && call.biases.is_empty() && !call.sink && call.softcap.is_none());
+    }
+}

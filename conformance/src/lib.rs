@@ -1,0 +1,11 @@
+//! Seeded calls with their truth in f64: what the library's tests draw from, and what `attn check` runs.
+
+mod call;
+mod case;
+mod draw;
+mod run;
+
+pub use call::{Call, Data, Order, assert_close, bits, noise, place, wide, worst};
+pub use case::{Case, Op, Rule, Size, cases};
+pub use draw::{FORMS, Form, draw};
+pub use run::{Expected, Got};

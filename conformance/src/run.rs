@@ -1,0 +1,485 @@
+//! Cases computed on a device, and their truth.
+
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
+use wgpu_attention::position::alibi;
+use wgpu_attention::position::t5::Buckets;
+use wgpu_attention::position::{Pairing, Rotary, RotaryConfig};
+use wgpu_attention::problem::{Layout, Problem, Rows};
+use wgpu_attention::reference::{self, View};
+use wgpu_attention::{
+    Align, Attended, Attention, Device, Dtype, Inspect, KvCache, KvCacheConfig, Method, Result, ScoreStage, Tensor,
+    Weights, merge, project, softmax,
+};
+
+use crate::call::{Call, Data, Order, noise, wide};
+use crate::case::{Case, Op};
+
+/// A result of a device, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Got {
+    pub name: &'static str,
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+    /// What the values are rounded to.
+    pub dtype: Dtype,
+}
+
+/// What a result should be, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Expected {
+    pub name: &'static str,
+    pub shape: Vec<usize>,
+    pub values: Vec<f64>,
+    /// How far f32 arithmetic may be off, relative to the largest value.
+    pub tolerance: f64,
+}
+
+const TOLERANCE: f64 = 3e-6;
+/// Of sums over many weights that are themselves recomputed.
+const SUMS: f64 = 3e-5;
+
+const STAGES: [ScoreStage; 3] = [ScoreStage::Scaled, ScoreStage::Capped, ScoreStage::Masked];
+
+fn expected(name: &'static str, shape: &[usize], values: Vec<f64>) -> Expected {
+    Expected { name, shape: shape.to_vec(), values, tolerance: TOLERANCE }
+}
+
+fn got(name: &'static str, tensor: &Tensor) -> Result<Got> {
+    Ok(Got { name, shape: tensor.shape().to_vec(), values: tensor.download()?, dtype: tensor.dtype() })
+}
+
+/// Output and LSE.
+fn pair(attended: &Attended) -> Result<Vec<Got>> {
+    let mut all = vec![got("output", &attended.output)?];
+    if let Some(lse) = &attended.lse {
+        all.push(got("lse", lse)?);
+    }
+    Ok(all)
+}
+
+fn round(values: &mut [f32], dtype: Dtype) {
+    values.iter_mut().for_each(|x| *x = dtype.round(*x));
+}
+
+/// Random values of their own.
+fn more(seed: u64, len: usize) -> Vec<f32> {
+    noise(&mut Pcg64::seed_from_u64(seed ^ 0xf00d), len)
+}
+
+fn rounded(mut values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
+    round(&mut values, dtype);
+    values
+}
+
+fn upload(device: &Device, shape: &[usize], values: &[f32], stored: Dtype) -> Result<Tensor> {
+    match stored {
+        Dtype::F16 => {
+            let values: Vec<half::f16> = values.iter().map(|&x| half::f16::from_f32(x)).collect();
+            Tensor::from_slice(device, shape, &values)
+        }
+        Dtype::BF16 => {
+            let values: Vec<half::bf16> = values.iter().map(|&x| half::bf16::from_f32(x)).collect();
+            Tensor::from_slice(device, shape, &values)
+        }
+        _ => Tensor::from_slice(device, shape, values),
+    }
+}
+
+/// The heads and queries that an inspection looks at.
+fn looked_at(call: &Call) -> (Vec<usize>, std::ops::Range<usize>) {
+    let heads = (0..call.q[1]).rev().step_by(2).collect();
+    (heads, call.q[2] / 3..call.q[2])
+}
+
+/// Lengths of queries and keys of each packed sequence.
+fn ragged(call: &Call) -> Vec<[usize; 2]> {
+    let mut rng = Pcg64::seed_from_u64(call.seed ^ 0xab);
+    let mut part = |len: usize| rng.random_range(len.div_ceil(2)..=len);
+    (0..call.q[0]).map(|_| [part(call.q[2]), part(call.k[2])]).collect()
+}
+
+/// The axis that softmax goes over.
+fn axis(call: &Call) -> usize {
+    (call.seed % 4) as usize
+}
+
+fn rotary(call: &Call) -> RotaryConfig {
+    let pairing = if call.seed.is_multiple_of(2) { Pairing::HalfSplit } else { Pairing::Interleaved };
+    // Whole fours of pairs turn while they are read, other widths before; a shrunk head may have no pair at all.
+    let dim = if call.seed % 3 == 2 { call.q[3] / 2 } else { call.q[3] };
+    RotaryConfig::new(dim / 2 * 2).pairing(pairing)
+}
+
+const BUCKETS: Buckets = Buckets { bidirectional: true, num_buckets: 8, max_distance: 20 };
+
+fn offset(call: &Call) -> i64 {
+    match call.positions.align {
+        Align::Offset(offset) => offset,
+        _ => 0,
+    }
+}
+
+impl Case {
+    /// The call as the op means it.
+    fn meant(&self) -> Call {
+        let mut call = self.call();
+        match self.op {
+            // The last queries of what the cache holds.
+            Op::Cache => {
+                call.q[2] = call.q[2].min(call.k[2]);
+                call.positions.causal = true;
+                call.positions.align = Align::BottomRight;
+                call.order = Order::Bhsd;
+            }
+            Op::Rotary if call.q[3] < 2 => {
+                (call.q[3], call.k[3]) = (2, 2);
+            }
+            _ => {}
+        }
+        call
+    }
+
+    /// The operands as narrow storage leaves them.
+    fn data(&self, call: &Call) -> Data {
+        let mut data = call.data();
+        [&mut data.q, &mut data.k, &mut data.v].map(|values| round(values, self.storage));
+        data
+    }
+
+    /// What every result should be, in the order of [`Case::run`].
+    pub fn truth(&self) -> Vec<Expected> {
+        let call = self.meant();
+        let data = self.data(&call);
+        let [batch, heads, len_q, _] = call.q;
+        let ([_, _, len_k, _], dim_v) = (call.k, call.v[3]);
+        let (rows, out) = ([batch, heads, len_q], [batch, heads, len_q, dim_v]);
+        let both = |outputs: reference::Outputs| {
+            vec![expected("output", &out, outputs.output), expected("lse", &rows, outputs.lse)]
+        };
+        match self.op {
+            Op::Attention | Op::Cache | Op::Merge => both(call.truth(&data).0),
+            Op::Weights => {
+                let (outputs, stages) = call.truth(&data);
+                let square = [batch, heads, len_q, len_k];
+                let mean = |at: usize| {
+                    let (b, rest) = (at / (len_q * len_k), at % (len_q * len_k));
+                    let sum: f64 = (0..heads).map(|h| outputs.weights[(b * heads + h) * len_q * len_k + rest]).sum();
+                    sum / heads as f64
+                };
+                let mean = (0..batch * len_q * len_k).map(mean).collect();
+                let stage = stages[call.seed as usize % 3].clone();
+                let mut all = vec![
+                    expected("weights", &square, outputs.weights.clone()),
+                    expected("scores", &square, stage),
+                    expected("averaged", &[batch, len_q, len_k], mean),
+                ];
+                all.splice(0..0, both(outputs));
+                all
+            }
+            Op::Inspect => {
+                let (chosen, queries) = looked_at(&call);
+                let truth = call.inspected(&data, &chosen, queries.clone());
+                let (n, queries) = (chosen.len(), queries.len());
+                let sums =
+                    |name, shape: &[usize], values| Expected { tolerance: SUMS, ..expected(name, shape, values) };
+                vec![
+                    sums("weights", &[batch, n, queries, len_k], truth.weights),
+                    sums("column sums", &[batch, n, len_k], truth.column_sums),
+                    sums("entropy", &[batch, n, queries], truth.entropy),
+                ]
+            }
+            Op::Alibi => {
+                let slopes = alibi::slopes(heads).expect("heads are few");
+                let away = |i: usize, j: usize| (i as i64 + offset(&call) - j as i64).abs() as f64;
+                self.biased(&call, &data, |h, i, j| -f64::from(slopes[h]) * away(i, j), both)
+            }
+            Op::T5 => {
+                let table = more(call.seed, BUCKETS.num_buckets * heads);
+                let bucket = |i: usize, j: usize| {
+                    BUCKETS.bucket(j as i64 - i as i64 - offset(&call)).expect("buckets of good sizes")
+                };
+                self.biased(&call, &data, |h, i, j| f64::from(table[bucket(i, j) * heads + h]), both)
+            }
+            Op::Rotary => {
+                let config = rotary(&call);
+                let len = len_q + offset(&call) as usize + len_k;
+                let [cos, sin] = config.tables(len).expect("a small table");
+                let [cos, sin] =
+                    [cos, sin].map(|table| (Layout::contiguous(table.shape()).unwrap(), wide(table.data())));
+                let interleaved = config.pairing == Pairing::Interleaved;
+                let turn = |shape: [usize; 4], values: &[f32], start: usize| {
+                    let (values, layout) = (wide(values), Layout::contiguous(&shape).unwrap());
+                    let [cos, sin] = [&cos, &sin].map(|(layout, data)| View { data, layout });
+                    let x = View { data: &values, layout: &layout };
+                    reference::rotate(x, cos, sin, interleaved, &Rows::From(start))
+                };
+                let q = turn(call.q, &data.q, offset(&call) as usize);
+                let k = turn(call.k, &data.k, 0);
+                both(call.with_operands(&data, [q, k, wide(&data.v)], reference::attention))
+            }
+            Op::Packed => {
+                let lens = ragged(&call);
+                let (mut output, mut lse) = (Vec::new(), vec![Vec::new(); heads]);
+                for (n, one) in self.sequences(&call).iter().enumerate() {
+                    let (truth, _) = one.truth(&self.data(one));
+                    // Rows of all heads side by side; the LSE has its heads first.
+                    for i in 0..lens[n][0] {
+                        for h in 0..heads {
+                            output.extend_from_slice(&truth.output[(h * lens[n][0] + i) * dim_v..][..dim_v]);
+                        }
+                    }
+                    for (h, lse) in lse.iter_mut().enumerate() {
+                        lse.extend_from_slice(&truth.lse[h * lens[n][0]..][..lens[n][0]]);
+                    }
+                }
+                let total = lens.iter().map(|lens| lens[0]).sum();
+                vec![expected("output", &[total, heads, dim_v], output), expected("lse", &[heads, total], lse.concat())]
+            }
+            Op::Softmax => {
+                let shape = [batch, heads, len_q, len_k];
+                let x = wide(&self.scores(shape));
+                let layout = Layout::contiguous(&shape).unwrap();
+                let mut order: Vec<usize> = (0..4).filter(|&a| a != axis(&call)).collect();
+                order.push(axis(&call));
+                let moved = layout.permute(&order).unwrap();
+                let at: Vec<usize> = moved.positions().collect();
+                let rows: Vec<f64> = at.iter().map(|&at| x[at]).collect();
+                let (weights, _) = reference::softmax(&rows, rows.len() / shape[axis(&call)], |_| f64::NEG_INFINITY);
+                let mut back = vec![0.0; x.len()];
+                at.iter().zip(weights).for_each(|(&at, weight)| back[at] = weight);
+                vec![expected("softmax", &shape, back)]
+            }
+            Op::Projection => {
+                let ([x, w, b], [xs, ws, bs]) = self.projected(&call);
+                let [x, w, b] = [x, w, b].map(|values| wide(&values));
+                let [xl, wl, bl] = [&xs, &ws, &bs].map(|shape| Layout::contiguous(shape).unwrap());
+                let y = reference::project(
+                    View { data: &x, layout: &xl },
+                    View { data: &w, layout: &wl },
+                    Some(View { data: &b, layout: &bl }),
+                );
+                vec![expected("projection", &[batch, len_q, ws[0]], y)]
+            }
+        }
+    }
+
+    /// Computes it on a device. An op that has no methods takes [`Method::Auto`] alone.
+    pub fn run(&self, device: &Device, method: Method) -> Result<Vec<Got>> {
+        let call = self.meant();
+        let data = self.data(&call);
+        let attention = || call.attention().method(method);
+        let forward = |attention: Attention| {
+            let [q, k, v] = call.operands(device, &data, self.storage)?;
+            call.ruled(device, &data, attention)?.forward(&q, &k, &v)
+        };
+        match self.op {
+            Op::Attention => pair(&forward(attention().lse(true))?),
+            Op::Weights => {
+                let stage = STAGES[call.seed as usize % 3];
+                let all = forward(attention().lse(true).weights(Weights::PerHead).scores(Some(stage)))?;
+                let averaged = forward(attention().weights(Weights::Averaged))?;
+                let mut results = pair(&all)?;
+                for (name, tensor) in
+                    [("weights", &all.weights), ("scores", &all.scores), ("averaged", &averaged.weights)]
+                {
+                    results.push(got(name, tensor.as_ref().expect("asked for"))?);
+                }
+                Ok(results)
+            }
+            Op::Inspect => {
+                let [q, k, v] = call.operands(device, &data, self.storage)?;
+                let attention = call.ruled(device, &data, attention())?;
+                let lse = attention.clone().lse(true).forward(&q, &k, &v)?.lse.expect("asked for");
+                let (heads, queries) = looked_at(&call);
+                let wanted = Inspect::new().heads(&heads).queries(queries).weights().column_sums().entropy();
+                let seen = attention.inspect(&q, &k, &lse, &wanted)?;
+                let results = [("weights", seen.weights), ("column sums", seen.column_sums), ("entropy", seen.entropy)];
+                results.into_iter().map(|(name, tensor)| got(name, &tensor.expect("asked for"))).collect()
+            }
+            Op::Alibi => {
+                let slopes = alibi::slopes(call.q[1])?;
+                let slopes = Tensor::from_slice(device, &[slopes.len()], &slopes)?;
+                pair(&forward(attention().lse(true).alibi(slopes))?)
+            }
+            Op::T5 => {
+                let shape = [BUCKETS.num_buckets, call.q[1]];
+                let table = Tensor::from_slice(device, &shape, &more(call.seed, shape[0] * shape[1]))?;
+                pair(&forward(attention().lse(true).t5_bias(table, BUCKETS))?)
+            }
+            Op::Rotary => {
+                let len = call.q[2] + offset(&call) as usize + call.k[2];
+                let rotary = Rotary::new(device, &rotary(&call), len)?;
+                pair(&forward(attention().lse(true).rotary(rotary))?)
+            }
+            Op::Packed => self.run_packed(&call, device, attention()),
+            Op::Cache => {
+                let [b, h, len_k, dim] = call.k;
+                let config = KvCacheConfig::new(b, h, len_k, dim).dim_v(call.v[3]).dtype(self.storage);
+                let mut cache = KvCache::new(device, config)?;
+                let [q, k, v] = call.operands(device, &data, self.storage)?;
+                let attention = call.ruled(device, &data, call.attention().lse(true))?;
+                // All at once, then the last token by itself: the queries of both, one behind another.
+                let len_q = call.q[2];
+                let (first, rest) = (len_k - len_q, len_q - 1);
+                cache.append(&k.narrow(2, 0, first)?, &v.narrow(2, 0, first)?)?;
+                let mut results: Vec<Vec<Got>> = Vec::new();
+                for (at, n) in [(0, rest), (rest, 1)] {
+                    if n == 0 {
+                        continue;
+                    }
+                    let [q, k, v] =
+                        [(&q, at), (&k, first + at), (&v, first + at)].map(|(x, start)| x.narrow(2, start, n));
+                    results.push(pair(&cache.step(&attention, &q?, &k?, &v?)?)?);
+                }
+                Ok(side_by_side(results))
+            }
+            Op::Merge => {
+                let [q, k, v] = call.operands(device, &data, self.storage)?;
+                let attention = call.ruled(device, &data, attention().lse(true))?;
+                let half = call.k[2] / 2;
+                let part = |start: usize, n: usize| {
+                    let out = attention.forward(&q, &k.narrow(2, start, n)?, &v.narrow(2, start, n)?)?;
+                    Ok::<_, wgpu_attention::Error>((out.output, out.lse.expect("asked for")))
+                };
+                let (a, b) = (part(0, half)?, part(half, call.k[2] - half)?);
+                pair(&merge(&a.0, &a.1, &b.0, &b.1)?)
+            }
+            Op::Softmax => {
+                let shape = [call.q[0], call.q[1], call.q[2], call.k[2]];
+                let x = upload(device, &shape, &self.scores(shape), self.storage)?;
+                Ok(vec![got("softmax", &softmax(&x, axis(&call) as isize)?)?])
+            }
+            Op::Projection => {
+                let ([x, w, b], [xs, ws, bs]) = self.projected(&call);
+                let x = upload(device, &xs, &x, self.storage)?;
+                let (w, b) = (upload(device, &ws, &w, self.storage)?, Tensor::from_slice(device, &bs, &b)?);
+                Ok(vec![got("projection", &project(&x, &w, Some(&b))?)?])
+            }
+        }
+    }
+
+    /// The truth with one bias more, `[h, i, j]`.
+    fn biased(
+        &self,
+        call: &Call,
+        data: &Data,
+        bias: impl Fn(usize, usize, usize) -> f64,
+        both: impl Fn(reference::Outputs) -> Vec<Expected>,
+    ) -> Vec<Expected> {
+        let [_, heads, len_q, _] = call.q;
+        let len_k = call.k[2];
+        let values: Vec<f64> =
+            (0..heads * len_q * len_k).map(|at| bias(at / (len_q * len_k), at / len_k % len_q, at % len_k)).collect();
+        both(call.with_inputs(data, |problem: &Problem, inputs| {
+            let layout = Layout::contiguous(&[1, heads, len_q, len_k]).unwrap();
+            let layout = layout.broadcast_to(&problem.mask_shape()).unwrap();
+            let mut inputs = inputs.clone();
+            inputs.biases.push(View { data: &values, layout: &layout });
+            reference::attention(problem, &inputs)
+        }))
+    }
+
+    /// Scores of an even and wide spread.
+    fn scores(&self, shape: [usize; 4]) -> Vec<f32> {
+        let values = more(self.seed, shape.iter().product());
+        rounded(values.into_iter().map(|x| 4.0 * x).collect(), self.storage)
+    }
+
+    /// X, W and b of a projection with their shapes.
+    fn projected(&self, call: &Call) -> ([Vec<f32>; 3], [Vec<usize>; 3]) {
+        let [batch, heads, len_q, _] = call.q;
+        let (dim_in, dim_out) = (call.k[2], heads * call.v[3]);
+        let shapes = [vec![batch, len_q, dim_in], vec![dim_out, dim_in], vec![dim_out]];
+        let values = [0, 1, 2].map(|n| more(self.seed + (n << 32), shapes[n as usize].iter().product()));
+        let [x, w, b] = values;
+        ([rounded(x, self.storage), rounded(w, self.storage), b], shapes)
+    }
+
+    /// The packed sequences as calls of their own.
+    fn sequences(&self, call: &Call) -> Vec<Call> {
+        let one = |(n, [len_q, len_k]): (usize, [usize; 2])| Call {
+            q: [1, call.q[1], len_q, call.q[3]],
+            k: [1, call.k[1], len_k, call.k[3]],
+            v: [1, call.v[1], len_k, call.v[3]],
+            order: Order::Bhsd,
+            seed: call.seed + ((n as u64) << 32),
+            ..call.clone()
+        };
+        ragged(call).into_iter().enumerate().map(one).collect()
+    }
+
+    fn run_packed(&self, call: &Call, device: &Device, attention: Attention) -> Result<Vec<Got>> {
+        let (lens, sequences) = (ragged(call), self.sequences(call));
+        let data: Vec<Data> = sequences.iter().map(|one| self.data(one)).collect();
+        // [h, len, d] as rows [len, h, d], one sequence behind another.
+        let pack = |which: fn(&Data) -> &Vec<f32>, heads: usize, dim: usize| {
+            let mut rows = Vec::new();
+            for data in &data {
+                let x = which(data);
+                let len = x.len() / (heads * dim);
+                for i in 0..len {
+                    (0..heads).for_each(|h| rows.extend_from_slice(&x[(h * len + i) * dim..][..dim]));
+                }
+            }
+            upload(device, &[rows.len() / (heads * dim), heads, dim], &rows, self.storage)
+        };
+        let starts = |which: usize| -> Vec<usize> {
+            let sum = |sum: &mut usize, lens: &[usize; 2]| {
+                *sum += lens[which];
+                Some(*sum)
+            };
+            std::iter::once(0).chain(lens.iter().scan(0, sum)).collect()
+        };
+        let q = pack(|data| &data.q, call.q[1], call.q[3])?;
+        let k = pack(|data| &data.k, call.k[1], call.k[3])?;
+        let v = pack(|data| &data.v, call.v[1], call.v[3])?;
+        pair(&attention.lse(true).forward_packed(&q, &k, &v, &starts(0), &starts(1))?)
+    }
+}
+
+/// Results `[b, h, i, …]` of one query after another as one.
+fn side_by_side(mut parts: Vec<Vec<Got>>) -> Vec<Got> {
+    let mut all = parts.remove(0);
+    for part in parts {
+        for (one, next) in all.iter_mut().zip(part) {
+            let lead: usize = one.shape[..2].iter().product();
+            let (wide, narrow) = (one.values.len() / lead.max(1), next.values.len() / lead.max(1));
+            one.values = (0..lead)
+                .flat_map(|n| one.values[n * wide..][..wide].iter().chain(&next.values[n * narrow..][..narrow]))
+                .copied()
+                .collect();
+            one.shape[2] += next.shape[2];
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::cases;
+
+    #[test]
+    fn the_cpu_backend_meets_the_truth() {
+        for (case, method) in cases(&[Method::Auto], 7, true) {
+            let (got, truth) = (case.run(&Device::Cpu, method).unwrap(), case.truth());
+            assert_eq!(got.len(), truth.len(), "{case}");
+            for (got, truth) in got.iter().zip(&truth) {
+                assert_eq!((got.name, &got.shape), (truth.name, &truth.shape), "{case}");
+                // Half an ulp of what the values are rounded to.
+                let ulp = match got.dtype {
+                    Dtype::F16 => 1.0 / 2048.0,
+                    Dtype::BF16 => 1.0 / 256.0,
+                    _ => 0.0,
+                };
+                crate::assert_close(
+                    &format!("{case}, {}", got.name),
+                    &got.values,
+                    &truth.values,
+                    truth.tolerance + ulp,
+                );
+            }
+        }
+    }
+}
