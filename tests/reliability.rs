@@ -187,8 +187,12 @@ fn a_wait_that_ends_early_leaves_the_device_as_it_was() {
                 assert!(waited < Duration::from_secs(5), "{name}: {waited:?}");
                 gpu.wait_for(Duration::from_secs(300)).unwrap();
             }
-            // Done already: drivers of GL on the CPU compute while they take the work.
-            Ok(()) => assert_ne!(gpu.info().backend, wgpu::Backend::Vulkan, "{name} was done in {waited:?}"),
+            // Done already: a fast GPU, or a driver that computes while it takes the work.
+            Ok(()) => {
+                let wgpu::AdapterInfo { backend, device_type, .. } = gpu.info();
+                let slow = (*backend, *device_type) == (wgpu::Backend::Vulkan, wgpu::DeviceType::Cpu);
+                assert!(!slow, "{name} was done in {waited:?}");
+            }
             other => panic!("{name}: {other:?}"),
         }
         for output in outputs {
@@ -282,7 +286,7 @@ const LOWERED: [Lower; 13] = [
     ("7 storage buffers", |limits| limits.max_storage_buffers_per_shader_stage = 7),
     ("bindings of 1 MiB", |limits| limits.max_storage_buffer_binding_size = 1 << 20),
     ("bindings of 64 KiB", |limits| limits.max_storage_buffer_binding_size = 64 << 10),
-    ("bindings of 1 KiB", |limits| limits.max_storage_buffer_binding_size = 1 << 10),
+    ("bindings of 16 KiB", |limits| limits.max_storage_buffer_binding_size = 16 << 10),
     ("64 workgroups a dimension", |limits| limits.max_compute_workgroups_per_dimension = 64),
     ("no workgroup memory", |limits| limits.max_compute_workgroup_storage_size = 0),
     ("4 KiB of workgroup memory", |limits| limits.max_compute_workgroup_storage_size = 4 << 10),
@@ -310,7 +314,9 @@ fn lowered_limits_give_the_right_answer_or_say_what_is_missing() {
             // Few kernels, which the driver's cache keeps from device to device.
             for form in [at % FORMS.len(), FORMS.len() - 1] {
                 for seed in 0..3 {
+                    let t = Instant::now();
                     right_or_refused(&name, &device, &draw(&FORMS[form], 100 * at as u64 + seed), &mut refusals);
+                    println!("{name} {} {seed} {:?} {refusals}", FORMS[form].name, t.elapsed());
                     calls += 2;
                 }
             }
