@@ -143,7 +143,9 @@ impl Case {
     /// The operands as narrow storage leaves them.
     fn data(&self, call: &Call) -> Data {
         let mut data = call.data();
-        [&mut data.q, &mut data.k, &mut data.v].map(|values| round(values, self.storage));
+        for values in [&mut data.q, &mut data.k, &mut data.v] {
+            round(values, self.storage);
+        }
         data
     }
 

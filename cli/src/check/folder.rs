@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use wgpu_attention::{Attention, Method};
+use wgpu_attention::{Attention, Device, Method};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::{case, onnx, torch, transformers};
+use super::{case, onnx, suite, torch, transformers};
 use crate::error::{Error, Result, fail};
 use crate::files;
 use crate::progress::Bar;
@@ -39,7 +39,9 @@ Examples:
   attn check tests/cases/torch --adapter all --json report.json")]
 pub struct CheckArgs {
     /// The folder; its index.json lists the cases, without one every .safetensors file is a case
-    dir: PathBuf,
+    dir: Option<PathBuf>,
+    #[command(flatten)]
+    suite: suite::SuiteArgs,
     /// Only cases whose name contains this
     #[arg(long, value_name = "SUBSTR")]
     filter: Option<String>,
@@ -149,7 +151,16 @@ impl Outcome {
 
 /// Whether no case failed.
 pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
-    let names = case_names(&args.dir, args.filter.as_deref())?;
+    if let Some(order) = &args.suite.worker {
+        return suite::work(order);
+    }
+    let Some(dir) = &args.dir else {
+        return suite::check(&args.suite, args.filter.as_deref(), adapter, |report| match &args.json {
+            Some(path) => files::write_json(path, &serde_json::to_value(report).unwrap()),
+            None => Ok(()),
+        });
+    };
+    let names = case_names(dir, args.filter.as_deref())?;
     if let Some(path) = &args.json {
         files::check_folder(path)?;
     }
@@ -162,7 +173,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
         target.announce();
         for method in methods {
             let way = Way { target, method, several };
-            let tally = way.check(args, &names, &mut report);
+            let tally = way.check(args, dir, &names, &mut report);
             if several {
                 anstream::println!("{}: {tally}", way.label());
             }
@@ -178,7 +189,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     }
     if let Some(path) = &args.json {
         let report = json!({
-            "folder": args.dir.display().to_string(),
+            "folder": dir.display().to_string(),
             "passed": total.passed,
             "failed": total.failed,
             "skipped": total.skipped,
@@ -212,11 +223,11 @@ impl Way<'_> {
         }
     }
 
-    fn check(&self, args: &CheckArgs, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
+    fn check(&self, args: &CheckArgs, dir: &Path, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
         let mut tally = Tally::default();
         let mut bar = Bar::new(names.len());
         for name in names {
-            let outcome = self.run_case(&args.dir, name);
+            let outcome = self.run_case(dir, name);
             match outcome.status() {
                 "passed" => tally.passed += 1,
                 "failed" => tally.failed += 1,
@@ -236,35 +247,9 @@ impl Way<'_> {
     }
 
     fn run_case(&self, dir: &Path, name: &str) -> Outcome {
-        let device = &self.target.device;
-        let method = self.method.unwrap_or_default();
-        let attention = Attention::new().method(method);
-        let work = || -> Result<Vec<Comparison>, Stop> {
-            let case = Case::read(&dir.join(format!("{name}.safetensors")))?;
-            match case.op() {
-                "Attention" => onnx::attention(&case, device, attention),
-                "sdpa" => torch::sdpa(&case, device, attention),
-                "varlen" => torch::varlen(&case, device, attention),
-                "mha" => torch::mha(&case, device, attention),
-                "sink_attention" => transformers::sink_attention(&case, device, attention),
-                "shaw_relative_key" => transformers::shaw_relative_key(&case, device, attention),
-                "llama_attention" => transformers::llama_attention(&case, device, attention),
-                op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
-                "Softmax" => onnx::softmax(&case, device),
-                "TensorScatter" => onnx::tensor_scatter(&case, device),
-                "RotaryEmbedding" => onnx::rotary_embedding(&case, device),
-                "alibi_slopes" => transformers::alibi_slopes(&case),
-                "sinusoidal" => transformers::sinusoidal(&case, device),
-                "sinusoidal_t2t" => transformers::sinusoidal_t2t(&case),
-                "t5_bucket" => transformers::t5_bucket(&case),
-                "t5_bias" => transformers::t5_bias(&case, device),
-                "rope_half_split" => transformers::rope_half_split(&case, device),
-                "rope_interleaved" => transformers::rope_interleaved(&case, device),
-                other => Err(Stop::Skip(format!("the op {other} is not known"))),
-            }
-        };
-        match work() {
-            Ok(all) if all.is_empty() => Outcome::Broken("the case expects no output".into()),
+        let case = Case::read(&dir.join(format!("{name}.safetensors")));
+        let compute = |case| compute(&case, &self.target.device, self.method.unwrap_or_default());
+        match case.map_err(Stop::Error).and_then(compute) {
             Ok(all) => Outcome::Compared(all),
             Err(Stop::Skip(reason)) => Outcome::Skipped(reason),
             Err(Stop::Error(error)) => Outcome::Broken(error.to_string()),
@@ -303,6 +288,36 @@ impl Way<'_> {
             "outputs": outputs,
         })
     }
+}
+
+/// A case computed on a device by a method, against its answers.
+pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
+    let attention = Attention::new().method(method);
+    let all = match case.op() {
+        "Attention" => onnx::attention(case, device, attention),
+        "sdpa" => torch::sdpa(case, device, attention),
+        "varlen" => torch::varlen(case, device, attention),
+        "mha" => torch::mha(case, device, attention),
+        "sink_attention" => transformers::sink_attention(case, device, attention),
+        "shaw_relative_key" => transformers::shaw_relative_key(case, device, attention),
+        "llama_attention" => transformers::llama_attention(case, device, attention),
+        op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
+        "Softmax" => onnx::softmax(case, device),
+        "TensorScatter" => onnx::tensor_scatter(case, device),
+        "RotaryEmbedding" => onnx::rotary_embedding(case, device),
+        "alibi_slopes" => transformers::alibi_slopes(case),
+        "sinusoidal" => transformers::sinusoidal(case, device),
+        "sinusoidal_t2t" => transformers::sinusoidal_t2t(case),
+        "t5_bucket" => transformers::t5_bucket(case),
+        "t5_bias" => transformers::t5_bias(case, device),
+        "rope_half_split" => transformers::rope_half_split(case, device),
+        "rope_interleaved" => transformers::rope_interleaved(case, device),
+        other => Err(Stop::Skip(format!("the op {other} is not known"))),
+    }?;
+    if all.is_empty() {
+        return Err(Stop::Error(Error::Failed("the case expects no output".into())));
+    }
+    Ok(all)
 }
 
 /// The cases of a folder.

@@ -5,6 +5,7 @@ pub mod compare;
 mod folder;
 mod onnx;
 mod report;
+mod suite;
 mod torch;
 mod transformers;
 
