@@ -37,11 +37,8 @@ fn declared_bindings(source: &str) -> impl Iterator<Item = (u32, wgpu::BufferBin
 }
 
 impl Gpu {
-    /// The compiled variant; compiles it the first time.
-    async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
-        if let Some(pipeline) = lock(&self.0.pipelines).get(variant) {
-            return Ok(pipeline.clone());
-        }
+    /// The WGSL of a variant as it is compiled on this adapter.
+    pub fn source(&self, variant: &Variant) -> Result<String> {
         let mut source = variant.source()?;
         if let Some(changed) = self.0.rewrite.and_then(|rewrite| rewrite(variant, &source)) {
             source = changed;
@@ -50,6 +47,15 @@ impl Gpu {
             // Browsers ask for the line, naga refuses it.
             source.insert_str(0, "enable subgroups;\n");
         }
+        Ok(source)
+    }
+
+    /// The compiled variant; compiles it the first time.
+    async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = lock(&self.0.pipelines).get(variant) {
+            return Ok(pipeline.clone());
+        }
+        let source = self.source(variant)?;
         let pipeline = Arc::new(self.scoped(&variant.name, || self.compile(variant, &source)).await?);
         lock(&self.0.pipelines).insert(variant.clone(), pipeline.clone());
         Ok(pipeline)
@@ -105,7 +111,7 @@ pub struct Profile {
 /// A kernel as it was sent to the adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Traced {
-    /// The kernel; [`Variant::source`] is its text.
+    /// The kernel; [`Gpu::source`] gives its text.
     pub variant: Variant,
     /// Workgroups in x and y.
     pub workgroups: [u32; 2],

@@ -19,9 +19,9 @@ pub const NMSE: f64 = 1e-10;
 /// What rounding to a type may add: to each element relative to it and at least, and to the NMSE.
 fn rounding(dtype: Dtype) -> (f64, f64, f64) {
     match dtype {
-        // Half a unit in the last place, of f16's smallest numbers at least.
-        Dtype::F16 => (1.01 / 2048.0, 1.0 / (1u64 << 25) as f64, 1e-7),
-        Dtype::BF16 => (1.01 / 512.0, 0.0, 2e-6),
+        // Half a unit in the last place of the smallest significand, and its square; of f16 there are smaller numbers yet.
+        Dtype::F16 => (1.01 / 2048.0, 1.0 / (1u64 << 25) as f64, 2.5e-7),
+        Dtype::BF16 => (1.01 / 256.0, 0.0, 1.6e-5),
         _ => (0.0, 0.0, NMSE),
     }
 }
@@ -51,10 +51,11 @@ impl Output {
     fn complaint(&self) -> String {
         let Output { name, against, max_abs, allowed, ulps, nmse, worst, got, expected, nans, count, .. } = self;
         let nans = if *nans > 0 { format!(", {nans} of {count} are NaN") } else { String::new() };
+        let bound =
+            if self.nmse_allowed.is_finite() { format!(" of {:.0e}", self.nmse_allowed) } else { String::new() };
         format!(
-            "{name} is off by {max_abs:.2e} ({ulps:.1e} ulp; {allowed:.1e} allowed, NMSE {nmse:.1e} of {:.0e}), at \
-             {worst:?} {got:e} instead of {expected:e}, against {against}{nans}",
-            self.nmse_allowed
+            "{name} is off by {max_abs:.2e} ({ulps:.1e} ulp; {allowed:.1e} allowed, NMSE {nmse:.1e}{bound}), at \
+             {worst:?} {got:e} instead of {expected:e}, against {against}{nans}"
         )
     }
 }
@@ -65,7 +66,10 @@ pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
     let values: Vec<f64> = got.values.iter().map(|&x| f64::from(x)).collect();
     // A logarithm near 0 is no smaller a thing than one near 1.
     let floor = if matches!(expected.name, "lse" | "entropy") { 1.0 } else { 0.0 };
-    let limit = expected.tolerance * largest_finite(&expected.values).max(floor);
+    let before = f64::from(expected.roundings - 1);
+    let most = largest_finite(&expected.values).max(floor);
+    let limit = (expected.tolerance + before * relative) * most;
+    let nmse_allowed = if relative > 0.0 { nmse_allowed * (1.0 + before) } else { nmse_allowed };
     let allowed = |x: f64| limit + relative * x.abs() + least;
     let mut comparison = compare(got.name, "f64", (&got.shape, &values), (&expected.shape, &expected.values), allowed);
     if floor > 0.0 {

@@ -33,10 +33,6 @@ pub fn describe(item: &Item, result: &CaseResult, device: &Device, place: &str) 
     let mut line = |line: String| text.push_str(&(line + "\n"));
     if let Work::Drawn(case) = &item.work {
         let call = case.call();
-        let trace = match device.gpu() {
-            Some(gpu) => gpu.trace(|| case.run(device, item.method).map(|_| ())).1,
-            None => Vec::new(),
-        };
         line(format!("Q {:?}, K {:?}, V {:?} as {}, {:?}", call.q, call.k, call.v, case.storage, call.order));
         line(format!(
             "scale {:?}, softcap {:?}, masks {:?}, biases {:?}",
@@ -47,9 +43,12 @@ pub fn describe(item: &Item, result: &CaseResult, device: &Device, place: &str) 
             "Inputs: the seed {} of PCG64 (rand_pcg), as wgpu-attention-conformance draws them in `Call::data`.",
             call.seed
         ));
-        for Traced { variant, workgroups, .. } in trace {
-            line(format!("\n// {} in {} x {} workgroups", variant.name, workgroups[0], workgroups[1]));
-            line(variant.source().unwrap_or_else(|error| error.to_string()));
+        if let Some(gpu) = device.gpu() {
+            let (_, trace) = gpu.trace(|| case.run(device, item.method).map(|_| ()));
+            for Traced { variant, workgroups, .. } in trace {
+                line(format!("\n// {} in {} x {} workgroups", variant.name, workgroups[0], workgroups[1]));
+                line(gpu.source(&variant).unwrap_or_else(|error| error.to_string()));
+            }
         }
     }
     line("To run it again:".into());
