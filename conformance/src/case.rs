@@ -326,16 +326,17 @@ pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> 
             ways.push(Method::Auto);
         }
         for (n, form) in forms.iter().enumerate() {
-            let form = FORMS.iter().position(|known| known.name == *form).expect("a form by its name");
+            let name = *form;
+            let form = FORMS.iter().position(|known| known.name == name).expect("a form by its name");
             for storage in [Dtype::F32, Dtype::F16, Dtype::BF16] {
                 // Few kernels, for each costs time even where it is cached: every method in half of the forms, and
                 // of narrow storage, which adds reading and rounding, what shows it.
-                let every_method = matches!(*form, "plain" | "causal" | "bands" | "all");
+                let every_method = matches!(name, "plain" | "causal" | "bands" | "all");
                 let count = match (quick, storage) {
                     (false, _) => in_full,
                     (true, Dtype::F32) if every_method => in_quick,
                     (true, Dtype::F32) => in_quick.div_ceil(3),
-                    (true, _) if *form == "plain" || *form == "all" => in_quick.div_ceil(6),
+                    (true, _) if name == "plain" || name == "all" => in_quick.div_ceil(6),
                     (true, _) => u64::from(forms.len() == 1),
                 };
                 for at in 0..count {
