@@ -6,5 +6,6 @@ mod check;
 mod kit;
 mod main_job;
 mod plot;
+mod suite;
 mod tensors;
 mod tune;

@@ -33,7 +33,7 @@ pub struct SuiteArgs {
     #[arg(long = "op", value_name = "NAME")]
     ops: Vec<String>,
     /// Only this variant (auto, fused, three-passes, a cut such as rows4x64/keys4); may be repeated
-    #[arg(long = "variant", value_name = "NAME")]
+    #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
     variants: Vec<String>,
     /// Print the cases, and run none
     #[arg(long)]
@@ -59,6 +59,10 @@ pub struct SuiteArgs {
     /// For the program's own use
     #[arg(long, hide = true, value_name = "ORDER")]
     pub worker: Option<String>,
+}
+
+fn parse_variant(text: &str) -> Result<String, String> {
+    text.parse().map(plan::variant).map_err(|error: wgpu_attention::Error| error.to_string())
 }
 
 /// After so many hangs and crashes an adapter is given up.
@@ -236,6 +240,9 @@ fn run_place(
 fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<Report> {
     let issues = Issues::read(args.known_issues.as_deref())?;
     let selection = args.selection(filter);
+    if let Some(odd) = selection.ops.iter().find(|op| !plan::ops().any(|known| known == op.as_str())) {
+        usage!("there is no op \"{odd}\"; there are {}", plan::ops().collect::<Vec<_>>().join(", "));
+    }
     let (places, broken) = places(adapter, Duration::from_secs(args.time_limit))?;
     let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
     let mut report = Report {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use rust_embed::RustEmbed;
 use serde::{Deserialize, Serialize};
 use wgpu_attention::{Device, Method};
-use wgpu_attention_conformance::{Case as Drawn, cases};
+use wgpu_attention_conformance::{Case as Drawn, Op, cases};
 
 use crate::error::{Error, Result, fail, usage};
 
@@ -40,6 +40,11 @@ pub struct Selection {
     pub variants: Vec<String>,
     /// Part of an id.
     pub filter: Option<String>,
+}
+
+/// Every op by name: sources of other people's cases, and what is drawn.
+pub fn ops() -> impl Iterator<Item = &'static str> {
+    ["onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
 }
 
 /// A method as an id writes it.
