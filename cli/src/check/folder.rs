@@ -8,8 +8,8 @@ use wgpu_attention::{Attention, Device, Method};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::{case, onnx, suite, torch, transformers};
-use crate::error::{Error, Result, fail};
+use super::{case, onnx, report, suite, torch, transformers};
+use crate::error::{Error, Result, fail, usage};
 use crate::files;
 use crate::progress::Bar;
 use crate::target::{self, Target};
@@ -51,9 +51,17 @@ pub struct CheckArgs {
     /// A line for every case, not only for failing ones
     #[arg(short, long)]
     verbose: bool,
-    /// Write the result of every case
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    forms: report::Forms,
+    /// Run nothing: show a report that --json wrote, and write it in other forms
+    #[arg(long, value_name = "REPORT", help_heading = "Report", conflicts_with_all = ["dir", "filter", "methods", "verbose", "SuiteArgs"])]
+    from: Option<PathBuf>,
+    /// Run nothing: tell what changed from one report that --json wrote to another; exit status 1 where a case fails
+    /// that did not, one that passed is skipped or no longer there, a second run gives other bits, or an adapter is
+    /// gone or ended early
+    #[arg(long, value_names = ["OLD", "NEW"], num_args = 2, help_heading = "Report",
+        conflicts_with_all = ["dir", "filter", "methods", "verbose", "from", "SuiteArgs", "Forms"])]
+    diff: Option<Vec<PathBuf>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -154,14 +162,31 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     if let Some(order) = &args.suite.worker {
         return suite::work(order);
     }
+    if let Some(option) = args.from.as_ref().map(|_| "--from").or(args.diff.as_ref().map(|_| "--diff"))
+        && adapter.is_some()
+    {
+        usage!("{option} runs nothing, so --adapter makes no sense with it");
+    }
+    if let Some(path) = &args.from {
+        report::show(path, &args.forms)?;
+        return Ok(true);
+    }
+    if let Some([old, new]) = args.diff.as_deref() {
+        return report::diff(old, new);
+    }
     let Some(dir) = &args.dir else {
-        return suite::check(&args.suite, args.filter.as_deref(), adapter, |report| match &args.json {
-            Some(path) => files::write_json(path, &serde_json::to_value(report).unwrap()),
-            None => Ok(()),
+        args.forms.check_folders()?;
+        return suite::check(&args.suite, args.filter.as_deref(), adapter, |found| {
+            args.forms.write(found)?;
+            report::print(found);
+            Ok(())
         });
     };
+    if let Some(form) = args.forms.beyond_json() {
+        usage!("{form} is not made from a folder of cases; without a folder the suite runs, and writes it");
+    }
     let names = case_names(dir, args.filter.as_deref())?;
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.forms.json {
         files::check_folder(path)?;
     }
     let targets = target::targets(adapter)?;
@@ -187,7 +212,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
             }));
         }
     }
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.forms.json {
         let report = json!({
             "folder": dir.display().to_string(),
             "passed": total.passed,
