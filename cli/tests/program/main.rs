@@ -6,5 +6,6 @@ mod check;
 mod kit;
 mod main_job;
 mod plot;
+mod report;
 mod tensors;
 mod tune;

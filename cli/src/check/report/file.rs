@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{Report, SCHEMA};
+use super::{Report, SCHEMA, visible};
 use crate::error::{Error, Result, fail};
 use crate::files;
 
@@ -23,7 +23,9 @@ struct Head {
 pub fn read(path: &Path) -> Result<Report> {
     let shown = path.display();
     let bytes = files::read_bytes(path)?;
-    let bad = |error: serde_json::Error| Error::Failed(format!("{shown} is not a report of attn check: {error}"));
+    let bad = |error: serde_json::Error| {
+        Error::Failed(format!("{shown} is not a report of attn check: {}", visible(&error.to_string())))
+    };
     let head: Head = serde_json::from_slice(&bytes).map_err(bad)?;
     let Some(schema) = head.schema else {
         fail!("{shown} is not a report of attn check: it has no \"schema\"; \"{SCHEMA}\" is known");
