@@ -199,6 +199,7 @@ fn cases<'a>(
         let change = match (a.status, result.status) {
             (a, b) if a == b => None,
             (_, Status::Failed) => Some(Change::Fails),
+            (Status::Mended, Status::Passed) => Some(Change::Status),
             (_, Status::Passed) => Some(Change::Passes),
             (Status::Passed, Status::Skipped) => Some(Change::Skipped),
             _ => Some(Change::Status),

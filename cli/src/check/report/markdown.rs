@@ -1,5 +1,6 @@
 //! A Markdown table of what passes where, for a README or an issue.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 
 use super::{CaseResult, Report, Tally, visible};
@@ -36,7 +37,7 @@ pub fn text(report: &Report, long: bool) -> String {
 
     // In the order of the run; sorted so that what belongs together comes together.
     let mut rows: Vec<(Vec<&str>, Vec<&CaseResult>)> = Vec::new();
-    let mut places = std::collections::HashMap::new();
+    let mut places = HashMap::new();
     for result in &report.results {
         let key: Vec<&str> =
             if long { vec![&result.op, &result.variant, &result.storage] } else { vec![result.op.as_str()] };
@@ -53,19 +54,18 @@ pub fn text(report: &Report, long: bool) -> String {
     for (key, results) in &rows {
         let mut cells: Vec<String> = key.iter().map(|name| escaped(name)).collect();
         if !long {
-            let mut storages: Vec<&str> = Vec::new();
-            for result in results {
-                if !storages.contains(&result.storage.as_str()) {
-                    storages.push(&result.storage);
-                }
-            }
+            let storages: BTreeSet<&str> = results.iter().map(|result| result.storage.as_str()).collect();
+            // f32 f16 bf16
+            let storages: Vec<&str> = storages.into_iter().rev().collect();
             cells.push(escaped(&storages.join(" ")));
         }
         let of = |at: usize| results.iter().copied().filter(move |result| result.adapter == at);
         cells.extend((0..report.adapters.len()).map(|at| cell(Tally::of(of(at)))));
         row(&mut out, &cells);
     }
-    out.push_str("\n✓ passed, ✗ failed, – not computed (a feature or limit is missing)\n");
+    out.push_str(
+        "\n✓ passed, ✗ failed, known: failed as a known issue says, – not computed: a feature or limit is missing\n",
+    );
     out
 }
 

@@ -334,3 +334,23 @@ impl std::fmt::Display for Tally {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_is_the_worst() {
+        assert_eq!(worst([1.0, 3.0, 2.0].into_iter()), Some(3.0));
+        assert!(worst([1.0, f64::NAN, f64::INFINITY].into_iter()).is_some_and(f64::is_nan));
+        assert!(worst([f64::INFINITY, f64::NAN].into_iter()).is_some_and(f64::is_nan));
+        assert_eq!(worst([].into_iter()), None);
+    }
+
+    #[test]
+    fn an_argument_stays_one_argument() {
+        assert_eq!(quoted("attention-f32-1@rows4x8/keys4"), "attention-f32-1@rows4x8/keys4");
+        assert_eq!(quoted("$(a) 'b'\n"), r"'$(a) '\''b'\''\n'");
+        assert_eq!(quoted(""), "''");
+    }
+}
