@@ -31,7 +31,7 @@ fn result(adapter: usize, op: &str, variant: &str, storage: &str, n: usize, stat
         }
         "skipped" => {
             result["reason"] = "no SHADER_F16".into();
-            result["outputs"] = json!([]);
+            result.as_object_mut().unwrap().remove("outputs");
         }
         "known" | "mended" => result["issue"] = "mesa-1".into(),
         _ => {}
@@ -197,7 +197,7 @@ fn junit_holds_every_case_and_each_adapters_end() {
     };
     let failed = case(second, "attention-f32-1@fused");
     assert_eq!(failed.classname.as_deref(), Some("attention.fused.f32"));
-    assert!((failed.time - 0.0125).abs() < 1e-9);
+    assert!((failed.time - 0.0125).abs() <= 0.001, "milliseconds are kept: {}", failed.time);
     let failure = failed.status.failure_as_ref();
     assert_eq!(failure.message, "output is off\\nby much, <b>&\\u{1b}[2J");
     assert!(failure.text.contains("NaN instead of -inf"), "{}", failure.text);
