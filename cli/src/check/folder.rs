@@ -53,7 +53,7 @@ pub struct CheckArgs {
     verbose: bool,
     #[command(flatten)]
     forms: report::Forms,
-    /// Run nothing: show a report that --json wrote, and write it in other forms
+    /// Run nothing: show a report that --json wrote, and write it in other forms; exit status 0 whatever it tells
     #[arg(long, value_name = "REPORT", help_heading = "Report", conflicts_with_all = ["dir", "filter", "methods", "verbose", "SuiteArgs"])]
     from: Option<PathBuf>,
     /// Run nothing: tell what changed from one report that --json wrote to another; exit status 1 where a case fails
