@@ -78,6 +78,11 @@ impl Op {
         }
     }
 
+    /// Whether it is one forward call, which can be exported as a plan.
+    pub fn is_one_call(self) -> bool {
+        matches!(self, Op::Attention | Op::Alibi | Op::T5 | Op::Rotary)
+    }
+
     /// The forms that it is drawn in, and how many calls of each storage type: in all, and of the quick ones of f32.
     fn amount(self) -> (&'static [&'static str], u64, u64) {
         match self {

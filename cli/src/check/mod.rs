@@ -2,6 +2,7 @@
 
 mod case;
 pub mod compare;
+mod dawn;
 mod folder;
 mod onnx;
 mod report;

@@ -4,12 +4,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use wgpu_attention::kernels::Kernel;
-use wgpu_attention::{Device, Dtype, Method, Traced};
+use wgpu_attention::{Device, Dtype, ExportedCall, Method, Traced};
 use wgpu_attention_conformance::{Case as Drawn, Expected, Got, bits};
 
 use super::plan::{self, Item, Work};
 use crate::check::case::Case;
 use crate::check::compare::{Comparison, compare, largest_finite};
+use crate::check::dawn::DawnResult;
 use crate::check::folder::{self, Stop};
 use crate::check::report::{CaseResult, Output, Status};
 
@@ -118,6 +119,51 @@ fn judged(comparisons: &[Comparison], again: &[Comparison]) -> Judged {
     Judged { outputs, reason, same_bits: Some(comparisons == again) }
 }
 
+/// What Dawn made of a plan against the truth of the case that it was made from.
+pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) -> CaseResult {
+    let mut result = blank(item);
+    result.milliseconds = found.milliseconds;
+    result.kernels = call.steps.iter().map(|step| step.kernel.clone()).collect();
+    result.kernels.dedup();
+    result.why = Some("exported as a plan".into());
+    match &found.outputs {
+        Err(reason) => result.reason = Some(reason.clone()),
+        Ok(outputs) => {
+            let truth = case.truth();
+            let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: Some(found.same_bits) };
+            for expected in &truth {
+                let Some(output) = outputs.iter().find(|output| output.name == expected.name) else {
+                    judged.reason = Some(format!("there is no {}", expected.name));
+                    continue;
+                };
+                let dtype = if expected.name == "output" { case.storage } else { Dtype::F32 };
+                let got =
+                    Got { name: expected.name, shape: output.shape.clone(), values: output.values.clone(), dtype };
+                let (output, reason) = judge(&got, expected);
+                judged.outputs.push(output);
+                judged.reason = judged.reason.or(reason);
+            }
+            conclude(&mut result, judged);
+        }
+    }
+    result
+}
+
+/// What the numbers come to.
+fn conclude(result: &mut CaseResult, judged: Judged) {
+    result.same_bits = judged.same_bits;
+    let bad = judged.outputs.iter().find(|one| !one.ok).map(Output::complaint);
+    let bits = (judged.same_bits == Some(false)).then(|| "a second run gave other bits".to_string());
+    result.reason = judged.reason.or(bad).or(bits);
+    result.outputs = judged.outputs;
+    // Nothing compared is nothing shown: never a pass.
+    if result.reason.is_none() && !result.outputs.is_empty() {
+        result.status = Status::Passed;
+    } else if result.reason.is_none() {
+        result.reason = Some("nothing was compared".into());
+    }
+}
+
 /// What ran, and how.
 fn tell(result: &mut CaseResult, trace: &[Traced]) {
     for one in trace {
@@ -191,19 +237,7 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
         Err(panic) => result.reason = Some(panic_text(panic.as_ref())),
         Ok(Err(Stop::Skip(reason))) => (result.status, result.reason) = (Status::Skipped, Some(reason)),
         Ok(Err(Stop::Error(error))) => result.reason = Some(error.to_string()),
-        Ok(Ok(judged)) => {
-            result.same_bits = judged.same_bits;
-            let bad = judged.outputs.iter().find(|one| !one.ok).map(Output::complaint);
-            let bits = (judged.same_bits == Some(false)).then(|| "a second run gave other bits".to_string());
-            result.reason = judged.reason.or(bad).or(bits);
-            result.outputs = judged.outputs;
-            // Nothing compared is nothing shown: never a pass.
-            if result.reason.is_none() && !result.outputs.is_empty() {
-                result.status = Status::Passed;
-            } else if result.reason.is_none() {
-                result.reason = Some("nothing was compared".into());
-            }
-        }
+        Ok(Ok(judged)) => conclude(&mut result, judged),
     }
     result
 }

@@ -56,6 +56,9 @@ pub struct SuiteArgs {
     /// Break something on purpose, to see that it is found
     #[arg(long, value_name = "FAULT", value_enum)]
     plant: Option<Fault>,
+    /// Run single calls on Dawn for Node too, Chrome's WebGPU, from exported plans (ATTN_DAWN says where it is)
+    #[arg(long)]
+    dawn: bool,
     /// For the program's own use
     #[arg(long, hide = true, value_name = "ORDER")]
     pub worker: Option<String>,
@@ -89,6 +92,7 @@ impl SuiteArgs {
             ("--repro", self.repro.is_some()),
             ("--known-issues", self.known_issues.is_some()),
             ("--plant", self.plant.is_some()),
+            ("--dawn", self.dawn),
         ];
         given.into_iter().find_map(|(name, given)| given.then_some(name))
     }
@@ -150,7 +154,7 @@ fn places(adapter: Option<&str>, limit: Duration) -> Result<(Vec<Place>, Vec<Ada
         return Ok((found, broken));
     }
     let is_named = |place: &Place| match place {
-        Place::Cpu => false,
+        Place::Cpu | Place::Dawn { .. } => false,
         Place::Gpu { index, name, backend } => {
             backend.eq_ignore_ascii_case(which)
                 || which.parse() == Ok(*index)
@@ -243,7 +247,15 @@ fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<
     if let Some(odd) = selection.ops.iter().find(|op| !plan::ops().any(|known| known == op.as_str())) {
         usage!("there is no op \"{odd}\"; there are {}", plan::ops().collect::<Vec<_>>().join(", "));
     }
-    let (places, broken) = places(adapter, Duration::from_secs(args.time_limit))?;
+    let (mut places, broken) = places(adapter, Duration::from_secs(args.time_limit))?;
+    if args.dawn {
+        let planner = places.iter().find_map(|place| match place {
+            Place::Gpu { index, .. } => Some(*index),
+            _ => None,
+        });
+        let Some(index) = planner else { usage!("--dawn needs an adapter that plans are made for") };
+        places.push(Place::Dawn { index });
+    }
     let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
     let mut report = Report {
         schema: report::SCHEMA.into(),

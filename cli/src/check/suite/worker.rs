@@ -12,10 +12,12 @@ use wgpu_attention::{Device, Gpu, GpuOptions};
 
 use super::faults::{Fault, STRIKES_AT};
 use super::plan::{Item, Selection, items};
-use super::{judge, observe};
+use super::{judge, observe, plan};
+use crate::check::dawn::Dawn;
 use crate::check::report::{Adapter, CaseResult};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, usage};
 use crate::target::backend_name;
+use wgpu_attention_conformance::Case as Drawn;
 
 /// What a worker is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,12 +38,17 @@ pub enum Place {
         name: String,
         backend: String,
     },
+    /// Dawn for Node, over plans made for WebGPU's own limits on the adapter at an index.
+    Dawn {
+        index: usize,
+    },
 }
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Place::Cpu => f.write_str("cpu"),
+            Place::Dawn { .. } => f.write_str("dawn"),
             Place::Gpu { name, backend, .. } => write!(f, "{name} ({backend})"),
         }
     }
@@ -77,7 +84,11 @@ fn tell(line: &Line) {
 }
 
 pub fn open(place: &Place, fault: Option<Fault>) -> Result<Device, String> {
-    let Place::Gpu { index, name, backend } = place else { return Ok(Device::Cpu) };
+    let (index, name, backend) = match place {
+        Place::Cpu => return Ok(Device::Cpu),
+        Place::Dawn { .. } => return Err("Dawn runs plans, within a suite alone".into()),
+        Place::Gpu { index, name, backend } => (index, name, backend),
+    };
     let rewrite = fault.and_then(Fault::rewrite);
     let options = GpuOptions { adapter: Some(index.to_string()), rewrite, ..GpuOptions::default() };
     let gpu = Gpu::with_options(&options).map_err(|error| error.to_string())?;
@@ -101,12 +112,66 @@ pub fn work(order: &str) -> Result<bool> {
             };
             tell(&Line::Adapters(Gpu::adapters().into_iter().map(place).collect()));
         }
+        Order::Run { on: Place::Dawn { index }, selection, from, fault } => {
+            if let Err(reason) = run_on_dawn(index, &selection, from, fault) {
+                tell(&Line::Refused(reason.to_string()));
+            }
+        }
         Order::Run { on, selection, from, fault } => match open(&on, fault) {
             Err(reason) => tell(&Line::Refused(reason)),
             Ok(device) => run(&device, &items(&device, &selection), from, fault),
         },
     }
     Ok(true)
+}
+
+/// Plans that one process of Node runs: few, so that the report hears of them in time.
+const PLANS: usize = 8;
+/// For both runs of one plan.
+const PLAN_LIMIT: Duration = Duration::from_secs(60);
+
+fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<Fault>) -> Result<()> {
+    let Some(dawn) = Dawn::from_environment(PLAN_LIMIT) else {
+        usage!(
+            "--dawn needs ATTN_DAWN, a folder with node_modules/webgpu (tests/portability/install-dawn makes \
+             target/portability one), and where Dawn shall have another Vulkan driver, ATTN_DAWN_DRIVER, its manifest"
+        );
+    };
+    let options = GpuOptions {
+        adapter: Some(index.to_string()),
+        without_subgroups: true,
+        limits: Some(wgpu_attention::wgpu::Limits::default()),
+        rewrite: fault.and_then(Fault::rewrite),
+    };
+    let device = Device::Gpu(Gpu::with_options(&options)?);
+    let items = plan::exportable(&device, selection);
+    let unknown = Adapter { name: "Dawn".into(), backend: "Dawn".into(), ..Adapter::default() };
+    tell(&Line::Adapter { adapter: unknown, items: items.len() });
+    for (n, part) in items.chunks(PLANS).enumerate() {
+        let first = n * PLANS;
+        if first + part.len() <= from {
+            continue;
+        }
+        tell(&Line::Start { at: first, blank: judge::blank(&part[0].0) });
+        let export = |(item, case): &(Item, Drawn)| -> Result<_> {
+            let call = case.export(&device, item.method)?;
+            Ok((item.id(), call.ok_or_else(|| Error::Failed(format!("{case} is no single call")))?))
+        };
+        let calls = part.iter().map(export).collect::<Result<Vec<_>>>()?;
+        let run = dawn.run(&calls)?;
+        if let Some(adapter) = run.adapter {
+            tell(&Line::Adapter { adapter, items: items.len() });
+        }
+        for (at, ((item, case), (id, call))) in part.iter().zip(&calls).enumerate() {
+            if let Some(found) = run.results.iter().find(|found| found.id == *id)
+                && first + at >= from
+            {
+                tell(&Line::Result(judge::dawn(item, case, call, found)));
+            }
+        }
+    }
+    tell(&Line::End(Vec::new()));
+    Ok(())
 }
 
 fn run(device: &Device, items: &[Item], from: usize, fault: Option<Fault>) {
@@ -141,6 +206,7 @@ pub struct Worker {
 }
 
 /// What comes of waiting.
+#[allow(clippy::large_enum_variant, reason = "one at a time")]
 pub enum Waited {
     Line(Line),
     /// Nothing within the time limit.
