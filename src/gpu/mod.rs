@@ -265,10 +265,31 @@ impl Gpu {
     }
 
     fn failure(&self, during: &str, message: &str) -> Error {
-        if let Some(reason) = lock(&self.0.lost).clone() {
-            return Error::DeviceLost { adapter: self.0.info.name.clone(), reason };
+        if lock(&self.0.lost).is_some() || self.is_lost() {
+            return self.lost(message);
         }
         Error::Gpu { adapter: self.0.info.name.clone(), during: during.into(), message: message.into() }
+    }
+
+    /// Asks the device itself: a caller's has no handler of ours, and ours is told only once nothing is at work. On
+    /// a lost device a buffer cannot be mapped, and no scope hears of it.
+    fn is_lost(&self) -> bool {
+        #[cfg(target_arch = "wasm32")]
+        return false;
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal]
+                .map(|filter| self.0.device.push_error_scope(filter));
+            let buffer = self.0.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("sign of life"),
+                size: 4,
+                usage: wgpu::BufferUsages::COPY_SRC,
+                mapped_at_creation: true,
+            });
+            let mapped = buffer.get_mapped_range_mut(..).is_ok();
+            let errors = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).count();
+            !mapped && errors == 0
+        }
     }
 
     /// Runs `work` inside error scopes; the future tells what they caught. The scopes are closed when
