@@ -95,6 +95,35 @@ fn the_quick_suite_passes_on_every_software_adapter_there_is() {
 }
 
 #[test]
+fn single_calls_come_out_of_dawn_too() {
+    let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/portability");
+    if !modules.join("node_modules/webgpu").exists() {
+        assert!(std::env::var_os("CI").is_none(), "no Dawn for Node; ./test installs it where there is npm");
+        eprintln!("NOT TESTED: no Dawn for Node here; ./test installs it where there is npm");
+        return;
+    }
+    let folder = folder();
+    // Dawn refuses lavapipe before Mesa 23.2.
+    let drivers = software_drivers();
+    let driver = drivers.last().map_or("", |driver| driver.to_str().unwrap());
+    let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver)];
+    let args = ["check", "--quick", "--dawn", "--adapter", "0", "--json", "report.json"];
+    let some =
+        ["--op", "alibi", "--op", "rotary", "--op", "attention", "--variant", "fused", "--variant", "rows4x64/keys32"];
+    let ran = attn_with(folder.path(), &[&args[..], &some].concat(), &env);
+    ran.succeeded();
+    let report = report(folder.path());
+    let dawn = &report["adapters"][1];
+    assert!(dawn["backend"].as_str().unwrap().starts_with("Dawn") && !dawn["limits"].is_null(), "{dawn}");
+    let passed = with_status(&report, "passed").into_iter().filter(|result| result["adapter"] == 1).count();
+    assert!(passed >= 10, "{passed}: {}", ran.stdout);
+    // Without a word of where it is.
+    let lost = attn_with(folder.path(), &[&args[..], &["--op", "alibi"]].concat(), &[("ATTN_DAWN", "")]);
+    assert_eq!(lost.status, Some(1));
+    assert!(lost.stdout.contains("--dawn needs ATTN_DAWN"), "{}", lost.stdout);
+}
+
+#[test]
 fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
     for (fault, kernel) in [("skipped-key", "flash"), ("missing-barrier", "flash_tiled"), ("f16-sums", "flash")] {
         let folder = folder();
