@@ -370,6 +370,16 @@ impl Attention {
         Ok((output, recording.submit_profiled().await?))
     }
 
+    /// What [`Attention::forward`] would run, as data: WGSL, buffers and dispatches for another implementation of
+    /// WebGPU. Nothing is computed; the operands are read back, so a caller's own buffers need the usage `COPY_SRC`.
+    #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
+    pub fn export(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<crate::ExportedCall> {
+        // Parameters stay on the host.
+        let mut recording = Recording::for_step(&self.device(q, k, v)?);
+        let attended = self.record(&mut recording, q, k, v, None)?;
+        pollster::block_on(recording.export(&attended))
+    }
+
     /// Records the work into the caller's encoder: nothing is submitted, nothing waits. `output`, if
     /// given, is the tensor to write, `[batch, heads_q, len_q, dim_v]` with any strides.
     ///

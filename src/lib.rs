@@ -78,6 +78,8 @@ pub use cache::{KvCache, KvCacheConfig, ScatterMode};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile, Traced};
+#[cfg(all(feature = "export", not(target_arch = "wasm32")))]
+pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::{Inspect, Inspected};
 pub use kernels::{Cut, Method, ShapeClass};
 pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};

@@ -337,6 +337,16 @@ impl Recording {
         }
     }
 
+    /// What was recorded, as data; a recording for a step.
+    #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
+    pub async fn export(self, attended: &Attended) -> Result<gpu::ExportedCall> {
+        match self {
+            Recording::Gpu(recording) => recording.export(attended).await,
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Err(value_error!("a call is exported from an adapter; the CPU backend has no kernels")),
+        }
+    }
+
     /// Writes what was recorded into the caller's encoder.
     pub fn encode(self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         match self {

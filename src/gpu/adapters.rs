@@ -12,6 +12,9 @@ pub struct GpuOptions {
     pub adapter: Option<String>,
     /// Leaves the subgroup kernels out even where the adapter has subgroups.
     pub without_subgroups: bool,
+    /// The device's limits; `None`: all that the adapter offers. With [`wgpu::Limits::default`], WebGPU's own, what is
+    /// planned fits every implementation.
+    pub limits: Option<wgpu::Limits>,
     /// Changes the WGSL of a variant before it is compiled; `None` leaves it. For checks that break a kernel on
     /// purpose, and for experiments.
     pub rewrite: Option<fn(&Variant, &str) -> Option<String>>,

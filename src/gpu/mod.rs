@@ -3,6 +3,9 @@
 
 mod adapters;
 mod buffers;
+// Files, and crates that are left out of a browser's build.
+#[cfg(all(feature = "export", not(target_arch = "wasm32")))]
+mod export;
 // Clocks: a browser's is not the one of std.
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
@@ -11,6 +14,8 @@ mod tuning;
 
 pub use adapters::{AdapterSummary, GpuOptions};
 pub(crate) use buffers::{GpuBuffer, Purpose};
+#[cfg(all(feature = "export", not(target_arch = "wasm32")))]
+pub use export::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub(crate) use run::Recording;
 pub use run::{Profile, Traced};
 
@@ -78,8 +83,9 @@ impl Gpu {
     /// The best adapter: a discrete GPU before an integrated one before software, native backends
     /// before GL. `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` narrow the choice.
     ///
-    /// The device is created with the adapter's own limits and those of the features the library
-    /// uses that the adapter has: `SUBGROUP` for its kernels, `TIMESTAMP_QUERY` for [`Profile::gpu_time`].
+    /// The device is created with the adapter's own limits, unless [`GpuOptions::limits`] says other, and with those of
+    /// the features the library uses that the adapter has: `SUBGROUP` for its kernels, `TIMESTAMP_QUERY` for
+    /// [`Profile::gpu_time`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn new() -> Result<Gpu> {
         Gpu::with_options(&GpuOptions::default())
@@ -98,7 +104,7 @@ impl Gpu {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("wgpu-attention"),
             required_features: features,
-            required_limits: adapter.limits(),
+            required_limits: options.limits.clone().unwrap_or_else(|| adapter.limits()),
             ..Default::default()
         };
         let info = adapter.get_info();

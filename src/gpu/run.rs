@@ -23,7 +23,7 @@ pub struct Pipeline {
 }
 
 /// The bindings a WGSL text declares: number, and whether it is only read.
-fn declared_bindings(source: &str) -> impl Iterator<Item = (u32, wgpu::BufferBindingType)> + '_ {
+pub(super) fn declared_bindings(source: &str) -> impl Iterator<Item = (u32, wgpu::BufferBindingType)> + '_ {
     source.lines().filter_map(|line| {
         let rest = line.strip_prefix("@group(0) @binding(")?;
         let (number, rest) = rest.split_once(')')?;
@@ -37,11 +37,8 @@ fn declared_bindings(source: &str) -> impl Iterator<Item = (u32, wgpu::BufferBin
 }
 
 impl Gpu {
-    /// The compiled variant; compiles it the first time.
-    async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
-        if let Some(pipeline) = lock(&self.0.pipelines).get(variant) {
-            return Ok(pipeline.clone());
-        }
+    /// The WGSL of a variant as it is compiled on this adapter.
+    pub fn source(&self, variant: &Variant) -> Result<String> {
         let mut source = variant.source()?;
         if let Some(changed) = self.0.rewrite.and_then(|rewrite| rewrite(variant, &source)) {
             source = changed;
@@ -50,6 +47,15 @@ impl Gpu {
             // Browsers ask for the line, naga refuses it.
             source.insert_str(0, "enable subgroups;\n");
         }
+        Ok(source)
+    }
+
+    /// The compiled variant; compiles it the first time.
+    async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = lock(&self.0.pipelines).get(variant) {
+            return Ok(pipeline.clone());
+        }
+        let source = self.source(variant)?;
         let pipeline = Arc::new(self.scoped(&variant.name, || self.compile(variant, &source)).await?);
         lock(&self.0.pipelines).insert(variant.clone(), pipeline.clone());
         Ok(pipeline)
@@ -105,7 +111,7 @@ pub struct Profile {
 /// A kernel as it was sent to the adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Traced {
-    /// The kernel; [`Variant::source`] is its text.
+    /// The kernel; [`Gpu::source`] gives its text.
     pub variant: Variant,
     /// Workgroups in x and y.
     pub workgroups: [u32; 2],
@@ -114,35 +120,35 @@ pub struct Traced {
 }
 
 /// A part of a buffer.
-struct Part {
+pub(super) struct Part {
     /// `None`: of the recording's own parameters.
-    buffer: Option<GpuBuffer>,
-    offset: u64,
-    size: u64,
+    pub buffer: Option<GpuBuffer>,
+    pub offset: u64,
+    pub size: u64,
 }
 
 /// A planned step with its real buffers.
-struct Bound {
-    step: Step,
+pub(super) struct Bound {
+    pub step: Step,
     why: Arc<str>,
     /// The uniform block first.
-    parts: Vec<(u32, Part)>,
+    pub parts: Vec<(u32, Part)>,
 }
 
 /// Steps on one adapter, to run in one compute pass.
 pub(crate) struct Recording {
     device: Device,
-    gpu: Gpu,
-    steps: Vec<Bound>,
+    pub(super) gpu: Gpu,
+    pub(super) steps: Vec<Bound>,
     purpose: Purpose,
     /// Uniform blocks and tables that go into one pooled buffer; `None` keeps each by its content.
-    parameters: Option<Vec<u8>>,
+    pub(super) parameters: Option<Vec<u8>>,
 }
 
 /// Where a uniform block may begin on any adapter.
 const ALIGNMENT: usize = 256;
 
-fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
+pub(super) fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
     match tensor.storage() {
         Storage::Gpu(buffer) => buffer,
         #[cfg(feature = "cpu")]

@@ -2,9 +2,11 @@
 
 mod case;
 pub mod compare;
+mod dawn;
 mod folder;
 mod onnx;
 mod report;
+mod suite;
 mod torch;
 mod transformers;
 
