@@ -507,8 +507,8 @@ fn main(
         + sequence.row_block * params.tiles;
     for (var j = next_key(tile_row, start, end); j < end; j = next_key(tile_row, j + KEYS, end)) {
         let listed = !all_seen(tile_row, j);
-        var mine: vec4<f32>;
-        var weight: array<vec4<f32>, ROWS * GROUPS>;
+        var mine = vec4<f32>();
+        var weight = array<vec4<f32>, ROWS * GROUPS>();
         // Not written out: a quarter of the text, and what the loop carries is little.
         for (var c = 0u; c < KEYS; c++) {
             // Behind the last key lies what is not seen.
@@ -516,7 +516,7 @@ fn main(
             let position = min(j + c, len_k - 1u) + params.key_0;
             // @block bring_k
             // @end
-            var part: array<f32, ROWS>;
+            var part = array<f32, ROWS>();
             // @unroll
             for (var d = 0u; d < DEPTH4; d++) {
                 if (d % SHARE == 0u) {
@@ -542,7 +542,7 @@ fn main(
                 }
             }
         }
-        var more: array<vec4<f32>, ROWS * GROUPS>;
+        var more = array<vec4<f32>, ROWS * GROUPS>();
         // @block relative_step
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
@@ -552,10 +552,10 @@ fn main(
             }
         }
         // @end
-        var factor: array<f32, ROWS>;
+        var factor = array<f32, ROWS>();
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            var scores: array<Scores, GROUPS>;
+            var scores = array<Scores, GROUPS>();
             var highest = peak[r];
             // @unroll
             for (var g = 0u; g < GROUPS; g++) {
@@ -579,7 +579,7 @@ fn main(
         // @unroll
         for (var d = 0u; d < COLS4; d++) {
             // The values first, then row by row: what a row sums stands in registers for all keys of the step.
-            var v_tile: array<vec4<f32>, KEYS>;
+            var v_tile = array<vec4<f32>, KEYS>();
             // @unroll
             for (var c = 0u; c < KEYS; c++) {
                 if ((d * KEYS + c) % SHARE == 0u) {
@@ -628,7 +628,7 @@ fn main(
         for (var r = 0u; r < ROWS; r++) {
             // @unroll
             for (var n = 0u; n < O_STORES; n++) {
-                var o4: vec4<f32>;
+                var o4 = vec4<f32>();
                 // @unroll
                 for (var e = 0u; e < COLS4 / O_STORES; e++) {
                     o4 = select(o4, sum[r * COLS4 + e * O_STORES + n], first == e * O_STORES);

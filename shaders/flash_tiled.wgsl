@@ -493,7 +493,7 @@ fn main(
     let tile_row = b * params.tile_batch_stride + head_kv * params.tile_head_stride
         + sequence.row_block * params.tiles;
     for (var j = next_key(tile_row, start, end); j < end; j = next_key(tile_row, j + KEYS, end)) {
-        var product: array<vec4<f32>, ROWS>;
+        var product = array<vec4<f32>, ROWS>();
         for (var part = 0u; part < K_PARTS; part++) {
             let d = part * ACROSS + across;
             // What stands there has been read.
@@ -512,7 +512,7 @@ fn main(
             }
             workgroupBarrier();
             for (var e = 0u; e < ACROSS; e++) {
-                var k4: array<vec4<f32>, 4>;
+                var k4 = array<vec4<f32>, 4>();
                 // @unroll
                 for (var c = 0u; c < 4u; c++) {
                     k4[c] = keys_part[slot(across * 4u + c, e)];
@@ -529,7 +529,7 @@ fn main(
             }
         }
         let listed = !all_seen(tile_row, j);
-        var scores: array<Scores, ROWS>;
+        var scores = array<Scores, ROWS>();
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
             let more = relative_at(relative_from[r], away(query[r], j + across * 4u, band));
@@ -573,7 +573,7 @@ fn main(
             }
             workgroupBarrier();
             for (var e = 0u; e < ACROSS; e++) {
-                var v4: array<vec4<f32>, 4>;
+                var v4 = array<vec4<f32>, 4>();
                 // @unroll
                 for (var c = 0u; c < 4u; c++) {
                     v4[c] = keys_part[slot(e * 4u + c, across)];

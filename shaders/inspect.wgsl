@@ -325,7 +325,7 @@ fn main(
         // Keys that no rule speaks of are seen by every query.
         let unruled = select(i32(at + STEP) > ruled, i32(last_row) >= ruled, BY_KEY);
         let inside = !BANDED || (i32(at) <= high && i32(at + STEP - 1u) >= low) || unruled;
-        var sum: array<vec4<f32>, ROWS>;
+        var sum = array<vec4<f32>, ROWS>();
         var step_lse = vec4<f32>();
         if (inside) {
             for (var chunk = 0u; chunk < CHUNKS; chunk++) {
@@ -338,10 +338,10 @@ fn main(
                         }
                     }
                 }
-                var mine: vec4<f32>;
+                var mine = vec4<f32>();
                 // @unroll
                 for (var c = 0u; c < STEP; c++) {
-                    var part: array<f32, ROWS>;
+                    var part = array<f32, ROWS>();
                     // @unroll
                     for (var d = 0u; d < DEPTH4; d++) {
                         if ((c * DEPTH4 + d) % SHARE == 0u) {

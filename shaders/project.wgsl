@@ -141,7 +141,7 @@ fn main(
     let chunks = select(0u, params.chunks, row_block < params.row_blocks);
     for (var chunk = 0u; chunk < chunks; chunk++) {
         let last = chunk + 1u == chunks;
-        var x_tile: array<vec4<f32>, ROWS * DEPTH4>;
+        var x_tile = array<vec4<f32>, ROWS * DEPTH4>();
         // Loads of single lanes are long pieces of code on software adapters, and take longest to compile:
         // LOADS for each row stand in a loop, and selects put what they give into its register.
         for (var first = 0u; first < DEPTH4; first += LOADS) {
@@ -159,19 +159,19 @@ fn main(
             }
         }
         for (var j = first_out; j < end_out; j += OUTS) {
-            var sum: array<vec4<f32>, ROWS>;
+            var sum = array<vec4<f32>, ROWS>();
             if (chunk > 0u) {
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
                     sum[r] = load_y(y_base[r], j);
                 }
             }
-            var mine: vec4<f32>;
+            var mine = vec4<f32>();
             // Not written out: a loop that fits the instruction cache is faster, and compiles sooner.
             for (var c = 0u; c < OUTS; c++) {
                 let out = min(j + c, params.dim_out - 1u);
                 let w_base = params.w_offset + out * params.w_strides.x;
-                var part: array<f32, ROWS>;
+                var part = array<f32, ROWS>();
                 // @unroll
                 for (var d = 0u; d < DEPTH4; d++) {
                     if (d % SHARE == 0u) {
@@ -191,7 +191,7 @@ fn main(
                     sum[r] += select(vec4<f32>(), vec4<f32>(part[r]), vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(c));
                 }
             }
-            var bias4: vec4<f32>;
+            var bias4 = vec4<f32>();
             if (last) {
                 bias4 = bias_of(j);
             }

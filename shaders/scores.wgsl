@@ -241,7 +241,7 @@ fn main(
     // A bound that is more than a parameter: see README.md.
     let chunks = select(0u, params.chunks, index < params.workgroups);
     for (var chunk = 0u; chunk < chunks; chunk++) {
-        var q_tile: array<vec4<f32>, ROWS * DEPTH4>;
+        var q_tile = array<vec4<f32>, ROWS * DEPTH4>();
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
             let at = q_base + min(row + r, params.len_q - 1u) * params.q_strides.z;
@@ -256,7 +256,7 @@ fn main(
             if (!inside && chunk + 1u < params.chunks) {
                 continue;
             }
-            var sum: array<vec4<f32>, ROWS>;
+            var sum = array<vec4<f32>, ROWS>();
             if (inside) {
                 if (chunk > 0u) {
                     // @unroll
@@ -264,10 +264,10 @@ fn main(
                         sum[r] = s[(s_base + min(row + r, params.len_q - 1u) * params.s_strides.z + params.key_0 + j) / 4u];
                     }
                 }
-                var mine: vec4<f32>;
+                var mine = vec4<f32>();
                 // @unroll
                 for (var c = 0u; c < KEYS; c++) {
-                    var part: array<f32, ROWS>;
+                    var part = array<f32, ROWS>();
                     // @unroll
                     for (var d = 0u; d < DEPTH4; d++) {
                         if ((c * DEPTH4 + d) % SHARE == 0u) {

@@ -207,15 +207,15 @@ fn main(
     var sum: array<vec4<f32>, ROWS * COLS4>;
     var found = vec4<bool>();
     for (var j = start; j < end; j += KEYS) {
-        var weight: array<vec4<f32>, ROWS>;
+        var weight = array<vec4<f32>, ROWS>();
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
             weight[r] = p[(p_base + min(row + r, params.len_q - 1u) * params.p_strides.z + params.key_0 + j) / 4u];
         }
-        var mine: vec4<f32>;
+        var mine = vec4<f32>();
         // @unroll
         for (var d = 0u; d < COLS4; d++) {
-            var part: array<vec4<f32>, ROWS>;
+            var part = array<vec4<f32>, ROWS>();
             // @unroll
             for (var c = 0u; c < KEYS; c++) {
                 if ((d * KEYS + c) % SHARE == 0u) {
