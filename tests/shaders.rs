@@ -149,3 +149,28 @@ fn variant_names_tell_variants_apart() {
     let message = wgpu_attention::kernels::variant_source("nobody").unwrap_err().to_string();
     assert!(message.contains("nobody"), "{message}");
 }
+
+/// WGSL sets such a variable to zero each time round; Tint's SPIR-V, and naga's before wgpu 30, do so once.
+#[test]
+fn variables_of_loops_have_initial_values() {
+    let mut checked = 0;
+    for variant in catalogue::variants() {
+        let source = variant.source().unwrap();
+        // The keyword of each open brace.
+        let mut open = Vec::new();
+        for line in source.lines().map(str::trim) {
+            let declares = line.strip_prefix("var ").is_some_and(|rest| rest.ends_with(';') && !rest.contains('='));
+            checked += usize::from(declares);
+            assert!(!(declares && open.contains(&true)), "{}: {line}", variant.name);
+            let loops = ["for ", "while ", "loop "].iter().any(|word| line.starts_with(word));
+            for brace in line.chars().filter(|c| "{}".contains(*c)) {
+                if brace == '{' {
+                    open.push(loops);
+                } else {
+                    open.pop();
+                }
+            }
+        }
+    }
+    assert!(checked > 1000, "{checked}");
+}

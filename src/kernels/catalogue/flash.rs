@@ -115,7 +115,7 @@ fn at_once(count: u32) -> u32 {
 /// A key's vec4s of a lane, those `apart` loads from each other turned together.
 fn halves_turned(apart: u32) -> String {
     format!(
-        "var brought: array<vec4<f32>, K_LOADS>;
+        "var brought = array<vec4<f32>, K_LOADS>();
 // @unroll
 for (var n = 0u; n < K_LOADS; n++) {{
     brought[n] = load_k(key, k_part[n]);
