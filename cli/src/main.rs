@@ -8,6 +8,8 @@ mod devices;
 mod error;
 mod files;
 mod font;
+#[cfg(test)]
+mod fuzz;
 mod heatmap;
 mod mha;
 mod options;

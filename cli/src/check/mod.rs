@@ -1,11 +1,11 @@
 //! `attn check`: whether attention comes out right.
 
-mod case;
+pub mod case;
 pub mod compare;
 mod dawn;
-mod folder;
+pub mod folder;
 mod onnx;
-mod report;
+pub mod report;
 mod suite;
 mod torch;
 mod transformers;

@@ -2,7 +2,7 @@
 
 mod args;
 mod diff;
-mod file;
+pub mod file;
 mod html;
 mod junit;
 mod markdown;
