@@ -2,6 +2,8 @@
 
 mod case;
 pub mod compare;
+#[allow(dead_code, reason = "its tests alone run it so far")]
+mod dawn;
 mod folder;
 mod onnx;
 mod report;

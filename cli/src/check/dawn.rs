@@ -1,0 +1,386 @@
+//! Exported calls on Dawn, Chrome's implementation of WebGPU: another compiler and another validation than wgpu's.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use wgpu_attention::ExportedCall;
+
+use super::report::Adapter;
+use crate::error::{Error, Result, fail};
+
+const SCRIPT: &str = include_str!("../../../tests/portability/dawn.mjs");
+/// What the script ends with when Dawn has no adapter.
+const NO_ADAPTER: i32 = 3;
+/// Starting Node, and opening a device.
+const START: Duration = Duration::from_secs(30);
+
+/// Where Dawn is, and how long a call may take.
+pub struct Dawn {
+    /// A folder with `node_modules/webgpu`; it must be writable.
+    pub modules: PathBuf,
+    /// The Vulkan driver's manifest (`VK_DRIVER_FILES`), for Dawn alone; `None`: whatever this process has.
+    pub driver: Option<PathBuf>,
+    /// For both runs of one call.
+    pub limit: Duration,
+}
+
+/// What Dawn made of some calls.
+pub struct DawnRun {
+    /// `None` where no call came to an end.
+    pub adapter: Option<Adapter>,
+    /// In the order of the calls.
+    pub results: Vec<DawnResult>,
+}
+
+/// What Dawn made of one call.
+pub struct DawnResult {
+    pub id: String,
+    /// Or why there are none: a feature or limit that is missing, what the compiler or the device said, a hang.
+    pub outputs: Result<Vec<DawnOutput>, String>,
+    /// Whether a second run gave the same bits, memory between the elements included.
+    pub same_bits: bool,
+    /// Of the first run, compilation included.
+    pub milliseconds: f64,
+}
+
+/// A result, row-major.
+pub struct DawnOutput {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// What the script writes beside a plan.
+#[derive(Deserialize)]
+struct Written {
+    adapter: About,
+    error: Option<String>,
+    #[serde(default)]
+    same_bits: bool,
+    #[serde(default)]
+    milliseconds: f64,
+}
+
+#[derive(Deserialize)]
+struct About {
+    backend: String,
+    vendor: String,
+    architecture: String,
+    device: String,
+    description: String,
+    software: Option<bool>,
+    subgroup_min: Option<u32>,
+    subgroup_max: Option<u32>,
+    features: Vec<String>,
+    limits: BTreeMap<String, u64>,
+}
+
+impl Dawn {
+    /// As `ATTN_DAWN` (a folder with `node_modules/webgpu`) and `ATTN_DAWN_DRIVER` (a driver's manifest) say; `None`
+    /// where `ATTN_DAWN` is not set.
+    pub fn from_environment(limit: Duration) -> Option<Dawn> {
+        let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        Some(Dawn { modules: path("ATTN_DAWN")?, driver: path("ATTN_DAWN_DRIVER"), limit })
+    }
+
+    /// Runs each call twice, one after another. Some hundreds at a time: they lie in files until all are done.
+    pub fn run(&self, calls: &[(String, ExportedCall)]) -> Result<DawnRun> {
+        let began = Instant::now();
+        let version = self.version()?;
+        // Node looks for packages in the folders above the script.
+        let folder = tempfile::Builder::new().prefix("run-").tempdir_in(&self.modules);
+        let folder = folder.map_err(|error| failed(&self.modules, &error))?;
+        let root = std::path::absolute(folder.path()).map_err(|error| failed(folder.path(), &error))?;
+        let script = root.join("dawn.mjs");
+        std::fs::write(&script, SCRIPT).map_err(|error| failed(&script, &error))?;
+        let folders: Vec<PathBuf> = (0..calls.len()).map(|n| root.join(n.to_string())).collect();
+        for ((_, call), folder) in calls.iter().zip(&folders) {
+            std::fs::create_dir(folder).map_err(|error| failed(folder, &error))?;
+            call.save(folder)?;
+        }
+        // Why there is no result.json.
+        let mut ended: BTreeMap<usize, String> = BTreeMap::new();
+        let mut first = 0;
+        while first < folders.len() {
+            let (done, why) = self.start(&script, &folders[first..])?;
+            first += done;
+            if let Some(why) = why.filter(|_| first < folders.len()) {
+                ended.insert(first, why);
+                first += 1;
+            }
+        }
+        let mut adapter = None;
+        let mut results = Vec::new();
+        for (n, ((id, call), folder)) in calls.iter().zip(&folders).enumerate() {
+            let mut result =
+                DawnResult { id: id.clone(), outputs: Ok(Vec::new()), same_bits: false, milliseconds: 0.0 };
+            if let Some(why) = ended.remove(&n) {
+                result.outputs = Err(why);
+            } else {
+                let path = folder.join("result.json");
+                let bytes = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+                let written: Written = serde_json::from_slice(&bytes)
+                    .map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
+                result.same_bits = written.same_bits;
+                result.milliseconds = written.milliseconds;
+                result.outputs = match written.error {
+                    Some(error) => Err(error),
+                    None => Ok(outputs(call, folder)?),
+                };
+                adapter.get_or_insert_with(|| written.adapter.describe(&version));
+            }
+            results.push(result);
+        }
+        if let Some(adapter) = &mut adapter {
+            adapter.seconds = began.elapsed().as_secs_f64();
+        }
+        Ok(DawnRun { adapter, results })
+    }
+
+    /// Of the npm package.
+    fn version(&self) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Package {
+            version: String,
+        }
+        let path = self.modules.join("node_modules/webgpu/package.json");
+        let package = std::fs::read(&path).map_err(|error| {
+            Error::Failed(format!("{}: {error}; tests/portability/install-dawn installs Dawn for Node", path.display()))
+        })?;
+        let package: Package =
+            serde_json::from_slice(&package).map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
+        Ok(package.version)
+    }
+
+    /// One process over `folders`: how many have their result, and what ended it before the next had one. Either is
+    /// at least one.
+    fn start(&self, script: &Path, folders: &[PathBuf]) -> Result<(usize, Option<String>)> {
+        let stderr = script.with_file_name("stderr.txt");
+        let file = std::fs::File::create(&stderr).map_err(|error| failed(&stderr, &error))?;
+        let mut node = Command::new("node");
+        node.arg(script).arg(self.limit.as_secs_f64().to_string()).args(folders);
+        node.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
+        if let Some(driver) = &self.driver {
+            node.env("VK_DRIVER_FILES", driver);
+        }
+        let mut node = match node.spawn() {
+            Ok(node) => node,
+            Err(error) => fail!("node: {error}; Dawn runs in Node.js 20 or newer"),
+        };
+        let lines = BufReader::new(node.stdout.take().expect("piped")).lines();
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        let mut done = 0;
+        // The script's own limit comes first, unless Dawn holds its thread.
+        let (killed, why) = loop {
+            match receiver.recv_timeout(self.limit + START) {
+                Ok(line) => {
+                    done += 1;
+                    if line.ends_with("\tlate") {
+                        break (true, None);
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => break (false, None),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    let seconds = (self.limit + START).as_secs();
+                    break (true, Some(format!("Dawn hung: no answer within {seconds} s")));
+                }
+            }
+        };
+        if killed {
+            // It may have ended by itself meanwhile.
+            let _ = node.kill();
+        }
+        let status = node.wait().map_err(|error| Error::Failed(format!("node: {error}")))?;
+        if killed {
+            return Ok((done, why));
+        }
+        let said = std::fs::read(&stderr).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+        let said = lines[lines.len().saturating_sub(5)..].join("; ");
+        match status.code() {
+            Some(NO_ADAPTER) => fail!("Dawn found no adapter that can compute: {said}"),
+            Some(0) if done > 0 => Ok((done, None)),
+            _ => Ok((done, Some(format!("Dawn ended with {status}: {said}")))),
+        }
+    }
+}
+
+impl About {
+    fn describe(self, version: &str) -> Adapter {
+        let first = |texts: [&String; 2]| texts.into_iter().find(|text| !text.is_empty()).cloned().unwrap_or_default();
+        Adapter {
+            name: format!("Dawn on {}", first([&self.description, &self.device])),
+            backend: format!("Dawn, {}", self.backend),
+            kind: if self.software == Some(true) { "Cpu".into() } else { String::new() },
+            driver: format!("{} {}", self.vendor, self.architecture).trim().into(),
+            driver_info: self.description,
+            shader_compiler: format!("Tint (webgpu {version})"),
+            subgroups: self.subgroup_min.zip(self.subgroup_max).map(|(least, most)| [least, most]),
+            features: self.features,
+            limits: self.limits,
+            ..Default::default()
+        }
+    }
+}
+
+fn failed(path: &Path, error: &std::io::Error) -> Error {
+    Error::Failed(format!("{}: {error}", path.display()))
+}
+
+fn outputs(call: &ExportedCall, folder: &Path) -> Result<Vec<DawnOutput>> {
+    let read = |output: &wgpu_attention::ExportedOutput| {
+        let path = folder.join(format!("result-{}.bin", output.name));
+        let bytes = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+        Ok(DawnOutput { name: output.name.into(), shape: output.shape.clone(), values: output.read(&bytes)? })
+    };
+    call.outputs.iter().map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu_attention::{Attention, Device, Dtype, Gpu, GpuOptions, Method, Tensor, Weights, wgpu};
+    use wgpu_attention_conformance::{Call, worst};
+
+    /// Dawn as `./test` installs it. Chromium's driver, where there is one: Dawn refuses the lavapipe of old Mesas.
+    fn dawn(seconds: u64) -> Option<Dawn> {
+        let limit = Duration::from_secs(seconds);
+        if let Some(dawn) = Dawn::from_environment(limit) {
+            return Some(dawn);
+        }
+        let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/portability");
+        let driver = ["/usr/lib/chromium", "/usr/lib64/chromium-browser", "/opt/google/chrome"]
+            .map(|folder| Path::new(folder).join("vk_swiftshader_icd.json"))
+            .into_iter()
+            .find(|path| path.exists());
+        let has_node = Command::new("node").arg("--version").output().is_ok_and(|done| done.status.success());
+        if has_node && modules.join("node_modules/webgpu").exists() {
+            return Some(Dawn { modules, driver, limit });
+        }
+        assert!(std::env::var_os("CI").is_none(), "no Dawn for Node; tests/portability/install-dawn installs it");
+        eprintln!("NOT TESTED: no Dawn for Node here; tests/portability/install-dawn installs it");
+        None
+    }
+
+    /// Plans for any implementation: WebGPU's own limits.
+    fn planner(without_subgroups: bool) -> Gpu {
+        let limits = Some(wgpu::Limits::default());
+        Gpu::with_options(&GpuOptions { limits, without_subgroups, ..Default::default() }).unwrap()
+    }
+
+    #[test]
+    fn calls_come_out_of_dawn_as_from_the_cpu_backend() {
+        let Some(dawn) = dawn(120) else { return };
+        let gpu = Device::Gpu(planner(true));
+        let methods = Method::every(gpu.gpu().unwrap().capabilities());
+        let mut calls = Vec::new();
+        let mut expected = Vec::new();
+        for seed in 0..12 {
+            let call = Call::random(seed);
+            let data = call.data();
+            let stored = [Dtype::F32, Dtype::F16, Dtype::BF16][seed as usize % 3];
+            let ruled = |device: &Device| {
+                let attention = call.ruled(device, &data, call.attention().lse(true)).unwrap();
+                if seed % 4 == 0 { attention.weights(Weights::PerHead) } else { attention }
+            };
+            let [q, k, v] = call.operands(&gpu, &data, stored).unwrap();
+            let chosen = ruled(&gpu).method(methods[seed as usize % methods.len()]);
+            // Not every cut takes every call.
+            let exported = chosen.export(&q, &k, &v).or_else(|_| ruled(&gpu).export(&q, &k, &v)).unwrap();
+            calls.push((seed.to_string(), exported));
+            let [q, k, v] = call.operands(&Device::Cpu, &data, stored).unwrap();
+            expected.push((ruled(&Device::Cpu).forward(&q, &k, &v).unwrap(), stored));
+        }
+        let run = dawn.run(&calls).unwrap();
+        assert_eq!(run.results.len(), calls.len());
+        let mut furthest = [0f64; 3];
+        for (result, (truth, stored)) in run.results.iter().zip(&expected) {
+            let outputs = result.outputs.as_ref().unwrap_or_else(|error| panic!("call {}: {error}", result.id));
+            assert!(result.same_bits && result.milliseconds > 0.0, "call {}", result.id);
+            for output in outputs {
+                let (tensor, tolerance) = match output.name.as_str() {
+                    "output" => (Some(&truth.output), *stored),
+                    "lse" => (truth.lse.as_ref(), Dtype::F32),
+                    _ => (truth.weights.as_ref(), *stored),
+                };
+                let tensor = tensor.unwrap();
+                assert_eq!(output.shape, tensor.shape(), "{} of call {}", output.name, result.id);
+                let truth: Vec<f64> = tensor.download().unwrap().into_iter().map(f64::from).collect();
+                let (off, at) = worst(&output.values, &truth);
+                // Where both round to storage, they may do so to neighbours.
+                furthest[tolerance as usize] = off.max(furthest[tolerance as usize]);
+                let tolerance = [3e-6, 1e-3, 8e-3][tolerance as usize];
+                assert!(off <= tolerance, "{} of call {} is off by {off:e} at {at}", output.name, result.id);
+            }
+        }
+        let adapter = run.adapter.unwrap();
+        let mean = run.results.iter().map(|result| result.milliseconds).sum::<f64>() / calls.len() as f64;
+        let [f32, f16, bf16] = furthest;
+        println!("{}: {mean:.0} ms a call, off by {f32:.1e} in f32, {f16:.1e} f16, {bf16:.1e} bf16", adapter.name);
+        assert!(adapter.limits["maxBufferSize"] >= 256 << 20 && adapter.seconds > 0.0, "{adapter:?}");
+        assert!(adapter.backend.starts_with("Dawn, ") && !adapter.driver.is_empty(), "{adapter:?}");
+    }
+
+    /// One call through the three passes: `change` breaks its first kernel.
+    fn broken(change: impl FnOnce(&mut ExportedCall)) -> ExportedCall {
+        let x = Tensor::from_slice(planner(true), &[8, 4], &[0.5f32; 32]).unwrap();
+        let mut call = Attention::new().method(Method::ThreePasses).export(&x, &x, &x).unwrap();
+        change(&mut call);
+        call
+    }
+
+    #[test]
+    fn what_dawn_refuses_is_told_and_the_rest_goes_on() {
+        let Some(dawn) = dawn(20) else { return };
+        let calls = [
+            ("whole", broken(|_| ())),
+            ("garbled", broken(|call| call.steps[0].wgsl.truncate(900))),
+            ("unaligned", broken(|call| call.steps[0].bindings[1].offset = 4)),
+            ("large", broken(|call| *call.limits.get_mut("maxBufferSize").unwrap() = 1 << 50)),
+            ("lanes", broken(|call| call.subgroup_min = Some(4096))),
+            ("endless", broken(|call| call.steps[0].wgsl = endless(&call.steps[0].wgsl))),
+            ("after", broken(|_| ())),
+        ];
+        let run = dawn.run(&calls.map(|(id, call)| (id.to_string(), call))).unwrap();
+        let told: Vec<String> = (run.results.iter())
+            .map(|result| match &result.outputs {
+                Ok(outputs) => format!("{} {:?}", outputs[0].name, &outputs[0].values[..2]),
+                Err(error) => error.clone(),
+            })
+            .collect();
+        for (told, say) in told.iter().zip([
+            "output [0.5, 0.5]",
+            "error:",
+            "ffset",
+            "maxBufferSize = 1125899906842624",
+            "4096 lanes",
+            "no answer within 20 s",
+            "output [0.5, 0.5]",
+        ]) {
+            assert!(told.contains(say), "{say}: {told:#?}");
+        }
+    }
+
+    /// The text of the first pass with a loop in front of its first statement that nothing ends.
+    fn endless(wgsl: &str) -> String {
+        let entry = wgsl.find("fn main(").unwrap();
+        let body = entry + wgsl[entry..].find(") {").unwrap() + 3;
+        let (head, tail) = wgsl.split_at(body);
+        format!("{head} while (s[0].x != 77.0) {{ s[0] = vec4<f32>(s[0].y + 1.0); }} {tail}")
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let dawn = Dawn { modules: folder.path().into(), driver: None, limit: Duration::from_secs(1) };
+        let error = dawn.run(&[]).err().unwrap().to_string();
+        assert!(error.contains("node_modules/webgpu/package.json") && error.contains("install-dawn"), "{error}");
+    }
+}
