@@ -6,8 +6,9 @@
 // as result-NAME.bin, the whole buffer each, and result.json says on which adapter, whether the second run gave the
 // same bits, the milliseconds of the first run, compilation included, and the error if there was one. Then one line
 // with the folder is printed. No diagnostic is turned off, and a compiler's warning is an error. A plan that
-// takes longer than SECONDS is an error too and ends the program: what hangs can only be left. The caller starts it
-// again with the folders that are left. Exit status 3: Dawn has no adapter that can compute.
+// takes longer than SECONDS is an error too and ends the program, its line followed by `late`: what hangs can only be
+// left, and the program may have to be killed. The caller starts it again with the folders that are left. Exit
+// status 3: Dawn has no adapter.
 
 import { readFileSync, writeFileSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
@@ -183,8 +184,9 @@ for (const folder of folders) {
   const result = error ? { error } : await Promise.race([both(folder, plan).catch(({ message }) => ({ error: message })), limit]);
   clearTimeout(timer);
   writeFileSync(join(folder, 'result.json'), JSON.stringify({ adapter: about, ...result }));
-  writeSync(1, `${folder}\n`);
-  if (result.error === late) break;
+  const isLate = result.error === late;
+  writeSync(1, isLate ? `${folder}\tlate\n` : `${folder}\n`);
+  if (isLate) break;
 }
 // Dawn keeps the process alive.
 process.exit(0);

@@ -177,21 +177,28 @@ impl Dawn {
         std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
         let mut done = 0;
         // The script's own limit comes first, unless Dawn holds its thread.
-        let hung = loop {
+        let (killed, why) = loop {
             match receiver.recv_timeout(self.limit + START) {
-                Ok(_) => done += 1,
-                Err(mpsc::RecvTimeoutError::Disconnected) => break false,
-                Err(mpsc::RecvTimeoutError::Timeout) => break true,
+                Ok(line) => {
+                    done += 1;
+                    if line.ends_with("\tlate") {
+                        break (true, None);
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => break (false, None),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    let seconds = (self.limit + START).as_secs();
+                    break (true, Some(format!("Dawn hung: no answer within {seconds} s")));
+                }
             }
         };
-        if hung {
+        if killed {
             // It may have ended by itself meanwhile.
             let _ = node.kill();
         }
         let status = node.wait().map_err(|error| Error::Failed(format!("node: {error}")))?;
-        if hung {
-            let seconds = (self.limit + START).as_secs();
-            return Ok((done, Some(format!("Dawn hung: no answer within {seconds} s"))));
+        if killed {
+            return Ok((done, why));
         }
         let said = std::fs::read(&stderr).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
@@ -242,7 +249,7 @@ mod tests {
     use wgpu_attention::{Attention, Device, Dtype, Gpu, GpuOptions, Method, Tensor, Weights, wgpu};
     use wgpu_attention_conformance::{Call, worst};
 
-    /// Dawn as `./test` installs it. Chromium's driver, where there is one: Dawn refuses lavapipe before Mesa 23.2.
+    /// Dawn as `./test` installs it. Chromium's driver, where there is one: Dawn refuses the lavapipe of old Mesas.
     fn dawn(seconds: u64) -> Option<Dawn> {
         let limit = Duration::from_secs(seconds);
         if let Some(dawn) = Dawn::from_environment(limit) {
@@ -275,7 +282,7 @@ mod tests {
         let methods = Method::every(gpu.gpu().unwrap().capabilities());
         let mut calls = Vec::new();
         let mut expected = Vec::new();
-        for seed in 0..24 {
+        for seed in 0..12 {
             let call = Call::random(seed);
             let data = call.data();
             let stored = [Dtype::F32, Dtype::F16, Dtype::BF16][seed as usize % 3];
@@ -293,6 +300,7 @@ mod tests {
         }
         let run = dawn.run(&calls).unwrap();
         assert_eq!(run.results.len(), calls.len());
+        let mut furthest = [0f64; 3];
         for (result, (truth, stored)) in run.results.iter().zip(&expected) {
             let outputs = result.outputs.as_ref().unwrap_or_else(|error| panic!("call {}: {error}", result.id));
             assert!(result.same_bits && result.milliseconds > 0.0, "call {}", result.id);
@@ -307,11 +315,15 @@ mod tests {
                 let truth: Vec<f64> = tensor.download().unwrap().into_iter().map(f64::from).collect();
                 let (off, at) = worst(&output.values, &truth);
                 // Where both round to storage, they may do so to neighbours.
+                furthest[tolerance as usize] = off.max(furthest[tolerance as usize]);
                 let tolerance = [3e-6, 1e-3, 8e-3][tolerance as usize];
                 assert!(off <= tolerance, "{} of call {} is off by {off:e} at {at}", output.name, result.id);
             }
         }
         let adapter = run.adapter.unwrap();
+        let mean = run.results.iter().map(|result| result.milliseconds).sum::<f64>() / calls.len() as f64;
+        let [f32, f16, bf16] = furthest;
+        println!("{}: {mean:.0} ms a call, off by {f32:.1e} in f32, {f16:.1e} f16, {bf16:.1e} bf16", adapter.name);
         assert!(adapter.limits["maxBufferSize"] >= 256 << 20 && adapter.seconds > 0.0, "{adapter:?}");
         assert!(adapter.backend.starts_with("Dawn, ") && !adapter.driver.is_empty(), "{adapter:?}");
     }
@@ -356,12 +368,12 @@ mod tests {
         }
     }
 
-    /// The text with a loop in front of its first statement that nothing ends.
+    /// The text of the first pass with a loop in front of its first statement that nothing ends.
     fn endless(wgsl: &str) -> String {
         let entry = wgsl.find("fn main(").unwrap();
         let body = entry + wgsl[entry..].find(") {").unwrap() + 3;
         let (head, tail) = wgsl.split_at(body);
-        format!("{head} var spins = 1u; while (spins != 0u) {{ spins = (spins * 3u) | 1u; }} {tail}")
+        format!("{head} while (s[0].x != 77.0) {{ s[0] = vec4<f32>(s[0].y + 1.0); }} {tail}")
     }
 
     #[test]
