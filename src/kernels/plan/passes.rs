@@ -95,8 +95,14 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     if planner.plan.bands.is_empty() {
         planner.plan.bands = call.band_table();
     }
-    // The largest slices whose bindings all fit.
+    // The largest slices whose bindings all fit. Keys that do not fit whatever else is cut come first: where strides
+    // spread a head over all keys, cutting the others down to single rows would win nothing.
     let mut slices = Slices { batch, heads: heads_q, rows: len_q, keys: len_k };
+    let one_row = |keys| call.largest_operand(Slices { batch: 1, heads: 1, rows: 1, keys });
+    while slices.keys > 4 && one_row(slices.keys) > adapter.max_binding {
+        let whole = if slices.keys > 64 { 64 } else { 4 };
+        slices.keys = slices.keys.div_ceil(2).next_multiple_of(whole);
+    }
     while call.largest_binding(slices, planner.plan.weights.as_ref()) > adapter.max_binding {
         let Slices { batch, heads, rows, keys } = &mut slices;
         if *batch > 1 {
@@ -674,7 +680,15 @@ impl<'a> Call<'a> {
             }))
             .chain(bands.iter().map(|layout| (FoldSource::Bands, Slot::Bands, layout, 16, 0)));
         for (n, (source, slot, layout, element, keeps)) in sources.enumerate() {
-            let part = window(layout, &parts, element, self.align);
+            let part = match slot {
+                // A table is bound whole.
+                Slot::Bands => Window {
+                    offset: 0,
+                    size: (problem.bands.len() * 16) as u64,
+                    first: (parts[0].start * layout.strides()[0]) as u64,
+                },
+                _ => window(layout, &parts, element, self.align),
+            };
             planner.push(
                 catalogue::fold(source, n > 0),
                 total.div_ceil(64),
