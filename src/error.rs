@@ -64,6 +64,14 @@ pub enum Error {
         /// wgpu's reason.
         reason: String,
     },
+    /// The device did not finish in the time given. It goes on, and waiting again is fine.
+    #[error("{adapter} is not done after {after:?}; its work goes on, and waiting again is fine")]
+    TimedOut {
+        /// The adapter's name.
+        adapter: String,
+        /// The time given.
+        after: std::time::Duration,
+    },
     /// The driver ran out of memory.
     #[error("out of memory on {adapter} during {during}: {message}")]
     OutOfMemory {

@@ -41,7 +41,7 @@ fn thousands_of_calls_through_every_way() {
                     &format!("{} of {what}", got.name),
                     &got.values,
                     &truth.values,
-                    truth.tolerance + rounding(got.dtype),
+                    truth.tolerance + f64::from(truth.roundings) * rounding(got.dtype),
                 );
                 if case.storage == Dtype::F32 {
                     let (_, most) = ways.entry(method.to_string()).or_default();

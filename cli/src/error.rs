@@ -1,12 +1,14 @@
 //! What ends the program early.
 
-/// An error with its exit status: 2 for a wrong call, 1 for everything else.
+/// An error with its exit status: 2 for a wrong call, 3 where there is no adapter, 1 for everything else.
 #[derive(Debug)]
 pub enum Error {
     /// The command line asks for something that cannot be.
     Usage(String),
     /// The work failed.
     Failed(String),
+    /// `attn check` has nothing to check on.
+    NoAdapter(String),
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -16,13 +18,14 @@ impl Error {
         match self {
             Error::Usage(_) => 2,
             Error::Failed(_) => 1,
+            Error::NoAdapter(_) => 3,
         }
     }
 }
 
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (Error::Usage(message) | Error::Failed(message)) = self;
+        let (Error::Usage(message) | Error::Failed(message) | Error::NoAdapter(message)) = self;
         f.write_str(message)
     }
 }

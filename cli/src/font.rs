@@ -32,17 +32,18 @@ pub fn visible(token: &str) -> String {
     for (at, c) in token.char_indices() {
         match c {
             ' ' if at < start || at >= start + inner.len() => out.push('·'),
-            // Invisible, or not allowed in XML.
-            c if c.is_control()
-                || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                    | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}') =>
-            {
-                out.extend(c.escape_default());
-            }
+            c if is_hidden(c) => out.extend(c.escape_default()),
             c => out.push(c),
         }
     }
     out
+}
+
+/// Invisible, or not allowed in XML: a control or a mark of direction.
+pub fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}')
 }
 
 /// [`visible`], and not too long for a picture.

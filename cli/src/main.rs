@@ -8,6 +8,8 @@ mod devices;
 mod error;
 mod files;
 mod font;
+#[cfg(test)]
+mod fuzz;
 mod heatmap;
 mod mha;
 mod options;
@@ -40,12 +42,12 @@ Examples:
   attn devices                                     what this machine has
   attn run in.safetensors -o out.safetensors       attention over your own q, k and v
   attn mha --weights layer.safetensors --heads 8 --query x.npy -o y.npy
-  attn check tests/cases/onnx                      hold a folder of cases against their answers
+  attn check --quick                               whether attention comes out right on every adapter
   attn bench --shape P1 --adapter all              how long calls take
   attn tune --shape P1                             find the fastest kernels, and keep them
   attn plot attention --html page.html             where each head looks, as a page to explore
 
-Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call."
+Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call, 3 where `attn check` finds no adapter."
 )]
 struct Cli {
     /// An adapter's index or part of its name, or vulkan, metal, dx12, gl, cpu (the CPU backend), all
@@ -63,7 +65,7 @@ enum Command {
     Mha(mha::MhaArgs),
     /// The adapters of this machine
     Devices(devices::DevicesArgs),
-    /// A folder of cases against their expected answers
+    /// Whether attention comes out right: the built-in suite, or a folder of cases
     Check(check::CheckArgs),
     /// How long calls take
     Bench(bench::BenchArgs),

@@ -238,7 +238,8 @@ impl GpuBuffer {
         gpu.wait()?;
         match receiver.await {
             Ok(Ok(())) => {}
-            _ => return Err(gpu.failure(DURING, "the buffer could not be mapped; the device is lost")),
+            // The copy was valid and is done: only a lost device cannot map it.
+            _ => return Err(gpu.lost("a buffer could not be mapped")),
         }
         let value = {
             let view =

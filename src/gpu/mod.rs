@@ -21,6 +21,8 @@ pub use run::{Profile, Traced};
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+#[cfg(not(target_arch = "wasm32"))]
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::kernels::{Capabilities, Variant};
@@ -200,12 +202,45 @@ impl Gpu {
     /// Waits until everything submitted so far is done.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn wait(&self) -> Result<()> {
-        self.0
-            .device
-            .poll(wgpu::PollType::wait_indefinitely())
-            .map(|_| ())
-            .map_err(|error| self.failure("waiting for the device", &error.to_string()))
-            .and_then(|()| self.check())
+        self.wait_until(None)
+    }
+
+    /// As [`Gpu::wait`], for no longer than `most`: then [`Error::TimedOut`]. The work goes on, the device stays as
+    /// usable as it was, and waiting again is fine. A driver that computes while it takes the work (GL on the CPU
+    /// does) leaves nothing to wait for.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn wait_for(&self, most: Duration) -> Result<()> {
+        self.wait_until(Some(most))
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn wait_until(&self, most: Option<Duration>) -> Result<()> {
+        /// GL waits two seconds at most, however long it is told to.
+        const AT_A_TIME: Duration = Duration::from_secs(1);
+        const DURING: &str = "waiting for the device";
+        let began = Instant::now();
+        loop {
+            let asked = most.map_or(AT_A_TIME, |most| most.saturating_sub(began.elapsed()).min(AT_A_TIME));
+            let poll = || self.0.device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(asked) });
+            let polled = Instant::now();
+            // Where the driver loses the device in the middle of a wait, wgpu panics.
+            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll)) {
+                Ok(Ok(_)) => return self.check(),
+                Ok(Err(wgpu::PollError::Timeout)) => {
+                    self.check()?;
+                    if let Some(after) = most.filter(|&most| began.elapsed() >= most) {
+                        return Err(Error::TimedOut { adapter: self.0.info.name.clone(), after });
+                    }
+                    if polled.elapsed() < asked / 2 {
+                        return Err(self.failure(DURING, "the driver does not wait"));
+                    }
+                }
+                Ok(Err(error)) => return Err(self.failure(DURING, &error.to_string())),
+                Err(panic) => {
+                    return Err(self.lost(panic.downcast_ref().map_or("the driver lost it", String::as_str)));
+                }
+            }
+        }
     }
 
     pub(crate) fn same_as(&self, other: &Gpu) -> bool {
@@ -223,11 +258,38 @@ impl Gpu {
         }
     }
 
+    /// The device is gone; `reason` is said where wgpu gave none, as to a caller's own device.
+    fn lost(&self, reason: &str) -> Error {
+        let reason = lock(&self.0.lost).get_or_insert_with(|| reason.into()).clone();
+        Error::DeviceLost { adapter: self.0.info.name.clone(), reason }
+    }
+
     fn failure(&self, during: &str, message: &str) -> Error {
-        if let Some(reason) = lock(&self.0.lost).clone() {
-            return Error::DeviceLost { adapter: self.0.info.name.clone(), reason };
+        if lock(&self.0.lost).is_some() || self.is_lost() {
+            return self.lost(message);
         }
         Error::Gpu { adapter: self.0.info.name.clone(), during: during.into(), message: message.into() }
+    }
+
+    /// Asks the device itself: a caller's has no handler of ours, and ours is told only once nothing is at work. On
+    /// a lost device a buffer cannot be mapped, and no scope hears of it.
+    fn is_lost(&self) -> bool {
+        #[cfg(target_arch = "wasm32")]
+        return false;
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal]
+                .map(|filter| self.0.device.push_error_scope(filter));
+            let buffer = self.0.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("sign of life"),
+                size: 4,
+                usage: wgpu::BufferUsages::COPY_SRC,
+                mapped_at_creation: true,
+            });
+            let mapped = buffer.get_mapped_range_mut(..).is_ok();
+            let errors = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).count();
+            !mapped && errors == 0
+        }
     }
 
     /// Runs `work` inside error scopes; the future tells what they caught. The scopes are closed when

@@ -25,7 +25,12 @@ pub struct Case {
 
 impl Case {
     pub fn read(path: &Path) -> Result<Case> {
-        let file = TensorFile::from_safetensors(path.display().to_string(), files::read_bytes(path)?)?;
+        Case::parse(path.display().to_string(), files::read_bytes(path)?)
+    }
+
+    /// From the bytes of a file of that name.
+    pub fn parse(path: String, bytes: Vec<u8>) -> Result<Case> {
+        let file = TensorFile::from_safetensors(path, bytes)?;
         let Some(text) = file.metadata("case") else {
             fail!("{}: the header's __metadata__ holds no \"case\"", file.path);
         };
@@ -39,6 +44,13 @@ impl Case {
 
     pub fn op(&self) -> &str {
         self.json["op"].as_str().expect("checked when read")
+    }
+    /// How its operands are stored: the type of the first input of floats.
+    pub fn storage(&self) -> Dtype {
+        let names = self.file.names();
+        let inputs = names.iter().filter(|name| name.starts_with("in."));
+        let dtypes = inputs.filter_map(|name| self.file.need(name).ok()?.dtype(name).ok());
+        dtypes.into_iter().find(|&dtype| dtype != Dtype::Bool).unwrap_or(Dtype::F32)
     }
     /// A member of the case; null when missing.
     pub fn get(&self, key: &str) -> &Value {

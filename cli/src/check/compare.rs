@@ -22,6 +22,49 @@ pub struct Comparison {
     pub worst: Option<Worst>,
     /// Why the elements could not be compared.
     pub reason: Option<String>,
+    pub stats: Stats,
+}
+
+/// What a report tells of all elements together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stats {
+    pub count: u64,
+    /// The largest difference, and how many units in the last place of f32 at the expected value it is.
+    pub max_abs: f64,
+    pub ulps: f64,
+    /// Σ(got − expected)² / Σ expected², over what is finite.
+    pub nmse: f64,
+    /// NaNs where none are expected.
+    pub nans: u64,
+}
+
+/// A unit in the last place of f32 at `x`.
+fn ulp(x: f64) -> f64 {
+    let x = (x.abs() as f32).clamp(f32::MIN_POSITIVE, f32::MAX);
+    // The exponent alone, 23 places down.
+    f64::from(f32::from_bits(x.to_bits() & 0x7f80_0000)) * f64::from(f32::EPSILON)
+}
+
+impl Stats {
+    fn of(got: &[f64], expected: &[f64]) -> Stats {
+        let mut stats = Stats { count: got.len() as u64, ..Stats::default() };
+        let (mut errors, mut squares) = (0.0, 0.0);
+        for (&got, &expected) in got.iter().zip(expected) {
+            let off = difference(got, expected);
+            stats.nans += u64::from(got.is_nan() && !expected.is_nan());
+            if expected.is_finite() {
+                squares += expected * expected;
+            }
+            if off > stats.max_abs {
+                (stats.max_abs, stats.ulps) = (off, off / ulp(expected));
+            }
+            if off.is_finite() {
+                errors += off * off;
+            }
+        }
+        stats.nmse = if errors == 0.0 { 0.0 } else { errors / squares };
+        stats
+    }
 }
 
 /// Difference of two elements: 0 when both are NaN or both the same infinity, ∞ when only one of
@@ -57,8 +100,14 @@ pub fn compare(
     (expected_shape, expected): (&[usize], &[f64]),
     allowed: impl Fn(f64) -> f64,
 ) -> Comparison {
-    let refuse =
-        |reason: String| Comparison { output: output.into(), against, ok: false, worst: None, reason: Some(reason) };
+    let refuse = |reason: String| Comparison {
+        output: output.into(),
+        against,
+        ok: false,
+        worst: None,
+        reason: Some(reason),
+        stats: Stats::default(),
+    };
     if shape != expected_shape {
         return refuse(format!("the shape is {shape:?}, but {expected_shape:?} is expected"));
     }
@@ -86,7 +135,7 @@ pub fn compare(
         difference: difference(got[at], expected[at]),
         allowed,
     });
-    Comparison { output: output.into(), against, ok, worst, reason: None }
+    Comparison { output: output.into(), against, ok, worst, reason: None, stats: Stats::of(got, expected) }
 }
 
 fn unravel(mut at: usize, shape: &[usize]) -> Vec<usize> {
@@ -130,6 +179,18 @@ mod tests {
         }
         assert!(!passes(&[f64::INFINITY], &[f64::NEG_INFINITY]));
         assert!(!passes(&[f64::NAN], &[f64::NEG_INFINITY]));
+    }
+
+    #[test]
+    fn what_is_told_of_all_elements() {
+        let stats = Stats::of(&[1.0, 2.0 + 2f64.powi(-22), f64::NAN], &[1.0, 2.0, 3.0]);
+        assert_eq!((stats.count, stats.nans, stats.max_abs), (3, 1, f64::INFINITY));
+        let stats = Stats::of(&[1.0, 2.5, f64::NEG_INFINITY], &[1.0, 2.0, f64::NEG_INFINITY]);
+        assert_eq!((stats.max_abs, stats.ulps, stats.nmse), (0.5, 0.5 * 2f64.powi(22), 0.25 / 5.0));
+        assert_eq!(Stats::of(&[0.0], &[0.0]), Stats { count: 1, ..Stats::default() });
+        // Nothing is as wrong as something where nothing is expected.
+        assert_eq!(Stats::of(&[1e-30], &[0.0]).nmse, f64::INFINITY);
+        assert_eq!([ulp(1.0), ulp(1.99), ulp(-4.0)], [2f64.powi(-23), 2f64.powi(-23), 2f64.powi(-21)]);
     }
 
     #[test]

@@ -4,24 +4,28 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use wgpu_attention::{Attention, Method};
+use wgpu_attention::{Attention, Device, Method};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::{case, onnx, torch, transformers};
-use crate::error::{Error, Result, fail};
+use super::{case, onnx, report, suite, torch, transformers};
+use crate::error::{Error, Result, fail, usage};
 use crate::files;
 use crate::progress::Bar;
 use crate::target::{self, Target};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-A case is a safetensors file whose header's __metadata__ holds a JSON text `case` that says \
-what to compute. Tensors: in.* and param.* go in, out.* (ONNX), ref64.* (float64) and out32.* \
-(transformers) are expected.
+Without DIR the suite runs, on every adapter and on the CPU backend, each in a process of its own: the cases of \
+ONNX, PyTorch and transformers that the program carries, and more than 5,100 that are drawn from --seed, over every \
+op, storage type and kernel variant. A drawn f32 result may be off by 3e-6 of the largest value (3e-5 for sums \
+over recomputed weights) with an NMSE of at most 1e-10 against float64; f16 and bf16 results may be rounded besides. \
+Each case runs twice and must give the same bits. What a report says: docs/check.md.
 
-Allowed: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest value from \
-float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
+With DIR, a folder of cases: safetensors files whose header's __metadata__ holds a JSON text `case` that says \
+what to compute. Tensors: in.* and param.* go in, out.* (ONNX), ref64.* (float64) and out32.* \
+(transformers) are expected. Allowed there: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest \
+value from float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
 PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
 relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
 the largest value where none is recorded.
@@ -31,15 +35,22 @@ such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused a
 with subgroups and without. A case that a method cannot compute is skipped with the reason, and so is \
 one of an op that has no methods. The CPU backend has one way only.
 
+Exit status: 0 when all passed or failed as known, 1 for a failure, 2 for a wrong call, 3 without an adapter.
+
 Examples:
+  attn check --quick
+  attn check --html report.html --json report.json
+  attn check --adapter vulkan --op attention --variant fused
+  attn check --repro attention/plain/f32/1000000@fused --shrink
+  attn check --diff before.json after.json
   attn check tests/cases/onnx
   attn check tests/cases/torch --adapter vulkan --method all
-  attn check tests/cases/torch --method three-passes --method rows4x8/keys4
-  attn check tests/cases/torch --adapter cpu --filter mask --verbose
-  attn check tests/cases/torch --adapter all --json report.json")]
+  attn check tests/cases/torch --adapter cpu --filter mask --verbose")]
 pub struct CheckArgs {
-    /// The folder; its index.json lists the cases, without one every .safetensors file is a case
-    dir: PathBuf,
+    /// A folder instead of the suite; its index.json lists the cases, without one every .safetensors file is a case
+    dir: Option<PathBuf>,
+    #[command(flatten)]
+    suite: suite::SuiteArgs,
     /// Only cases whose name contains this
     #[arg(long, value_name = "SUBSTR")]
     filter: Option<String>,
@@ -49,9 +60,17 @@ pub struct CheckArgs {
     /// A line for every case, not only for failing ones
     #[arg(short, long)]
     verbose: bool,
-    /// Write the result of every case
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    forms: report::Forms,
+    /// Run nothing: show a report that --json wrote, and write it in other forms; exit status 0 whatever it tells
+    #[arg(long, value_name = "REPORT", help_heading = "Report", conflicts_with_all = ["dir", "filter", "methods", "verbose", "SuiteArgs"])]
+    from: Option<PathBuf>,
+    /// Run nothing: tell what changed from one report that --json wrote to another; exit status 1 where a case fails
+    /// that did not, one that passed is skipped or no longer there, a second run gives other bits, or an adapter is
+    /// gone or ended early
+    #[arg(long, value_names = ["OLD", "NEW"], num_args = 2, help_heading = "Report",
+        conflicts_with_all = ["dir", "filter", "methods", "verbose", "from", "SuiteArgs", "Forms"])]
+    diff: Option<Vec<PathBuf>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -149,8 +168,41 @@ impl Outcome {
 
 /// Whether no case failed.
 pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
-    let names = case_names(&args.dir, args.filter.as_deref())?;
-    if let Some(path) = &args.json {
+    if let Some(order) = &args.suite.worker {
+        return suite::work(order);
+    }
+    if let Some(option) = args.from.as_ref().map(|_| "--from").or(args.diff.as_ref().map(|_| "--diff"))
+        && adapter.is_some()
+    {
+        usage!("{option} runs nothing, so --adapter makes no sense with it");
+    }
+    if let Some(path) = &args.from {
+        report::show(path, &args.forms)?;
+        return Ok(true);
+    }
+    if let Some([old, new]) = args.diff.as_deref() {
+        return report::diff(old, new);
+    }
+    let Some(dir) = &args.dir else {
+        if args.verbose || args.methods != [MethodWord::One(Method::Auto)] {
+            let option = if args.verbose { "--verbose" } else { "--method" };
+            usage!("{option} is for a folder of cases; the suite runs every variant, or those of --variant");
+        }
+        args.forms.check_folders()?;
+        return suite::check(&args.suite, args.filter.as_deref(), adapter, |found| {
+            args.forms.write(found)?;
+            report::print(found);
+            Ok(())
+        });
+    };
+    if let Some(option) = args.suite.any() {
+        usage!("{option} is for the suite that the program carries; leave the folder {} out", dir.display());
+    }
+    if let Some(form) = args.forms.beyond_json() {
+        usage!("{form} is not made from a folder of cases; without a folder the suite runs, and writes it");
+    }
+    let names = case_names(dir, args.filter.as_deref())?;
+    if let Some(path) = &args.forms.json {
         files::check_folder(path)?;
     }
     let targets = target::targets(adapter)?;
@@ -162,7 +214,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
         target.announce();
         for method in methods {
             let way = Way { target, method, several };
-            let tally = way.check(args, &names, &mut report);
+            let tally = way.check(args, dir, &names, &mut report);
             if several {
                 anstream::println!("{}: {tally}", way.label());
             }
@@ -176,9 +228,9 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
             }));
         }
     }
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.forms.json {
         let report = json!({
-            "folder": args.dir.display().to_string(),
+            "folder": dir.display().to_string(),
             "passed": total.passed,
             "failed": total.failed,
             "skipped": total.skipped,
@@ -212,11 +264,11 @@ impl Way<'_> {
         }
     }
 
-    fn check(&self, args: &CheckArgs, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
+    fn check(&self, args: &CheckArgs, dir: &Path, names: &[String], report: &mut Vec<serde_json::Value>) -> Tally {
         let mut tally = Tally::default();
         let mut bar = Bar::new(names.len());
         for name in names {
-            let outcome = self.run_case(&args.dir, name);
+            let outcome = self.run_case(dir, name);
             match outcome.status() {
                 "passed" => tally.passed += 1,
                 "failed" => tally.failed += 1,
@@ -236,35 +288,9 @@ impl Way<'_> {
     }
 
     fn run_case(&self, dir: &Path, name: &str) -> Outcome {
-        let device = &self.target.device;
-        let method = self.method.unwrap_or_default();
-        let attention = Attention::new().method(method);
-        let work = || -> Result<Vec<Comparison>, Stop> {
-            let case = Case::read(&dir.join(format!("{name}.safetensors")))?;
-            match case.op() {
-                "Attention" => onnx::attention(&case, device, attention),
-                "sdpa" => torch::sdpa(&case, device, attention),
-                "varlen" => torch::varlen(&case, device, attention),
-                "mha" => torch::mha(&case, device, attention),
-                "sink_attention" => transformers::sink_attention(&case, device, attention),
-                "shaw_relative_key" => transformers::shaw_relative_key(&case, device, attention),
-                "llama_attention" => transformers::llama_attention(&case, device, attention),
-                op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
-                "Softmax" => onnx::softmax(&case, device),
-                "TensorScatter" => onnx::tensor_scatter(&case, device),
-                "RotaryEmbedding" => onnx::rotary_embedding(&case, device),
-                "alibi_slopes" => transformers::alibi_slopes(&case),
-                "sinusoidal" => transformers::sinusoidal(&case, device),
-                "sinusoidal_t2t" => transformers::sinusoidal_t2t(&case),
-                "t5_bucket" => transformers::t5_bucket(&case),
-                "t5_bias" => transformers::t5_bias(&case, device),
-                "rope_half_split" => transformers::rope_half_split(&case, device),
-                "rope_interleaved" => transformers::rope_interleaved(&case, device),
-                other => Err(Stop::Skip(format!("the op {other} is not known"))),
-            }
-        };
-        match work() {
-            Ok(all) if all.is_empty() => Outcome::Broken("the case expects no output".into()),
+        let case = Case::read(&dir.join(format!("{name}.safetensors")));
+        let compute = |case| compute(&case, &self.target.device, self.method.unwrap_or_default());
+        match case.map_err(Stop::Error).and_then(compute) {
             Ok(all) => Outcome::Compared(all),
             Err(Stop::Skip(reason)) => Outcome::Skipped(reason),
             Err(Stop::Error(error)) => Outcome::Broken(error.to_string()),
@@ -303,6 +329,36 @@ impl Way<'_> {
             "outputs": outputs,
         })
     }
+}
+
+/// A case computed on a device by a method, against its answers.
+pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
+    let attention = Attention::new().method(method);
+    let all = match case.op() {
+        "Attention" => onnx::attention(case, device, attention),
+        "sdpa" => torch::sdpa(case, device, attention),
+        "varlen" => torch::varlen(case, device, attention),
+        "mha" => torch::mha(case, device, attention),
+        "sink_attention" => transformers::sink_attention(case, device, attention),
+        "shaw_relative_key" => transformers::shaw_relative_key(case, device, attention),
+        "llama_attention" => transformers::llama_attention(case, device, attention),
+        op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
+        "Softmax" => onnx::softmax(case, device),
+        "TensorScatter" => onnx::tensor_scatter(case, device),
+        "RotaryEmbedding" => onnx::rotary_embedding(case, device),
+        "alibi_slopes" => transformers::alibi_slopes(case),
+        "sinusoidal" => transformers::sinusoidal(case, device),
+        "sinusoidal_t2t" => transformers::sinusoidal_t2t(case),
+        "t5_bucket" => transformers::t5_bucket(case),
+        "t5_bias" => transformers::t5_bias(case, device),
+        "rope_half_split" => transformers::rope_half_split(case, device),
+        "rope_interleaved" => transformers::rope_interleaved(case, device),
+        other => Err(Stop::Skip(format!("the op {other} is not known"))),
+    }?;
+    if all.is_empty() {
+        return Err(Stop::Error(Error::Failed("the case expects no output".into())));
+    }
+    Ok(all)
 }
 
 /// The cases of a folder.

@@ -1,12 +1,12 @@
 //! `attn check`: whether attention comes out right.
 
-mod case;
+pub mod case;
 pub mod compare;
-#[allow(dead_code, reason = "its tests alone run it so far")]
 mod dawn;
-mod folder;
+pub mod folder;
 mod onnx;
-mod report;
+pub mod report;
+mod suite;
 mod torch;
 mod transformers;
 

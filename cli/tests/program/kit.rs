@@ -42,8 +42,14 @@ impl Ran {
 
 /// Runs `attn` in `folder`.
 pub fn attn(folder: &Path, args: &[&str]) -> Ran {
+    attn_with(folder, args, &[])
+}
+
+/// The same with variables of its environment.
+pub fn attn_with(folder: &Path, args: &[&str], env: &[(&str, &str)]) -> Ran {
     let output = Command::new(env!("CARGO_BIN_EXE_attn"))
         .args(args)
+        .envs(env.iter().copied())
         .current_dir(folder)
         .env_remove("WGPU_ADAPTER_NAME")
         .output()

@@ -6,5 +6,7 @@ mod check;
 mod kit;
 mod main_job;
 mod plot;
+mod report;
+mod suite;
 mod tensors;
 mod tune;

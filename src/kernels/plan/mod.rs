@@ -311,6 +311,16 @@ impl Planner<'_> {
                 format!("{} storage buffers, {} are offered", bindings.len(), adapter.max_storage_buffers),
             ));
         }
+        if variant.workgroup_size() > adapter.max_invocations {
+            return Err(too_many(
+                variant.name.clone(),
+                format!(
+                    "workgroups of {} invocations, {} are offered",
+                    variant.workgroup_size(),
+                    adapter.max_invocations
+                ),
+            ));
+        }
         if variant.workgroup_memory() > adapter.workgroup_memory {
             return Err(too_many(
                 variant.name.clone(),

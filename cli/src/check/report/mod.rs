@@ -1,8 +1,20 @@
 //! What a check found, as data: what `--json` writes, `--diff` compares and every other form is made from.
 
+mod args;
+mod diff;
+pub mod file;
+mod html;
+mod junit;
+mod markdown;
+mod table;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+use crate::font;
+
+pub use args::{Forms, diff, print, show};
 
 /// Name and version of the JSON. The number grows when a member goes, changes its type or its meaning; members may be
 /// added without.
@@ -78,6 +90,19 @@ pub enum Status {
     Known,
     /// Passed although a known issue says that it fails: the issue has to go.
     Mended,
+}
+
+impl Status {
+    /// As the JSON has it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Status::Passed => "passed",
+            Status::Failed => "failed",
+            Status::Skipped => "skipped",
+            Status::Known => "known",
+            Status::Mended => "mended",
+        }
+    }
 }
 
 /// One case on one adapter.
@@ -181,6 +206,86 @@ mod number {
     }
 }
 
+impl Adapter {
+    /// Name and backend, fit to be printed.
+    pub fn label(&self) -> String {
+        match visible(&self.backend) {
+            backend if backend.is_empty() => visible(&self.name),
+            backend => format!("{} ({backend})", visible(&self.name)),
+        }
+    }
+
+    /// Name and version of the driver, fit to be printed; empty where unknown.
+    pub fn driver_label(&self) -> String {
+        visible(format!("{} {}", self.driver, self.driver_info).trim())
+    }
+}
+
+impl CaseResult {
+    /// The largest NMSE of its outputs; NaN is larger than any number.
+    pub fn nmse(&self) -> Option<f64> {
+        worst(self.outputs.iter().map(|output| output.nmse))
+    }
+
+    /// The largest error of its outputs in units in the last place.
+    pub fn ulps(&self) -> Option<f64> {
+        worst(self.outputs.iter().map(|output| output.ulps))
+    }
+}
+
+/// The largest; NaN is larger than any number.
+fn worst(values: impl Iterator<Item = f64>) -> Option<f64> {
+    values.reduce(|a, b| if a.is_nan() || a >= b { a } else { b })
+}
+
+impl Report {
+    pub fn of_adapter(&self, at: usize) -> impl Iterator<Item = &CaseResult> + Clone {
+        self.results.iter().filter(move |result| result.adapter == at)
+    }
+
+    /// The line for a shell that runs the case again. An adapter goes by its name; where another has it too, by its
+    /// backend.
+    pub fn repro(&self, result: &CaseResult) -> String {
+        let adapter = &self.adapters[result.adapter];
+        let name = adapter.name.to_lowercase();
+        let answers = |other: &&Adapter| other.backend != "CPU" && other.name.to_lowercase().contains(&name);
+        let which = match adapter.backend.as_str() {
+            "CPU" => "cpu".into(),
+            "" => adapter.name.clone(),
+            backend if name.is_empty() || self.adapters.iter().filter(answers).count() > 1 => backend.to_lowercase(),
+            _ => adapter.name.clone(),
+        };
+        format!("attn check --adapter {} --repro {}", quoted(&which), quoted(&result.id))
+    }
+}
+
+/// A text in characters that can be seen: controls and marks of direction, which a driver or a file of somebody else
+/// may carry, as escapes.
+fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if font::is_hidden(c) { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
+/// [`visible`] as one argument for a POSIX shell.
+fn quoted(text: &str) -> String {
+    let text = visible(text);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+/// The error of a case in few digits.
+fn short(x: f64) -> String {
+    match x {
+        0.0 => "0".into(),
+        x if !x.is_finite() => x.to_string(),
+        x if (0.1..1000.0).contains(&x.abs()) => format!("{x:.1}"),
+        x => format!("{x:.1e}"),
+    }
+}
+
 /// How many results have which status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
@@ -206,6 +311,11 @@ impl Tally {
         tally
     }
 
+    /// Those that were computed.
+    pub fn computed(&self) -> usize {
+        self.passed + self.failed + self.known + self.mended
+    }
+
     /// Nothing failed, no known issue has to go, and something was shown.
     pub fn is_good(&self) -> bool {
         self.failed == 0 && self.mended == 0 && self.passed + self.known > 0
@@ -222,5 +332,25 @@ impl std::fmt::Display for Tally {
             write!(f, ", {} passed against a known issue", self.mended)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_is_the_worst() {
+        assert_eq!(worst([1.0, 3.0, 2.0].into_iter()), Some(3.0));
+        assert!(worst([1.0, f64::NAN, f64::INFINITY].into_iter()).is_some_and(f64::is_nan));
+        assert!(worst([f64::INFINITY, f64::NAN].into_iter()).is_some_and(f64::is_nan));
+        assert_eq!(worst([].into_iter()), None);
+    }
+
+    #[test]
+    fn an_argument_stays_one_argument() {
+        assert_eq!(quoted("attention-f32-1@rows4x8/keys4"), "attention-f32-1@rows4x8/keys4");
+        assert_eq!(quoted("$(a) 'b'\n"), r"'$(a) '\''b'\''\n'");
+        assert_eq!(quoted(""), "''");
     }
 }

@@ -1,0 +1,98 @@
+//! The report's options of `attn check`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{Report, file, html, junit, markdown, table};
+use crate::error::{Error, Result, usage};
+use crate::files;
+
+/// Files to write the report to.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Report")]
+pub struct Forms {
+    /// Write the result of every case, as --from and --diff read it
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write JUnit XML: a suite for each adapter, known issues as skipped
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
+    /// Write a Markdown table of what passes where: a row for each op
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// In --markdown, a row for each op, variant and storage type
+    #[arg(long, requires = "markdown")]
+    long: bool,
+    /// Write a page to look into every result, one file that needs no network
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+impl Forms {
+    fn files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let all =
+            [("--json", &self.json), ("--junit", &self.junit), ("--markdown", &self.markdown), ("--html", &self.html)];
+        all.into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?)))
+    }
+
+    /// The first form asked for that is not JSON.
+    pub fn beyond_json(&self) -> Option<&'static str> {
+        self.files().map(|(name, _)| name).find(|&name| name != "--json")
+    }
+
+    /// Refuses a file whose folder is not there, and one file for two forms, before the work is done.
+    pub fn check_folders(&self) -> Result<()> {
+        for (at, (name, path)) in self.files().enumerate() {
+            files::check_folder(path)?;
+            if let Some((other, _)) = self.files().take(at).find(|(_, other)| *other == path) {
+                usage!("{other} and {name} both write {}; each needs a file of its own", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    pub fn write(&self, report: &Report) -> Result<()> {
+        if let Some(path) = &self.json {
+            file::write(path, report)?;
+        }
+        if let Some(path) = &self.junit {
+            junit::write(path, report)?;
+        }
+        if let Some(path) = &self.markdown {
+            write_text(path, &markdown::text(report, self.long))?;
+        }
+        if let Some(path) = &self.html {
+            html::write(path, report)?;
+        }
+        Ok(())
+    }
+}
+
+fn write_text(path: &Path, text: &str) -> Result<()> {
+    files::write_whole(path, |file| {
+        std::io::Write::write_all(file, text.as_bytes())
+            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
+    })
+}
+
+/// Prints the table that ends a run.
+pub fn print(report: &Report) {
+    anstream::print!("{}", table::text(report));
+}
+
+/// Prints a saved report's table and writes its other forms.
+pub fn show(path: &Path, forms: &Forms) -> Result<()> {
+    forms.check_folders()?;
+    let report = file::read(path)?;
+    forms.write(&report)?;
+    print(&report);
+    Ok(())
+}
+
+/// Prints what changed between two saved reports; whether nothing got worse.
+pub fn diff(old: &Path, new: &Path) -> Result<bool> {
+    let diff = super::diff::diff(&file::read(old)?, &file::read(new)?);
+    anstream::print!("{}", diff.text);
+    Ok(!diff.regressed)
+}

@@ -1,0 +1,270 @@
+//! What changed between two reports.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write;
+
+use super::table::groups;
+use super::{Adapter, CaseResult, Report, Status, Tally, short, visible};
+
+/// An NMSE below is rounding, however much it grew.
+const NOISE: f64 = 1e-14;
+/// How much an NMSE has to grow.
+const GROWTH: f64 = 10.0;
+/// Groups of cases shown for each kind of change.
+const MOST_GROUPS: usize = 10;
+
+/// What changed, as text.
+pub struct Diff {
+    pub text: String,
+    /// Something got worse: a case fails that did not, one that passed is skipped or no longer there, a second run no
+    /// longer gives the same bits, or an adapter ended early or is gone.
+    pub regressed: bool,
+}
+
+/// Kinds of changes of a case; the first ones are regressions.
+#[derive(Clone, Copy, PartialEq)]
+enum Change {
+    Fails,
+    Missing,
+    Skipped,
+    OtherBits,
+    Inaccurate,
+    NewFails,
+    Passes,
+    Status,
+    New,
+    Gone,
+}
+
+const CHANGES: [(Change, &str); 10] = [
+    (Change::Fails, "REGRESSION: newly failing"),
+    (Change::Missing, "REGRESSION: passed, and no longer there"),
+    (Change::Skipped, "REGRESSION: passed, and skipped now"),
+    (Change::OtherBits, "REGRESSION: a second run no longer gives the same bits"),
+    (Change::Inaccurate, "less accurate (NMSE more than 10 times larger)"),
+    (Change::NewFails, "new cases that fail"),
+    (Change::Passes, "newly passing"),
+    (Change::Status, "another status"),
+    (Change::New, "new cases"),
+    (Change::Gone, "cases no longer there that had not passed"),
+];
+
+/// A case that changed. Where it is gone, `result` is the old one.
+struct Changed<'a> {
+    change: Change,
+    result: &'a CaseResult,
+    what: String,
+}
+
+/// Holds `new` against `old`. Adapters are paired by position where both reports have as many, so that a driver may
+/// change its name; otherwise by name and backend, the first with the first where several have the same. Cases are
+/// paired by id.
+pub fn diff(old: &Report, new: &Report) -> Diff {
+    let mut text = String::new();
+    let mut regressed = false;
+    for (name, a, b) in [
+        ("attn", &old.version, &new.version),
+        ("wgpu", &old.wgpu, &new.wgpu),
+        ("naga", &old.naga, &new.naga),
+        ("suite", &old.suite, &new.suite),
+        ("seed", &old.seed.to_string(), &new.seed.to_string()),
+        ("host", &old.host, &new.host),
+    ] {
+        moved(&mut text, name, a, b);
+    }
+    let pairs = pairs(&old.adapters, &new.adapters);
+    for (at, adapter) in old.adapters.iter().enumerate() {
+        if !pairs.iter().any(|&(a, _)| a == Some(at)) {
+            regressed = true;
+            let tally = Tally::of(old.of_adapter(at));
+            let _ = writeln!(text, "REGRESSION: {} is no longer there: {tally}", adapter.label());
+        }
+    }
+    for &(a, b) in &pairs {
+        let adapter = &new.adapters[b];
+        let label = adapter.label();
+        let Some(a) = a else {
+            let _ = writeln!(text, "{label} is new: {}", Tally::of(new.of_adapter(b)));
+            continue;
+        };
+        for line in device(&old.adapters[a], adapter) {
+            let _ = writeln!(text, "{label}: {line}");
+        }
+        match (&old.adapters[a].ended, &adapter.ended) {
+            (None, Some(how)) => {
+                regressed = true;
+                let _ = writeln!(text, "REGRESSION: {label} ended early: {}", visible(how));
+            }
+            (Some(how), None) => _ = writeln!(text, "{label} no longer ends early: {}", visible(how)),
+            (Some(a), Some(b)) if a != b => {
+                let _ = writeln!(text, "{label} ended early: {}; was: {}", visible(b), visible(a));
+            }
+            _ => {}
+        }
+        let changed = cases(old.of_adapter(a), new.of_adapter(b));
+        for (change, title) in CHANGES {
+            let of: Vec<&Changed<'_>> = changed.iter().filter(|one| one.change == change).collect();
+            regressed |= !of.is_empty() && title.starts_with("REGRESSION");
+            section(&mut text, &format!("{label}: {title}"), &of);
+        }
+    }
+    let times = times(old, new, &pairs);
+    match (text.is_empty(), times.is_empty()) {
+        (true, true) => text.push_str("nothing changed\n"),
+        (true, false) => _ = writeln!(text, "nothing changed but the time: {times}"),
+        (false, true) => {}
+        (false, false) => _ = writeln!(text, "time: {times}"),
+    }
+    Diff { text, regressed }
+}
+
+fn moved(text: &mut String, name: &str, old: &str, new: &str) {
+    if old != new {
+        let _ = writeln!(text, "{name}: {}, was {}", visible(new), visible(old));
+    }
+}
+
+/// The new adapters in order, each with the old one that it is held against.
+fn pairs(old: &[Adapter], new: &[Adapter]) -> Vec<(Option<usize>, usize)> {
+    if old.len() == new.len() {
+        return (0..new.len()).map(|at| (Some(at), at)).collect();
+    }
+    let mut taken = HashSet::new();
+    let is_same = |a: &Adapter, b: &Adapter| (&a.name, &a.backend) == (&b.name, &b.backend);
+    let mut pair = |b: &Adapter| (0..old.len()).find(|&a| is_same(&old[a], b) && taken.insert(a));
+    new.iter().enumerate().map(|(at, adapter)| (pair(adapter), at)).collect()
+}
+
+/// What changed of the device itself.
+fn device(old: &Adapter, new: &Adapter) -> Vec<String> {
+    let mut lines = String::new();
+    let range = |of: &Adapter| of.subgroups.map_or("none".into(), |[least, most]| format!("{least} to {most}"));
+    let pci = |of: &Adapter| format!("{:#06x}:{:#06x}", of.vendor, of.device);
+    for (name, a, b) in [
+        ("name", &old.name, &new.name),
+        ("backend", &old.backend, &new.backend),
+        ("kind", &old.kind, &new.kind),
+        ("PCI ids", &pci(old), &pci(new)),
+        ("driver", &old.driver_label(), &new.driver_label()),
+        ("shader compiler", &old.shader_compiler, &new.shader_compiler),
+        ("declared subgroups", &range(old), &range(new)),
+    ] {
+        moved(&mut lines, name, a, b);
+    }
+    let of = |adapter: &Adapter| adapter.features.iter().cloned().collect::<HashSet<_>>();
+    let (a, b) = (of(old), of(new));
+    for (what, one, other) in [("new", &b, &a), ("lost", &a, &b)] {
+        let mut names: Vec<&str> = one.difference(other).map(String::as_str).collect();
+        names.sort();
+        if !names.is_empty() {
+            let _ = writeln!(lines, "{what} features: {}", visible(&names.join(" ")));
+        }
+    }
+    let names = old.limits.keys().chain(new.limits.keys().filter(|name| !old.limits.contains_key(*name)));
+    for name in names {
+        let of = |adapter: &Adapter| adapter.limits.get(name).map_or("not told".into(), u64::to_string);
+        moved(&mut lines, &visible(name), &of(old), &of(new));
+    }
+    for b in &new.observed {
+        if let Some(a) = old.observed.iter().find(|a| a.workgroup == b.workgroup && *a != b) {
+            let of = |seen: &super::Observed| match seen.subgroup {
+                Some(size) => format!("{} invocations in subgroups of {size}", seen.invocations),
+                None => format!("{} invocations", seen.invocations),
+            };
+            moved(&mut lines, &format!("workgroup of {}", b.workgroup), &of(a), &of(b));
+        }
+    }
+    lines.lines().map(str::to_string).collect()
+}
+
+/// What changed of the cases of a pair of adapters.
+fn cases<'a>(
+    old: impl Iterator<Item = &'a CaseResult> + Clone,
+    new: impl Iterator<Item = &'a CaseResult> + Clone,
+) -> Vec<Changed<'a>> {
+    let before: HashMap<&str, &CaseResult> = old.clone().map(|result| (result.id.as_str(), result)).collect();
+    let after: HashSet<&str> = new.clone().map(|result| result.id.as_str()).collect();
+    let mut all = Vec::new();
+    for result in new {
+        let reason = |lead: String| match &result.reason {
+            Some(reason) => format!("{lead}: {}", visible(reason)),
+            None => lead,
+        };
+        let word = result.status.word();
+        let Some(a) = before.get(result.id.as_str()) else {
+            let change = if result.status == Status::Failed { Change::NewFails } else { Change::New };
+            all.push(Changed { change, result, what: reason(word.into()) });
+            continue;
+        };
+        let change = match (a.status, result.status) {
+            (a, b) if a == b => None,
+            (_, Status::Failed) => Some(Change::Fails),
+            (Status::Mended, Status::Passed) => Some(Change::Status),
+            (_, Status::Passed) => Some(Change::Passes),
+            (Status::Passed, Status::Skipped) => Some(Change::Skipped),
+            _ => Some(Change::Status),
+        };
+        if let Some(change) = change {
+            all.push(Changed { change, result, what: reason(format!("{word}, was {}", a.status.word())) });
+        }
+        if a.same_bits == Some(true) && result.same_bits == Some(false) {
+            all.push(Changed { change: Change::OtherBits, result, what: word.into() });
+        }
+        if change != Some(Change::Fails)
+            && let Some(what) = less_accurate(a, result)
+        {
+            all.push(Changed { change: Change::Inaccurate, result, what });
+        }
+    }
+    for result in old.filter(|result| !after.contains(result.id.as_str())) {
+        let change = if result.status == Status::Passed { Change::Missing } else { Change::Gone };
+        all.push(Changed { change, result, what: format!("was {}", result.status.word()) });
+    }
+    all
+}
+
+/// The first output whose NMSE grew.
+fn less_accurate(old: &CaseResult, new: &CaseResult) -> Option<String> {
+    new.outputs.iter().find_map(|b| {
+        let a = old.outputs.iter().find(|a| (&a.name, &a.against) == (&b.name, &b.against))?;
+        // A NaN is as bad as can be.
+        let grew = a.nmse.is_finite() && (!b.nmse.is_finite() || b.nmse > GROWTH * a.nmse && b.nmse > NOISE);
+        grew.then(|| format!("NMSE of {} {}, was {}", visible(&b.name), short(b.nmse), short(a.nmse)))
+    })
+}
+
+fn section(text: &mut String, title: &str, changed: &[&Changed<'_>]) {
+    if changed.is_empty() {
+        return;
+    }
+    let _ = writeln!(text, "{title}: {}", changed.len());
+    // A result is there once for each kind of change.
+    let whats: HashMap<&str, &str> = changed.iter().map(|one| (one.result.id.as_str(), one.what.as_str())).collect();
+    let groups = groups(changed.iter().map(|one| one.result));
+    for group in groups.iter().take(MOST_GROUPS) {
+        let id = group.results[0].id.as_str();
+        let _ = writeln!(text, "  {}, the first {}: {}", group.title(), visible(id), whats[id]);
+    }
+    let left: usize = groups.iter().skip(MOST_GROUPS).map(|group| group.results.len()).sum();
+    if left > 0 {
+        let _ = writeln!(text, "  and {left} more");
+    }
+}
+
+/// Times that are not the same.
+fn times(old: &Report, new: &Report, pairs: &[(Option<usize>, usize)]) -> String {
+    let mut parts = Vec::new();
+    let mut total = (0.0, 0.0);
+    for &(a, b) in pairs {
+        let Some(a) = a else { continue };
+        let (before, after) = (old.adapters[a].seconds, new.adapters[b].seconds);
+        total = (total.0 + before, total.1 + after);
+        if before != after {
+            parts.push(format!("{} {after:.1} s, was {before:.1} s", new.adapters[b].label()));
+        }
+    }
+    if parts.len() > 1 {
+        parts.push(format!("together {:.1} s, was {:.1} s", total.1, total.0));
+    }
+    parts.join("; ")
+}

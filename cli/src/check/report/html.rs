@@ -1,0 +1,140 @@
+//! The report as a page: one HTML file that needs no network.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Output, Report, visible};
+use crate::error::{Error, Result};
+use crate::files;
+
+const TEMPLATE: &str = include_str!("report.html");
+/// Where the data go, as JSON.
+const DATA: &str = "{/* data */}";
+
+pub fn write(path: &Path, report: &Report) -> Result<()> {
+    // No tag can begin within the data, whatever they hold.
+    let data = data(report).to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
+    let (before, after) = TEMPLATE.split_once(DATA).expect("the template has a place for the data");
+    files::write_whole(path, |file| {
+        [before, &data, after]
+            .iter()
+            .try_for_each(|part| file.write_all(part.as_bytes()))
+            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
+    })
+}
+
+/// Texts, each once: ids and reasons recur on every adapter.
+#[derive(Default)]
+struct Texts {
+    list: Vec<String>,
+    places: HashMap<String, usize>,
+}
+
+impl Texts {
+    fn put(&mut self, text: &str) -> usize {
+        if let Some(&at) = self.places.get(text) {
+            return at;
+        }
+        self.places.insert(text.to_string(), self.list.len());
+        // Lines stay lines: a compiler's message is read in them.
+        self.list.push(text.split('\n').map(visible).collect::<Vec<_>>().join("\n"));
+        self.list.len() - 1
+    }
+
+    fn put_some(&mut self, text: &Option<String>) -> Value {
+        text.as_ref().map_or(Value::Null, |text| self.put(text).into())
+    }
+}
+
+/// JSON has no NaN and no infinity: those are texts.
+fn number(x: f64) -> Value {
+    if x.is_finite() { json!(x) } else { json!(x.to_string()) }
+}
+
+/// The report as the page reads it: rows without names, texts as places in a list.
+fn data(report: &Report) -> Value {
+    let mut texts = Texts::default();
+    let adapters: Vec<Value> = report
+        .adapters
+        .iter()
+        .map(|adapter| {
+            json!({
+                "name": visible(&adapter.name),
+                "label": adapter.label(),
+                "backend": visible(&adapter.backend),
+                "kind": visible(&adapter.kind),
+                "pci": format!("{:#06x}:{:#06x}", adapter.vendor, adapter.device),
+                "driver": adapter.driver_label(),
+                "compiler": visible(&adapter.shader_compiler),
+                "subgroups": adapter.subgroups,
+                "features": adapter.features.iter().map(|name| visible(name)).collect::<Vec<_>>(),
+                "limits": adapter.limits.iter().map(|(name, value)| json!([visible(name), value.to_string()])).collect::<Vec<_>>(),
+                "observed": adapter.observed,
+                "ended": adapter.ended.as_deref().map(visible),
+                "seconds": adapter.seconds,
+            })
+        })
+        .collect();
+    let results: Vec<Value> = report
+        .results
+        .iter()
+        .map(|result| {
+            let outputs: Vec<Value> = result.outputs.iter().map(|output| row(output, &mut texts)).collect();
+            let kernels: Vec<usize> = result.kernels.iter().map(|kernel| texts.put(kernel)).collect();
+            let repro = report.repro(result);
+            let split = repro.find(" --repro ").unwrap_or(repro.len());
+            json!([
+                result.adapter,
+                texts.put(&result.id),
+                texts.put(&result.op),
+                texts.put(&result.variant),
+                texts.put(&result.storage),
+                result.status.word(),
+                texts.put_some(&result.issue),
+                texts.put_some(&result.reason),
+                outputs,
+                result.same_bits,
+                kernels,
+                texts.put_some(&result.why),
+                result.workgroup,
+                result.subgroup,
+                number(result.milliseconds),
+                [texts.put(&repro[..split]), texts.put(&repro[split..])],
+            ])
+        })
+        .collect();
+    json!({
+        "version": visible(&report.version),
+        "wgpu": visible(&report.wgpu),
+        "naga": visible(&report.naga),
+        "suite": visible(&report.suite),
+        // A text: JavaScript's numbers would round it.
+        "seed": report.seed.to_string(),
+        "date": visible(&report.date),
+        "host": visible(&report.host),
+        "adapters": adapters,
+        "results": results,
+        "texts": texts.list,
+    })
+}
+
+fn row(output: &Output, texts: &mut Texts) -> Value {
+    json!([
+        texts.put(&output.name),
+        texts.put(&output.against),
+        output.ok,
+        output.count,
+        number(output.max_abs),
+        number(output.allowed),
+        number(output.ulps),
+        number(output.nmse),
+        number(output.nmse_allowed),
+        output.worst,
+        number(output.got),
+        number(output.expected),
+        output.nans,
+    ])
+}

@@ -1,0 +1,105 @@
+//! The end of a run in a terminal: a line for each adapter, then what failed.
+
+use std::fmt::Write;
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+
+use super::{CaseResult, Report, Status, Tally, short, visible, worst};
+
+/// Groups of failing results that are shown.
+const MOST_GROUPS: usize = 20;
+
+pub fn text(report: &Report) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header([
+        "adapter",
+        "passed",
+        "failed",
+        "skipped",
+        "known",
+        "mended",
+        "worst NMSE",
+        "worst ulp",
+        "seconds",
+    ]);
+    for (at, adapter) in report.adapters.iter().enumerate() {
+        let tally = Tally::of(report.of_adapter(at));
+        let number = |x: Option<f64>| x.map_or("–".into(), short);
+        table.add_row([
+            adapter.label(),
+            tally.passed.to_string(),
+            tally.failed.to_string(),
+            tally.skipped.to_string(),
+            tally.known.to_string(),
+            tally.mended.to_string(),
+            number(worst(report.of_adapter(at).filter_map(CaseResult::nmse))),
+            number(worst(report.of_adapter(at).filter_map(CaseResult::ulps))),
+            format!("{:.1}", adapter.seconds),
+        ]);
+    }
+    for column in 1..9 {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let mut out = format!("{table}\n");
+    for adapter in &report.adapters {
+        if let Some(ended) = &adapter.ended {
+            let _ = writeln!(out, "ENDED {}: {}", adapter.label(), visible(ended));
+        }
+    }
+    let bad = report.results.iter().filter(|result| matches!(result.status, Status::Failed | Status::Mended));
+    let groups = groups(bad);
+    for group in groups.iter().take(MOST_GROUPS) {
+        let first = group.results[0];
+        let verb = if first.status == Status::Mended { "MENDED" } else { "FAILED" };
+        let numbers = [("NMSE", CaseResult::nmse as fn(&_) -> _), ("ulp", CaseResult::ulps)].map(|(name, of)| {
+            let most = worst(group.results.iter().filter_map(|result| of(result)));
+            most.map_or(String::new(), |most| format!(", worst {name} {}", short(most)))
+        });
+        let on = report.adapters[first.adapter].label();
+        let _ = writeln!(out, "\n{verb} {} on {on}{}", group.title(), numbers.concat());
+        let reason = match (first.status, &first.issue, &first.reason) {
+            (Status::Mended, Some(issue), _) => format!("passes, although the known issue {issue} says that it fails"),
+            (_, _, Some(reason)) => reason.clone(),
+            _ => "no reason is given".into(),
+        };
+        let _ = writeln!(out, "  {}: {}\n  {}", visible(&first.id), visible(&reason), report.repro(first));
+    }
+    let left: usize = groups.iter().skip(MOST_GROUPS).map(|group| group.results.len()).sum();
+    if left > 0 {
+        let kinds = groups.len() - MOST_GROUPS;
+        let _ = writeln!(out, "\nand {left} more in {kinds} more ops and variants; --html or --json FILE has all");
+    }
+    out
+}
+
+/// Results of one adapter, op, variant and status, in the order of the report.
+pub struct Group<'a> {
+    pub results: Vec<&'a CaseResult>,
+}
+
+impl Group<'_> {
+    /// Op, variant and how many, fit to be printed.
+    pub fn title(&self) -> String {
+        let CaseResult { op, variant, .. } = self.results[0];
+        let count = self.results.len();
+        format!("{}, {}: {count} case{}", visible(op), visible(variant), if count == 1 { "" } else { "s" })
+    }
+}
+
+/// In the order of their first results.
+pub fn groups<'a>(results: impl Iterator<Item = &'a CaseResult>) -> Vec<Group<'a>> {
+    let mut groups: Vec<Group<'a>> = Vec::new();
+    let mut places = std::collections::HashMap::new();
+    for result in results {
+        let key = (result.adapter, result.op.as_str(), result.variant.as_str(), result.status);
+        let at = *places.entry(key).or_insert_with(|| {
+            groups.push(Group { results: Vec::new() });
+            groups.len() - 1
+        });
+        groups[at].results.push(result);
+    }
+    groups
+}

@@ -1,0 +1,93 @@
+//! Faults made on purpose: the check is tested on them.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use wgpu_attention::kernels::{Kernel, Variant};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Fault {
+    /// The fused kernels pass over the last key of more than eight
+    SkippedKey,
+    /// The fused kernel in workgroup memory reads keys before all of them are there
+    MissingBarrier,
+    /// The fused kernels round their sums to f16 after each step
+    F16Sums,
+    /// The driver never answers to the tenth case
+    Hang,
+    /// The driver brings the process down at the tenth case
+    Crash,
+}
+
+/// Where the faults of a driver strike.
+pub const STRIKES_AT: usize = 9;
+
+impl Fault {
+    /// What breaks the kernels, if anything does.
+    pub fn rewrite(self) -> Option<fn(&Variant, &str) -> Option<String>> {
+        match self {
+            Fault::SkippedKey => Some(skipped_key),
+            Fault::MissingBarrier => Some(missing_barrier),
+            Fault::F16Sums => Some(f16_sums),
+            Fault::Hang | Fault::Crash => None,
+        }
+    }
+}
+
+/// `text` with the one place that reads `from` changed; a kernel without it must not pass for a broken one.
+fn change(text: &str, from: &str, to: &str) -> Option<String> {
+    assert_eq!(text.matches(from).count(), 1, "the kernel has changed: it must hold once\n{from}");
+    Some(text.replace(from, to))
+}
+
+fn skipped_key(variant: &Variant, text: &str) -> Option<String> {
+    let end = "var end = min(start + sequence.keys_per_split, len_k);";
+    match variant.kernel {
+        Kernel::Flash | Kernel::FlashTiled => {
+            change(text, end, &end.replace(";", " - select(0u, 1u, len_k > 8u && start < len_k);"))
+        }
+        _ => None,
+    }
+}
+
+fn missing_barrier(variant: &Variant, text: &str) -> Option<String> {
+    let after = "            for (var e = 0u; e < ACROSS; e++) {\n                var k4";
+    match variant.kernel {
+        Kernel::FlashTiled => change(text, &format!("            workgroupBarrier();\n{after}"), after),
+        _ => None,
+    }
+}
+
+fn f16_sums(variant: &Variant, text: &str) -> Option<String> {
+    // Loops are written out: every row and column has its own line.
+    let (sum, rounded) = match variant.kernel {
+        Kernel::Flash => (r"= (row_sum);", "= ROUND;"),
+        Kernel::FlashTiled => (r"(sum\[[^\]]*\]) \*= factor;", "$1 = ROUND * factor;"),
+        _ => return None,
+    };
+    let round = "vec4<f32>(unpack2x16float(pack2x16float($1.xy)), unpack2x16float(pack2x16float($1.zw)))";
+    let sum = regex_lite::Regex::new(sum).expect("a pattern");
+    assert!(sum.is_match(text), "the kernel has changed: it must add up its values in {sum}");
+    Some(sum.replace_all(text, rounded.replace("ROUND", round)).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu_attention::kernels::catalogue::variants;
+
+    #[test]
+    fn every_fused_variant_can_be_broken() {
+        for fault in [Fault::SkippedKey, Fault::F16Sums, Fault::MissingBarrier] {
+            let rewrite = fault.rewrite().unwrap();
+            let mut broken = 0;
+            for variant in variants() {
+                let source = variant.source().unwrap();
+                if let Some(changed) = rewrite(&variant, &source) {
+                    assert_ne!(changed, source);
+                    broken += 1;
+                }
+            }
+            assert!(broken >= 48, "{fault:?}: {broken}");
+        }
+    }
+}

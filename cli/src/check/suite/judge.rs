@@ -1,0 +1,250 @@
+//! One item computed and judged.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use wgpu_attention::kernels::Kernel;
+use wgpu_attention::{Device, Dtype, ExportedCall, Method, Traced};
+use wgpu_attention_conformance::{Case as Drawn, Expected, Got, bits};
+
+use super::plan::{self, Item, Work};
+use crate::check::case::Case;
+use crate::check::compare::{Comparison, compare, largest_finite};
+use crate::check::dawn::DawnResult;
+use crate::check::folder::{self, Stop};
+use crate::check::report::{CaseResult, Output, Status};
+
+/// The largest normalised mean square error of f32 results; llama.cpp allows 5e-4 for its flash attention.
+pub const NMSE: f64 = 1e-10;
+
+/// What rounding to a type may add: to each element relative to it and at least, and to the NMSE.
+fn rounding(dtype: Dtype) -> (f64, f64, f64) {
+    match dtype {
+        // Half a unit in the last place of the smallest significand, and its square; of f16 there are smaller numbers yet.
+        Dtype::F16 => (1.01 / 2048.0, 1.0 / (1u64 << 25) as f64, 2.5e-7),
+        Dtype::BF16 => (1.01 / 256.0, 0.0, 1.6e-5),
+        _ => (0.0, 0.0, NMSE),
+    }
+}
+
+impl Output {
+    fn of(comparison: &Comparison, nmse_allowed: f64) -> Output {
+        let stats = comparison.stats;
+        let worst = comparison.worst.as_ref();
+        Output {
+            name: comparison.output.clone(),
+            against: comparison.against.into(),
+            ok: comparison.ok && stats.nmse <= nmse_allowed,
+            count: stats.count,
+            max_abs: stats.max_abs,
+            allowed: worst.map_or(0.0, |worst| worst.allowed),
+            ulps: stats.ulps,
+            nmse: stats.nmse,
+            nmse_allowed,
+            worst: worst.map(|worst| worst.index.clone()).unwrap_or_default(),
+            got: worst.map_or(0.0, |worst| worst.got),
+            expected: worst.map_or(0.0, |worst| worst.expected),
+            nans: stats.nans,
+        }
+    }
+
+    /// What is wrong with it, in words.
+    fn complaint(&self) -> String {
+        let Output { name, against, max_abs, allowed, ulps, nmse, worst, got, expected, nans, count, .. } = self;
+        let nans = if *nans > 0 { format!(", {nans} of {count} are NaN") } else { String::new() };
+        let bound =
+            if self.nmse_allowed.is_finite() { format!(" of {:.0e}", self.nmse_allowed) } else { String::new() };
+        format!(
+            "{name} is off by {max_abs:.2e} ({ulps:.1e} ulp; {allowed:.1e} allowed, NMSE {nmse:.1e}{bound}), at \
+             {worst:?} {got:e} instead of {expected:e}, against {against}{nans}"
+        )
+    }
+}
+
+/// A result held against the truth.
+pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
+    let (relative, least, nmse_allowed) = rounding(got.dtype);
+    let values: Vec<f64> = got.values.iter().map(|&x| f64::from(x)).collect();
+    // A logarithm near 0 is no smaller a thing than one near 1.
+    let floor = if matches!(expected.name, "lse" | "entropy") { 1.0 } else { 0.0 };
+    let before = f64::from(expected.roundings - 1);
+    let most = largest_finite(&expected.values).max(floor);
+    let limit = (expected.tolerance + before * relative) * most;
+    let nmse_allowed = if relative > 0.0 { nmse_allowed * (1.0 + before) } else { nmse_allowed };
+    let allowed = |x: f64| limit + relative * x.abs() + least;
+    let mut comparison = compare(got.name, "f64", (&got.shape, &values), (&expected.shape, &expected.values), allowed);
+    if floor > 0.0 {
+        let squares: f64 = expected.values.iter().filter(|x| x.is_finite()).map(|x| x * x).sum();
+        let least = expected.values.len() as f64 * floor;
+        comparison.stats.nmse *= if squares > 0.0 { squares / squares.max(least) } else { 0.0 };
+    }
+    let reason = comparison.reason.clone();
+    (Output::of(&comparison, nmse_allowed), reason)
+}
+
+type Results = Result<Vec<Got>, wgpu_attention::Error>;
+
+/// What a case gave.
+struct Judged {
+    outputs: Vec<Output>,
+    /// What no number tells.
+    reason: Option<String>,
+    same_bits: Option<bool>,
+}
+
+fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Result<Judged, Stop> {
+    let truth = case.truth();
+    let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: None };
+    if results.len() != truth.len() {
+        judged.reason = Some(format!("{} results instead of {}", results.len(), truth.len()));
+    }
+    for (got, expected) in results.iter().zip(&truth) {
+        let (output, reason) = judge(got, expected);
+        judged.outputs.push(output);
+        judged.reason = judged.reason.or(reason);
+    }
+    let again = case.run(device, method)?;
+    let same = |(a, b): (&Got, &Got)| bits(&a.values) == bits(&b.values);
+    judged.same_bits = Some(results.len() == again.len() && results.iter().zip(&again).all(same));
+    Ok(judged)
+}
+
+fn golden(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
+    folder::compute(case, device, method)
+}
+
+fn judged(comparisons: &[Comparison], again: &[Comparison]) -> Judged {
+    let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY)).collect();
+    let reason = comparisons.iter().find_map(|one| one.reason.clone());
+    Judged { outputs, reason, same_bits: Some(comparisons == again) }
+}
+
+/// What Dawn made of a plan against the truth of the case that it was made from.
+pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) -> CaseResult {
+    let mut result = blank(item);
+    result.milliseconds = found.milliseconds;
+    result.kernels = call.steps.iter().map(|step| step.kernel.clone()).collect();
+    result.kernels.dedup();
+    result.why = Some("exported as a plan".into());
+    match &found.outputs {
+        Err(reason) => result.reason = Some(reason.clone()),
+        Ok(outputs) => {
+            let truth = case.truth();
+            let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: Some(found.same_bits) };
+            for expected in &truth {
+                let Some(output) = outputs.iter().find(|output| output.name == expected.name) else {
+                    judged.reason = Some(format!("there is no {}", expected.name));
+                    continue;
+                };
+                let dtype = if expected.name == "output" { case.storage } else { Dtype::F32 };
+                let got =
+                    Got { name: expected.name, shape: output.shape.clone(), values: output.values.clone(), dtype };
+                let (output, reason) = judge(&got, expected);
+                judged.outputs.push(output);
+                judged.reason = judged.reason.or(reason);
+            }
+            conclude(&mut result, judged);
+        }
+    }
+    result
+}
+
+/// What the numbers come to.
+fn conclude(result: &mut CaseResult, judged: Judged) {
+    result.same_bits = judged.same_bits;
+    let bad = judged.outputs.iter().find(|one| !one.ok).map(Output::complaint);
+    let bits = (judged.same_bits == Some(false)).then(|| "a second run gave other bits".to_string());
+    result.reason = judged.reason.or(bad).or(bits);
+    result.outputs = judged.outputs;
+    // Nothing compared is nothing shown: never a pass.
+    if result.reason.is_none() && !result.outputs.is_empty() {
+        result.status = Status::Passed;
+    } else if result.reason.is_none() {
+        result.reason = Some("nothing was compared".into());
+    }
+}
+
+/// What ran, and how.
+fn tell(result: &mut CaseResult, trace: &[Traced]) {
+    for one in trace {
+        if !result.kernels.contains(&one.variant.name) {
+            result.kernels.push(one.variant.name.clone());
+        }
+    }
+    result.why = trace.iter().map(|one| &one.why).find(|why| !why.is_empty()).cloned();
+    // Of the kernel that computes, not of one that prepares.
+    let prepares = |kernel| matches!(kernel, Kernel::Classify | Kernel::Copy | Kernel::Fold | Kernel::Rotate);
+    let main = trace.iter().find(|one| !prepares(one.variant.kernel)).or(trace.first());
+    result.workgroup = main.map(|one| one.variant.workgroup_size());
+}
+
+/// The result of an item before it has run.
+pub fn blank(item: &Item) -> CaseResult {
+    CaseResult {
+        adapter: 0,
+        id: item.id(),
+        op: item.op().into(),
+        variant: plan::variant(item.method),
+        storage: match &item.work {
+            Work::Drawn(case) => case.storage.to_string(),
+            Work::Golden(_) => Dtype::F32.to_string(),
+        },
+        status: Status::Failed,
+        issue: None,
+        reason: None,
+        outputs: Vec::new(),
+        same_bits: None,
+        kernels: Vec::new(),
+        why: None,
+        workgroup: None,
+        subgroup: None,
+        milliseconds: 0.0,
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    format!("panicked: {}", text.unwrap_or("without a message"))
+}
+
+/// Runs an item on a device, twice, and holds it against its answers.
+pub fn run(item: &Item, device: &Device) -> CaseResult {
+    let mut result = blank(item);
+    let start = Instant::now();
+    let mut seconds = 0.0;
+    let mut work = || -> Result<Judged, Stop> {
+        match &item.work {
+            Work::Drawn(case) => {
+                let (first, trace) = traced(device, || -> Results { case.run(device, item.method) });
+                seconds = start.elapsed().as_secs_f64();
+                tell(&mut result, &trace);
+                drawn(case, device, item.method, first?)
+            }
+            Work::Golden(name) => {
+                let case = Case::parse(name.clone(), plan::golden(name)?)?;
+                result.storage = case.storage().to_string();
+                let (first, trace) = traced(device, || golden(&case, device, item.method));
+                seconds = start.elapsed().as_secs_f64();
+                tell(&mut result, &trace);
+                Ok(judged(&first?, &golden(&case, device, item.method)?))
+            }
+        }
+    };
+    // A panic is a fault of ours: a line of the report, and not the end of it.
+    let outcome = catch_unwind(AssertUnwindSafe(&mut work));
+    result.milliseconds = 1e3 * if seconds > 0.0 { seconds } else { start.elapsed().as_secs_f64() };
+    match outcome {
+        Err(panic) => result.reason = Some(panic_text(panic.as_ref())),
+        Ok(Err(Stop::Skip(reason))) => (result.status, result.reason) = (Status::Skipped, Some(reason)),
+        Ok(Err(Stop::Error(error))) => result.reason = Some(error.to_string()),
+        Ok(Ok(judged)) => conclude(&mut result, judged),
+    }
+    result
+}
+
+fn traced<T>(device: &Device, work: impl FnOnce() -> T) -> (T, Vec<Traced>) {
+    match device.gpu() {
+        Some(gpu) => gpu.trace(work),
+        None => (work(), Vec::new()),
+    }
+}

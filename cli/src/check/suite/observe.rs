@@ -1,0 +1,124 @@
+//! What a device is, by its driver's word and by what a kernel sees on it.
+
+use std::collections::BTreeMap;
+
+use wgpu_attention::wgpu::{self, util::DeviceExt};
+use wgpu_attention::{Device, Gpu};
+
+use crate::check::report::{Adapter, Observed};
+use crate::target::backend_name;
+
+/// What WGSL goes through on a backend.
+fn shader_compiler(backend: wgpu::Backend, info: &wgpu::AdapterInfo) -> String {
+    let driver = format!("{} {}", info.driver, info.driver_info);
+    let driver = match driver.trim() {
+        "" => "the driver".to_string(),
+        driver => driver.to_string(),
+    };
+    match backend {
+        wgpu::Backend::Vulkan => format!("naga to SPIR-V, {driver}"),
+        wgpu::Backend::Metal => format!("naga to MSL, {driver}"),
+        wgpu::Backend::Dx12 => format!("naga to HLSL, DXC or FXC, {driver}"),
+        wgpu::Backend::Gl => format!("naga to GLSL, {driver}"),
+        wgpu::Backend::BrowserWebGpu => "the browser's".into(),
+        wgpu::Backend::Noop => "none".into(),
+    }
+}
+
+/// Limits by their names, as wgpu's own serialisation has them.
+fn limits(gpu: &Gpu) -> BTreeMap<String, u64> {
+    // `Limits` prints itself as a struct; its fields are what a report wants.
+    let text = format!("{:?}", gpu.device().limits());
+    let fields = text.trim_start_matches("Limits {").trim_end_matches('}').split(',');
+    let field = |field: &str| {
+        let (name, value) = field.split_once(':')?;
+        Some((name.trim().to_string(), value.trim().parse().ok()?))
+    };
+    fields.filter_map(field).collect()
+}
+
+pub fn adapter(device: &Device) -> Adapter {
+    let Some(gpu) = device.gpu() else {
+        return Adapter {
+            name: "CPU backend".into(),
+            backend: "CPU".into(),
+            kind: "Cpu".into(),
+            shader_compiler: "none: Rust".into(),
+            ..Adapter::default()
+        };
+    };
+    let info = gpu.info();
+    let has_subgroups = gpu.device().features().contains(wgpu::Features::SUBGROUP);
+    Adapter {
+        name: info.name.clone(),
+        backend: backend_name(info.backend).into(),
+        kind: format!("{:?}", info.device_type),
+        vendor: info.vendor,
+        device: info.device,
+        driver: info.driver.clone(),
+        driver_info: info.driver_info.clone(),
+        shader_compiler: shader_compiler(info.backend, info),
+        subgroups: has_subgroups.then_some([info.subgroup_min_size, info.subgroup_max_size]),
+        features: gpu.device().features().iter_names().map(|(name, _)| name.to_string()).collect(),
+        limits: limits(gpu),
+        ..Adapter::default()
+    }
+}
+
+/// How many invocations of a workgroup of that size run, and in which subgroups.
+pub fn observe(gpu: &Gpu, workgroup: u32) -> Result<Observed, String> {
+    let device = gpu.device();
+    let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP);
+    let (builtin, size) = match has_subgroups {
+        true => ("@builtin(subgroup_size) size: u32", "size"),
+        false => ("@builtin(local_invocation_index) local: u32", "0u"),
+    };
+    let source = format!(
+        "@group(0) @binding(0) var<storage, read_write> seen: array<atomic<u32>, 2>;\n\
+         @compute @workgroup_size({workgroup}) fn main({builtin}) {{\n\
+             atomicAdd(&seen[0], 1u);\n    atomicMax(&seen[1], {size});\n}}\n"
+    );
+    let label = Some("sizes");
+    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let module = device
+        .create_shader_module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.into()) });
+    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        label,
+        layout: None,
+        module: &module,
+        entry_point: Some("main"),
+        compilation_options: Default::default(),
+        cache: None,
+    });
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    let seen = device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label, contents: &[0; 8], usage });
+    let read = device.create_buffer(&wgpu::BufferDescriptor {
+        label,
+        size: 8,
+        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label,
+        layout: &pipeline.get_bind_group_layout(0),
+        entries: &[wgpu::BindGroupEntry { binding: 0, resource: seen.as_entire_binding() }],
+    });
+    let mut encoder = device.create_command_encoder(&Default::default());
+    {
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        pass.dispatch_workgroups(1, 1, 1);
+    }
+    encoder.copy_buffer_to_buffer(&seen, 0, &read, 0, 8);
+    gpu.queue().submit([encoder.finish()]);
+    if let Some(error) = pollster::block_on(scope.pop()) {
+        return Err(error.to_string());
+    }
+    read.map_async(wgpu::MapMode::Read, .., |_| {});
+    gpu.wait().map_err(|error| error.to_string())?;
+    let mapped = read.get_mapped_range(..).map_err(|error| error.to_string())?;
+    let word = |n: usize| u32::from_le_bytes([mapped[n], mapped[n + 1], mapped[n + 2], mapped[n + 3]]);
+    let (invocations, size) = (word(0), word(4));
+    Ok(Observed { workgroup, invocations, subgroup: has_subgroups.then_some(size) })
+}

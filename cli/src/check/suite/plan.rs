@@ -1,0 +1,139 @@
+//! Which cases there are: those of other people, which the program carries, and those drawn from a seed.
+
+use std::borrow::Cow;
+
+use rust_embed::RustEmbed;
+use serde::{Deserialize, Serialize};
+use wgpu_attention::{Device, Method};
+use wgpu_attention_conformance::{Case as Drawn, Op, cases};
+
+use crate::error::{Error, Result, fail, usage};
+
+/// The cases of ONNX, PyTorch and transformers.
+#[derive(RustEmbed)]
+#[folder = "../tests/cases"]
+#[include = "*.safetensors"]
+struct Golden;
+
+/// A case with the way it is computed.
+#[derive(Clone, Debug)]
+pub struct Item {
+    pub work: Work,
+    pub method: Method,
+}
+
+#[derive(Clone, Debug)]
+pub enum Work {
+    /// `onnx/test_attention_3d`
+    Golden(String),
+    Drawn(Drawn),
+}
+
+/// What of the suite to run.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Selection {
+    pub quick: bool,
+    pub seed: u64,
+    /// Ops by name; all where there are none.
+    pub ops: Vec<String>,
+    /// Variants by name; all where there are none.
+    pub variants: Vec<String>,
+    /// Part of an id.
+    pub filter: Option<String>,
+}
+
+/// Every op by name: sources of other people's cases, and what is drawn.
+pub fn ops() -> impl Iterator<Item = &'static str> {
+    ["onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
+}
+
+/// The items that are one forward call, which another implementation of WebGPU can run as a plan.
+pub fn exportable(device: &Device, selection: &Selection) -> Vec<(Item, Drawn)> {
+    let drawn = |item: Item| match &item.work {
+        Work::Drawn(case) if case.op.is_one_call() => {
+            let case = case.clone();
+            Some((item, case))
+        }
+        _ => None,
+    };
+    items(device, selection).into_iter().filter_map(drawn).collect()
+}
+
+/// A method as an id writes it.
+pub fn variant(method: Method) -> String {
+    match method {
+        Method::ThreePasses => "three-passes".into(),
+        other => other.to_string(),
+    }
+}
+
+impl Item {
+    pub fn id(&self) -> String {
+        match &self.work {
+            Work::Golden(name) => format!("{name}@{}", variant(self.method)),
+            Work::Drawn(case) => format!("{case}@{}", variant(self.method)),
+        }
+    }
+
+    /// The op of a drawn case, the source of another's.
+    pub fn op(&self) -> &str {
+        match &self.work {
+            Work::Golden(name) => name.split('/').next().unwrap_or_default(),
+            Work::Drawn(case) => case.op.name(),
+        }
+    }
+
+    pub fn parse(id: &str) -> Result<Item> {
+        let (case, method) = id.split_once('@').unwrap_or((id, "auto"));
+        let method = method.parse().map_err(|error: wgpu_attention::Error| Error::Usage(format!("{id}: {error}")))?;
+        if golden_names().any(|name| name == case) {
+            return Ok(Item { work: Work::Golden(case.into()), method });
+        }
+        match case.parse() {
+            Ok(drawn) => Ok(Item { work: Work::Drawn(drawn), method }),
+            Err(reason) => usage!("{reason}; `attn check --list` prints every case"),
+        }
+    }
+}
+
+fn golden_names() -> impl Iterator<Item = String> {
+    Golden::iter().filter_map(|path: Cow<'_, str>| Some(path.strip_suffix(".safetensors")?.to_string()))
+}
+
+/// The bytes of a golden case.
+pub fn golden(name: &str) -> Result<Vec<u8>> {
+    match Golden::get(&format!("{name}.safetensors")) {
+        Some(file) => Ok(file.data.into_owned()),
+        None => fail!("the program carries no case {name}"),
+    }
+}
+
+/// Every way to compute attention on a device.
+pub fn methods(device: &Device) -> Vec<Method> {
+    let mut all = vec![Method::Auto];
+    if let Some(gpu) = device.gpu() {
+        all.extend(Method::every(gpu.capabilities()));
+    }
+    all
+}
+
+/// What to run on a device, in its order.
+pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
+    let methods = methods(device);
+    let drawn = cases(&methods, selection.seed, selection.quick);
+    let drawn = drawn.into_iter().map(|(case, method)| Item { work: Work::Drawn(case), method });
+    let mut names: Vec<String> = golden_names().collect();
+    names.sort();
+    if selection.quick {
+        // Each compiles kernels of its own.
+        names = names.into_iter().step_by(6).collect();
+    }
+    let golden = names.into_iter().map(|name| Item { work: Work::Golden(name), method: Method::Auto });
+    let chosen = |item: &Item| {
+        let has = |list: &[String], name: &str| list.is_empty() || list.iter().any(|one| one == name);
+        has(&selection.ops, item.op())
+            && has(&selection.variants, &variant(item.method))
+            && selection.filter.as_ref().is_none_or(|part| item.id().contains(part.as_str()))
+    };
+    golden.chain(drawn).filter(chosen).collect()
+}

@@ -1,0 +1,258 @@
+//! `attn check` without a folder: the suite, and that it finds what is broken on purpose.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::kit::{Ran, attn, attn_with, folder};
+
+/// The driver files of Mesa's software adapter and of Chromium's, where they are.
+pub fn software_drivers() -> Vec<PathBuf> {
+    let found = |folder: &str, starts: &str| {
+        let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let is_it = |path: &PathBuf| {
+            path.extension().is_some_and(|ending| ending == "json")
+                && path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(starts))
+        };
+        files.into_iter().find(is_it)
+    };
+    [("/usr/share/vulkan/icd.d", "lvp"), ("/usr/lib/chromium", "vk_swiftshader")]
+        .into_iter()
+        .filter_map(|(folder, starts)| found(folder, starts))
+        .collect()
+}
+
+fn check(folder: &Path, more: &[&str]) -> (Ran, Value) {
+    let ran = attn(folder, &[&["check", "--json", "report.json"], more].concat());
+    (ran, report(folder))
+}
+
+fn report(folder: &Path) -> Value {
+    std::fs::read(folder.join("report.json")).map_or(Value::Null, |bytes| serde_json::from_slice(&bytes).unwrap())
+}
+
+fn results(report: &Value) -> &[Value] {
+    report["results"].as_array().map_or(&[], Vec::as_slice)
+}
+
+fn with_status<'a>(report: &'a Value, status: &str) -> Vec<&'a Value> {
+    results(report).iter().filter(|result| result["status"] == status).collect()
+}
+
+#[test]
+fn the_quick_suite_passes_on_every_software_adapter_there_is() {
+    let folder = folder();
+    let drivers = software_drivers();
+    if std::env::var_os("CI").is_some() {
+        assert_eq!(drivers.len(), 2, "Mesa's and Chromium's software drivers are needed: {drivers:?}");
+    }
+    let ran = match drivers.is_empty() {
+        // Another machine: what it has.
+        true => attn(folder.path(), &["check", "--quick", "--json", "report.json"]),
+        false => {
+            let files = std::env::join_paths(&drivers).unwrap();
+            let env = [("VK_DRIVER_FILES", files.to_str().unwrap())];
+            attn_with(folder.path(), &["check", "--quick", "--json", "report.json"], &env)
+        }
+    };
+    ran.succeeded();
+    let report = report(folder.path());
+    assert_eq!(
+        (&report["schema"], &report["suite"], &report["seed"]),
+        (&"attn-check/1".into(), &"quick".into(), &1.into())
+    );
+    for (name, versions) in [("wgpu", "30."), ("naga", "30."), ("version", "0.")] {
+        assert!(report[name].as_str().unwrap().starts_with(versions), "{}", report[name]);
+    }
+    let adapters = report["adapters"].as_array().unwrap();
+    let backends: Vec<&str> = adapters.iter().map(|adapter| adapter["backend"].as_str().unwrap()).collect();
+    let vulkan = backends.iter().filter(|backend| **backend == "Vulkan").count();
+    assert!(vulkan >= drivers.len() && backends.contains(&"CPU"), "{backends:?}");
+    for (at, adapter) in adapters.iter().enumerate() {
+        let of_it: Vec<&Value> = results(&report).iter().filter(|result| result["adapter"] == at).collect();
+        let passed: Vec<&&Value> = of_it.iter().filter(|result| result["status"] == "passed").collect();
+        assert!(passed.len() >= 180, "{adapter}: {}", passed.len());
+        for result in passed {
+            assert!(!result["outputs"].as_array().unwrap().is_empty(), "{result}");
+            assert_eq!(result["same_bits"], true, "{result}");
+        }
+        if adapter["backend"] == "CPU" {
+            continue;
+        }
+        assert!(adapter["limits"]["max_buffer_size"].as_u64().unwrap() > 0, "{adapter}");
+        assert!(!adapter["shader_compiler"].as_str().unwrap().is_empty() && !adapter["driver"].is_null(), "{adapter}");
+        // What ran on the device itself: every invocation asked for.
+        for seen in adapter["observed"].as_array().unwrap() {
+            assert_eq!(seen["invocations"], seen["workgroup"], "{adapter}");
+        }
+        let cut = of_it.iter().find(|result| result["variant"] == "rows4x64/keys32").unwrap();
+        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the cut rows4x64/keys32 was asked for".into()));
+        if let Some([least, most]) = adapter["subgroups"].as_array().map(Vec::as_slice) {
+            let seen = cut["subgroup"].as_u64().unwrap();
+            assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
+        }
+    }
+}
+
+#[test]
+fn single_calls_come_out_of_dawn_too() {
+    let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/portability");
+    if !modules.join("node_modules/webgpu").exists() {
+        assert!(std::env::var_os("CI").is_none(), "no Dawn for Node; ./test installs it where there is npm");
+        eprintln!("NOT TESTED: no Dawn for Node here; ./test installs it where there is npm");
+        return;
+    }
+    let folder = folder();
+    // Dawn refuses lavapipe before Mesa 23.2.
+    let drivers = software_drivers();
+    let driver = drivers.last().map_or("", |driver| driver.to_str().unwrap());
+    let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver)];
+    let args = ["check", "--quick", "--dawn", "--adapter", "0", "--json", "report.json"];
+    let some =
+        ["--op", "alibi", "--op", "rotary", "--op", "attention", "--variant", "fused", "--variant", "rows4x64/keys32"];
+    let ran = attn_with(folder.path(), &[&args[..], &some].concat(), &env);
+    ran.succeeded();
+    let report = report(folder.path());
+    let dawn = &report["adapters"][1];
+    assert!(dawn["backend"].as_str().unwrap().starts_with("Dawn") && !dawn["limits"].is_null(), "{dawn}");
+    let passed = with_status(&report, "passed").into_iter().filter(|result| result["adapter"] == 1).count();
+    assert!(passed >= 10, "{passed}: {}", ran.stdout);
+    // Without a word of where it is.
+    let lost = attn_with(folder.path(), &[&args[..], &["--op", "alibi"]].concat(), &[("ATTN_DAWN", "")]);
+    assert_eq!(lost.status, Some(1));
+    assert!(lost.stdout.contains("--dawn needs ATTN_DAWN"), "{}", lost.stdout);
+}
+
+#[test]
+fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
+    for (fault, kernel) in [("skipped-key", "flash"), ("missing-barrier", "flash_tiled"), ("f16-sums", "flash")] {
+        let folder = folder();
+        // The sound one too: what fails is the fault's doing.
+        let args = ["--quick", "--adapter", "0", "--op", "attention", "--filter", "plain/f32"];
+        let (ran, report) = check(folder.path(), &[&args[..], &["--plant", fault]].concat());
+        assert_eq!(ran.status, Some(1), "{fault}: {}", ran.stdout);
+        let failed = with_status(&report, "failed");
+        assert!(!failed.is_empty(), "{fault}");
+        for result in &failed {
+            let kernels = result["kernels"].to_string();
+            assert!(kernels.contains(&format!("\"{kernel}/")) || kernels.contains("\"flash"), "{fault}: {result}");
+            assert!(result["reason"].as_str().unwrap().contains("is off by"), "{fault}: {result}");
+        }
+        if fault == "missing-barrier" {
+            // Nobody else lost a barrier.
+            assert!(failed.iter().all(|result| result["variant"].as_str().unwrap().ends_with("keys32")), "{failed:?}");
+        }
+        let id = failed[0]["id"].as_str().unwrap();
+        let shrunk = attn(folder.path(), &["check", "--repro", id, "--shrink", "--plant", fault, "--adapter", "0"]);
+        assert_eq!(shrunk.status, Some(1));
+        // `K [1, 1, 9, 1]` has its keys third.
+        let keys = shrunk.stdout.split("K [").nth(1).and_then(|rest| rest.split(", ").nth(2)).unwrap();
+        assert!(keys.parse::<usize>().unwrap() <= 64, "{fault}: {}", shrunk.stdout);
+        for part in ["@compute", "the seed", "cargo run --release -- check --repro", kernel] {
+            assert!(shrunk.stdout.contains(part), "{fault}: no {part} in {}", shrunk.stdout);
+        }
+        // The call that is left is sound by itself.
+        let line = shrunk.stdout.lines().find(|line| line.starts_with("failed: ")).unwrap();
+        let small = line["failed: ".len()..].split(" on ").next().unwrap();
+        attn(folder.path(), &["check", "--repro", small, "--adapter", "0"]).succeeded();
+        let broken = attn(folder.path(), &["check", "--repro", small, "--adapter", "0", "--plant", fault]);
+        assert_eq!(broken.status, Some(1), "{small}");
+    }
+}
+
+#[test]
+fn a_driver_that_hangs_or_falls_is_a_line_of_the_report() {
+    for (fault, say) in [("hang", "the driver hung: no answer within 2 s"), ("crash", "the driver crashed: signal: 6")]
+    {
+        let folder = folder();
+        let args = ["--quick", "--adapter", "cpu", "--op", "attention", "--time-limit", "2", "--plant", fault];
+        let (ran, report) = check(folder.path(), &args);
+        assert_eq!(ran.status, Some(1), "{}", ran.stdout);
+        let failed = with_status(&report, "failed");
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert!(failed[0]["reason"].as_str().unwrap().starts_with(say), "{}", failed[0]);
+        assert!(ran.stdout.contains(failed[0]["id"].as_str().unwrap()), "{}", ran.stdout);
+        // All others ran, before it and after.
+        let (_, whole) = check(folder.path(), &["--quick", "--adapter", "cpu", "--op", "attention"]);
+        assert_eq!(results(&report).len(), results(&whole).len());
+        assert_eq!(with_status(&report, "passed").len(), results(&whole).len() - 1);
+    }
+}
+
+#[test]
+fn known_issues_are_known_until_they_go() {
+    let folder = folder();
+    let entry = |message: &str| {
+        format!(
+            "[[issue]]\nid = \"made-1\"\nlink = \"https://example.org/1\"\ncase = \"^attention/plain/f32/.*@fused$\"\n\
+             backend = \"Vulkan\"\nmessage = \"{message}\"\n[[issue]]\nid = \"made-2\"\nlink = \"https://example.org/2\"\n\
+             case = \"^attention/plain/f32/.*@auto$\"\nadapter = \".\"\nmessage = \"{message}\"\n"
+        )
+    };
+    let vulkan = wgpu_attention::Gpu::adapters();
+    assert_eq!(vulkan[0].info.backend, wgpu_attention::wgpu::Backend::Vulkan, "{vulkan:?}");
+    let run = |message: &str, more: &[&str]| {
+        std::fs::write(folder.path().join("issues.toml"), entry(message)).unwrap();
+        let args =
+            ["--quick", "--adapter", "0", "--filter", "attention/plain/f32", "--variant", "fused", "--variant", "auto"];
+        check(folder.path(), &[&args[..], &["--known-issues", "issues.toml"], more].concat())
+    };
+    let (ran, report) = run("is off by", &["--plant", "skipped-key"]);
+    ran.succeeded();
+    let known = with_status(&report, "known");
+    assert!(known.len() >= 2, "{report}");
+    assert!(known.iter().any(|result| result["issue"] == "made-1 (https://example.org/1)"), "{known:?}");
+    // Another failure than the one that is known.
+    let (ran, report) = run("the device was lost", &["--plant", "skipped-key"]);
+    assert_eq!((ran.status, with_status(&report, "known").len()), (Some(1), 0));
+    // It is gone: an alarm.
+    let (ran, report) = run("is off by", &[]);
+    assert_eq!((ran.status, with_status(&report, "mended").len()), (Some(1), results(&report).len()), "{report}");
+    std::fs::write(folder.path().join("issues.toml"), "[[issue]]\nid = 3\n").unwrap();
+    attn(folder.path(), &["check", "--quick", "--known-issues", "issues.toml"]).refused(1, "issues.toml");
+}
+
+#[test]
+fn cases_are_listed_chosen_and_run_alone() {
+    let folder = folder();
+    let list = |more: &[&str]| {
+        let ran = attn(folder.path(), &[&["check", "--list", "--adapter", "cpu"], more].concat());
+        ran.succeeded();
+        ran.stdout.lines().map(str::to_string).collect::<Vec<_>>()
+    };
+    let (full, quick) = (list(&[]), list(&["--quick"]));
+    let drawn = |ids: &[String]| ids.iter().filter(|id| id.split('/').count() == 4).count();
+    assert!(drawn(&full) >= 5_100 && quick.len() < 400, "{} {}", full.len(), quick.len());
+    let mut once = full.clone();
+    once.sort();
+    once.dedup();
+    assert_eq!(once.len(), full.len());
+    // Those of other people are all there.
+    let golden = ["onnx", "torch", "transformers"].map(|name| {
+        let files = std::fs::read_dir(crate::kit::cases(name)).unwrap().flatten();
+        files.filter(|file| file.path().extension().is_some_and(|ending| ending == "safetensors")).count()
+    });
+    assert_eq!(full.len() - drawn(&full), golden.iter().sum::<usize>());
+    assert!(list(&["--op", "softmax"]).iter().all(|id| id.starts_with("softmax/")));
+    assert!(list(&["--filter", "bf16"]).iter().all(|id| id.contains("bf16")));
+    assert_ne!(list(&["--seed", "2", "--op", "softmax"]), list(&["--op", "softmax"]));
+
+    let ran =
+        attn(folder.path(), &["check", "--adapter", "cpu", "--repro", "attention/all/f16/7,len_k=9,no-masks@auto"]);
+    ran.succeeded();
+    assert!(ran.stdout.contains("passed: attention/all/f16/7,len_k=9,no-masks@auto on cpu"), "{}", ran.stdout);
+    attn(folder.path(), &["check", "--adapter", "cpu", "--repro", "torch/sdpa_dim005"]).succeeded();
+    let refused = |args: &[&str], status: i32, say: &str| {
+        attn(folder.path(), &[&["check"], args].concat()).refused(status, say);
+    };
+    refused(&["--repro", "attention/all/f16"], 2, "op/form/storage/seed is needed");
+    refused(&["--repro", "attention/all/f16/7@fast"], 2, "is no method");
+    refused(&["--shrink"], 2, "--repro");
+    refused(&["--quick", "--adapter", "cpu", "--op", "dancing"], 2, "no op \"dancing\"");
+    refused(&["--quick", "--adapter", "cpu", "--filter", "no such case"], 1, "no case is left");
+    refused(&["--quick", "--time-limit", "0"], 2, "--time-limit");
+    refused(&["--quick", crate::kit::cases("torch").to_str().unwrap()], 2, "--quick");
+    refused(&["--quick", "--adapter", "no such adapter"], 3, "no adapter answers");
+    let none = [("VK_DRIVER_FILES", "/dev/null"), ("WGPU_BACKEND", "vulkan")];
+    attn_with(folder.path(), &["check", "--quick"], &none).refused(3, "there is no GPU adapter");
+}
