@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn calls_come_out_of_dawn_as_from_the_cpu_backend() {
-        let Some(dawn) = dawn(120) else { return };
+        let Some(dawn) = dawn(600) else { return };
         let gpu = Device::Gpu(planner(true));
         let methods = Method::every(gpu.gpu().unwrap().capabilities());
         let mut calls = Vec::new();
