@@ -3,6 +3,7 @@
 mod bench;
 mod browser;
 mod check;
+mod hostile;
 mod kit;
 mod main_job;
 mod plot;

@@ -1,0 +1,330 @@
+//! Random command lines, plausible and absurd: each ends soon, with a status of its own and without a panic.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
+
+use crate::kit::{example, floats, folder, numbers, save};
+
+/// What an option takes.
+enum Takes {
+    Nothing,
+    File,
+    /// A file to write.
+    Out,
+    Whole,
+    Real,
+    /// One of these, mostly.
+    Word(&'static [&'static str]),
+}
+use Takes::{File, Nothing, Out, Real, Whole, Word};
+
+/// A command, and its options with how often out of ten each is there; an option without a name stands alone.
+type Form = (&'static [&'static str], &'static [(&'static str, Takes, u32)]);
+
+const CAUSAL: Takes = Word(&["top-left", "bottom-right", "0", "-3", "9"]);
+const WINDOW: Takes = Word(&["3,0", "-,2", ",", "0,0", "1"]);
+const MASK: Takes = Word(&["keep", "drop"]);
+const PICTURE: Takes = Word(&["a.png", "a.svg", "a.gif", "none/a.png"]);
+const SHAPE: Takes =
+    Word(&["1,2,2,8,8,4", "1,4,2,1,9,8:causal", "1,2,2,8,8,4:alibi", "1,2,2,0,8,4", "2,3,2,8,8,4", "P9", "1,1"]);
+
+const FORMS: [Form; 13] = [
+    (
+        &["run"],
+        &[
+            ("", File, 7),
+            ("--q", File, 2),
+            ("--k", File, 2),
+            ("--v", File, 2),
+            ("-o", Out, 9),
+            ("--causal", CAUSAL, 3),
+            ("--window", WINDOW, 3),
+            ("--softcap", Real, 2),
+            ("--scale", Real, 2),
+            ("--mask", MASK, 4),
+            ("--weights", Word(&["per-head", "averaged"]), 3),
+            ("--lse", Nothing, 3),
+            ("--inspect-heads", Word(&["0", "0,1", "1,1", "9", ""]), 2),
+            ("--inspect-queries", Word(&["0..3", "3..0", "0..99", "..", "7..8"]), 2),
+            ("--column-sums", Nothing, 2),
+            ("--entropy", Nothing, 2),
+            ("--layout", Word(&["bhsd", "bshd"]), 2),
+        ],
+    ),
+    (
+        &["run", "in.safetensors"],
+        &[("-o", Out, 10), ("--mask", MASK, 8), ("--causal", CAUSAL, 3), ("--scale", Real, 3), ("--lse", Nothing, 3)],
+    ),
+    (
+        &["mha"],
+        &[
+            ("--weights", File, 9),
+            ("--heads", Whole, 9),
+            ("--query", File, 9),
+            ("--key", File, 1),
+            ("--value", File, 1),
+            ("-o", Out, 9),
+            ("--prefix", Word(&["", "layer.", "."]), 1),
+            ("--zero-attn", Nothing, 2),
+            ("--seq-first", Nothing, 2),
+            ("--return-weights", Nothing, 2),
+            ("--attn-mask", File, 1),
+            ("--bias", File, 1),
+        ],
+    ),
+    (
+        &["mha", "--weights", "layer.safetensors", "--query", "x.npy"],
+        &[("--heads", Whole, 10), ("-o", Out, 10), ("--key-padding", File, 2), ("--causal", CAUSAL, 3)],
+    ),
+    (&["devices"], &[("--json", Nothing, 5), ("", Whole, 1)]),
+    (
+        &["check"],
+        &[
+            ("", Word(&["case", "broken", "arrays", "none", "q.npy"]), 10),
+            ("--filter", Word(&["", "min", "x"]), 3),
+            ("--method", Word(&["auto", "fused", "rows8x8/keys8", "rows0x0/keys0"]), 3),
+            ("--verbose", Nothing, 3),
+            ("--json", Out, 3),
+        ],
+    ),
+    (&["check", "--from"], &[("", File, 10), ("--json", Out, 3)]),
+    (&["check", "--diff"], &[("", File, 10), ("", File, 10)]),
+    (
+        &["bench", "--seconds", "0"],
+        &[
+            ("--shape", SHAPE, 10),
+            ("--method", Word(&["auto", "fused,passes", "rows8x8/keys8", ",", "auto,auto"]), 2),
+            ("--weights", Nothing, 2),
+            ("--json", Out, 3),
+            ("--plot", PICTURE, 2),
+        ],
+    ),
+    (
+        &["bench", "--seconds", "0"],
+        &[
+            ("--lengths", Word(&["8", "8,16", "0", "16,8", ""]), 10),
+            ("--heads", Whole, 4),
+            ("--dim", Whole, 4),
+            ("--batch", Whole, 4),
+            ("--causal", Nothing, 4),
+            ("--plot", PICTURE, 2),
+        ],
+    ),
+    (
+        &["plot", "attention"],
+        &[
+            ("--weights", File, 3),
+            ("--q", File, 7),
+            ("--k", File, 7),
+            ("--attn-mask", File, 1),
+            ("--batch", Whole, 2),
+            ("--tokens", Word(&["a,b,c", "a,b,c,d,e,f,g,h", "", "q.npy", "\u{1f600},\u{202e}"]), 3),
+            ("--head", Word(&["0", "0,1", "1,1", "9"]), 3),
+            ("--average", Nothing, 2),
+            ("--lines", Nothing, 2),
+            ("--token", Word(&["0", "7", "8", "a"]), 2),
+            ("--title", Word(&["", "t", "<b>&\"", "\u{0}"]), 2),
+            ("-o", PICTURE, 7),
+            ("--html", Out, 3),
+            ("--causal", CAUSAL, 2),
+            ("--scale", Real, 2),
+        ],
+    ),
+    (
+        &["plot", "positions"],
+        &[
+            ("--method", Word(&["sinusoidal", "rotary", "alibi", "t5", "learned"]), 10),
+            ("--len", Whole, 6),
+            ("--dim", Whole, 6),
+            ("--heads", Whole, 3),
+            ("--base", Real, 3),
+            ("--interleaved", Nothing, 2),
+            ("--halves", Nothing, 2),
+            ("--table", File, 3),
+            ("--causal", Nothing, 2),
+            ("--bidirectional", Nothing, 2),
+            ("--buckets", Whole, 3),
+            ("--max-distance", Whole, 3),
+            ("-o", PICTURE, 9),
+        ],
+    ),
+    (&["shader"], &[("", Word(&["softmax.wgsl", "softmax/lanes1x8", "../Cargo.toml", "flash/rows0"]), 7)]),
+];
+
+const FILES: [&str; 16] = [
+    "in.safetensors",
+    "in.safetensors:q",
+    "in.safetensors:none",
+    "layer.safetensors",
+    "arrays",
+    "arrays/q.npy",
+    "q.npy",
+    "x.npy",
+    "weights.npy",
+    "none.npy",
+    "empty.npy",
+    "cut.safetensors",
+    "folder.npz",
+    "report.json",
+    ".",
+    "/dev/null",
+];
+const OUTS: [&str; 10] = [
+    "out.safetensors",
+    "out.npz",
+    "out.npy",
+    "out.json",
+    "out",
+    "in.safetensors",
+    "folder.npz",
+    "none/out.npz",
+    "/dev/null",
+    "/proc/out.npz",
+];
+/// Small, or more than any machine has: what lies between would only take long.
+const WHOLES: [&str; 9] =
+    ["1", "2", "4", "8", "0", "-1", "9223372036854775807", "18446744073709551615", "99999999999999999999"];
+const REALS: [&str; 10] = ["1", "0.5", "0", "-2", "1e-45", "3.5e38", "1e999", "NaN", "inf", "0x1"];
+
+fn pick(rng: &mut Pcg64, from: &[&str]) -> OsString {
+    from[rng.random_range(0..from.len())].into()
+}
+
+/// What fits nowhere.
+fn hostile(rng: &mut Pcg64) -> OsString {
+    #[cfg(unix)]
+    if rng.random_bool(0.3) {
+        return std::os::unix::ffi::OsStringExt::from_vec(vec![b'a', 0xff, 0xfe, b'.', b'n', b'p', b'y']);
+    }
+    match rng.random_range(0..4) {
+        0 => OsString::new(),
+        1 => "x".repeat(5000).into(),
+        2 => pick(rng, &["--", "-", "\u{7f}", "%s%n", "$(true)", "ä;b", " ", "\n", ":", "=", "nul", "-o"]),
+        _ => pick(rng, &WHOLES),
+    }
+}
+
+fn line(seed: u64) -> Vec<OsString> {
+    let mut rng = Pcg64::seed_from_u64(seed);
+    let rng = &mut rng;
+    let (command, options) = &FORMS[seed as usize % FORMS.len()];
+    let mut args: Vec<OsString> = command.iter().map(OsString::from).collect();
+    for (name, takes, often) in *options {
+        if rng.random_range(0..10) >= *often {
+            continue;
+        }
+        if !name.is_empty() {
+            args.push(name.into());
+        }
+        let value = match takes {
+            Nothing => continue,
+            _ if rng.random_bool(0.06) => hostile(rng),
+            File => pick(rng, &FILES),
+            Out => pick(rng, &OUTS),
+            Whole => pick(rng, &WHOLES),
+            Real => pick(rng, &REALS),
+            // The NUL ends an argument: no program is ever handed one.
+            Word(words) => pick(rng, words).to_string_lossy().replace('\0', "").into(),
+        };
+        args.push(value);
+    }
+    args.push("--adapter".into());
+    args.push(match rng.random_range(0..20) {
+        0 => hostile(rng),
+        1 => "none".into(),
+        _ => "cpu".into(),
+    });
+    args
+}
+
+/// Files that are right, that are not, and that are no files.
+fn fill(at: &Path) {
+    let npy = |name: &str, shape: &[u64], data: &[f32]| {
+        use npyz::WriterBuilder;
+        let file = std::fs::File::create(at.join(name)).expect("created");
+        let mut writer =
+            npyz::WriteOptions::new().default_dtype().shape(shape).writer(file).begin_nd().expect("a header");
+        writer.extend(data.iter().copied()).expect("written");
+        writer.finish().expect("written");
+    };
+    for name in ["arrays", "case", "broken", "folder.npz"] {
+        std::fs::create_dir(at.join(name)).expect("created");
+    }
+    let qkv = ["q", "k", "v"].map(|name| floats(name, &[1, 2, 8, 4], &numbers(64, 1.0)));
+    save(&at.join("in.safetensors"), &qkv);
+    for name in ["q", "k", "v"] {
+        npy(&format!("arrays/{name}.npy"), &[1, 2, 8, 4], &numbers(64, 2.0));
+    }
+    npy("q.npy", &[1, 2, 8, 4], &numbers(64, 3.0));
+    npy("x.npy", &[2, 5, 8], &numbers(80, 4.0));
+    npy("weights.npy", &[1, 2, 8, 8], &[0.125; 128]);
+    let layer = [
+        floats("in_proj_weight", &[24, 8], &numbers(192, 5.0)),
+        floats("in_proj_bias", &[24], &numbers(24, 6.0)),
+        floats("out_proj.weight", &[8, 8], &numbers(64, 7.0)),
+        floats("out_proj.bias", &[8], &numbers(8, 8.0)),
+    ];
+    save(&at.join("layer.safetensors"), &layer);
+    let case = std::fs::read(example()).expect("readable");
+    std::fs::write(at.join("cut.safetensors"), &case[..case.len() / 2]).expect("written");
+    std::fs::write(at.join("case/minilm.safetensors"), case).expect("written");
+    std::fs::write(at.join("broken/index.json"), r#"[{"name": "none"}, {"name": "../in"}]"#).expect("written");
+    std::fs::write(at.join("empty.npy"), "").expect("written");
+    std::fs::write(at.join("report.json"), r#"{"schema": 1, "results": [{"id": 3}]}"#).expect("written");
+}
+
+#[test]
+fn random_command_lines() {
+    const LINES: u64 = 520;
+    const MOST: Duration = Duration::from_secs(20);
+    let mut statuses = [0; 4];
+    let mut slowest = Duration::ZERO;
+    for seed in 0..LINES {
+        let folder = folder();
+        fill(folder.path());
+        let args = line(seed);
+        let written = |name: &str| std::fs::File::create(folder.path().join(name)).expect("created");
+        let began = Instant::now();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_attn"))
+            .args(&args)
+            .current_dir(folder.path())
+            .env_remove("WGPU_ADAPTER_NAME")
+            .env("WGPU_ATTENTION_CACHE", "")
+            .stdin(Stdio::null())
+            .stdout(written(".stdout"))
+            .stderr(written(".stderr"))
+            .spawn()
+            .unwrap_or_else(|error| panic!("line {seed}, {args:?}: {error}"));
+        let status = loop {
+            match child.try_wait().expect("waited for") {
+                Some(status) => break status,
+                None if began.elapsed() > MOST => {
+                    child.kill().expect("killed");
+                    child.wait().expect("waited for");
+                    panic!("line {seed} takes more than {MOST:?}: {args:?}");
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        slowest = slowest.max(began.elapsed());
+        let stderr =
+            String::from_utf8_lossy(&std::fs::read(folder.path().join(".stderr")).expect("readable")).into_owned();
+        let stdout = std::fs::read(folder.path().join(".stdout")).expect("readable");
+        let what = format!("line {seed}, {args:?}, {status}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{what}");
+        match status.code() {
+            Some(code @ 0..=3) => statuses[code as usize] += 1,
+            _ => panic!("{what}"),
+        }
+        // A check that fails says so in its report, on stdout.
+        let told = !stderr.trim().is_empty() || args[0] == "check" && !stdout.is_empty();
+        assert!(status.success() || told, "{what}: nothing is said");
+    }
+    println!("{LINES} lines, by exit status {statuses:?}, the slowest {slowest:.1?}");
+    assert!(statuses[..3].iter().all(|&n| n > LINES / 20), "{statuses:?}: the lines are all of one kind");
+}
