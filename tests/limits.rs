@@ -84,7 +84,7 @@ fn adapters() -> Vec<Capabilities> {
         Capabilities { adapter: "four buffers".into(), max_storage_buffers: 4, ..floor.clone() },
         Capabilities { adapter: "small bindings".into(), max_binding: 256 * KIB, ..floor.clone() },
         Capabilities { adapter: "few workgroups".into(), max_workgroups: 300, ..floor.clone() },
-        Capabilities { adapter: "few invocations".into(), max_invocations: 32, ..floor.clone() },
+        Capabilities { adapter: "few invocations".into(), max_invocations: 64, ..floor.clone() },
     ];
     for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
         for subgroup in [4, 8, 16, 32, 64, 128] {
