@@ -25,7 +25,7 @@ fn rounding(dtype: Dtype) -> f64 {
 }
 
 #[test]
-fn thousands_of_calls_through_every_way() {
+fn a_thousand_calls_through_every_way() {
     let mut total = 0;
     for (name, device) in devices() {
         let start = Instant::now();
@@ -57,5 +57,5 @@ fn thousands_of_calls_through_every_way() {
         }
     }
     println!("{total} cases in all");
-    assert!(total >= 2000, "{total} cases");
+    assert!(total >= 1000, "{total} cases");
 }
