@@ -313,13 +313,29 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result
     Ok(())
 }
 
+/// Writes bytes whole or not at all.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_whole(path, |file| {
+        file.write_all(bytes).map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
+    })
+}
+
 /// Writes JSON for people and programs.
 pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
-    let text = format!("{value:#}\n");
-    write_whole(path, |file| {
-        file.write_all(text.as_bytes())
-            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
-    })
+    write_bytes(path, format!("{value:#}\n").as_bytes())
+}
+
+/// JSON has no NaN and no infinity: those become texts.
+pub fn json_number(x: f64) -> serde_json::Value {
+    if x.is_finite() { x.into() } else { x.to_string().into() }
+}
+
+/// Writes a page of its own: `template` with `data` as JSON where it says `{/* data */}`.
+pub fn write_page(path: &Path, template: &str, data: &serde_json::Value) -> Result<()> {
+    // No tag can begin within the data, whatever they hold.
+    let data = data.to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
+    let (before, after) = template.split_once("{/* data */}").expect("the template has a place for the data");
+    write_bytes(path, [before, &data, after].concat().as_bytes())
 }
 
 /// Writes named arrays in the format that the ending says.
@@ -330,7 +346,7 @@ pub fn write_tensors(path: &Path, arrays: &[(&str, Array)]) -> Result<()> {
         "npy" => npy_bytes(path, &arrays[0].1)?,
         _ => safetensors_bytes(arrays).map_err(|error| cannot(&error))?,
     };
-    write_whole(path, |file| file.write_all(&bytes).map_err(|error| cannot(&error)))
+    write_bytes(path, &bytes)
 }
 
 fn npy_bytes(path: &Path, array: &Array) -> Result<Vec<u8>> {

@@ -12,6 +12,7 @@ use wgpu_attention::ExportedCall;
 
 use super::report::Adapter;
 use crate::error::{Error, Result, fail};
+use crate::files;
 
 const SCRIPT: &str = include_str!("../../../tests/portability/dawn.mjs");
 /// What the script ends with when Dawn has no adapter.
@@ -123,7 +124,7 @@ impl Dawn {
                 result.outputs = Err(why);
             } else {
                 let path = folder.join("result.json");
-                let bytes = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+                let bytes = files::read_bytes(&path)?;
                 let written: Written = serde_json::from_slice(&bytes)
                     .map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
                 result.same_bits = written.same_bits;
@@ -237,7 +238,7 @@ fn failed(path: &Path, error: &std::io::Error) -> Error {
 fn outputs(call: &ExportedCall, folder: &Path) -> Result<Vec<DawnOutput>> {
     let read = |output: &wgpu_attention::ExportedOutput| {
         let path = folder.join(format!("result-{}.bin", output.name));
-        let bytes = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+        let bytes = files::read_bytes(&path)?;
         Ok(DawnOutput { name: output.name.into(), shape: output.shape.clone(), values: output.read(&bytes)? })
     };
     call.outputs.iter().map(read).collect()

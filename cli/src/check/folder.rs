@@ -10,7 +10,7 @@ use super::case::Case;
 use super::compare::Comparison;
 use super::{case, onnx, report, suite, torch, transformers};
 use crate::error::{Error, Result, fail, usage};
-use crate::files;
+use crate::files::{self, json_number as number};
 use crate::progress::Bar;
 use crate::target::{self, Target};
 
@@ -298,8 +298,6 @@ impl Way<'_> {
     }
 
     fn entry(&self, name: &str, outcome: &Outcome) -> serde_json::Value {
-        // JSON has no NaN and no infinity: those become text.
-        let number = |x: f64| if x.is_finite() { json!(x) } else { json!(x.to_string()) };
         let (reason, outputs) = match outcome {
             Outcome::Skipped(reason) | Outcome::Broken(reason) => (Some(reason), Vec::new()),
             Outcome::Compared(all) => (

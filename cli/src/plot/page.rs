@@ -1,19 +1,16 @@
 //! A page to explore attention with: one HTML file that needs no network.
 
-use std::io::Write;
 use std::path::Path;
 
 use base64::Engine;
 use serde_json::json;
 
 use super::attention::Seen;
-use crate::error::{Error, Result, fail, usage};
+use crate::error::{Result, fail, usage};
 use crate::files;
 use crate::font;
 
 const TEMPLATE: &str = include_str!("page.html");
-/// Where the data go, as JSON.
-const DATA: &str = "{/* data */}";
 /// 21 MB of text; phones cope with that.
 const MOST_WEIGHTS: usize = 4 << 20;
 /// A box each; browsers get slow beyond.
@@ -58,13 +55,5 @@ pub fn write(path: &Path, page: &Page<'_>) -> Result<()> {
         // f32, little-endian, [heads, queries, keys]
         "weights": base64::engine::general_purpose::STANDARD.encode(bytes),
     });
-    // No tag can begin within the data, whatever the tokens hold.
-    let data = data.to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
-    let (before, after) = TEMPLATE.split_once(DATA).expect("the template has a place for the data");
-    files::write_whole(path, |file| {
-        [before, &data, after]
-            .iter()
-            .try_for_each(|part| file.write_all(part.as_bytes()))
-            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
-    })
+    files::write_page(path, TEMPLATE, &data)
 }

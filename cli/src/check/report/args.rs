@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{Report, file, html, junit, markdown, table};
-use crate::error::{Error, Result, usage};
+use crate::error::{Result, usage};
 use crate::files;
 
 /// Files to write the report to.
@@ -60,20 +60,13 @@ impl Forms {
             junit::write(path, report)?;
         }
         if let Some(path) = &self.markdown {
-            write_text(path, &markdown::text(report, self.long))?;
+            files::write_bytes(path, markdown::text(report, self.long).as_bytes())?;
         }
         if let Some(path) = &self.html {
             html::write(path, report)?;
         }
         Ok(())
     }
-}
-
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    files::write_whole(path, |file| {
-        std::io::Write::write_all(file, text.as_bytes())
-            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
-    })
 }
 
 /// Prints the table that ends a run.

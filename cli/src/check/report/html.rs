@@ -1,29 +1,18 @@
 //! The report as a page: one HTML file that needs no network.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::{Output, Report, visible};
-use crate::error::{Error, Result};
-use crate::files;
+use crate::error::Result;
+use crate::files::{self, json_number as number};
 
 const TEMPLATE: &str = include_str!("report.html");
-/// Where the data go, as JSON.
-const DATA: &str = "{/* data */}";
 
 pub fn write(path: &Path, report: &Report) -> Result<()> {
-    // No tag can begin within the data, whatever they hold.
-    let data = data(report).to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
-    let (before, after) = TEMPLATE.split_once(DATA).expect("the template has a place for the data");
-    files::write_whole(path, |file| {
-        [before, &data, after]
-            .iter()
-            .try_for_each(|part| file.write_all(part.as_bytes()))
-            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
-    })
+    files::write_page(path, TEMPLATE, &data(report))
 }
 
 /// Texts, each once: ids and reasons recur on every adapter.
@@ -47,11 +36,6 @@ impl Texts {
     fn put_some(&mut self, text: &Option<String>) -> Value {
         text.as_ref().map_or(Value::Null, |text| self.put(text).into())
     }
-}
-
-/// JSON has no NaN and no infinity: those are texts.
-fn number(x: f64) -> Value {
-    if x.is_finite() { json!(x) } else { json!(x.to_string()) }
 }
 
 /// The report as the page reads it: rows without names, texts as places in a list.

@@ -82,14 +82,20 @@ pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
     (Output::of(&comparison, nmse_allowed), reason)
 }
 
-type Results = Result<Vec<Got>, wgpu_attention::Error>;
-
 /// What a case gave.
 struct Judged {
     outputs: Vec<Output>,
     /// What no number tells.
     reason: Option<String>,
     same_bits: Option<bool>,
+}
+
+impl Judged {
+    fn add(&mut self, got: &Got, expected: &Expected) {
+        let (output, reason) = judge(got, expected);
+        self.outputs.push(output);
+        self.reason = self.reason.take().or(reason);
+    }
 }
 
 fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Result<Judged, Stop> {
@@ -99,18 +105,12 @@ fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Re
         judged.reason = Some(format!("{} results instead of {}", results.len(), truth.len()));
     }
     for (got, expected) in results.iter().zip(&truth) {
-        let (output, reason) = judge(got, expected);
-        judged.outputs.push(output);
-        judged.reason = judged.reason.or(reason);
+        judged.add(got, expected);
     }
     let again = case.run(device, method)?;
     let same = |(a, b): (&Got, &Got)| bits(&a.values) == bits(&b.values);
     judged.same_bits = Some(results.len() == again.len() && results.iter().zip(&again).all(same));
     Ok(judged)
-}
-
-fn golden(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
-    folder::compute(case, device, method)
 }
 
 fn judged(comparisons: &[Comparison], again: &[Comparison]) -> Judged {
@@ -139,9 +139,7 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
                 let dtype = if expected.name == "output" { case.storage } else { Dtype::F32 };
                 let got =
                     Got { name: expected.name, shape: output.shape.clone(), values: output.values.clone(), dtype };
-                let (output, reason) = judge(&got, expected);
-                judged.outputs.push(output);
-                judged.reason = judged.reason.or(reason);
+                judged.add(&got, expected);
             }
             conclude(&mut result, judged);
         }
@@ -215,7 +213,7 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
     let mut work = || -> Result<Judged, Stop> {
         match &item.work {
             Work::Drawn(case) => {
-                let (first, trace) = traced(device, || -> Results { case.run(device, item.method) });
+                let (first, trace) = traced(device, || case.run(device, item.method));
                 seconds = start.elapsed().as_secs_f64();
                 tell(&mut result, &trace);
                 drawn(case, device, item.method, first?)
@@ -223,10 +221,10 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
             Work::Golden(name) => {
                 let case = Case::parse(name.clone(), plan::golden(name)?)?;
                 result.storage = case.storage().to_string();
-                let (first, trace) = traced(device, || golden(&case, device, item.method));
+                let (first, trace) = traced(device, || folder::compute(&case, device, item.method));
                 seconds = start.elapsed().as_secs_f64();
                 tell(&mut result, &trace);
-                Ok(judged(&first?, &golden(&case, device, item.method)?))
+                Ok(judged(&first?, &folder::compute(&case, device, item.method)?))
             }
         }
     };

@@ -312,8 +312,7 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
 }
 
 fn print(result: &CaseResult, place: &Place) {
-    let status = format!("{:?}", result.status).to_lowercase();
-    anstream::println!("{status}: {} on {place}", result.id);
+    anstream::println!("{}: {} on {place}", result.status.word(), result.id);
     for (what, text) in [("why", &result.reason), ("issue", &result.issue), ("kernels because", &result.why)] {
         if let Some(text) = text {
             anstream::println!("  {what}: {text}");
