@@ -8,20 +8,11 @@ use std::time::Instant;
 
 use kit::{devices, worst};
 use wgpu_attention::{Device, Dtype, Method};
-use wgpu_attention_conformance::cases;
+use wgpu_attention_conformance::{cases, rounding};
 
 /// The ways to run a call on a device that are worth telling apart.
 fn methods(device: &Device) -> Vec<Method> {
     device.gpu().map_or(vec![Method::Auto], |gpu| Method::every(gpu.capabilities()))
-}
-
-/// Half a unit in the last place of what values are rounded to, relative to them.
-fn rounding(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::F16 => 1.0 / 2048.0,
-        Dtype::BF16 => 1.0 / 256.0,
-        _ => 0.0,
-    }
 }
 
 #[test]

@@ -53,6 +53,20 @@ pub fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&x| f64::from(x)).collect()
 }
 
+/// Rounded to a type of storage.
+pub fn narrow<T: Element>(values: &[f32]) -> Vec<T> {
+    values.iter().map(|&x| T::from_f32(x)).collect()
+}
+
+/// Half a unit in the last place of what values are rounded to, relative to them; 0 for f32.
+pub fn rounding(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F16 => 1.0 / 2048.0,
+        Dtype::BF16 => 1.0 / 256.0,
+        _ => 0.0,
+    }
+}
+
 /// How an operand lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Order {
@@ -228,13 +242,10 @@ impl Call {
 
     /// Q, K and V on a device, held as `stored`.
     pub fn operands(&self, device: &Device, data: &Data, stored: Dtype) -> Result<[Tensor; 3]> {
-        let place = |shape, data: &Vec<f32>, part| {
-            let narrow = || (data.iter().map(|&x| f16::from_f32(x)), data.iter().map(|&x| bf16::from_f32(x)));
-            match stored {
-                Dtype::F16 => place(device, shape, &narrow().0.collect::<Vec<_>>(), self.order, part),
-                Dtype::BF16 => place(device, shape, &narrow().1.collect::<Vec<_>>(), self.order, part),
-                _ => place(device, shape, data, self.order, part),
-            }
+        let place = |shape, data: &Vec<f32>, part| match stored {
+            Dtype::F16 => place(device, shape, &narrow::<f16>(data), self.order, part),
+            Dtype::BF16 => place(device, shape, &narrow::<bf16>(data), self.order, part),
+            _ => place(device, shape, data, self.order, part),
         };
         Ok([place(self.q, &data.q, 0)?, place(self.k, &data.k, 1)?, place(self.v, &data.v, 2)?])
     }

@@ -5,7 +5,7 @@ mod case;
 mod draw;
 mod run;
 
-pub use call::{Call, Data, Order, assert_close, bits, noise, place, wide, worst};
+pub use call::{Call, Data, Order, assert_close, bits, narrow, noise, place, rounding, wide, worst};
 pub use case::{Case, Op, Rule, Size, cases};
 pub use draw::{FORMS, Form, draw};
 pub use run::{Expected, Got};

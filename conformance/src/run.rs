@@ -12,7 +12,7 @@ use wgpu_attention::{
     ScoreStage, Tensor, Weights, merge, project, softmax,
 };
 
-use crate::call::{Call, Data, Order, noise, wide};
+use crate::call::{Call, Data, Order, narrow, noise, wide};
 use crate::case::{Case, Op};
 
 /// A result of a device, row-major.
@@ -76,14 +76,8 @@ fn rounded(mut values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
 
 fn upload(device: &Device, shape: &[usize], values: &[f32], stored: Dtype) -> Result<Tensor> {
     match stored {
-        Dtype::F16 => {
-            let values: Vec<half::f16> = values.iter().map(|&x| half::f16::from_f32(x)).collect();
-            Tensor::from_slice(device, shape, &values)
-        }
-        Dtype::BF16 => {
-            let values: Vec<half::bf16> = values.iter().map(|&x| half::bf16::from_f32(x)).collect();
-            Tensor::from_slice(device, shape, &values)
-        }
+        Dtype::F16 => Tensor::from_slice(device, shape, &narrow::<half::f16>(values)),
+        Dtype::BF16 => Tensor::from_slice(device, shape, &narrow::<half::bf16>(values)),
         _ => Tensor::from_slice(device, shape, values),
     }
 }
@@ -495,12 +489,7 @@ mod tests {
             assert_eq!(got.len(), truth.len(), "{case}");
             for (got, truth) in got.iter().zip(&truth) {
                 assert_eq!((got.name, &got.shape), (truth.name, &truth.shape), "{case}");
-                // Half an ulp of what the values are rounded to.
-                let ulp = match got.dtype {
-                    Dtype::F16 => 1.0 / 2048.0,
-                    Dtype::BF16 => 1.0 / 256.0,
-                    _ => 0.0,
-                };
+                let ulp = crate::rounding(got.dtype);
                 crate::assert_close(
                     &format!("{case}, {}", got.name),
                     &got.values,

@@ -305,31 +305,13 @@ impl Planner<'_> {
         if y > most || workgroups > u64::from(u32::MAX) {
             return Err(too_many(format!("{} with {workgroups} workgroups", variant.name), "fewer workgroups".into()));
         }
-        if bindings.len() as u32 > adapter.max_storage_buffers {
-            return Err(too_many(
-                variant.name.clone(),
-                format!("{} storage buffers, {} are offered", bindings.len(), adapter.max_storage_buffers),
-            ));
-        }
-        if variant.workgroup_size() > adapter.max_invocations {
-            return Err(too_many(
-                variant.name.clone(),
-                format!(
-                    "workgroups of {} invocations, {} are offered",
-                    variant.workgroup_size(),
-                    adapter.max_invocations
-                ),
-            ));
-        }
-        if variant.workgroup_memory() > adapter.workgroup_memory {
-            return Err(too_many(
-                variant.name.clone(),
-                format!(
-                    "{} bytes of workgroup memory, {} are offered",
-                    variant.workgroup_memory(),
-                    adapter.workgroup_memory
-                ),
-            ));
+        let needs: [(u32, u32, fn(u32) -> String); 3] = [
+            (bindings.len() as u32, adapter.max_storage_buffers, |n| format!("{n} storage buffers")),
+            (variant.workgroup_size(), adapter.max_invocations, |n| format!("workgroups of {n} invocations")),
+            (variant.workgroup_memory(), adapter.workgroup_memory, |n| format!("{n} bytes of workgroup memory")),
+        ];
+        if let Some((needed, offered, of)) = needs.into_iter().find(|(needed, offered, _)| needed > offered) {
+            return Err(too_many(variant.name.clone(), format!("{}, {offered} are offered", of(needed))));
         }
         for binding in &bindings {
             if binding.size > adapter.max_binding {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use wgpu_attention::kernels::Kernel;
 use wgpu_attention::{Device, Dtype, ExportedCall, Method, Traced};
-use wgpu_attention_conformance::{Case as Drawn, Expected, Got, bits};
+use wgpu_attention_conformance::{self as conformance, Case as Drawn, Expected, Got, bits};
 
 use super::plan::{self, Item, Work};
 use crate::check::case::Case;
@@ -19,11 +19,12 @@ pub const NMSE: f64 = 1e-10;
 
 /// What rounding to a type may add: to each element relative to it and at least, and to the NMSE.
 fn rounding(dtype: Dtype) -> (f64, f64, f64) {
+    // Half a unit in the last place of the smallest significand, and its square; of f16 there are smaller numbers yet.
+    let relative = 1.01 * conformance::rounding(dtype);
     match dtype {
-        // Half a unit in the last place of the smallest significand, and its square; of f16 there are smaller numbers yet.
-        Dtype::F16 => (1.01 / 2048.0, 1.0 / (1u64 << 25) as f64, 2.5e-7),
-        Dtype::BF16 => (1.01 / 256.0, 0.0, 1.6e-5),
-        _ => (0.0, 0.0, NMSE),
+        Dtype::F16 => (relative, 1.0 / (1u64 << 25) as f64, 2.5e-7),
+        Dtype::BF16 => (relative, 0.0, 1.6e-5),
+        _ => (relative, 0.0, NMSE),
     }
 }
 
