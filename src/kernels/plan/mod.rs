@@ -305,14 +305,13 @@ impl Planner<'_> {
         if y > most || workgroups > u64::from(u32::MAX) {
             return Err(too_many(format!("{} with {workgroups} workgroups", variant.name), "fewer workgroups".into()));
         }
-        let needs: [(u32, u32, fn(u32) -> String); 3] = [
-            (bindings.len() as u32, adapter.max_storage_buffers, |n| format!("{n} storage buffers")),
-            (variant.workgroup_size(), adapter.max_invocations, |n| format!("workgroups of {n} invocations")),
-            (variant.workgroup_memory(), adapter.workgroup_memory, |n| format!("{n} bytes of workgroup memory")),
-        ];
-        if let Some((needed, offered, of)) = needs.into_iter().find(|(needed, offered, _)| needed > offered) {
-            return Err(too_many(variant.name.clone(), format!("{}, {offered} are offered", of(needed))));
-        }
+        let offers = |offered: u32, needed: u32, of: fn(u32) -> String| match needed <= offered {
+            true => Ok(()),
+            false => Err(too_many(variant.name.clone(), format!("{}, {offered} are offered", of(needed)))),
+        };
+        offers(adapter.max_storage_buffers, bindings.len() as u32, |n| format!("{n} storage buffers"))?;
+        offers(adapter.max_invocations, variant.workgroup_size(), |n| format!("workgroups of {n} invocations"))?;
+        offers(adapter.workgroup_memory, variant.workgroup_memory(), |n| format!("{n} bytes of workgroup memory"))?;
         for binding in &bindings {
             if binding.size > adapter.max_binding {
                 return Err(too_many(

@@ -291,6 +291,8 @@ fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<
 /// One case, in this process.
 fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
     let item = Item::parse(id)?;
+    // A file that cannot be read is known before anything runs.
+    let issues = Issues::read(args.known_issues.as_deref())?;
     let limit = Duration::from_secs(args.time_limit);
     let place = match adapter {
         Some(which) if which.eq_ignore_ascii_case("all") => usage!("--repro runs on one adapter"),
@@ -298,7 +300,7 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
     };
     let device = worker::open(&place, args.plant).map_err(Error::Failed)?;
     let mut result = judge::run(&item, &device);
-    Issues::read(args.known_issues.as_deref())?.apply(&observe::adapter(&device), &mut result);
+    issues.apply(&observe::adapter(&device), &mut result);
     if !args.shrink || result.status != Status::Failed {
         print(&result, &place);
         return Ok(Tally::of([&result]).is_good());
