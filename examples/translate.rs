@@ -1,7 +1,7 @@
-//! Writes kernel variants into a folder, in WGSL and in the languages that drivers take, for the compilers that
-//! `./portability` runs over them: all of them in WGSL, every n-th of a kernel in the other languages.
+//! Writes every kernel variant into a folder, in WGSL and in the languages that drivers take, for the compilers
+//! that `./portability` runs over them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io, thread};
 
@@ -20,6 +20,7 @@ fn path(folder: &Path, variant: &Variant, ending: &str) -> PathBuf {
 
 fn write_translations(folder: &Path, variant: &Variant) -> io::Result<()> {
     let source = variant.source().map_err(io::Error::other)?;
+    fs::write(path(folder, variant, "wgsl"), &source)?;
     let (module, info) = translate::validate(&variant.name, &source);
     let texts = translate::translate(&module, &info, variant.uses_subgroups())
         .map_err(|error| io::Error::other(format!("{} {error}", variant.name)))?;
@@ -32,35 +33,20 @@ fn write_translations(folder: &Path, variant: &Variant) -> io::Result<()> {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [folder, every] = arguments.as_slice() else { return Err("usage: translate FOLDER EVERY".into()) };
+    let [folder] = arguments.as_slice() else { return Err("usage: translate FOLDER".into()) };
     let folder = Path::new(folder);
-    let every: usize = every.parse()?;
-    if every == 0 {
-        return Err("EVERY is 1 for all variants, n for every n-th of a kernel".into());
-    }
     fs::create_dir_all(folder)?;
     for kernel in Kernel::ALL {
         fs::write(folder.join(format!("{}.file.wgsl", kernel.name())), kernel.source())?;
     }
     let all: BTreeSet<Variant> = variants().into_iter().collect();
-    let mut chosen = Vec::new();
-    let mut counts: BTreeMap<_, usize> = BTreeMap::new();
-    for variant in &all {
-        fs::write(path(folder, variant, "wgsl"), variant.source()?)?;
-        // The first of a kernel, with and without subgroups, is always among them.
-        let count = counts.entry((variant.kernel, kind(variant))).or_default();
-        if count.is_multiple_of(every) {
-            chosen.push(variant);
-        }
-        *count += 1;
-    }
     let threads = thread::available_parallelism().map_or(1, |n| n.get());
     thread::scope(|scope| {
         let parts: Vec<_> = (0..threads)
             .map(|first| {
-                let chosen = &chosen;
+                let all = &all;
                 scope.spawn(move || {
-                    chosen.iter().skip(first).step_by(threads).try_for_each(|v| write_translations(folder, v))
+                    all.iter().skip(first).step_by(threads).try_for_each(|v| write_translations(folder, v))
                 })
             })
             .collect();

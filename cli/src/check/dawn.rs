@@ -40,7 +40,6 @@ pub struct DawnRun {
 
 /// What Dawn made of one call.
 pub struct DawnResult {
-    pub id: String,
     /// Or why there are none: a feature or limit that is missing, what the compiler or the device said, a hang.
     pub outputs: Result<Vec<DawnOutput>, String>,
     /// Whether a second run gave the same bits, memory between the elements included.
@@ -90,7 +89,7 @@ impl Dawn {
     }
 
     /// Runs each call twice, one after another. Some hundreds at a time: they lie in files until all are done.
-    pub fn run(&self, calls: &[(String, ExportedCall)]) -> Result<DawnRun> {
+    pub fn run(&self, calls: &[ExportedCall]) -> Result<DawnRun> {
         let began = Instant::now();
         let version = self.version()?;
         // Node looks for packages in the folders above the script.
@@ -100,7 +99,7 @@ impl Dawn {
         let script = root.join("dawn.mjs");
         std::fs::write(&script, SCRIPT).map_err(|error| failed(&script, &error))?;
         let folders: Vec<PathBuf> = (0..calls.len()).map(|n| root.join(n.to_string())).collect();
-        for ((_, call), folder) in calls.iter().zip(&folders) {
+        for (call, folder) in calls.iter().zip(&folders) {
             std::fs::create_dir(folder).map_err(|error| failed(folder, &error))?;
             call.save(folder)?;
         }
@@ -117,9 +116,8 @@ impl Dawn {
         }
         let mut adapter = None;
         let mut results = Vec::new();
-        for (n, ((id, call), folder)) in calls.iter().zip(&folders).enumerate() {
-            let mut result =
-                DawnResult { id: id.clone(), outputs: Ok(Vec::new()), same_bits: false, milliseconds: 0.0 };
+        for (n, (call, folder)) in calls.iter().zip(&folders).enumerate() {
+            let mut result = DawnResult { outputs: Ok(Vec::new()), same_bits: false, milliseconds: 0.0 };
             if let Some(why) = ended.remove(&n) {
                 result.outputs = Err(why);
             } else {
@@ -295,16 +293,16 @@ mod tests {
             let chosen = ruled(&gpu).method(methods[seed as usize % methods.len()]);
             // Not every cut takes every call.
             let exported = chosen.export(&q, &k, &v).or_else(|_| ruled(&gpu).export(&q, &k, &v)).unwrap();
-            calls.push((seed.to_string(), exported));
+            calls.push(exported);
             let [q, k, v] = call.operands(&Device::Cpu, &data, stored).unwrap();
             expected.push((ruled(&Device::Cpu).forward(&q, &k, &v).unwrap(), stored));
         }
         let run = dawn.run(&calls).unwrap();
         assert_eq!(run.results.len(), calls.len());
         let mut furthest = [0f64; 3];
-        for (result, (truth, stored)) in run.results.iter().zip(&expected) {
-            let outputs = result.outputs.as_ref().unwrap_or_else(|error| panic!("call {}: {error}", result.id));
-            assert!(result.same_bits && result.milliseconds > 0.0, "call {}", result.id);
+        for (n, (result, (truth, stored))) in run.results.iter().zip(&expected).enumerate() {
+            let outputs = result.outputs.as_ref().unwrap_or_else(|error| panic!("call {n}: {error}"));
+            assert!(result.same_bits && result.milliseconds > 0.0, "call {n}");
             for output in outputs {
                 let (tensor, tolerance) = match output.name.as_str() {
                     "output" => (Some(&truth.output), *stored),
@@ -312,13 +310,13 @@ mod tests {
                     _ => (truth.weights.as_ref(), *stored),
                 };
                 let tensor = tensor.unwrap();
-                assert_eq!(output.shape, tensor.shape(), "{} of call {}", output.name, result.id);
+                assert_eq!(output.shape, tensor.shape(), "{} of call {n}", output.name);
                 let truth: Vec<f64> = tensor.download().unwrap().into_iter().map(f64::from).collect();
                 let (off, at) = worst(&output.values, &truth);
                 // Where both round to storage, they may do so to neighbours.
                 furthest[tolerance as usize] = off.max(furthest[tolerance as usize]);
                 let tolerance = [3e-6, 1e-3, 8e-3][tolerance as usize];
-                assert!(off <= tolerance, "{} of call {} is off by {off:e} at {at}", output.name, result.id);
+                assert!(off <= tolerance, "{} of call {n} is off by {off:e} at {at}", output.name);
             }
         }
         let adapter = run.adapter.unwrap();
@@ -341,15 +339,15 @@ mod tests {
     fn what_dawn_refuses_is_told_and_the_rest_goes_on() {
         let Some(dawn) = dawn(20) else { return };
         let calls = [
-            ("whole", broken(|_| ())),
-            ("garbled", broken(|call| call.steps[0].wgsl.truncate(900))),
-            ("unaligned", broken(|call| call.steps[0].bindings[1].offset = 4)),
-            ("large", broken(|call| *call.limits.get_mut("maxBufferSize").unwrap() = 1 << 50)),
-            ("lanes", broken(|call| call.subgroup_min = Some(4096))),
-            ("endless", broken(|call| call.steps[0].wgsl = endless(&call.steps[0].wgsl))),
-            ("after", broken(|_| ())),
+            broken(|_| ()),
+            broken(|call| call.steps[0].wgsl.truncate(900)),
+            broken(|call| call.steps[0].bindings[1].offset = 4),
+            broken(|call| *call.limits.get_mut("maxBufferSize").unwrap() = 1 << 50),
+            broken(|call| call.subgroup_min = Some(4096)),
+            broken(|call| call.steps[0].wgsl = endless(&call.steps[0].wgsl)),
+            broken(|_| ()),
         ];
-        let run = dawn.run(&calls.map(|(id, call)| (id.to_string(), call))).unwrap();
+        let run = dawn.run(&calls).unwrap();
         let told: Vec<String> = (run.results.iter())
             .map(|result| match &result.outputs {
                 Ok(outputs) => format!("{} {:?}", outputs[0].name, &outputs[0].values[..2]),

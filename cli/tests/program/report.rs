@@ -28,6 +28,7 @@ fn result(adapter: usize, op: &str, variant: &str, storage: &str, n: usize, stat
         "failed" => {
             result["reason"] = "output is off\nby much, <b>&\u{1b}[2J".into();
             result["outputs"] = json!([output(json!("NaN"), false)]);
+            result["messages"] = json!(["VUID-1 <i>\u{1b}[2J"]);
         }
         "skipped" => {
             result["reason"] = "no SHADER_F16".into();
@@ -350,8 +351,16 @@ fn the_page_is_filtered_and_opened() {
     browser.click(&format!("{first}.querySelector('summary')"));
     browser.wait(&format!("{first}.querySelector('.inside') !== null"));
     let inside = browser.text(&format!("{first}.querySelector('.inside').innerText"));
-    for part in ["output is off\nby much, <b>&\\u{1b}[2J", "[0, 1, 2, 3]", "NaN", "−∞", "flash", "many keys", "12.5 ms"]
-    {
+    for part in [
+        "output is off\nby much, <b>&\\u{1b}[2J",
+        "[0, 1, 2, 3]",
+        "NaN",
+        "−∞",
+        "flash",
+        "many keys",
+        "12.5 ms",
+        "VUID-1 <i>\\u{1b}[2J",
+    ] {
         assert!(inside.contains(part), "{part} is not in {inside}");
     }
     let repro = browser.text(&format!("{first}.querySelector('code').textContent"));

@@ -22,6 +22,15 @@ pub fn software_drivers() -> Vec<PathBuf> {
         .collect()
 }
 
+/// Under Vulkan's validation layers, and with what it takes to hear them.
+const LAYERS: [(&str, &str); 2] = [("WGPU_VALIDATION", "1"), ("WGPU_DEBUG", "1")];
+
+/// What the layers said of a case. Layers that are older than WGSL do not know it by name, and say so of every module.
+fn complaints(result: &Value) -> Vec<&str> {
+    let all = result["messages"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    all.filter(|text| text.contains("VALIDATION") && !text.contains("Invalid source language operand: 10")).collect()
+}
+
 fn check(folder: &Path, more: &[&str]) -> (Ran, Value) {
     let ran = attn(folder, &[&["check", "--json", "report.json"], more].concat());
     (ran, report(folder))
@@ -51,7 +60,7 @@ fn the_quick_suite_passes_on_every_software_adapter_there_is() {
         true => attn(folder.path(), &["check", "--quick", "--json", "report.json"]),
         false => {
             let files = std::env::join_paths(&drivers).unwrap();
-            let env = [("VK_DRIVER_FILES", files.to_str().unwrap())];
+            let env = [&[("VK_DRIVER_FILES", files.to_str().unwrap())], &LAYERS[..]].concat();
             attn_with(folder.path(), &["check", "--quick", "--json", "report.json"], &env)
         }
     };
@@ -75,6 +84,7 @@ fn the_quick_suite_passes_on_every_software_adapter_there_is() {
         for result in passed {
             assert!(!result["outputs"].as_array().unwrap().is_empty(), "{result}");
             assert_eq!(result["same_bits"], true, "{result}");
+            assert!(complaints(result).is_empty(), "{result}");
         }
         if adapter["backend"] == "CPU" {
             continue;
@@ -92,6 +102,25 @@ fn the_quick_suite_passes_on_every_software_adapter_there_is() {
             assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
         }
     }
+}
+
+/// What makes the silence of the quick suite worth anything.
+#[test]
+fn a_broken_rule_is_heard_of_the_validation_layers() {
+    let folder = folder();
+    let args = ["check", "--quick", "--adapter", "vulkan", "--op", "attention", "--variant", "auto"];
+    let plant = ["--plant", "broken-rule", "--json", "report.json"];
+    let ran = attn_with(folder.path(), &[&args[..], &plant].concat(), &LAYERS);
+    let report = report(folder.path());
+    let lost = results(&report).iter().any(|result| result["messages"].to_string().contains("unable to find layer"));
+    if lost && std::env::var_os("CI").is_none() {
+        eprintln!("NOT TESTED: Vulkan's validation layers are not here; ./test installs them");
+        return;
+    }
+    assert_eq!(ran.status, Some(1), "{}", ran.stdout);
+    let [failed] = with_status(&report, "failed")[..] else { panic!("{}", ran.stdout) };
+    assert!(failed["reason"].as_str().unwrap().contains("VUID-VkBufferCreateInfo-size-00912"), "{failed}");
+    assert!(!complaints(failed).is_empty(), "{failed}");
 }
 
 #[test]
@@ -117,10 +146,14 @@ fn single_calls_come_out_of_dawn_too() {
     assert!(dawn["backend"].as_str().unwrap().starts_with("Dawn") && !dawn["limits"].is_null(), "{dawn}");
     let passed = with_status(&report, "passed").into_iter().filter(|result| result["adapter"] == 1).count();
     assert!(passed >= 10, "{passed}: {}", ran.stdout);
+    let alone = ["check", "--dawn", "--adapter", "0", "--repro"];
+    let ran = attn_with(folder.path(), &[&alone[..], &["alibi/causal/f32/1@auto"]].concat(), &env);
+    ran.succeeded();
+    assert!(ran.stdout.contains("passed: alibi/causal/f32/1@auto on dawn"), "{}", ran.stdout);
+    attn_with(folder.path(), &[&alone[..], &["torch/sdpa_dim005"]].concat(), &env).refused(1, "is no single call");
     // Without a word of where it is.
     let lost = attn_with(folder.path(), &[&args[..], &["--op", "alibi"]].concat(), &[("ATTN_DAWN", "")]);
-    assert_eq!(lost.status, Some(1));
-    assert!(lost.stdout.contains("--dawn needs ATTN_DAWN"), "{}", lost.stdout);
+    lost.refused(2, "--dawn needs ATTN_DAWN");
 }
 
 #[test]
@@ -248,6 +281,8 @@ fn cases_are_listed_chosen_and_run_alone() {
     refused(&["--repro", "attention/all/f16"], 2, "op/form/storage/seed is needed");
     refused(&["--repro", "attention/all/f16/7@fast"], 2, "is no method");
     refused(&["--shrink"], 2, "--repro");
+    refused(&["--list", "--json", "cases.json"], 2, "cannot be used with");
+    refused(&["--repro", "softmax/plain/f32/1", "--html", "case.html"], 2, "cannot be used with");
     refused(&["--quick", "--adapter", "cpu", "--op", "dancing"], 2, "no op \"dancing\"");
     refused(&["--quick", "--adapter", "cpu", "--filter", "no such case"], 1, "no case is left");
     refused(&["--quick", "--time-limit", "0"], 2, "--time-limit");

@@ -68,6 +68,7 @@ fn data(report: &Report) -> Value {
         .map(|result| {
             let outputs: Vec<Value> = result.outputs.iter().map(|output| row(output, &mut texts)).collect();
             let kernels: Vec<usize> = result.kernels.iter().map(|kernel| texts.put(kernel)).collect();
+            let messages: Vec<usize> = result.messages.iter().map(|message| texts.put(message)).collect();
             let repro = report.repro(result);
             let split = repro.find(" --repro ").unwrap_or(repro.len());
             json!([
@@ -83,6 +84,7 @@ fn data(report: &Report) -> Value {
                 result.same_bits,
                 kernels,
                 texts.put_some(&result.why),
+                messages,
                 result.workgroup,
                 result.subgroup,
                 number(result.milliseconds),

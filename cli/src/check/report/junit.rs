@@ -94,6 +94,9 @@ fn case(report: &Report, result: &CaseResult) -> TestCase {
     let mut case = TestCase::new(visible(&result.id), status);
     case.set_classname(visible(&format!("{}.{}.{}", result.op, result.variant, result.storage)));
     case.set_time(seconds(result.milliseconds / 1e3));
+    if !result.messages.is_empty() {
+        case.set_system_err(result.messages.iter().map(|message| visible(message)).collect::<Vec<_>>().join("\n"));
+    }
     case
 }
 

@@ -136,6 +136,9 @@ pub struct CaseResult {
     /// Why these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// What the driver or a validation layer said meanwhile: warnings and errors. An error fails the case.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<String>,
     /// Invocations of a workgroup of the first kernel, and of a subgroup as seen on the device for that size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workgroup: Option<u32>,
@@ -247,6 +250,9 @@ impl Report {
     /// backend.
     pub fn repro(&self, result: &CaseResult) -> String {
         let adapter = &self.adapters[result.adapter];
+        if adapter.backend.starts_with("Dawn") {
+            return format!("attn check --dawn --adapter 0 --repro {}", quoted(&result.id));
+        }
         let name = adapter.name.to_lowercase();
         let answers = |other: &&Adapter| other.backend != "CPU" && other.name.to_lowercase().contains(&name);
         let which = match adapter.backend.as_str() {

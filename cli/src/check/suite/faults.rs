@@ -1,8 +1,11 @@
 //! Faults made on purpose: the check is tested on them.
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use wgpu_attention::kernels::{Kernel, Variant};
+use wgpu_attention::{Device, wgpu};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Fault {
@@ -16,6 +19,8 @@ pub enum Fault {
     Hang,
     /// The driver brings the process down at the tenth case
     Crash,
+    /// Vulkan is asked for a buffer of no bytes in the tenth case: a validation layer has to say so
+    BrokenRule,
 }
 
 /// Where the faults of a driver strike.
@@ -28,10 +33,43 @@ impl Fault {
             Fault::SkippedKey => Some(skipped_key),
             Fault::MissingBarrier => Some(missing_barrier),
             Fault::F16Sums => Some(f16_sums),
-            Fault::Hang | Fault::Crash => None,
+            Fault::Hang | Fault::Crash | Fault::BrokenRule => None,
+        }
+    }
+
+    /// What the driver does when the tenth case begins.
+    pub fn strike(self, device: &Device) {
+        match self {
+            Fault::Hang => loop {
+                std::thread::sleep(Duration::from_secs(1));
+            },
+            Fault::Crash => std::process::abort(),
+            Fault::BrokenRule => {
+                if let Some(gpu) = device.gpu() {
+                    break_rule(gpu.device());
+                }
+            }
+            Fault::SkippedKey | Fault::MissingBarrier | Fault::F16Sums => {}
         }
     }
 }
+
+/// VUID-VkBufferCreateInfo-size-00912. Nothing is broken where the device is not Vulkan's.
+#[cfg(any(target_os = "linux", target_os = "windows", target_os = "android"))]
+fn break_rule(device: &wgpu::Device) {
+    // SAFETY: wgpu itself never breaks a rule, so it has to be done behind its back. The device is not destroyed
+    // here, and the buffer that the driver may make in spite of the rule is not used.
+    unsafe {
+        if let Some(device) = device.as_hal::<wgpu::hal::api::Vulkan>()
+            && let Ok(buffer) = device.raw_device().create_buffer(&Default::default(), None)
+        {
+            device.raw_device().destroy_buffer(buffer, None);
+        }
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "windows", target_os = "android")))]
+fn break_rule(_: &wgpu::Device) {}
 
 /// `text` with the one place that reads `from` changed; a kernel without it must not pass for a broken one.
 fn change(text: &str, from: &str, to: &str) -> Option<String> {

@@ -7,6 +7,7 @@ use wgpu_attention::kernels::Kernel;
 use wgpu_attention::{Device, Dtype, ExportedCall, Method, Traced};
 use wgpu_attention_conformance::{self as conformance, Case as Drawn, Expected, Got, bits};
 
+use super::messages::{self, Message};
 use super::plan::{self, Item, Work};
 use crate::check::case::Case;
 use crate::check::compare::{Comparison, compare, largest_finite};
@@ -195,6 +196,7 @@ pub fn blank(item: &Item) -> CaseResult {
         same_bits: None,
         kernels: Vec::new(),
         why: None,
+        messages: Vec::new(),
         workgroup: None,
         subgroup: None,
         milliseconds: 0.0,
@@ -238,7 +240,21 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
         Ok(Err(Stop::Error(error))) => result.reason = Some(error.to_string()),
         Ok(Ok(judged)) => conclude(&mut result, judged),
     }
+    hear(&mut result);
     result
+}
+
+/// What was said meanwhile, while the device opened too if this is the first case. Right numbers are no excuse for a
+/// broken rule.
+fn hear(result: &mut CaseResult) {
+    for Message { is_error, text } in messages::heard() {
+        if is_error && result.status == Status::Passed {
+            (result.status, result.reason) = (Status::Failed, Some(format!("driver or layer: {text}")));
+        }
+        if !result.messages.contains(&text) {
+            result.messages.push(text);
+        }
+    }
 }
 
 fn traced<T>(device: &Device, work: impl FnOnce() -> T) -> (T, Vec<Traced>) {

@@ -3,7 +3,9 @@
 mod faults;
 mod judge;
 mod known;
+mod messages;
 mod observe;
+mod on_dawn;
 mod plan;
 mod shrink;
 mod worker;
@@ -36,7 +38,7 @@ pub struct SuiteArgs {
     #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
     variants: Vec<String>,
     /// Print the cases, and run none
-    #[arg(long)]
+    #[arg(long, conflicts_with = "Forms")]
     list: bool,
     /// What random cases are drawn from
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -45,10 +47,10 @@ pub struct SuiteArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     time_limit: u64,
     /// Run one case, by the id that a report gives
-    #[arg(long, value_name = "CASE-ID")]
+    #[arg(long, value_name = "CASE-ID", conflicts_with = "Forms")]
     repro: Option<String>,
     /// Make the case of --repro as small as it still fails, and print all that a bug report needs
-    #[arg(long, requires = "repro")]
+    #[arg(long, requires = "repro", conflicts_with = "dawn")]
     shrink: bool,
     /// Known faults of drivers, instead of those that the program carries
     #[arg(long, value_name = "FILE")]
@@ -171,6 +173,15 @@ fn places(adapter: Option<&str>, limit: Duration) -> Result<(Vec<Place>, Vec<Ada
     }
 }
 
+/// The first adapter, which Dawn's plans are made on.
+fn planner(places: &[Place]) -> Result<usize> {
+    let index = |place: &Place| if let Place::Gpu { index, .. } = place { Some(*index) } else { None };
+    match places.iter().find_map(index) {
+        Some(index) => Ok(index),
+        None => usage!("--dawn needs an adapter that plans are made for"),
+    }
+}
+
 /// The cases of one adapter, however its driver behaves.
 fn run_place(
     place: &Place,
@@ -249,12 +260,8 @@ fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<
     }
     let (mut places, broken) = places(adapter, Duration::from_secs(args.time_limit))?;
     if args.dawn {
-        let planner = places.iter().find_map(|place| match place {
-            Place::Gpu { index, .. } => Some(*index),
-            _ => None,
-        });
-        let Some(index) = planner else { usage!("--dawn needs an adapter that plans are made for") };
-        places.push(Place::Dawn { index });
+        on_dawn::dawn()?;
+        places.push(Place::Dawn { index: planner(&places)? });
     }
     let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
     let mut report = Report {
@@ -298,6 +305,17 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
         Some(which) if which.eq_ignore_ascii_case("all") => usage!("--repro runs on one adapter"),
         _ => places(adapter, limit)?.0.remove(0),
     };
+    messages::listen();
+    if args.dawn {
+        let (dawn, index) = (on_dawn::dawn()?, planner(&[place])?);
+        let place = Place::Dawn { index };
+        let (adapter, mut results) = on_dawn::run(&dawn, &on_dawn::planner(index, args.plant)?, &[item])?;
+        for result in &mut results {
+            issues.apply(&adapter.clone().unwrap_or_default(), result);
+            print(result, &place);
+        }
+        return Ok(Tally::of(&results).is_good());
+    }
     let device = worker::open(&place, args.plant).map_err(Error::Failed)?;
     let mut result = judge::run(&item, &device);
     issues.apply(&observe::adapter(&device), &mut result);
@@ -322,6 +340,9 @@ fn print(result: &CaseResult, place: &Place) {
     }
     for kernel in &result.kernels {
         anstream::println!("  kernel: {kernel}");
+    }
+    for message in &result.messages {
+        anstream::println!("  driver or layer: {message}");
     }
     for one in &result.outputs {
         anstream::println!(

@@ -47,18 +47,6 @@ pub fn ops() -> impl Iterator<Item = &'static str> {
     ["onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
 }
 
-/// The items that are one forward call, which another implementation of WebGPU can run as a plan.
-pub fn exportable(device: &Device, selection: &Selection) -> Vec<(Item, Drawn)> {
-    let drawn = |item: Item| match &item.work {
-        Work::Drawn(case) if case.op.is_one_call() => {
-            let case = case.clone();
-            Some((item, case))
-        }
-        _ => None,
-    };
-    items(device, selection).into_iter().filter_map(drawn).collect()
-}
-
 /// A method as an id writes it.
 pub fn variant(method: Method) -> String {
     match method {

@@ -11,13 +11,12 @@ use serde::{Deserialize, Serialize};
 use wgpu_attention::{Device, Gpu, GpuOptions};
 
 use super::faults::{Fault, STRIKES_AT};
+use super::on_dawn::PLANS;
 use super::plan::{Item, Selection, items};
-use super::{judge, observe, plan};
-use crate::check::dawn::Dawn;
+use super::{judge, messages, observe, on_dawn};
 use crate::check::report::{Adapter, CaseResult};
-use crate::error::{Error, Result, usage};
+use crate::error::{Error, Result};
 use crate::target::backend_name;
-use wgpu_attention_conformance::Case as Drawn;
 
 /// What a worker is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -117,34 +116,21 @@ pub fn work(order: &str) -> Result<bool> {
                 tell(&Line::Refused(reason.to_string()));
             }
         }
-        Order::Run { on, selection, from, fault } => match open(&on, fault) {
-            Err(reason) => tell(&Line::Refused(reason)),
-            Ok(device) => run(&device, &items(&device, &selection), from, fault),
-        },
+        Order::Run { on, selection, from, fault } => {
+            messages::listen();
+            match open(&on, fault) {
+                Err(reason) => tell(&Line::Refused(reason)),
+                Ok(device) => run(&device, &items(&device, &selection), from, fault),
+            }
+        }
     }
     Ok(true)
 }
 
-/// Plans that one process of Node runs: few, so that the report hears of them in time.
-const PLANS: usize = 8;
-/// For both runs of one plan.
-const PLAN_LIMIT: Duration = Duration::from_secs(60);
-
 fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<Fault>) -> Result<()> {
-    let Some(dawn) = Dawn::from_environment(PLAN_LIMIT) else {
-        usage!(
-            "--dawn needs ATTN_DAWN, a folder with node_modules/webgpu (tests/portability/install-dawn makes \
-             target/portability one), and where Dawn shall have another Vulkan driver, ATTN_DAWN_DRIVER, its manifest"
-        );
-    };
-    let options = GpuOptions {
-        adapter: Some(index.to_string()),
-        without_subgroups: true,
-        limits: Some(wgpu_attention::wgpu::Limits::default()),
-        rewrite: fault.and_then(Fault::rewrite),
-    };
-    let device = Device::Gpu(Gpu::with_options(&options)?);
-    let items = plan::exportable(&device, selection);
+    let dawn = on_dawn::dawn()?;
+    let device = on_dawn::planner(index, fault)?;
+    let items = on_dawn::items(items(&device, selection));
     let unknown = Adapter { name: "Dawn".into(), backend: "Dawn".into(), ..Adapter::default() };
     tell(&Line::Adapter { adapter: unknown, items: items.len() });
     for (n, part) in items.chunks(PLANS).enumerate() {
@@ -152,22 +138,13 @@ fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<F
         if first + part.len() <= from {
             continue;
         }
-        tell(&Line::Start { at: first, blank: judge::blank(&part[0].0) });
-        let export = |(item, case): &(Item, Drawn)| -> Result<_> {
-            let call = case.export(&device, item.method)?;
-            Ok((item.id(), call.ok_or_else(|| Error::Failed(format!("{case} is no single call")))?))
-        };
-        let calls = part.iter().map(export).collect::<Result<Vec<_>>>()?;
-        let run = dawn.run(&calls)?;
-        if let Some(adapter) = run.adapter {
+        tell(&Line::Start { at: first, blank: judge::blank(&part[0]) });
+        let (adapter, results) = on_dawn::run(&dawn, &device, part)?;
+        if let Some(adapter) = adapter {
             tell(&Line::Adapter { adapter, items: items.len() });
         }
-        for (at, ((item, case), (id, call))) in part.iter().zip(&calls).enumerate() {
-            if let Some(found) = run.results.iter().find(|found| found.id == *id)
-                && first + at >= from
-            {
-                tell(&Line::Result(judge::dawn(item, case, call, found)));
-            }
+        for result in results.into_iter().skip(from.saturating_sub(first)) {
+            tell(&Line::Result(result));
         }
     }
     tell(&Line::End(Vec::new()));
@@ -179,12 +156,10 @@ fn run(device: &Device, items: &[Item], from: usize, fault: Option<Fault>) {
     let mut seen = BTreeMap::new();
     for (at, item) in items.iter().enumerate().skip(from) {
         tell(&Line::Start { at, blank: judge::blank(item) });
-        match fault {
-            Some(Fault::Hang) if at == STRIKES_AT => loop {
-                std::thread::sleep(Duration::from_secs(1));
-            },
-            Some(Fault::Crash) if at == STRIKES_AT => std::process::abort(),
-            _ => {}
+        if let Some(fault) = fault
+            && at == STRIKES_AT
+        {
+            fault.strike(device);
         }
         let mut result = judge::run(item, device);
         if let (Some(gpu), Some(workgroup)) = (device.gpu(), result.workgroup) {

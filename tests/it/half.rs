@@ -1,9 +1,7 @@
 //! f16 and bf16 storage on every device.
 
-mod kit;
-
+use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus};
 use half::{bf16, f16};
-use kit::{Call, Order, assert_close, bits, devices, gpus};
 use wgpu_attention::problem::{MaskMeaning, Positions};
 use wgpu_attention::{Align, Attention, Dtype, Element, Mask, Method, Tensor, Weights};
 

@@ -1,27 +1,26 @@
 //! The guide for learners: every page prints what its lesson prints, on every device, its pictures are those that
 //! the lesson draws, and its links lead somewhere. Its Rust blocks are doctests (`src/lib.rs`).
 
-mod kit;
-#[path = "../examples/lesson_1.rs"]
+#[path = "../../examples/lesson_1.rs"]
 #[allow(dead_code, clippy::duplicate_mod, reason = "a program of its own, run here as a module")]
 mod lesson_1;
-#[path = "../examples/lesson_2.rs"]
+#[path = "../../examples/lesson_2.rs"]
 #[allow(dead_code, clippy::duplicate_mod, reason = "a program of its own, run here as a module")]
 mod lesson_2;
-#[path = "../examples/lesson_3.rs"]
+#[path = "../../examples/lesson_3.rs"]
 #[allow(dead_code, clippy::duplicate_mod, reason = "a program of its own, run here as a module")]
 mod lesson_3;
-#[path = "../examples/lesson_4.rs"]
+#[path = "../../examples/lesson_4.rs"]
 #[allow(dead_code, clippy::duplicate_mod, reason = "a program of its own, run here as a module")]
 mod lesson_4;
-#[path = "../examples/lesson_5.rs"]
+#[path = "../../examples/lesson_5.rs"]
 #[allow(dead_code, clippy::duplicate_mod, reason = "a program of its own, run here as a module")]
 mod lesson_5;
 
 use std::path::{Path, PathBuf};
 
+use crate::kit::devices;
 use image::RgbImage;
-use kit::devices;
 use wgpu_attention::Device;
 
 type Lesson = fn(&Device, &mut String) -> Result<RgbImage, Box<dyn std::error::Error>>;
@@ -185,7 +184,7 @@ fn links(page: &str) -> Vec<&str> {
 
 #[test]
 fn links_and_pictures_are_there() {
-    let library = include_str!("../src/lib.rs");
+    let library = include_str!("../../src/lib.rs");
     let index = page("README");
     for name in PAGES {
         let text = page(name);
@@ -204,6 +203,6 @@ fn links_and_pictures_are_there() {
         assert!(links(&text).contains(&format!("{name}.png").as_str()), "{name}.md does not show its picture");
         assert!(picture.len() < 120_000, "{name}.png has {} bytes", picture.len());
     }
-    let readme = include_str!("../README.md");
+    let readme = include_str!("../../README.md");
     assert!(links(readme).contains(&"docs/guide/README.md"), "the README does not lead to the guide");
 }

@@ -1,8 +1,6 @@
 //! The layer on every device, against projections and attention in f64.
 
-mod kit;
-
-use kit::{assert_close, bits, devices, gpus, noise};
+use crate::kit::{assert_close, bits, devices, gpus, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};

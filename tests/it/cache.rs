@@ -1,8 +1,6 @@
 //! The key/value cache and the merge of two results, on every device of this machine.
 
-mod kit;
-
-use kit::{Call, Order, assert_close, devices, gpus, noise, place};
+use crate::kit::{Call, Order, assert_close, devices, gpus, noise, place};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Align, Positions};

@@ -1,8 +1,6 @@
 //! What the tests share: every device of this machine, and the random calls of `conformance`.
-#![allow(dead_code, reason = "each test file uses its part")]
 
 use wgpu_attention::{Device, Gpu, GpuOptions, wgpu};
-#[allow(unused_imports, reason = "each test file uses its part")]
 pub use wgpu_attention_conformance::{Call, Data, Order, assert_close, bits, noise, place, worst};
 
 /// Every adapter, each with and without its subgroup kernels, and the CPU backend. No adapter at all

@@ -1,8 +1,6 @@
 //! Biases by distance inside the kernels, against the same biases stored, on every device.
 
-mod kit;
-
-use kit::{Call, assert_close, bits, devices, noise};
+use crate::kit::{Call, assert_close, bits, devices, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::alibi;

@@ -1,8 +1,7 @@
 //! The tuner: what it tries, what it keeps, and what it believes. Never how fast.
 #![cfg(feature = "tune")]
 
-mod kit;
-
+use crate::kit;
 use std::path::Path;
 
 use wgpu_attention::{Align, Attention, Device, Error, Gpu, Mask, Method, Tensor, Tuned, Weights};

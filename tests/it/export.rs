@@ -1,9 +1,7 @@
 //! Exported calls, run by nothing but wgpu.
 #![cfg(feature = "export")]
 
-mod kit;
-
-use kit::{Call, bits};
+use crate::kit::{self, Call, bits};
 use wgpu::util::DeviceExt;
 use wgpu_attention::position::{Rotary, RotaryConfig, alibi};
 use wgpu_attention::{

@@ -1,9 +1,7 @@
 //! Positional methods on every device, held against the formulas in f64.
 
-mod kit;
-
+use crate::kit::{self, Order, assert_close, bits, devices, gpus, noise, place};
 use half::{bf16, f16};
-use kit::{Order, assert_close, bits, devices, gpus, noise, place};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::alibi::{self, slopes};

@@ -1,8 +1,6 @@
 //! Attention on every device of this machine, against the f64 truth.
 
-mod kit;
-
-use kit::{Call, Order, assert_close, bits, devices, gpus, noise};
+use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
@@ -25,7 +23,7 @@ fn the_comparer_can_fail() {
 fn random_calls_match_the_truth() {
     for (name, device) in devices() {
         // Each call compiles its own kernels on an adapter, for seconds where no driver cache is warm: there
-        // tests/sweep.rs draws many calls for few kernels.
+        // tests/it/sweep.rs draws many calls for few kernels.
         let calls = if matches!(device, Device::Cpu) { 400 } else { 8 };
         for seed in 0..calls {
             Call::random(seed).check(&name, &device, TOLERANCE);

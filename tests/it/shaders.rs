@@ -6,7 +6,7 @@ use translate::{translate, validate};
 use wgpu_attention::kernels::catalogue::{self, Kernel};
 use wgpu_attention::kernels::{blocks, params};
 
-#[path = "portability/translate.rs"]
+#[path = "../portability/translate.rs"]
 mod translate;
 
 #[test]

@@ -1,9 +1,7 @@
 //! A learned sink per head: one more score without a value, on every device against the f64 truth.
 
-mod kit;
-
+use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus, limited};
 use half::f16;
-use kit::{Call, Order, assert_close, bits, devices, gpus, limited};
 use wgpu_attention::problem::{MaskMeaning, Positions};
 use wgpu_attention::{
     Align, Attention, Cut, Device, Dtype, Inspect, KvCache, KvCacheConfig, Method, MultiHeadAttention, MultiHeadConfig,

@@ -1,8 +1,6 @@
 //! Work larger than an adapter's limits: cut into slices, folded, or refused with the numbers.
 
-mod kit;
-
-use kit::{Call, Order, gpus, limited};
+use crate::kit::{self, Call, Order, gpus, limited};
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
 use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot, params};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};

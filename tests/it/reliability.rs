@@ -1,11 +1,9 @@
 //! Faults: lost devices, made-up limits, refused memory, time-outs, threads. Each ends in an error of its own kind
 //! or in the right result.
 
-mod kit;
-
 use std::time::{Duration, Instant};
 
-use kit::{Call, assert_close, gpus, limited};
+use crate::kit::{Call, assert_close, gpus, limited};
 use wgpu_attention::{
     Attention, Device, Error, Gpu, GpuOptions, KvCache, KvCacheConfig, Method, MultiHeadAttention, MultiHeadConfig,
     Result, StateDict, Tensor, Weights, merge, softmax, wgpu,
@@ -14,9 +12,9 @@ use wgpu_attention_conformance::{FORMS, draw};
 
 const TOLERANCE: f64 = 3e-6;
 
-/// Long enough for a software adapter to be caught at work.
-fn long(device: &Device) -> [Tensor; 3] {
-    let shape = [1, 8, 512, 64];
+/// Q, K and V of equal rows; 512 are enough to catch a software adapter at work.
+fn rows(device: &Device, len: usize) -> [Tensor; 3] {
+    let shape = [1, 8, len, 64];
     let values = vec![0.5f32; shape.iter().product()];
     [0, 1, 2].map(|_| Tensor::from_slice(device, &shape, &values).unwrap())
 }
@@ -103,7 +101,7 @@ fn a_device_lost_at_any_moment_is_a_typed_error_and_a_new_one_works() {
             let lse = done.lse.unwrap();
             let mut in_flight = None;
             if !matches!(moment, Moment::Idle) {
-                let [q, k, v] = long(&device);
+                let [q, k, v] = rows(&device, 512);
                 in_flight = Some(Attention::new().forward(&q, &k, &v).unwrap());
             }
             if matches!(moment, Moment::Done) {
@@ -170,22 +168,21 @@ fn a_wait_that_ends_early_leaves_the_device_as_it_was() {
         gpu.wait_for(Duration::from_secs(60)).unwrap();
         // Nothing is at work: no time is enough.
         gpu.wait_for(Duration::ZERO).unwrap();
-        let [q, k, v] = long(&device);
-        let attention = Attention::new().method(Method::ThreePasses);
-        // The first call compiles.
-        attention.forward(&q, &k, &v).unwrap().output.download().unwrap();
+        // One dispatch of 137 G operations: over a second on two cores.
+        let [q, k, v] = rows(&device, 8192);
         let began = Instant::now();
-        let outputs: Vec<_> = (0..6).map(|_| attention.forward(&q, &k, &v).unwrap().output).collect();
+        let output = Attention::new().forward(&q, &k, &v).unwrap().output;
         let submitted = began.elapsed();
-        let most = Duration::from_millis(2);
+        let most = Duration::from_millis(20);
         let early = gpu.wait_for(most);
         let waited = began.elapsed() - submitted;
         println!("{name}: submitted in {submitted:?}, waited {waited:?}: {early:?}");
         match early {
             Err(Error::TimedOut { ref adapter, after }) => {
                 assert_eq!((adapter, after), (&gpu.info().name, most));
-                assert!(waited < Duration::from_secs(5), "{name}: {waited:?}");
+                assert!(waited < Duration::from_secs(1), "{name}: {waited:?}");
                 gpu.wait_for(Duration::from_secs(300)).unwrap();
+                println!("{name}: all of it took {:?}", began.elapsed() - submitted);
             }
             // Done already: a fast GPU, or a driver that computes while it takes the work.
             Ok(()) => {
@@ -195,9 +192,7 @@ fn a_wait_that_ends_early_leaves_the_device_as_it_was() {
             }
             other => panic!("{name}: {other:?}"),
         }
-        for output in outputs {
-            assert!(output.download().unwrap().iter().all(|&x| (x - 0.5).abs() < 1e-5), "{name}");
-        }
+        assert!(output.download().unwrap().iter().all(|&x| (x - 0.5).abs() < 1e-5), "{name}");
     }
 }
 
@@ -230,7 +225,7 @@ fn threads_share_one_device() {
 fn what_is_dropped_while_it_is_at_work_harms_nothing() {
     for (name, gpu) in opened() {
         let device = Device::from(&gpu);
-        let [q, k, v] = long(&device);
+        let [q, k, v] = rows(&device, 512);
         for _ in 0..3 {
             // Results nobody waits for go back to the pool; the next upload of that size gets their memory.
             drop(Attention::new().forward(&q, &k, &v).unwrap());
@@ -245,7 +240,7 @@ fn what_is_dropped_while_it_is_at_work_harms_nothing() {
     }
     for (_, open) in devices() {
         let device = Device::Gpu(open());
-        let [q, k, v] = long(&device);
+        let [q, k, v] = rows(&device, 512);
         drop(Attention::new().forward(&q, &k, &v).unwrap());
     }
 }

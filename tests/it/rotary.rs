@@ -1,8 +1,6 @@
 //! Rotary positions of attention, layers and caches, against turning by hand, on every device.
 
-mod kit;
-
-use kit::{bits, devices, noise, worst};
+use crate::kit::{bits, devices, noise, worst};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, TokenPositions};

@@ -1,9 +1,7 @@
 //! Ragged batches: sequences one behind another, on every device, against the truth of each alone.
 
-mod kit;
-
+use crate::kit::{self, Call, Order, assert_close, bits, devices};
 use half::f16;
-use kit::{Call, Order, assert_close, bits, devices};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::kernels::Cut;

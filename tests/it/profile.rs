@@ -1,7 +1,6 @@
 //! What the library tells about its own calls: kernels, the adapter's clock, and the adapter's ceiling.
 
-mod kit;
-
+use crate::kit;
 use std::time::Instant;
 
 use wgpu_attention::{Attention, Method, MultiHeadAttention, MultiHeadConfig, Tensor, Weights, wgpu};

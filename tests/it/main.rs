@@ -1,0 +1,23 @@
+//! The library from outside, on every adapter of this machine and on the CPU backend. One program: its tests share
+//! the cores, and everything is linked once.
+
+mod attention;
+mod cache;
+mod distance;
+mod export;
+mod guide;
+mod half;
+mod inspect;
+mod kit;
+mod limits;
+mod multi_head;
+mod packed;
+mod position;
+mod profile;
+mod reliability;
+mod rotary;
+mod shaders;
+mod shapes;
+mod sink;
+mod sweep;
+mod tune;
