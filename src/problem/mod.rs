@@ -360,13 +360,14 @@ impl Positions {
                 Err(shape_error!("{name} has {len} entries for a batch of {batch}; one per batch entry is needed"))
             }
         };
+        // There is a band even where an empty batch has none to ask for.
         let offsets = match &self.align {
             Align::TopLeft => vec![0],
             Align::BottomRight => vec![keys as i64 - len_q as i64],
             Align::Offset(offset) => vec![*offset],
             Align::PerBatch(offsets) => {
                 per_batch("the list of offsets", offsets.len())?;
-                offsets.clone()
+                if batch == 0 { vec![0] } else { offsets.clone() }
             }
         };
         let lengths = match &self.key_lengths {
@@ -376,7 +377,7 @@ impl Positions {
                 if let Some((b, len)) = lengths.iter().enumerate().find(|&(_, &len)| len > keys) {
                     return Err(shape_error!("key_lengths[{b}] = {len} is more than len_k = {keys}"));
                 }
-                lengths.clone()
+                if batch == 0 { vec![keys] } else { lengths.clone() }
             }
         };
         // Sums in 128 bits, then clamped: beyond ±2^30 a bound hides everything or nothing anyway.

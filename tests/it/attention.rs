@@ -38,7 +38,7 @@ fn every_width_up_to_512() {
         // call can return at two of them.
         let widths: Vec<usize> = match device {
             Device::Cpu => (1..=512).collect(),
-            _ => vec![6, 31, 63, 96, 127, 160, 255, 257, 320, 384, 511, 512],
+            _ => vec![6, 31, 63, 96, 160, 257, 384, 512],
         };
         for dim in widths {
             let call = Call::plain([1, 1, 5, dim], [1, 1, 9, dim], [1, 1, 9, dim]);

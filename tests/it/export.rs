@@ -119,7 +119,7 @@ fn replayed_calls_give_the_same_bits() {
         let device = Device::Gpu(gpu.clone());
         let methods = Method::every(gpu.capabilities());
         let limits = gpu.device().limits();
-        for seed in 0..9 {
+        for seed in 0..6 {
             let call = Call::random(seed);
             let data = call.data();
             let stored = [Dtype::F32, Dtype::F16, Dtype::BF16][seed as usize % 3];

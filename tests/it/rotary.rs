@@ -60,8 +60,8 @@ fn attention_turns_what_it_is_given() {
                 if let Device::Gpu(gpu) = &device
                     && starts == [5, 30]
                 {
-                    // While they are read, by every cut, and before in three passes.
-                    for method in Method::every(gpu.capabilities()) {
+                    // While they are read, by every cut, and before in three passes; every other one in turn.
+                    for method in Method::every(gpu.capabilities()).into_iter().skip(n % 2).step_by(2) {
                         let what = format!("{what}, {method}");
                         let (attended, profile) = turning.clone().method(method).forward_profiled(&q, &k, &v).unwrap();
                         assert_same(&what, &attended.output, &expected.output);

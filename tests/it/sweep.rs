@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::kit::{self, devices, worst};
+use crate::kit::{self, all_devices, worst};
 use wgpu_attention::{Device, Dtype, Method};
 use wgpu_attention_conformance::{cases, rounding};
 
@@ -52,7 +52,7 @@ fn hundreds_of_calls_through_every_way() {
     // Side by side: most of it is drivers that compile, each on one core.
     let total: usize = std::thread::scope(|scope| {
         let runs: Vec<_> =
-            devices().into_iter().map(|(name, device)| scope.spawn(move || sweep(&name, &device))).collect();
+            all_devices().into_iter().map(|(name, device)| scope.spawn(move || sweep(&name, &device))).collect();
         runs.into_iter().map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).sum()
     });
     println!("{total} cases in all");
