@@ -19,5 +19,4 @@ mod rotary;
 mod shaders;
 mod shapes;
 mod sink;
-mod sweep;
 mod tune;

@@ -6,20 +6,24 @@ use serde_json::Value;
 
 use crate::kit::{Ran, attn, attn_with, folder};
 
-/// The driver files of Mesa's software adapter and of Chromium's, where they are.
-pub fn software_drivers() -> Vec<PathBuf> {
-    let found = |folder: &str, starts: &str| {
-        let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        let is_it = |path: &PathBuf| {
-            path.extension().is_some_and(|ending| ending == "json")
-                && path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(starts))
-        };
-        files.into_iter().find(is_it)
+/// A driver's manifest, if it is there.
+fn driver(folder: &str, starts: &str) -> Option<String> {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_it = |path: &PathBuf| {
+        path.extension().is_some_and(|ending| ending == "json")
+            && path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(starts))
     };
-    [("/usr/share/vulkan/icd.d", "lvp"), ("/usr/lib/chromium", "vk_swiftshader")]
-        .into_iter()
-        .filter_map(|(folder, starts)| found(folder, starts))
-        .collect()
+    Some(files.into_iter().find(is_it)?.to_str()?.to_string())
+}
+
+/// Mesa's software adapter.
+fn lavapipe() -> Option<String> {
+    driver("/usr/share/vulkan/icd.d", "lvp")
+}
+
+/// Chromium's.
+fn swiftshader() -> Option<String> {
+    driver("/usr/lib/chromium", "vk_swiftshader")
 }
 
 /// Under Vulkan's validation layers, and with what it takes to hear them.
@@ -48,22 +52,18 @@ fn with_status<'a>(report: &'a Value, status: &str) -> Vec<&'a Value> {
     results(report).iter().filter(|result| result["status"] == status).collect()
 }
 
-#[test]
-fn the_quick_suite_passes_on_every_software_adapter_there_is() {
+/// Runs the quick suite on a software driver if it is there, else on what this machine has; gives the backends.
+fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
+    assert!(
+        driver.is_some() || std::env::var_os("CI").is_none(),
+        "the software drivers of Mesa and Chromium are needed"
+    );
     let folder = folder();
-    let drivers = software_drivers();
-    if std::env::var_os("CI").is_some() {
-        assert_eq!(drivers.len(), 2, "Mesa's and Chromium's software drivers are needed: {drivers:?}");
-    }
-    let ran = match drivers.is_empty() {
-        // Another machine: what it has.
-        true => attn(folder.path(), &["check", "--quick", "--json", "report.json"]),
-        false => {
-            let files = std::env::join_paths(&drivers).unwrap();
-            let env = [&[("VK_DRIVER_FILES", files.to_str().unwrap())], &LAYERS[..]].concat();
-            attn_with(folder.path(), &["check", "--quick", "--json", "report.json"], &env)
-        }
-    };
+    // Compiled as everywhere, whatever makes other tests quicker.
+    let mut env = [&LAYERS[..], &[("GALLIVM_PERF", "")]].concat();
+    env.extend(driver.iter().map(|file| ("VK_DRIVER_FILES", file.as_str())));
+    let args = ["check", "--quick", "--json", "report.json"];
+    let ran = attn_with(folder.path(), &[&args[..], more].concat(), &env);
     ran.succeeded();
     let report = report(folder.path());
     assert_eq!(
@@ -74,9 +74,6 @@ fn the_quick_suite_passes_on_every_software_adapter_there_is() {
         assert!(report[name].as_str().unwrap().starts_with(versions), "{}", report[name]);
     }
     let adapters = report["adapters"].as_array().unwrap();
-    let backends: Vec<&str> = adapters.iter().map(|adapter| adapter["backend"].as_str().unwrap()).collect();
-    let vulkan = backends.iter().filter(|backend| **backend == "Vulkan").count();
-    assert!(vulkan >= drivers.len() && backends.contains(&"CPU"), "{backends:?}");
     for (at, adapter) in adapters.iter().enumerate() {
         let of_it: Vec<&Value> = results(&report).iter().filter(|result| result["adapter"] == at).collect();
         let passed: Vec<&&Value> = of_it.iter().filter(|result| result["status"] == "passed").collect();
@@ -102,13 +99,32 @@ fn the_quick_suite_passes_on_every_software_adapter_there_is() {
             assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
         }
     }
+    adapters.iter().map(|adapter| adapter["backend"].as_str().unwrap().to_string()).collect()
+}
+
+// Two tests, so that two cores compile.
+
+#[test]
+fn the_quick_suite_passes_on_mesa_and_the_cpu_backend() {
+    let backends = quick_suite(lavapipe(), &[]);
+    assert!(backends.len() >= 2 && backends.contains(&"CPU".to_string()), "{backends:?}");
+    if lavapipe().is_some() {
+        assert!(backends.contains(&"Vulkan".into()) && backends.contains(&"GL".into()), "{backends:?}");
+    }
+}
+
+#[test]
+fn the_quick_suite_passes_on_swiftshader() {
+    if swiftshader().is_some() || std::env::var_os("CI").is_some() {
+        assert_eq!(quick_suite(swiftshader(), &["--adapter", "vulkan"]), ["Vulkan"]);
+    }
 }
 
 /// What makes the silence of the quick suite worth anything.
 #[test]
 fn a_broken_rule_is_heard_of_the_validation_layers() {
     let folder = folder();
-    let args = ["check", "--quick", "--adapter", "vulkan", "--op", "attention", "--variant", "auto"];
+    let args = ["check", "--quick", "--adapter", "vulkan", "--op", "alibi", "--op", "t5"];
     let plant = ["--plant", "broken-rule", "--json", "report.json"];
     let ran = attn_with(folder.path(), &[&args[..], &plant].concat(), &LAYERS);
     let report = report(folder.path());
@@ -119,8 +135,8 @@ fn a_broken_rule_is_heard_of_the_validation_layers() {
     }
     assert_eq!(ran.status, Some(1), "{}", ran.stdout);
     let [failed] = with_status(&report, "failed")[..] else { panic!("{}", ran.stdout) };
-    assert!(failed["reason"].as_str().unwrap().contains("VUID-VkBufferCreateInfo-size-00912"), "{failed}");
-    assert!(!complaints(failed).is_empty(), "{failed}");
+    assert!(failed["reason"].as_str().unwrap().contains("VUID-VkBufferCreateInfo-"), "{failed}");
+    assert!(complaints(failed).iter().any(|text| text.contains("VUID-VkBufferCreateInfo-size-00912")), "{failed}");
 }
 
 #[test]
@@ -133,9 +149,8 @@ fn single_calls_come_out_of_dawn_too() {
     }
     let folder = folder();
     // Dawn refuses lavapipe before Mesa 23.2.
-    let drivers = software_drivers();
-    let driver = drivers.last().map_or("", |driver| driver.to_str().unwrap());
-    let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver)];
+    let driver = swiftshader().unwrap_or_default();
+    let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver.as_str())];
     let args = ["check", "--quick", "--dawn", "--adapter", "0", "--json", "report.json"];
     let some =
         ["--op", "alibi", "--op", "rotary", "--op", "attention", "--variant", "fused", "--variant", "rows4x64/keys32"];
