@@ -29,10 +29,10 @@ fn every_method_passes_every_case_on_the_first_adapter() {
         serde_json::from_slice(&std::fs::read(cases("torch").join("index.json")).unwrap()).unwrap();
     let wide = "sdpa_dim255";
     let names = index.as_array().unwrap().iter().map(|case| case["name"].as_str().unwrap());
-    // Each compiles kernels of its own for every method, minutes for all of them: every fourth.
-    let narrow: Vec<&str> = names.filter(|&name| name != wide).step_by(4).collect();
+    // Each compiles kernels of its own for every method, minutes for all of them: every sixth.
+    let narrow: Vec<&str> = names.filter(|&name| name != wide).step_by(6).collect();
     let packed = narrow.iter().filter(|name| name.contains("varlen")).count();
-    assert!(narrow.len() == 24 && packed > 0, "{narrow:?}");
+    assert!(narrow.len() == 16 && packed > 0, "{narrow:?}");
     let by_fused = format!("{} passed, 0 failed, 0 skipped", narrow.len());
     let by_passes = format!("{} passed, 0 failed, {packed} skipped", narrow.len() - packed);
     for name in narrow {
