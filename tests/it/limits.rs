@@ -15,6 +15,26 @@ fn problem(q: [usize; 4], k: [usize; 4]) -> Problem {
     Problem::new(&q, &k, &k, None, None, &Positions::default(), 0).unwrap()
 }
 
+/// Keys that are their own values, without any rule; with the LSE.
+fn plain<'a>(q: &'a Layout, k: &'a Layout) -> AttentionOperands<'a> {
+    AttentionOperands {
+        q: q.into(),
+        k: k.into(),
+        v: k.into(),
+        output: q.into(),
+        masks: vec![],
+        biases: vec![],
+        relative: None,
+        rotary: None,
+        sink: None,
+        lse: true,
+        weights: false,
+        averaged: false,
+        stage: None,
+        method: Method::Auto,
+    }
+}
+
 /// Plans a plain call with `masks` boolean masks and `biases` biases of full size in three passes; what
 /// fits them must fit with fused kernels too, by themselves or because planning falls back.
 fn plan(
@@ -28,20 +48,10 @@ fn plan(
     let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
     let full = Layout::contiguous(&problem.mask_shape()).unwrap();
     let passes = AttentionOperands {
-        q: (&q).into(),
-        k: (&k).into(),
-        v: (&k).into(),
-        output: (&q).into(),
         masks: vec![(&full, MaskMeaning::Keep); masks],
         biases: vec![&full; biases],
-        relative: None,
-        rotary: None,
-        sink: None,
-        lse: true,
-        weights: false,
-        averaged: false,
-        stage: None,
         method: Method::ThreePasses,
+        ..plain(&q, &k)
     };
     let planned = plan::attention(&problem, &passes, adapter);
     if planned.is_ok() {
@@ -239,23 +249,7 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
             let adapter =
                 Capabilities { class, max_binding: 1 << 31, max_buffer: 1 << 32, ..Capabilities::webgpu_minimum() };
             let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
-            let operands = AttentionOperands {
-                q: (&q).into(),
-                k: (&k).into(),
-                v: (&k).into(),
-                output: (&q).into(),
-                masks: vec![],
-                biases: vec![],
-                relative: None,
-                rotary: None,
-                sink: None,
-                lse: true,
-                weights: false,
-                averaged: false,
-                stage: None,
-                method: Method::Auto,
-            };
-            let plan = plan::attention(&problem, &operands, &adapter).unwrap();
+            let plan = plan::attention(&problem, &plain(&q, &k), &adapter).unwrap();
             check(&plan, &adapter);
             let what = format!("{class:?}, {heads} heads, {len_q} queries");
             assert!(plan.scratch.iter().sum::<u64>() <= 64 << 20, "{what}: {:?}", plan.scratch);

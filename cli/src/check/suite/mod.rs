@@ -174,7 +174,7 @@ fn places(adapter: Option<&str>, limit: Duration) -> Result<(Vec<Place>, Vec<Ada
 }
 
 /// The first adapter, which Dawn's plans are made on.
-fn planner(places: &[Place]) -> Result<usize> {
+fn first_gpu(places: &[Place]) -> Result<usize> {
     let index = |place: &Place| if let Place::Gpu { index, .. } = place { Some(*index) } else { None };
     match places.iter().find_map(index) {
         Some(index) => Ok(index),
@@ -261,7 +261,7 @@ fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<
     let (mut places, broken) = places(adapter, Duration::from_secs(args.time_limit))?;
     if args.dawn {
         on_dawn::dawn()?;
-        places.push(Place::Dawn { index: planner(&places)? });
+        places.push(Place::Dawn { index: first_gpu(&places)? });
     }
     let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
     let mut report = Report {
@@ -307,7 +307,7 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
     };
     messages::listen();
     if args.dawn {
-        let (dawn, index) = (on_dawn::dawn()?, planner(&[place])?);
+        let (dawn, index) = (on_dawn::dawn()?, first_gpu(&[place])?);
         let place = Place::Dawn { index };
         let (adapter, mut results) = on_dawn::run(&dawn, &on_dawn::planner(index, args.plant)?, &[item])?;
         for result in &mut results {
