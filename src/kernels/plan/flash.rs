@@ -4,7 +4,7 @@ use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashRotary, FlashTile};
 use super::super::params;
-use super::passes::{BoundRules, Call, Slices};
+use super::call::{BoundRules, Call, Slices};
 use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RotaryOperand, Slot,
     check_buffer, rows_per_invocation, strides_used, window,
@@ -311,14 +311,6 @@ impl<'a> Fused<'a> {
             catalogue::classify(rules),
             (total as u64).div_ceil(64),
             |workgroups| params::Classify {
-                mask_a_strides: bound.masks[0].strides,
-                mask_b_strides: bound.masks[1].strides,
-                bias_strides: bound.bias.strides,
-                mask_a_offset: bound.masks[0].first,
-                mask_b_offset: bound.masks[1].first,
-                bias_offset: bound.bias.first,
-                mask_a_keeps: bound.masks[0].keeps,
-                mask_b_keeps: bound.masks[1].keeps,
                 heads_kv: heads as u32,
                 group: group as u32,
                 len_q: i.count as u32,
@@ -330,6 +322,7 @@ impl<'a> Fused<'a> {
                 total: total as u32,
                 workgroups,
                 minus_infinity: MINUS_INFINITY,
+                ..bound.into()
             },
             bindings,
         )?;
@@ -433,20 +426,11 @@ impl<'a> Fused<'a> {
                 k_strides: strides_used(&operands.k),
                 v_strides: strides_used(&operands.v),
                 o_strides: strides_used(to),
-                mask_a_strides: bound.masks[0].strides,
-                mask_b_strides: bound.masks[1].strides,
-                bias_strides: bound.bias.strides,
-                relative_strides: bound.relative.strides,
                 band: self.call.band(),
                 q_offset: q.first as u32,
                 k_offset: k.first as u32,
                 v_offset: v.first as u32,
                 o_offset: if split { 0 } else { o.first as u32 },
-                mask_a_offset: bound.masks[0].first,
-                mask_b_offset: bound.masks[1].first,
-                bias_offset: bound.bias.first,
-                mask_a_keeps: bound.masks[0].keeps,
-                mask_b_keeps: bound.masks[1].keeps,
                 batch_0: match blocks {
                     Some(blocks) => blocks.start as u32,
                     None if problem.bands.len() > 1 => b.start as u32,
@@ -477,14 +461,8 @@ impl<'a> Fused<'a> {
                 tile_head_stride: classes[1],
                 tiles: self.class_tiles() as u32,
                 sink_stride,
-                relative_offset: bound.relative.first,
-                relative_low: bound.relative.low,
-                relative_high: bound.relative.high,
-                relative_factor: bound.relative.factor,
                 sink_offset,
-                pad_0: 0,
-                pad_1: 0,
-                pad_2: 0,
+                ..(&bound).into()
             },
             bindings,
         )

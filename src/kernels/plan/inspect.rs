@@ -9,7 +9,7 @@ use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, Inspection, Tile};
 use super::super::params;
-use super::passes::{Call, Slices, most_groups};
+use super::call::{Call, Slices, most_groups};
 use super::{
     AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RelativeOperand, Slot,
     check_buffer, padded_bytes, rows_padded, strides_used, strides4, window,
@@ -324,20 +324,11 @@ impl<'a> Sweep<'a> {
                 walked_strides: strides_used(&walked_operand),
                 out_strides,
                 lse_strides: strides4(lse),
-                mask_a_strides: bound.masks[0].strides,
-                mask_b_strides: bound.masks[1].strides,
-                bias_strides: bound.bias.strides,
-                relative_strides: bound.relative.strides,
                 band: self.call.band(),
                 kept_offset: kept_at.first as u32,
                 walked_offset: walked_at.first as u32,
                 out_offset: if joins { 0 } else { result_at.first as u32 },
                 lse_offset: lse_at.first as u32,
-                mask_a_offset: bound.masks[0].first,
-                mask_b_offset: bound.masks[1].first,
-                bias_offset: bound.bias.first,
-                mask_a_keeps: bound.masks[0].keeps,
-                mask_b_keeps: bound.masks[1].keeps,
                 batch_0: if problem.bands.len() > 1 { b.start as u32 } else { 0 },
                 head_0: h.start as u32,
                 head_kv_0: head_kv.start as u32,
@@ -357,10 +348,7 @@ impl<'a> Sweep<'a> {
                 not_a_number: NOT_A_NUMBER,
                 scale: problem.scale,
                 softcap: problem.softcap.unwrap_or(1.0),
-                relative_offset: bound.relative.first,
-                relative_low: bound.relative.low,
-                relative_high: bound.relative.high,
-                relative_factor: bound.relative.factor,
+                ..(&bound).into()
             },
             bindings,
         )?;

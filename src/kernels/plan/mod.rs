@@ -4,6 +4,7 @@
 //! Work that is larger than a limit is cut into slices: first along the batch, then heads, then query
 //! rows, then keys, so that every binding and every dispatch fits.
 
+mod call;
 mod flash;
 mod inspect;
 mod merge;
