@@ -50,7 +50,7 @@ Examples:
 Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call, 3 where `attn check` finds no adapter."
 )]
 struct Cli {
-    /// An adapter's index or part of its name, or vulkan, metal, dx12, gl, cpu (the CPU backend), all
+    /// An adapter's index or part of its name, or vulkan, metal, dx12, gl, both (gl:llvmpipe), cpu (the CPU backend), all
     #[arg(long, global = true, value_name = "WHICH")]
     adapter: Option<String>,
     #[command(subcommand)]

@@ -8,7 +8,8 @@ use crate::memory::system_memory;
 #[derive(Clone, Debug, Default)]
 pub struct GpuOptions {
     /// A backend word (`vulkan`, `metal`, `dx12`, `gl`), an index into [`Gpu::adapters`](crate::Gpu::adapters),
-    /// or part of an adapter's name. `None`: `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` decide, else the best.
+    /// part of an adapter's name, or both a backend and part of a name: `gl:llvmpipe`. `None`: `WGPU_BACKEND` and
+    /// `WGPU_ADAPTER_NAME` decide, else the best.
     pub adapter: Option<String>,
     /// Leaves the subgroup kernels out even where the adapter has subgroups.
     pub without_subgroups: bool,
@@ -47,6 +48,30 @@ pub struct AdapterSummary {
     pub limits: wgpu::Limits,
     /// The adapter's features.
     pub features: wgpu::Features,
+}
+
+impl AdapterSummary {
+    /// Whether `which`, as in [`GpuOptions::adapter`], means this adapter.
+    pub fn answers_to(&self, which: &str) -> bool {
+        answers(which, self.index, &self.info)
+    }
+}
+
+/// The backend that a name begins with, and the name.
+fn parted(which: &str) -> (Option<wgpu::Backend>, &str) {
+    let (word, name) = which.split_once(':').unwrap_or((which, ""));
+    match backend_word(word) {
+        Some(backend) => (Some(backend), name),
+        None => (None, which),
+    }
+}
+
+fn answers(which: &str, index: usize, info: &wgpu::AdapterInfo) -> bool {
+    if let Ok(asked) = which.parse::<usize>() {
+        return asked == index;
+    }
+    let (backend, name) = parted(which);
+    backend.is_none_or(|backend| backend == info.backend) && info.name.to_lowercase().contains(&name.to_lowercase())
 }
 
 /// An instance that loads nothing but `backends`: even to look at GL starts a display connection.
@@ -124,7 +149,7 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     // GL is last in rank and slow to ask, so an unnamed choice asks it only when nothing else answers.
     let mut found = match (&options.adapter, environment_name()) {
         (None, None) => find(wgpu::Backends::all() - wgpu::Backends::GL).await,
-        (Some(which), _) => match backend_word(which) {
+        (Some(which), _) => match parted(which).0 {
             Some(backend) => find(backend.into()).await,
             None => Vec::new(),
         },
@@ -147,15 +172,7 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     let has_name =
         |adapter: &wgpu::Adapter, part: &str| adapter.get_info().name.to_lowercase().contains(&part.to_lowercase());
     let at = match (&options.adapter, environment_name()) {
-        (Some(which), _) => {
-            if let Some(backend) = backend_word(which) {
-                found.iter().position(|adapter| adapter.get_info().backend == backend)
-            } else if let Ok(index) = which.parse::<usize>() {
-                (index < found.len()).then_some(index)
-            } else {
-                found.iter().position(|adapter| has_name(adapter, which))
-            }
-        }
+        (Some(which), _) => (0..found.len()).find(|&at| answers(which, at, &found[at].get_info())),
         (None, Some(part)) => found.iter().position(|adapter| has_name(adapter, &part)),
         (None, None) => Some(0),
     };
@@ -188,5 +205,22 @@ pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, without_sub
         workgroup_memory: limits.max_compute_workgroup_storage_size,
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment).max(16),
         memory: (class == AdapterClass::Cpu).then(system_memory).flatten(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_answers_to_its_index_backend_and_name() {
+        let mut info = wgpu::AdapterInfo::new(wgpu::DeviceType::Cpu, wgpu::Backend::Gl);
+        info.name = "llvmpipe (LLVM 15, 256 bits): a:b".into();
+        for which in ["2", "gl", "OpenGL", "LLVMpipe", "gl:llvmpipe", "gles:LLVM 15", "gl:", "a:b", ""] {
+            assert!(answers(which, 2, &info), "{which}");
+        }
+        for which in ["0", "22", "vulkan", "vulkan:llvmpipe", "gl:radeon", "metal:", "b:a"] {
+            assert!(!answers(which, 2, &info), "{which}");
+        }
     }
 }
