@@ -298,9 +298,25 @@ fn parent(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Writes a file whole or not at all: beside its place first, then moved there.
+/// Whether two paths lead to one file, there or not; what is no file, such as a device, takes any number of texts.
+pub fn is_same(a: &Path, b: &Path) -> bool {
+    let place = |path: &Path| {
+        let beside = || Ok(std::fs::canonicalize(parent(path))?.join(path.file_name().unwrap_or_default()));
+        std::fs::canonicalize(path).or_else(|_| beside()).unwrap_or_else(|_: std::io::Error| path.into())
+    };
+    let (a, b) = (place(a), place(b));
+    a == b && std::fs::metadata(&a).map_or(true, |there| there.is_file())
+}
+
+/// Writes a file whole or not at all: beside its place first, then moved there. A link stays one, and what is no file,
+/// such as a pipe or a device, is written to as it is.
 pub fn write_whole(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result<()>) -> Result<()> {
     let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {error}", path.display()));
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
+        return write(&mut std::fs::OpenOptions::new().write(true).open(path).map_err(|error| cannot(&error))?);
+    }
+    // Where a link leads, if it is one.
+    let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
     let mut builder = tempfile::Builder::new();
     builder.prefix(".attn-");
     // The user's own default permissions, not a temporary file's.
