@@ -177,6 +177,8 @@ impl Display for Case {
 
 /// Larger sizes than any that is drawn: a name is typed by people.
 const MOST: usize = 4096;
+/// Elements of Q, K, V and the scores together.
+const MOST_ELEMENTS: u128 = 1 << 26;
 
 impl FromStr for Case {
     type Err = String;
@@ -200,6 +202,15 @@ impl FromStr for Case {
                 known(FORMS.iter().map(|form| form.name).collect())
             )
         })?;
+        let forms = op.amount().0;
+        if !forms.contains(&FORMS[form].name) {
+            return Err(format!(
+                "{} has no cases of the form {}; it has {}",
+                op.name(),
+                FORMS[form].name,
+                forms.join(", ")
+            ));
+        }
         let storage = [Dtype::F32, Dtype::F16, Dtype::BF16]
             .into_iter()
             .find(|known| known.to_string() == storage)
@@ -226,6 +237,12 @@ impl FromStr for Case {
                 )
             })?;
             case.sizes.insert(size, n);
+        }
+        let Call { q, k, v, .. } = case.call();
+        let product = |axes: &[usize]| axes.iter().map(|&n| n as u128).product::<u128>();
+        let elements = product(&q) + product(&k) + product(&v) + product(&q[..3]) * k[2] as u128;
+        if elements > MOST_ELEMENTS {
+            return Err(format!("Q {q:?}, K {k:?} and V {v:?} are larger than a case: 2^26 elements, scores included"));
         }
         Ok(case)
     }
@@ -381,6 +398,8 @@ mod tests {
             ("attention/plain/f32/1,len_k", "from 1 to 4096"),
             ("attention/plain/f32/1,length=3", "from 1 to 4096"),
             ("attention/plain/f32/1,no-mask", "no rule"),
+            ("rotary/bands/f32/1", "it has causal"),
+            ("attention/plain/f32/1,batch=4096,heads_kv=4096", "larger than a case"),
         ] {
             assert!(text.parse::<Case>().unwrap_err().contains(say), "{text}");
         }

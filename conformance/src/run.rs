@@ -118,7 +118,7 @@ fn offset(call: &Call) -> i64 {
 
 impl Case {
     /// The call as the op means it.
-    fn meant(&self) -> Call {
+    pub fn meant(&self) -> Call {
         let mut call = self.call();
         match self.op {
             // The last queries of what the cache holds.

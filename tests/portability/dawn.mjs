@@ -4,7 +4,8 @@
 //
 // Each folder holds a plan.json with its buffers. Every plan runs twice; the first run's outputs are written beside it
 // as result-NAME.bin, the whole buffer each, and result.json says on which adapter, whether the second run gave the
-// same bits, the milliseconds of the first run, compilation included, and the error if there was one. Then one line
+// same bits, the milliseconds of the first run, compilation included, and the error if there was one, with `lacks` where
+// the adapter lacks a feature or limit. Then one line
 // with the folder is printed. No diagnostic is turned off, and a compiler's warning is an error. A plan that
 // takes longer than SECONDS is an error too and ends the program, its line followed by `late`: what hangs can only be
 // left, and the program may have to be killed. The caller starts it again with the folders that are left. Exit
@@ -180,8 +181,8 @@ for (const folder of folders) {
   const late = `no answer within ${seconds} s`;
   let timer;
   const limit = new Promise((done) => (timer = setTimeout(() => done({ error: late }), seconds * 1000)));
-  const error = plan.schema === 'wgpu-attention-plan/1' ? refused(plan) : `unknown schema ${plan.schema}`;
-  const result = error ? { error } : await Promise.race([both(folder, plan).catch(({ message }) => ({ error: message })), limit]);
+  const lack = plan.schema === 'wgpu-attention-plan/1' ? refused(plan) : `unknown schema ${plan.schema}`;
+  const result = lack ? { error: lack, lacks: true } : await Promise.race([both(folder, plan).catch(({ message }) => ({ error: message })), limit]);
   clearTimeout(timer);
   writeFileSync(join(folder, 'result.json'), JSON.stringify({ adapter: about, ...result }));
   const isLate = result.error === late;

@@ -1,7 +1,11 @@
 //! Holding a result against what is expected. A comparison passes only on `difference <= allowed`, so
 //! that a NaN fails unless a NaN is expected.
 
-/// The worst element of a comparison.
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use wgpu_attention::Dtype;
+
+/// The element of a comparison that is furthest beyond its tolerance, or nearest to it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Worst {
     pub index: Vec<usize>,
@@ -23,53 +27,65 @@ pub struct Comparison {
     /// Why the elements could not be compared.
     pub reason: Option<String>,
     pub stats: Stats,
+    /// Of every bit that was held against the answer.
+    pub fingerprint: u64,
 }
 
 /// What a report tells of all elements together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stats {
     pub count: u64,
-    /// The largest difference, and how many units in the last place of f32 at the expected value it is.
+    /// The largest difference, and the value expected there.
     pub max_abs: f64,
-    pub ulps: f64,
-    /// Σ(got − expected)² / Σ expected², over what is finite.
-    pub nmse: f64,
+    pub there: f64,
+    /// Σ(got − expected)² and Σ expected² over what is finite.
+    pub errors: f64,
+    pub squares: f64,
     /// NaNs where none are expected.
     pub nans: u64,
 }
 
-/// A unit in the last place of f32 at `x`.
-fn ulp(x: f64) -> f64 {
-    let x = (x.abs() as f32).clamp(f32::MIN_POSITIVE, f32::MAX);
-    // The exponent alone, 23 places down.
-    f64::from(f32::from_bits(x.to_bits() & 0x7f80_0000)) * f64::from(f32::EPSILON)
+/// A unit in the last place of a type at `x`.
+pub fn ulp(x: f64, dtype: Dtype) -> f64 {
+    // The exponent of the smallest normal number, and places behind the point.
+    let (least, places) = match dtype {
+        Dtype::F16 => (-14, 10),
+        Dtype::BF16 => (-126, 7),
+        _ => (-126, 23),
+    };
+    let x = x.abs().clamp(2f64.powi(least), f64::from(f32::MAX));
+    // The exponent alone.
+    f64::from_bits(x.to_bits() & (0x7ff << 52)) * 2f64.powi(-places)
 }
 
 impl Stats {
     fn of(got: &[f64], expected: &[f64]) -> Stats {
         let mut stats = Stats { count: got.len() as u64, ..Stats::default() };
-        let (mut errors, mut squares) = (0.0, 0.0);
         for (&got, &expected) in got.iter().zip(expected) {
             let off = difference(got, expected);
             stats.nans += u64::from(got.is_nan() && !expected.is_nan());
             if expected.is_finite() {
-                squares += expected * expected;
+                stats.squares += expected * expected;
             }
             if off > stats.max_abs {
-                (stats.max_abs, stats.ulps) = (off, off / ulp(expected));
+                (stats.max_abs, stats.there) = (off, expected);
             }
             if off.is_finite() {
-                errors += off * off;
+                stats.errors += off * off;
             }
         }
-        stats.nmse = if errors == 0.0 { 0.0 } else { errors / squares };
         stats
+    }
+
+    /// The normalised mean square error, where a mean square of expected values below `floor` counts as that.
+    pub fn nmse(&self, floor: f64) -> f64 {
+        if self.errors == 0.0 { 0.0 } else { self.errors / self.squares.max(self.count as f64 * floor) }
     }
 }
 
 /// Difference of two elements: 0 when both are NaN or both the same infinity, ∞ when only one of
 /// them is finite.
-fn difference(got: f64, expected: f64) -> f64 {
+pub fn difference(got: f64, expected: f64) -> f64 {
     if got == expected || got.is_nan() && expected.is_nan() {
         0.0
     } else if got.is_finite() && expected.is_finite() {
@@ -100,6 +116,9 @@ pub fn compare(
     (expected_shape, expected): (&[usize], &[f64]),
     allowed: impl Fn(f64) -> f64,
 ) -> Comparison {
+    let mut hasher = DefaultHasher::new();
+    got.iter().for_each(|x| x.to_bits().hash(&mut hasher));
+    let fingerprint = hasher.finish();
     let refuse = |reason: String| Comparison {
         output: output.into(),
         against,
@@ -107,6 +126,7 @@ pub fn compare(
         worst: None,
         reason: Some(reason),
         stats: Stats::default(),
+        fingerprint,
     };
     if shape != expected_shape {
         return refuse(format!("the shape is {shape:?}, but {expected_shape:?} is expected"));
@@ -120,10 +140,14 @@ pub fn compare(
         let (off, limit) = (difference(got, expected), allowed(expected));
         // An infinity or NaN that is expected allows nothing but itself.
         let limit = if expected.is_finite() { limit } else { 0.0 };
-        let passes = off <= limit;
-        ok &= passes;
-        // By how much the tolerance is exceeded ranks the elements.
-        let excess = if off == f64::INFINITY || limit.is_nan() { f64::INFINITY } else { off - limit };
+        // An infinite tolerance comes of an answer that is broken itself.
+        ok &= limit.is_finite() && off <= limit;
+        // By how much the tolerance is exceeded ranks the elements; an infinity or NaN that is met comes last.
+        let excess = match (off, expected.is_finite()) {
+            (0.0, false) => f64::NEG_INFINITY,
+            (off, _) if off == f64::INFINITY || !limit.is_finite() => f64::INFINITY,
+            (off, _) => off - limit,
+        };
         if worst.is_none_or(|(_, most, _)| excess > most) {
             worst = Some((at, excess, limit));
         }
@@ -135,7 +159,8 @@ pub fn compare(
         difference: difference(got[at], expected[at]),
         allowed,
     });
-    Comparison { output: output.into(), against, ok, worst, reason: None, stats: Stats::of(got, expected) }
+    let stats = Stats::of(got, expected);
+    Comparison { output: output.into(), against, ok, worst, reason: None, stats, fingerprint }
 }
 
 fn unravel(mut at: usize, shape: &[usize]) -> Vec<usize> {
@@ -186,16 +211,40 @@ mod tests {
         let stats = Stats::of(&[1.0, 2.0 + 2f64.powi(-22), f64::NAN], &[1.0, 2.0, 3.0]);
         assert_eq!((stats.count, stats.nans, stats.max_abs), (3, 1, f64::INFINITY));
         let stats = Stats::of(&[1.0, 2.5, f64::NEG_INFINITY], &[1.0, 2.0, f64::NEG_INFINITY]);
-        assert_eq!((stats.max_abs, stats.ulps, stats.nmse), (0.5, 0.5 * 2f64.powi(22), 0.25 / 5.0));
+        assert_eq!((stats.max_abs, stats.there, stats.nmse(0.0)), (0.5, 2.0, 0.25 / 5.0));
         assert_eq!(Stats::of(&[0.0], &[0.0]), Stats { count: 1, ..Stats::default() });
         // Nothing is as wrong as something where nothing is expected.
-        assert_eq!(Stats::of(&[1e-30], &[0.0]).nmse, f64::INFINITY);
-        assert_eq!([ulp(1.0), ulp(1.99), ulp(-4.0)], [2f64.powi(-23), 2f64.powi(-23), 2f64.powi(-21)]);
+        assert_eq!(Stats::of(&[1e-30], &[0.0]).nmse(0.0), f64::INFINITY);
+        // A logarithm of 0 may be off a little.
+        assert_eq!(Stats::of(&[1e-6, 0.0], &[0.0, 0.0]).nmse(1.0), 0.5e-12);
+        assert_eq!([1.0, 1.99, -4.0].map(|x| ulp(x, Dtype::F32)), [-23, -23, -21].map(|n| 2f64.powi(n)));
+        assert_eq!([1.0, 3.0, 1e-9, 0.0].map(|x| ulp(x, Dtype::F16)), [-10, -9, -24, -24].map(|n| 2f64.powi(n)));
+        assert_eq!([1.0, 0.3].map(|x| ulp(x, Dtype::BF16)), [-7, -9].map(|n| 2f64.powi(n)));
+    }
+
+    #[test]
+    fn the_worst_is_no_infinity_that_is_met() {
+        let got = [f64::NEG_INFINITY, 1.0, 2.05];
+        let worst = compare("x", "out", (&[3], &got), (&[3], &[f64::NEG_INFINITY, 1.0, 2.0]), |_| 0.1).worst.unwrap();
+        assert_eq!((worst.index, worst.got), (vec![2], 2.05));
+    }
+
+    #[test]
+    fn every_bit_has_its_fingerprint() {
+        let of = |got: &[f64]| compare("x", "out", (&[2], got), (&[2], &[0.0, 1.0]), |_| 9.0).fingerprint;
+        assert_eq!(of(&[0.0, f64::NAN]), of(&[0.0, f64::NAN]));
+        assert_ne!(of(&[0.0, 1.5]), of(&[-0.0, 1.5]));
+        // As far off, and as large.
+        assert_ne!(of(&[0.0, 1.5]), of(&[0.0, 0.5]));
     }
 
     #[test]
     fn a_broken_tolerance_fails() {
-        assert!(!compare("x", "out", (&[1], &[1.0]), (&[1], &[1.0]), |_| f64::NAN).ok);
+        for tolerance in [f64::NAN, f64::INFINITY] {
+            for got in [1.0, f64::NAN] {
+                assert!(!compare("x", "out", (&[1], &[got]), (&[1], &[1.0]), |_| tolerance).ok);
+            }
+        }
         // An infinite expectation makes a relative tolerance infinite; it must not let anything pass.
         assert!(!compare("x", "out", (&[1], &[1.0]), (&[1], &[f64::INFINITY]), |x| 1e-3 * x.abs()).ok);
     }

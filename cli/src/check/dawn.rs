@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Deserialize;
 use wgpu_attention::ExportedCall;
@@ -18,7 +18,7 @@ const SCRIPT: &str = include_str!("../../../tests/portability/dawn.mjs");
 /// What the script ends with when Dawn has no adapter.
 const NO_ADAPTER: i32 = 3;
 /// Starting Node, and opening a device.
-const START: Duration = Duration::from_secs(30);
+pub const START: Duration = Duration::from_secs(30);
 
 /// Where Dawn is, and how long a call may take.
 pub struct Dawn {
@@ -30,18 +30,12 @@ pub struct Dawn {
     pub limit: Duration,
 }
 
-/// What Dawn made of some calls.
-pub struct DawnRun {
-    /// `None` where no call came to an end.
-    pub adapter: Option<Adapter>,
-    /// In the order of the calls.
-    pub results: Vec<DawnResult>,
-}
-
 /// What Dawn made of one call.
 pub struct DawnResult {
     /// Or why there are none: a feature or limit that is missing, what the compiler or the device said, a hang.
     pub outputs: Result<Vec<DawnOutput>, String>,
+    /// It is a feature or limit.
+    pub lacks: bool,
     /// Whether a second run gave the same bits, memory between the elements included.
     pub same_bits: bool,
     /// Of the first run, compilation included.
@@ -60,6 +54,8 @@ pub struct DawnOutput {
 struct Written {
     adapter: About,
     error: Option<String>,
+    #[serde(default)]
+    lacks: bool,
     #[serde(default)]
     same_bits: bool,
     #[serde(default)]
@@ -88,9 +84,9 @@ impl Dawn {
         Some(Dawn { modules: path("ATTN_DAWN")?, driver: path("ATTN_DAWN_DRIVER"), limit })
     }
 
-    /// Runs each call twice, one after another. Some hundreds at a time: they lie in files until all are done.
-    pub fn run(&self, calls: &[ExportedCall]) -> Result<DawnRun> {
-        let began = Instant::now();
+    /// Runs each call twice, one after another, and tells what came of it, in the order of the calls; with the first that
+    /// comes to an end, on which adapter. Some hundreds at a time: they lie in files until all are done.
+    pub fn run(&self, calls: &[&ExportedCall], mut tell: impl FnMut(Option<Adapter>, DawnResult)) -> Result<()> {
         let version = self.version()?;
         // Node looks for packages in the folders above the script.
         let folder = tempfile::Builder::new().prefix("run-").tempdir_in(&self.modules);
@@ -103,42 +99,23 @@ impl Dawn {
             std::fs::create_dir(folder).map_err(|error| failed(folder, &error))?;
             call.save(folder)?;
         }
-        // Why there is no result.json.
-        let mut ended: BTreeMap<usize, String> = BTreeMap::new();
-        let mut first = 0;
+        let (mut first, mut is_known) = (0, false);
         while first < folders.len() {
-            let (done, why) = self.start(&script, &folders[first..])?;
+            let mut done = 0;
+            let why = self.start(&script, &folders[first..], || {
+                let at = first + done;
+                done += 1;
+                let (adapter, result) = read(calls[at], &folders[at], &version)?;
+                tell(Some(adapter).filter(|_| !std::mem::replace(&mut is_known, true)), result);
+                Ok(())
+            })?;
             first += done;
             if let Some(why) = why.filter(|_| first < folders.len()) {
-                ended.insert(first, why);
+                tell(None, DawnResult { outputs: Err(why), lacks: false, same_bits: false, milliseconds: 0.0 });
                 first += 1;
             }
         }
-        let mut adapter = None;
-        let mut results = Vec::new();
-        for (n, (call, folder)) in calls.iter().zip(&folders).enumerate() {
-            let mut result = DawnResult { outputs: Ok(Vec::new()), same_bits: false, milliseconds: 0.0 };
-            if let Some(why) = ended.remove(&n) {
-                result.outputs = Err(why);
-            } else {
-                let path = folder.join("result.json");
-                let bytes = files::read_bytes(&path)?;
-                let written: Written = serde_json::from_slice(&bytes)
-                    .map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
-                result.same_bits = written.same_bits;
-                result.milliseconds = written.milliseconds;
-                result.outputs = match written.error {
-                    Some(error) => Err(error),
-                    None => Ok(outputs(call, folder)?),
-                };
-                adapter.get_or_insert_with(|| written.adapter.describe(&version));
-            }
-            results.push(result);
-        }
-        if let Some(adapter) = &mut adapter {
-            adapter.seconds = began.elapsed().as_secs_f64();
-        }
-        Ok(DawnRun { adapter, results })
+        Ok(())
     }
 
     /// Of the npm package.
@@ -156,9 +133,14 @@ impl Dawn {
         Ok(package.version)
     }
 
-    /// One process over `folders`: how many have their result, and what ended it before the next had one. Either is
-    /// at least one.
-    fn start(&self, script: &Path, folders: &[PathBuf]) -> Result<(usize, Option<String>)> {
+    /// One process over `folders`, `done` called for each that has its result: what ended it before the next had one. It
+    /// gets on by one at least, or tells why not.
+    fn start(
+        &self,
+        script: &Path,
+        folders: &[PathBuf],
+        mut done: impl FnMut() -> Result<()>,
+    ) -> Result<Option<String>> {
         let stderr = script.with_file_name("stderr.txt");
         let file = std::fs::File::create(&stderr).map_err(|error| failed(&stderr, &error))?;
         let mut node = Command::new("node");
@@ -174,12 +156,17 @@ impl Dawn {
         let lines = BufReader::new(node.stdout.take().expect("piped")).lines();
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        let mut done = 0;
+        let mut any = false;
         // The script's own limit comes first, unless Dawn holds its thread.
         let (killed, why) = loop {
             match receiver.recv_timeout(self.limit + START) {
                 Ok(line) => {
-                    done += 1;
+                    any = true;
+                    if let Err(error) = done() {
+                        let _ = node.kill();
+                        let _ = node.wait();
+                        return Err(error);
+                    }
                     if line.ends_with("\tlate") {
                         break (true, None);
                     }
@@ -197,7 +184,7 @@ impl Dawn {
         }
         let status = node.wait().map_err(|error| Error::Failed(format!("node: {error}")))?;
         if killed {
-            return Ok((done, why));
+            return Ok(why);
         }
         let said = std::fs::read(&stderr).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
@@ -205,8 +192,8 @@ impl Dawn {
         let said = lines[lines.len().saturating_sub(5)..].join("; ");
         match status.code() {
             Some(NO_ADAPTER) => fail!("Dawn found no adapter that can compute: {said}"),
-            Some(0) if done > 0 => Ok((done, None)),
-            _ => Ok((done, Some(format!("Dawn ended with {status}: {said}")))),
+            Some(0) if any => Ok(None),
+            _ => Ok(Some(format!("Dawn ended with {status}: {said}"))),
         }
     }
 }
@@ -231,6 +218,19 @@ impl About {
 
 fn failed(path: &Path, error: &std::io::Error) -> Error {
     Error::Failed(format!("{}: {error}", path.display()))
+}
+
+/// What the script wrote beside a plan.
+fn read(call: &ExportedCall, folder: &Path, version: &str) -> Result<(Adapter, DawnResult)> {
+    let path = folder.join("result.json");
+    let written: Written = serde_json::from_slice(&files::read_bytes(&path)?)
+        .map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
+    let Written { adapter, error, lacks, same_bits, milliseconds } = written;
+    let outputs = match error {
+        Some(error) => Err(error),
+        None => Ok(outputs(call, folder)?),
+    };
+    Ok((adapter.describe(version), DawnResult { outputs, lacks, same_bits, milliseconds }))
 }
 
 fn outputs(call: &ExportedCall, folder: &Path) -> Result<Vec<DawnOutput>> {
@@ -274,6 +274,17 @@ mod tests {
         Gpu::with_options(&GpuOptions { limits, without_subgroups, ..Default::default() }).unwrap()
     }
 
+    fn run(dawn: &Dawn, calls: &[ExportedCall]) -> (Option<Adapter>, Vec<DawnResult>) {
+        let (mut adapter, mut results) = (None, Vec::new());
+        let tell = |told: Option<Adapter>, result| {
+            assert!(told.is_none() || adapter.is_none(), "told once");
+            adapter = adapter.take().or(told);
+            results.push(result);
+        };
+        dawn.run(&calls.iter().collect::<Vec<_>>(), tell).unwrap();
+        (adapter, results)
+    }
+
     #[test]
     fn calls_come_out_of_dawn_as_from_the_cpu_backend() {
         let Some(dawn) = dawn(600) else { return };
@@ -297,10 +308,10 @@ mod tests {
             let [q, k, v] = call.operands(&Device::Cpu, &data, stored).unwrap();
             expected.push((ruled(&Device::Cpu).forward(&q, &k, &v).unwrap(), stored));
         }
-        let run = dawn.run(&calls).unwrap();
-        assert_eq!(run.results.len(), calls.len());
+        let (adapter, results) = run(&dawn, &calls);
+        assert_eq!(results.len(), calls.len());
         let mut furthest = [0f64; 3];
-        for (n, (result, (truth, stored))) in run.results.iter().zip(&expected).enumerate() {
+        for (n, (result, (truth, stored))) in results.iter().zip(&expected).enumerate() {
             let outputs = result.outputs.as_ref().unwrap_or_else(|error| panic!("call {n}: {error}"));
             assert!(result.same_bits && result.milliseconds > 0.0, "call {n}");
             for output in outputs {
@@ -319,11 +330,11 @@ mod tests {
                 assert!(off <= tolerance, "{} of call {n} is off by {off:e} at {at}", output.name);
             }
         }
-        let adapter = run.adapter.unwrap();
-        let mean = run.results.iter().map(|result| result.milliseconds).sum::<f64>() / calls.len() as f64;
+        let adapter = adapter.unwrap();
+        let mean = results.iter().map(|result| result.milliseconds).sum::<f64>() / calls.len() as f64;
         let [f32, f16, bf16] = furthest;
         println!("{}: {mean:.0} ms a call, off by {f32:.1e} in f32, {f16:.1e} f16, {bf16:.1e} bf16", adapter.name);
-        assert!(adapter.limits["maxBufferSize"] >= 256 << 20 && adapter.seconds > 0.0, "{adapter:?}");
+        assert!(adapter.limits["maxBufferSize"] >= 256 << 20, "{adapter:?}");
         assert!(adapter.backend.starts_with("Dawn, ") && !adapter.driver.is_empty(), "{adapter:?}");
     }
 
@@ -347,8 +358,8 @@ mod tests {
             broken(|call| call.steps[0].wgsl = endless(&call.steps[0].wgsl)),
             broken(|_| ()),
         ];
-        let run = dawn.run(&calls).unwrap();
-        let told: Vec<String> = (run.results.iter())
+        let (_, results) = run(&dawn, &calls);
+        let told: Vec<String> = (results.iter())
             .map(|result| match &result.outputs {
                 Ok(outputs) => format!("{} {:?}", outputs[0].name, &outputs[0].values[..2]),
                 Err(error) => error.clone(),
@@ -365,6 +376,8 @@ mod tests {
         ]) {
             assert!(told.contains(say), "{say}: {told:#?}");
         }
+        let lack: Vec<usize> = (0..results.len()).filter(|&n| results[n].lacks).collect();
+        assert_eq!(lack, [3, 4], "a limit and a subgroup");
     }
 
     /// The text of the first pass with a loop in front of its first statement that nothing ends.
@@ -379,7 +392,7 @@ mod tests {
     fn what_is_missing_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let dawn = Dawn { modules: folder.path().into(), driver: None, limit: Duration::from_secs(1) };
-        let error = dawn.run(&[]).err().unwrap().to_string();
+        let error = dawn.run(&[], |_, _| ()).err().unwrap().to_string();
         assert!(error.contains("node_modules/webgpu/package.json") && error.contains("install-dawn"), "{error}");
     }
 }

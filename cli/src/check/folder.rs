@@ -128,7 +128,10 @@ impl From<Error> for Stop {
 impl From<wgpu_attention::Error> for Stop {
     fn from(error: wgpu_attention::Error) -> Stop {
         match error {
-            wgpu_attention::Error::Method { .. } => Stop::Skip(error.to_string()),
+            // Not what this method does, or a feature or limit that the adapter lacks.
+            wgpu_attention::Error::Method { .. }
+            | wgpu_attention::Error::Unsupported { .. }
+            | wgpu_attention::Error::TooLarge { .. } => Stop::Skip(error.to_string()),
             _ => Stop::Error(error.into()),
         }
     }

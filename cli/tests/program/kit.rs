@@ -1,7 +1,10 @@
 //! Running the program, and files to run it on.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
 
@@ -47,18 +50,45 @@ pub fn attn(folder: &Path, args: &[&str]) -> Ran {
 
 /// The same with variables of its environment.
 pub fn attn_with(folder: &Path, args: &[&str], env: &[(&str, &str)]) -> Ran {
-    let output = Command::new(env!("CARGO_BIN_EXE_attn"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_attn"))
         .args(args)
+        .env_remove("WGPU_ADAPTER_NAME")
         .envs(env.iter().copied())
         .current_dir(folder)
-        .env_remove("WGPU_ADAPTER_NAME")
-        .output()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .expect("the program starts");
+    let stdout = all_of(child.stdout.take().expect("piped"));
+    let stderr = all_of(child.stderr.take().expect("piped"));
+    let began = Instant::now();
+    let status = loop {
+        match child.try_wait().expect("waited for") {
+            Some(status) => break status,
+            None if began.elapsed() > MOST => {
+                child.kill().expect("killed");
+                panic!("attn {args:?} takes more than {MOST:?}");
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
     Ran {
-        status: output.status.code(),
-        stdout: String::from_utf8(output.stdout).expect("UTF-8"),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        status: status.code(),
+        stdout: String::from_utf8(stdout.join().expect("read")).expect("UTF-8"),
+        stderr: String::from_utf8_lossy(&stderr.join().expect("read")).into_owned(),
     }
+}
+
+/// The longest that a call may take, compilation on a busy machine included.
+const MOST: Duration = Duration::from_secs(1200);
+
+fn all_of(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        from.read_to_end(&mut bytes).expect("read");
+        bytes
+    })
 }
 
 pub fn folder() -> tempfile::TempDir {

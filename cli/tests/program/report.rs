@@ -114,7 +114,7 @@ fn a_saved_report_is_read_strictly() {
     std::fs::write(at.join("a.json"), "{").unwrap();
     check(at, &["--from", "a.json"]).refused(1, "a.json is not a report of attn check");
     check(at, &["--from", "none.json"]).refused(1, "cannot read none.json");
-    check(at, &["--diff", "none.json", "a.json"]).refused(1, "cannot read none.json");
+    check(at, &["--diff", "none.json", "a.json"]).refused(2, "cannot read none.json");
 
     // Members that a later version adds do no harm, and nothing is lost on the way.
     let mut more = report();
@@ -139,11 +139,29 @@ fn what_makes_no_sense_together_is_refused() {
         &["--diff", "a.json", "a.json", "--seed", "3"],
         &["--from", "a.json", "--long"],
         &["--from", "a.json", "--html", "x", "--junit", "x"],
+        &["--from", "a.json", "--html", "x", "--junit", "./x"],
         &["folder", "--html", "page.html"],
     ] {
         check(at, args).refused(2, "");
     }
     check(at, &["--from", "a.json", "--html", "none/page.html"]).refused(1, "there is no folder none");
+}
+
+/// A pipe or a device must not become a file, nor a link what it leads to.
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_written_to_as_it_is() {
+    let folder = folder();
+    let at = folder.path();
+    save(at, "a.json", &report());
+    std::fs::write(at.join("there.md"), "old").unwrap();
+    for (link, to) in [("link.md", "there.md"), ("nowhere.md", "/dev/null")] {
+        std::os::unix::fs::symlink(to, at.join(link)).unwrap();
+        check(at, &["--from", "a.json", "--markdown", link]).succeeded();
+        assert!(at.join(link).is_symlink(), "{link}");
+    }
+    assert!(read(at, "there.md").contains("| softmax |"));
+    assert_eq!(read(at, "nowhere.md"), "");
 }
 
 #[test]
@@ -159,7 +177,7 @@ fn the_table_tells_what_failed_and_how_to_see_it_again() {
         "FAILED attention, fused: 2 cases on llvmpipe (GL), worst NMSE NaN, worst ulp 8.0",
         "attention-f32-1@fused: output is off\\nby much",
         // The name alone would mean the Vulkan one.
-        "  attn check --adapter gl --repro attention-f32-1@fused\n",
+        "  attn check --adapter gl:llvmpipe --repro attention-f32-1@fused\n",
         "MENDED attention, fused: 1 case on",
         "the known issue mesa-1 says that it fails",
         "--repro '<script>window.hit=1</script> \"quoted\", it'\\''s | 100% Größe\\u{1b}[31m",
@@ -205,7 +223,11 @@ fn junit_holds_every_case_and_each_adapters_end() {
     let failure = failed.status.failure_as_ref();
     assert_eq!(failure.message, "output is off\\nby much, <b>&\\u{1b}[2J");
     assert!(failure.text.contains("NaN instead of -inf"), "{}", failure.text);
-    assert!(failure.text.contains("attn check --adapter gl --repro attention-f32-1@fused"), "{}", failure.text);
+    assert!(
+        failure.text.contains("attn check --adapter gl:llvmpipe --repro attention-f32-1@fused"),
+        "{}",
+        failure.text
+    );
     assert!(case(second, "attention-f32-0@fused").status.is_success());
     assert_eq!(case(second, "attention-f32-5@fused").status.skipped_as_ref().message, "no SHADER_F16");
     assert!(case(second, "attention-f32-3@fused").status.skipped_as_ref().message.contains("known issue mesa-1"));
@@ -282,9 +304,13 @@ fn two_reports_are_held_against_each_other() {
             b["results"].as_array_mut().unwrap().push(result(0, "new", "auto", "f32", 0, "failed"));
             b["results"].as_array_mut().unwrap().push(result(0, "new", "auto", "f32", 1, "passed"));
         }),
-        0,
+        1,
         "new cases that fail: 1",
     );
+    // Dealt out to another variant, a case is the same.
+    let moved = |b: &mut Value, status: &str| b["results"][0] = result(0, "attention", "rows4x8", "f32", 0, status);
+    assert_eq!(diff(&|b| moved(b, "passed")), (0, "nothing changed\n".to_string()));
+    told(diff(&|b| moved(b, "failed")), 1, "attention-f32-0@rows4x8: failed, was passed by fused: output is off");
     told(
         diff(&|b| b["adapters"][0]["driver_info"] = "Mesa 26\u{1b}[1m".into()),
         0,
@@ -367,7 +393,7 @@ fn the_page_is_filtered_and_opened() {
         assert!(inside.contains(part), "{part} is not in {inside}");
     }
     let repro = browser.text(&format!("{first}.querySelector('code').textContent"));
-    assert_eq!(repro, "attn check --adapter gl --repro attention-f32-1@fused");
+    assert_eq!(repro, "attn check --adapter gl:llvmpipe --repro attention-f32-1@fused");
 
     // The matrix: the worst status colours a cell, and marks tell it too.
     let cell = |row: usize, column: usize| {

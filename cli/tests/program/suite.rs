@@ -183,7 +183,9 @@ fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
         assert!(!failed.is_empty(), "{fault}");
         for result in &failed {
             let kernels = result["kernels"].to_string();
-            assert!(kernels.contains(&format!("\"{kernel}/")) || kernels.contains("\"flash"), "{fault}: {result}");
+            let of_fault = |name: &str| name == kernel || fault != "missing-barrier" && name == "flash_tiled";
+            let named = kernels.split('"').filter_map(|name| name.split('/').next());
+            assert!(named.into_iter().any(of_fault), "{fault}: {result}");
             assert!(result["reason"].as_str().unwrap().contains("is off by"), "{fault}: {result}");
         }
         if fault == "missing-barrier" {
@@ -224,7 +226,39 @@ fn a_driver_that_hangs_or_falls_is_a_line_of_the_report() {
         let (_, whole) = check(folder.path(), &["--quick", "--adapter", "cpu", "--op", "attention"]);
         assert_eq!(results(&report).len(), results(&whole).len());
         assert_eq!(with_status(&report, "passed").len(), results(&whole).len() - 1);
+        // A case alone has its time limit too.
+        let alone = ["check", "--adapter", "cpu", "--repro", "softmax/plain/f32/1", "--shrink", "--time-limit", "2"];
+        let ran = attn(folder.path(), &[&alone[..], &["--plant", fault]].concat());
+        assert_eq!(ran.status, Some(1), "{}", ran.stdout);
+        assert!(ran.stdout.contains(say) && ran.stdout.contains("Not made smaller"), "{}", ran.stdout);
     }
+}
+
+#[test]
+fn a_driver_that_falls_when_it_is_looked_at_takes_no_other_with_it() {
+    let Some(driver) = lavapipe() else {
+        assert!(std::env::var_os("CI").is_none(), "Mesa's software driver is needed");
+        return;
+    };
+    let folder = folder();
+    let env = [("VK_DRIVER_FILES", driver.as_str())];
+    let plant = ["check", "--plant", "crash-at-sight", "--json", "report.json"];
+    let ran = attn_with(folder.path(), &[&plant[..], &["--quick", "--op", "softmax"]].concat(), &env);
+    assert_eq!(ran.status, Some(1), "{}", ran.stdout);
+    let report = report(folder.path());
+    let backends: Vec<_> = report["adapters"].as_array().unwrap().iter().map(|adapter| &adapter["backend"]).collect();
+    assert_eq!(backends, ["gl", "Vulkan", "CPU"]);
+    assert!(report["adapters"][0]["ended"].as_str().unwrap().contains("signal: 6"), "{}", report["adapters"][0]);
+    for adapter in [1, 2] {
+        let passed = with_status(&report, "passed").into_iter().filter(|result| result["adapter"] == adapter).count();
+        assert!(passed >= 4 && report["adapters"][adapter]["ended"].is_null(), "{report}");
+    }
+    let repro = ["check", "--plant", "crash-at-sight", "--repro", "softmax/plain/f32/1"];
+    let ran = attn_with(folder.path(), &repro, &env);
+    ran.succeeded();
+    assert!(ran.stdout.contains("(Vulkan)"), "{}", ran.stdout);
+    let lost = attn_with(folder.path(), &[&repro[..], &["--adapter", "gl"]].concat(), &env);
+    lost.refused(3, "gl: listing its adapters: signal: 6");
 }
 
 #[test]
@@ -303,6 +337,20 @@ fn cases_are_listed_chosen_and_run_alone() {
     refused(&["--quick", "--time-limit", "0"], 2, "--time-limit");
     refused(&["--quick", crate::kit::cases("torch").to_str().unwrap()], 2, "--quick");
     refused(&["--quick", "--adapter", "no such adapter"], 3, "no adapter answers");
+    refused(&["--list", "--op", "dancing"], 2, "no op \"dancing\"");
+    refused(&["--quick", "--adapter", "cpu", "--plant", "skipped-key"], 2, "the CPU backend has none");
+    // A backend has other names too, and tells adapters of one name apart.
+    let vulkan = wgpu_attention::Gpu::adapters().into_iter().find(|adapter| adapter.answers_to("vk")).unwrap();
+    for which in ["vk".to_string(), format!("vulkan:{}", vulkan.info.name), vulkan.index.to_string()] {
+        let repro = ["check", "--repro", "softmax/plain/f32/1"];
+        let ran = attn(folder.path(), &[&repro[..], &["--adapter", &which]].concat());
+        ran.succeeded();
+        assert!(ran.stdout.contains(&format!("{} (Vulkan)", vulkan.info.name)), "{which}: {}", ran.stdout);
+    }
+    let named = attn_with(folder.path(), &["check", "--quick", "--op", "merge"], &[("WGPU_ADAPTER_NAME", "no such")]);
+    named.refused(3, "no adapter answers to \"no such\"");
+    let golden = ["check", "--adapter", "cpu", "--repro", "torch/sdpa_dim005", "--shrink"];
+    assert!(attn(folder.path(), &golden).stdout.contains("Not made smaller: it does not fail"));
     let none = [("VK_DRIVER_FILES", "/dev/null"), ("WGPU_BACKEND", "vulkan")];
     attn_with(folder.path(), &["check", "--quick"], &none).refused(3, "there is no GPU adapter");
 }

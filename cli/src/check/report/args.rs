@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{Report, file, html, junit, markdown, table};
-use crate::error::{Result, usage};
+use crate::error::{Error, Result, usage};
 use crate::files;
 
 /// Files to write the report to.
@@ -45,7 +45,7 @@ impl Forms {
     pub fn check_folders(&self) -> Result<()> {
         for (at, (name, path)) in self.files().enumerate() {
             files::check_folder(path)?;
-            if let Some((other, _)) = self.files().take(at).find(|(_, other)| *other == path) {
+            if let Some((other, _)) = self.files().take(at).find(|(_, other)| files::is_same(other, path)) {
                 usage!("{other} and {name} both write {}; each needs a file of its own", path.display());
             }
         }
@@ -83,9 +83,11 @@ pub fn show(path: &Path, forms: &Forms) -> Result<()> {
     Ok(())
 }
 
-/// Prints what changed between two saved reports; whether nothing got worse.
+/// Prints what changed between two saved reports; whether nothing got worse. One that cannot be read is a wrong call: no
+/// regression has been seen.
 pub fn diff(old: &Path, new: &Path) -> Result<bool> {
-    let diff = super::diff::diff(&file::read(old)?, &file::read(new)?);
+    let read = |path| file::read(path).map_err(|error| Error::Usage(error.to_string()));
+    let diff = super::diff::diff(&read(old)?, &read(new)?);
     anstream::print!("{}", diff.text);
     Ok(!diff.regressed)
 }

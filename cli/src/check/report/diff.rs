@@ -16,8 +16,8 @@ const MOST_GROUPS: usize = 10;
 /// What changed, as text.
 pub struct Diff {
     pub text: String,
-    /// Something got worse: a case fails that did not, one that passed is skipped or no longer there, a second run no
-    /// longer gives the same bits, or an adapter ended early or is gone.
+    /// Something got worse: a case fails that did not or was not there, one that passed is skipped or no longer there, a
+    /// second run no longer gives the same bits, or an adapter ended early or is gone.
     pub regressed: bool,
 }
 
@@ -28,8 +28,8 @@ enum Change {
     Missing,
     Skipped,
     OtherBits,
-    Inaccurate,
     NewFails,
+    Inaccurate,
     Passes,
     Status,
     New,
@@ -41,8 +41,8 @@ const CHANGES: [(Change, &str); 10] = [
     (Change::Missing, "REGRESSION: passed, and no longer there"),
     (Change::Skipped, "REGRESSION: passed, and skipped now"),
     (Change::OtherBits, "REGRESSION: a second run no longer gives the same bits"),
+    (Change::NewFails, "REGRESSION: new cases that fail"),
     (Change::Inaccurate, "less accurate (NMSE more than 10 times larger)"),
-    (Change::NewFails, "new cases that fail"),
     (Change::Passes, "newly passing"),
     (Change::Status, "another status"),
     (Change::New, "new cases"),
@@ -58,7 +58,8 @@ struct Changed<'a> {
 
 /// Holds `new` against `old`. Adapters are paired by position where both reports have as many, so that a driver may
 /// change its name; otherwise by name and backend, the first with the first where several have the same. Cases are
-/// paired by id.
+/// paired by id, and where one is not there, by what is computed: other subgroups or limits deal cases out to other
+/// variants.
 pub fn diff(old: &Report, new: &Report) -> Diff {
     let mut text = String::new();
     let mut regressed = false;
@@ -184,6 +185,11 @@ fn cases<'a>(
 ) -> Vec<Changed<'a>> {
     let before: HashMap<&str, &CaseResult> = old.clone().map(|result| (result.id.as_str(), result)).collect();
     let after: HashSet<&str> = new.clone().map(|result| result.id.as_str()).collect();
+    // What has no partner yet, by the case alone.
+    let mut single: HashMap<&str, Vec<&CaseResult>> = HashMap::new();
+    for result in old.clone().filter(|result| !after.contains(result.id.as_str())) {
+        single.entry(case(result)).or_default().push(result);
+    }
     let mut all = Vec::new();
     for result in new {
         let reason = |lead: String| match &result.reason {
@@ -191,7 +197,9 @@ fn cases<'a>(
             None => lead,
         };
         let word = result.status.word();
-        let Some(a) = before.get(result.id.as_str()) else {
+        let same = before.get(result.id.as_str()).copied();
+        let mut other = || single.get_mut(case(result)).filter(|all| all.len() == 1)?.pop();
+        let Some(a) = same.or_else(&mut other) else {
             let change = if result.status == Status::Failed { Change::NewFails } else { Change::New };
             all.push(Changed { change, result, what: reason(word.into()) });
             continue;
@@ -205,22 +213,29 @@ fn cases<'a>(
             _ => Some(Change::Status),
         };
         if let Some(change) = change {
-            all.push(Changed { change, result, what: reason(format!("{word}, was {}", a.status.word())) });
+            let by = if same.is_some() { String::new() } else { format!(" by {}", visible(&a.variant)) };
+            all.push(Changed { change, result, what: reason(format!("{word}, was {}{by}", a.status.word())) });
         }
         if a.same_bits == Some(true) && result.same_bits == Some(false) {
             all.push(Changed { change: Change::OtherBits, result, what: word.into() });
         }
         if change != Some(Change::Fails)
-            && let Some(what) = less_accurate(a, result)
+            && let Some(what) = same.and_then(|a| less_accurate(a, result))
         {
             all.push(Changed { change: Change::Inaccurate, result, what });
         }
     }
-    for result in old.filter(|result| !after.contains(result.id.as_str())) {
+    let left: HashSet<&str> = single.values().flatten().map(|result| result.id.as_str()).collect();
+    for result in old.filter(|result| left.contains(result.id.as_str())) {
         let change = if result.status == Status::Passed { Change::Missing } else { Change::Gone };
         all.push(Changed { change, result, what: format!("was {}", result.status.word()) });
     }
     all
+}
+
+/// An id without its variant.
+fn case(result: &CaseResult) -> &str {
+    result.id.split('@').next().unwrap_or_default()
 }
 
 /// The first output whose NMSE grew.

@@ -64,7 +64,8 @@ pub fn text(report: &Report, long: bool) -> String {
         row(&mut out, &cells);
     }
     out.push_str(
-        "\n✓ passed, ✗ failed, known: failed as a known issue says, – not computed: a feature or limit is missing\n",
+        "\n✓ passed, ✗ failed, known: failed as a known issue says, – not computed: a feature or limit is missing, or \
+         the op is not known\n",
     );
     out
 }

@@ -59,6 +59,7 @@ pub struct Adapter {
     pub shader_compiler: String,
     /// Smallest and largest subgroup that the adapter declares.
     pub subgroups: Option<[u32; 2]>,
+    /// That the device was opened with: what the kernels may use. Its limits are all that the adapter has.
     pub features: Vec<String>,
     pub limits: BTreeMap<String, u64>,
     /// What a kernel saw on the device itself.
@@ -158,12 +159,13 @@ pub struct Output {
     pub ok: bool,
     /// Elements.
     pub count: u64,
-    /// The largest absolute error, and what is allowed there.
+    /// The largest absolute error.
     #[serde(with = "number")]
     pub max_abs: f64,
+    /// What is allowed at [`Output::worst`].
     #[serde(with = "number")]
     pub allowed: f64,
-    /// The error there in units in the last place of f32 at the expected value.
+    /// The largest error in units in the last place at the value expected there, of the type that values are rounded to.
     #[serde(with = "number")]
     pub ulps: f64,
     /// Σ(got − expected)² / Σ expected², over what is finite; what is allowed.
@@ -171,7 +173,7 @@ pub struct Output {
     pub nmse: f64,
     #[serde(with = "number")]
     pub nmse_allowed: f64,
-    /// Where the largest error is, and the two values.
+    /// The element that is furthest beyond its tolerance, or nearest to it, and the two values.
     pub worst: Vec<usize>,
     #[serde(with = "number")]
     pub got: f64,
@@ -246,20 +248,18 @@ impl Report {
         self.results.iter().filter(move |result| result.adapter == at)
     }
 
-    /// The line for a shell that runs the case again. An adapter goes by its name; where another has it too, by its
-    /// backend.
+    /// The line for a shell that runs the case again. An adapter goes by its backend and name: the name alone may mean
+    /// another backend's.
     pub fn repro(&self, result: &CaseResult) -> String {
         let adapter = &self.adapters[result.adapter];
         if adapter.backend.starts_with("Dawn") {
             return format!("attn check --dawn --adapter 0 --repro {}", quoted(&result.id));
         }
-        let name = adapter.name.to_lowercase();
-        let answers = |other: &&Adapter| other.backend != "CPU" && other.name.to_lowercase().contains(&name);
         let which = match adapter.backend.as_str() {
             "CPU" => "cpu".into(),
             "" => adapter.name.clone(),
-            backend if name.is_empty() || self.adapters.iter().filter(answers).count() > 1 => backend.to_lowercase(),
-            _ => adapter.name.clone(),
+            backend if adapter.name.is_empty() => backend.to_lowercase(),
+            backend => format!("{}:{}", backend.to_lowercase(), adapter.name),
         };
         format!("attn check --adapter {} --repro {}", quoted(&which), quoted(&result.id))
     }
@@ -276,7 +276,7 @@ fn visible(text: &str) -> String {
 }
 
 /// [`visible`] as one argument for a POSIX shell.
-fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     let text = visible(text);
     let plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }

@@ -15,10 +15,12 @@ pub enum Fault {
     MissingBarrier,
     /// The fused kernels round their sums to f16 after each step
     F16Sums,
-    /// The driver never answers to the tenth case
+    /// The driver never answers to the tenth case, or to the only one
     Hang,
-    /// The driver brings the process down at the tenth case
+    /// The driver brings the process down at the tenth case, or at the only one
     Crash,
+    /// The driver of GL brings the process down when it is looked at
+    CrashAtSight,
     /// Vulkan is asked for a buffer of no bytes in the tenth case: a validation layer has to say so
     BrokenRule,
 }
@@ -33,11 +35,19 @@ impl Fault {
             Fault::SkippedKey => Some(skipped_key),
             Fault::MissingBarrier => Some(missing_barrier),
             Fault::F16Sums => Some(f16_sums),
-            Fault::Hang | Fault::Crash | Fault::BrokenRule => None,
+            Fault::Hang | Fault::Crash | Fault::CrashAtSight | Fault::BrokenRule => None,
         }
     }
 
-    /// What the driver does when the tenth case begins.
+    /// What a driver does when adapters are looked for.
+    pub fn seen(self) {
+        let is_spared = std::env::var("WGPU_BACKEND").is_ok_and(|backend| backend != "gl");
+        if self == Fault::CrashAtSight && !is_spared {
+            std::process::abort();
+        }
+    }
+
+    /// What the driver does when the case begins.
     pub fn strike(self, device: &Device) {
         match self {
             Fault::Hang => loop {
@@ -49,7 +59,7 @@ impl Fault {
                     break_rule(gpu.device());
                 }
             }
-            Fault::SkippedKey | Fault::MissingBarrier | Fault::F16Sums => {}
+            Fault::SkippedKey | Fault::MissingBarrier | Fault::F16Sums | Fault::CrashAtSight => {}
         }
     }
 }

@@ -10,7 +10,7 @@ use wgpu_attention_conformance::{self as conformance, Case as Drawn, Expected, G
 use super::messages::{self, Message};
 use super::plan::{self, Item, Work};
 use crate::check::case::Case;
-use crate::check::compare::{Comparison, compare, largest_finite};
+use crate::check::compare::{Comparison, compare, difference, largest_finite, ulp};
 use crate::check::dawn::DawnResult;
 use crate::check::folder::{self, Stop};
 use crate::check::report::{CaseResult, Output, Status};
@@ -30,18 +30,19 @@ fn rounding(dtype: Dtype) -> (f64, f64, f64) {
 }
 
 impl Output {
-    fn of(comparison: &Comparison, nmse_allowed: f64) -> Output {
-        let stats = comparison.stats;
+    /// Mean squares below `floor` count as that; `dtype` is what values are rounded to.
+    fn of(comparison: &Comparison, nmse_allowed: f64, floor: f64, dtype: Dtype) -> Output {
+        let (stats, nmse) = (comparison.stats, comparison.stats.nmse(floor));
         let worst = comparison.worst.as_ref();
         Output {
             name: comparison.output.clone(),
             against: comparison.against.into(),
-            ok: comparison.ok && stats.nmse <= nmse_allowed,
+            ok: comparison.ok && nmse <= nmse_allowed,
             count: stats.count,
             max_abs: stats.max_abs,
             allowed: worst.map_or(0.0, |worst| worst.allowed),
-            ulps: stats.ulps,
-            nmse: stats.nmse,
+            ulps: stats.max_abs / ulp(stats.there, dtype),
+            nmse,
             nmse_allowed,
             worst: worst.map(|worst| worst.index.clone()).unwrap_or_default(),
             got: worst.map_or(0.0, |worst| worst.got),
@@ -52,12 +53,13 @@ impl Output {
 
     /// What is wrong with it, in words.
     fn complaint(&self) -> String {
-        let Output { name, against, max_abs, allowed, ulps, nmse, worst, got, expected, nans, count, .. } = self;
+        let Output { name, against, allowed, ulps, nmse, worst, got, expected, nans, count, .. } = self;
+        let off = difference(*got, *expected);
         let nans = if *nans > 0 { format!(", {nans} of {count} are NaN") } else { String::new() };
         let bound =
             if self.nmse_allowed.is_finite() { format!(" of {:.0e}", self.nmse_allowed) } else { String::new() };
         format!(
-            "{name} is off by {max_abs:.2e} ({ulps:.1e} ulp; {allowed:.1e} allowed, NMSE {nmse:.1e}{bound}), at \
+            "{name} is off by {off:.2e} ({allowed:.1e} allowed, {ulps:.1e} ulp at most, NMSE {nmse:.1e}{bound}), at \
              {worst:?} {got:e} instead of {expected:e}, against {against}{nans}"
         )
     }
@@ -74,14 +76,8 @@ pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
     let limit = (expected.tolerance + before * relative) * most;
     let nmse_allowed = if relative > 0.0 { nmse_allowed * (1.0 + before) } else { nmse_allowed };
     let allowed = |x: f64| limit + relative * x.abs() + least;
-    let mut comparison = compare(got.name, "f64", (&got.shape, &values), (&expected.shape, &expected.values), allowed);
-    if floor > 0.0 {
-        let squares: f64 = expected.values.iter().filter(|x| x.is_finite()).map(|x| x * x).sum();
-        let least = expected.values.len() as f64 * floor;
-        comparison.stats.nmse *= if squares > 0.0 { squares / squares.max(least) } else { 0.0 };
-    }
-    let reason = comparison.reason.clone();
-    (Output::of(&comparison, nmse_allowed), reason)
+    let comparison = compare(got.name, "f64", (&got.shape, &values), (&expected.shape, &expected.values), allowed);
+    (Output::of(&comparison, nmse_allowed, floor, got.dtype), comparison.reason)
 }
 
 /// What a case gave.
@@ -115,10 +111,11 @@ fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Re
     Ok(judged)
 }
 
-fn judged(comparisons: &[Comparison], again: &[Comparison]) -> Judged {
-    let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY)).collect();
+fn judged(comparisons: &[Comparison], again: &[Comparison], dtype: Dtype) -> Judged {
+    let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY, 0.0, dtype)).collect();
     let reason = comparisons.iter().find_map(|one| one.reason.clone());
-    Judged { outputs, reason, same_bits: Some(comparisons == again) }
+    let bits = |of: &[Comparison]| of.iter().map(|one| one.fingerprint).collect::<Vec<_>>();
+    Judged { outputs, reason, same_bits: Some(bits(comparisons) == bits(again)) }
 }
 
 /// What Dawn made of a plan against the truth of the case that it was made from.
@@ -129,6 +126,7 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
     result.kernels.dedup();
     result.why = Some("exported as a plan".into());
     match &found.outputs {
+        Err(reason) if found.lacks => (result.status, result.reason) = (Status::Skipped, Some(reason.clone())),
         Err(reason) => result.reason = Some(reason.clone()),
         Ok(outputs) => {
             let truth = case.truth();
@@ -145,6 +143,16 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
             }
             conclude(&mut result, judged);
         }
+    }
+    result
+}
+
+/// An item that gave nothing to compare.
+pub fn stopped(item: &Item, stop: &Stop) -> CaseResult {
+    let mut result = blank(item);
+    match stop {
+        Stop::Skip(reason) => (result.status, result.reason) = (Status::Skipped, Some(reason.clone())),
+        Stop::Error(error) => result.reason = Some(error.to_string()),
     }
     result
 }
@@ -227,7 +235,7 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
                 let (first, trace) = traced(device, || folder::compute(&case, device, item.method));
                 seconds = start.elapsed().as_secs_f64();
                 tell(&mut result, &trace);
-                Ok(judged(&first?, &folder::compute(&case, device, item.method)?))
+                Ok(judged(&first?, &folder::compute(&case, device, item.method)?, case.storage()))
             }
         }
     };
@@ -248,7 +256,7 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
 /// broken rule.
 fn hear(result: &mut CaseResult) {
     for Message { is_error, text } in messages::heard() {
-        if is_error && result.status == Status::Passed {
+        if is_error && result.status != Status::Failed {
             (result.status, result.reason) = (Status::Failed, Some(format!("driver or layer: {text}")));
         }
         if !result.messages.contains(&text) {

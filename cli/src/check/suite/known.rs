@@ -43,6 +43,9 @@ struct Issue {
     driver: Option<Regex>,
 }
 
+/// As reports call them.
+const BACKENDS: [&str; 6] = ["Vulkan", "Metal", "DX12", "GL", "WebGPU", "CPU"];
+
 pub struct Issues(Vec<Issue>);
 
 impl Issues {
@@ -73,6 +76,11 @@ impl Issues {
             }
             if message.is_empty() {
                 return Err(format!("the message of issue {id} is empty: it must say how the case fails"));
+            }
+            if let Some(odd) =
+                backend.as_ref().filter(|name| !BACKENDS.iter().any(|one| one.eq_ignore_ascii_case(name)))
+            {
+                return Err(format!("issue {id} is of the backend {odd}; there are {}", BACKENDS.join(", ")));
             }
             let case = pattern("case", case)?;
             let adapter = adapter.map(|text| pattern("adapter", text)).transpose()?;
@@ -167,6 +175,7 @@ mod tests {
             (("is off by", ""), "the message of issue mesa-1 is empty"),
             (("fused$", "fused("), "the case of issue mesa-1"),
             (("backend", "backends"), "unknown field `backends`"),
+            (("\"vulkan\"", "\"vulcan\""), "of the backend vulcan; there are Vulkan,"),
         ] {
             let text = ENTRY.replace(change.0, change.1);
             let reason = Issues::parse(&text).err().unwrap();

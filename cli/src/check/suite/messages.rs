@@ -16,7 +16,10 @@ pub struct Message {
     pub text: String,
 }
 
-struct Ear;
+struct Ear {
+    /// Says it on stderr too, from where a parent reads the last words of a process that ends.
+    repeats: bool,
+}
 
 impl Log for Ear {
     fn enabled(&self, metadata: &Metadata) -> bool {
@@ -34,16 +37,21 @@ impl Log for Ear {
             && record.target().starts_with("wgpu_hal::vulkan")
             && !text.contains(UNKNOWN_LANGUAGE);
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if self.repeats {
+            eprintln!("{text}");
+        }
         HEARD.lock().unwrap_or_else(PoisonError::into_inner).push(Message { is_error, text });
     }
 
     fn flush(&self) {}
 }
 
-/// From now on messages are heard. Call it before a device opens: wgpu asks layers and drivers for what is listened to.
-pub fn listen() {
+/// From now on messages are heard, and repeated on stderr where this process is a worker. Call it before a device opens:
+/// wgpu asks layers and drivers for what is listened to.
+pub fn listen(is_worker: bool) {
+    let ear: &'static Ear = if is_worker { &Ear { repeats: true } } else { &Ear { repeats: false } };
     // Only the first listener of a process is taken.
-    if log::set_logger(&Ear).is_ok() {
+    if log::set_logger(ear).is_ok() {
         log::set_max_level(LevelFilter::Warn);
     }
 }

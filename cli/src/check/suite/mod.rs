@@ -7,20 +7,20 @@ mod messages;
 mod observe;
 mod on_dawn;
 mod plan;
+mod run;
 mod shrink;
 mod worker;
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 
-use super::report::{self, Adapter, CaseResult, Report, Status, Tally};
+use super::report::{self, CaseResult, Report, Status, Tally};
 use crate::error::{Error, Result, fail, usage};
-use crate::progress::Bar;
 use faults::Fault;
 use known::Issues;
-use plan::{Item, Selection};
+use plan::{Item, Selection, Work};
 use worker::{Line, Order, Place, Waited, Worker};
 
 pub use worker::work;
@@ -38,7 +38,7 @@ pub struct SuiteArgs {
     #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
     variants: Vec<String>,
     /// Print the cases, and run none
-    #[arg(long, conflicts_with = "Forms")]
+    #[arg(long, conflicts_with_all = ["Forms", "repro"])]
     list: bool,
     /// What random cases are drawn from
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -47,7 +47,7 @@ pub struct SuiteArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     time_limit: u64,
     /// Run one case, by the id that a report gives
-    #[arg(long, value_name = "CASE-ID", conflicts_with = "Forms")]
+    #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter"])]
     repro: Option<String>,
     /// Make the case of --repro as small as it still fails, and print all that a bug report needs
     #[arg(long, requires = "repro", conflicts_with = "dawn")]
@@ -70,9 +70,6 @@ fn parse_variant(text: &str) -> Result<String, String> {
     text.parse().map(plan::variant).map_err(|error: wgpu_attention::Error| error.to_string())
 }
 
-/// After so many hangs and crashes an adapter is given up.
-const MOST_FALLS: usize = 3;
-
 impl SuiteArgs {
     fn selection(&self, filter: Option<&str>) -> Selection {
         Selection {
@@ -81,6 +78,7 @@ impl SuiteArgs {
             ops: self.ops.clone(),
             variants: self.variants.clone(),
             filter: filter.map(str::to_string),
+            only: None,
         }
     }
 
@@ -109,159 +107,26 @@ fn locked(package: &str) -> String {
     version.map_or("unknown", |version| version.trim_end_matches('"')).to_string()
 }
 
-/// The adapters that `--adapter` means: all of them, and the CPU backend, unless one is named.
-fn places(adapter: Option<&str>, limit: Duration) -> Result<(Vec<Place>, Vec<Adapter>)> {
-    let which = adapter.unwrap_or("all");
-    if which.eq_ignore_ascii_case("cpu") {
-        return Ok((vec![Place::Cpu], Vec::new()));
+fn check_ops(ops: &[String]) -> Result<()> {
+    match ops.iter().find(|op| !plan::ops().any(|known| known == op.as_str())) {
+        Some(odd) => usage!("there is no op \"{odd}\"; there are {}", plan::ops().collect::<Vec<_>>().join(", ")),
+        None => Ok(()),
     }
-    let list = |backend: Option<&str>| -> Result<Vec<Place>, String> {
-        let order = Order::List { backend: backend.map(str::to_string) };
-        match Worker::start(&order).map_err(|error| error.to_string())?.wait(limit) {
-            Waited::Line(Line::Adapters(places)) => Ok(places),
-            Waited::Line(_) => Err("an odd answer".into()),
-            Waited::Hung => Err(format!("no answer within {} s", limit.as_secs())),
-            Waited::Ended(how) => Err(how),
-        }
-    };
-    let mut broken = Vec::new();
-    let mut found = match list(None) {
-        Ok(places) => places,
-        // One driver hangs or falls even when it is looked at: which, and what about the others?
-        Err(_) => {
-            let mut all = Vec::new();
-            for backend in ["vulkan", "metal", "dx12", "gl"] {
-                match list(Some(backend)) {
-                    Ok(places) => all.extend(places),
-                    Err(how) => broken.push(Adapter {
-                        name: "unknown".into(),
-                        backend: backend.into(),
-                        ended: Some(format!("listing its adapters: {how}")),
-                        ..Adapter::default()
-                    }),
-                }
-            }
-            all
-        }
-    };
-    if which.eq_ignore_ascii_case("all") {
-        if found.is_empty() && broken.is_empty() {
-            return Err(Error::NoAdapter(
-                "there is no GPU adapter: install a driver (Mesa's llvmpipe runs on any processor), or check the CPU \
-                 backend alone with --adapter cpu"
-                    .into(),
-            ));
-        }
-        found.push(Place::Cpu);
-        return Ok((found, broken));
-    }
-    let is_named = |place: &Place| match place {
-        Place::Cpu | Place::Dawn { .. } => false,
-        Place::Gpu { index, name, backend } => {
-            backend.eq_ignore_ascii_case(which)
-                || which.parse() == Ok(*index)
-                || which.parse::<usize>().is_err() && name.to_lowercase().contains(&which.to_lowercase())
-        }
-    };
-    match found.iter().find(|place| is_named(place)) {
-        Some(place) => Ok((vec![place.clone()], Vec::new())),
-        None => {
-            found.push(Place::Cpu);
-            let known: Vec<String> = found.iter().map(Place::to_string).collect();
-            Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}", known.join(", "))))
-        }
-    }
-}
-
-/// The first adapter, which Dawn's plans are made on.
-fn first_gpu(places: &[Place]) -> Result<usize> {
-    let index = |place: &Place| if let Place::Gpu { index, .. } = place { Some(*index) } else { None };
-    match places.iter().find_map(index) {
-        Some(index) => Ok(index),
-        None => usage!("--dawn needs an adapter that plans are made for"),
-    }
-}
-
-/// The cases of one adapter, however its driver behaves.
-fn run_place(
-    place: &Place,
-    args: &SuiteArgs,
-    selection: &Selection,
-    issues: &Issues,
-) -> Result<(Adapter, Vec<CaseResult>)> {
-    let limit = Duration::from_secs(args.time_limit);
-    let start = Instant::now();
-    let mut adapter = Adapter { name: place.to_string(), ..Adapter::default() };
-    if let Place::Gpu { name, backend, .. } = place {
-        (adapter.name, adapter.backend) = (name.clone(), backend.clone());
-    }
-    let (mut results, mut from, mut total, mut falls) = (Vec::new(), 0, 0, 0);
-    let mut bar: Option<Bar> = None;
-    'worker: loop {
-        let order = Order::Run { on: place.clone(), selection: selection.clone(), from, fault: args.plant };
-        let mut worker = Worker::start(&order)?;
-        let mut running: Option<(usize, CaseResult)> = None;
-        let fallen = loop {
-            match worker.wait(limit) {
-                Waited::Line(Line::Adapter { adapter: told, items }) => {
-                    (adapter, total) = (told, items);
-                    bar.get_or_insert_with(|| Bar::new(items));
-                }
-                Waited::Line(Line::Start { at, blank }) => running = Some((at, blank)),
-                Waited::Line(Line::Result(mut result)) => {
-                    running = None;
-                    issues.apply(&adapter, &mut result);
-                    if let Some(bar) = &mut bar {
-                        bar.step(&result.id);
-                    }
-                    results.push(result);
-                }
-                Waited::Line(Line::End(observed)) => {
-                    adapter.observed = observed;
-                    break 'worker;
-                }
-                Waited::Line(Line::Refused(reason)) => {
-                    adapter.ended = Some(format!("the device does not open: {reason}"));
-                    break 'worker;
-                }
-                Waited::Line(Line::Adapters(_)) => {}
-                Waited::Hung => break format!("hung: no answer within {} s", args.time_limit),
-                Waited::Ended(how) => break format!("crashed: {how}"),
-            }
-        };
-        falls += 1;
-        let Some((at, mut result)) = running else {
-            adapter.ended = Some(format!("{fallen}, between cases or before the first"));
-            break;
-        };
-        from = at + 1;
-        result.reason = Some(format!("the driver {fallen}"));
-        issues.apply(&adapter, &mut result);
-        results.push(result);
-        if falls == MOST_FALLS {
-            adapter.ended = Some(format!(
-                "given up after {falls} hangs and crashes, the last in {}; {} of {total} cases have not run",
-                results.last().map_or("", |last| &last.id),
-                total - from.min(total)
-            ));
-            break;
-        }
-    }
-    adapter.seconds = start.elapsed().as_secs_f64();
-    Ok((adapter, results))
 }
 
 /// Runs the suite; gives the report and whether all is well.
-fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<Report> {
+fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<Report> {
     let issues = Issues::read(args.known_issues.as_deref())?;
     let selection = args.selection(filter);
-    if let Some(odd) = selection.ops.iter().find(|op| !plan::ops().any(|known| known == op.as_str())) {
-        usage!("there is no op \"{odd}\"; there are {}", plan::ops().collect::<Vec<_>>().join(", "));
-    }
-    let (mut places, broken) = places(adapter, Duration::from_secs(args.time_limit))?;
+    check_ops(&args.ops)?;
+    let limit = Duration::from_secs(args.time_limit);
+    let (mut places, broken) = run::places(adapter, args)?;
     if args.dawn {
-        on_dawn::dawn()?;
-        places.push(Place::Dawn { index: first_gpu(&places)? });
+        on_dawn::dawn(limit)?;
+        places.push(run::dawn(&places)?);
+    }
+    if places == [Place::Cpu] && args.plant.is_some_and(|fault| fault.rewrite().is_some()) {
+        usage!("--plant breaks kernels of adapters; the CPU backend has none");
     }
     let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
     let mut report = Report {
@@ -284,7 +149,7 @@ fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<
         results: Vec::new(),
     };
     for place in places {
-        let (adapter, results) = run_place(&place, args, &selection, &issues)?;
+        let (adapter, results) = run::run(&place, args, &selection, &issues)?;
         let at = report.adapters.len();
         report.adapters.push(adapter);
         report.results.extend(results.into_iter().map(|result| CaseResult { adapter: at, ..result }));
@@ -295,39 +160,48 @@ fn run(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<
     Ok(report)
 }
 
-/// One case, in this process.
+/// One case.
 fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
     let item = Item::parse(id)?;
     // A file that cannot be read is known before anything runs.
     let issues = Issues::read(args.known_issues.as_deref())?;
     let limit = Duration::from_secs(args.time_limit);
-    let place = match adapter {
-        Some(which) if which.eq_ignore_ascii_case("all") => usage!("--repro runs on one adapter"),
-        _ => places(adapter, limit)?.0.remove(0),
-    };
-    messages::listen();
+    if adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
+        usage!("--repro runs on one adapter");
+    }
+    let mut place = run::one_place(adapter, args)?;
     if args.dawn {
-        let (dawn, index) = (on_dawn::dawn()?, first_gpu(&[place])?);
-        let place = Place::Dawn { index };
-        let (adapter, mut results) = on_dawn::run(&dawn, &on_dawn::planner(index, args.plant)?, &[item])?;
-        for result in &mut results {
-            issues.apply(&adapter.clone().unwrap_or_default(), result);
-            print(result, &place);
+        on_dawn::dawn(limit)?;
+        place = run::dawn(&[place])?;
+    }
+    let selection = Selection { only: Some(item.id()), ..Selection::default() };
+    let (ran, results) = run::run(&place, args, &selection, &issues)?;
+    let Some(result) = results.first() else {
+        match ran.ended {
+            Some(how) => fail!("{place}: {how}"),
+            None => fail!("{id} is no single call, which a plan is made of"),
         }
-        return Ok(Tally::of(&results).is_good());
+    };
+    // What brings a process down, or was judged in none, is not tried again and again in this one.
+    let can_shrink = matches!(item.work, Work::Drawn(_)) && result.milliseconds > 0.0 && place.alone().is_none();
+    if !args.shrink || result.status != Status::Failed || !can_shrink {
+        print(result, &place);
+        if args.shrink {
+            let why = match (&item.work, result.status) {
+                (Work::Golden(_), Status::Failed) => "it is a case of other people",
+                (Work::Drawn(_), Status::Failed) => "it brings its process down",
+                _ => "it does not fail",
+            };
+            anstream::println!("Not made smaller: {why}.");
+        }
+        return Ok(Tally::of(&results).is_good() && ran.ended.is_none());
     }
+    messages::listen(false);
     let device = worker::open(&place, args.plant).map_err(Error::Failed)?;
-    let mut result = judge::run(&item, &device);
-    issues.apply(&observe::adapter(&device), &mut result);
-    if !args.shrink || result.status != Status::Failed {
-        print(&result, &place);
-        return Ok(Tally::of([&result]).is_good());
-    }
     let (item, result, tried) = shrink::shrink(&item, &device);
-    anstream::println!("{id} fails; the smallest of {tried} that were tried and fail too:\n");
+    anstream::println!("{id} fails; the smallest that fails in this way, of {tried} that were tried:\n");
     print(&result, &place);
-    let name = adapter.map_or("0".into(), str::to_string);
-    anstream::print!("{}", shrink::describe(&item, &result, &device, &name));
+    anstream::print!("{}", shrink::describe(&item, &result, &device, args.plant));
     Ok(false)
 }
 
@@ -377,14 +251,19 @@ pub fn check(
         return repro(id, args, adapter);
     }
     if args.list {
-        let place = places(adapter, Duration::from_secs(args.time_limit))?.0.remove(0);
-        let device = worker::open(&place, None).map_err(Error::Failed)?;
-        for item in plan::items(&device, &args.selection(filter)) {
-            anstream::println!("{}", item.id());
+        check_ops(&args.ops)?;
+        let limit = Duration::from_secs(args.time_limit);
+        let order = Order::Cases { on: run::one_place(adapter, args)?, selection: args.selection(filter) };
+        match Worker::start(&order)?.wait(limit) {
+            Waited::Line(Line::Cases(ids)) => ids.iter().for_each(|id| anstream::println!("{id}")),
+            Waited::Line(Line::Refused(reason)) => fail!("the device does not open: {reason}"),
+            Waited::Line(_) => fail!("the worker gave an odd answer"),
+            Waited::Hung => fail!("the driver gave no answer within {} s", args.time_limit),
+            Waited::Ended(how) => fail!("the driver crashed: {how}"),
         }
         return Ok(true);
     }
-    let report = run(args, filter, adapter)?;
+    let report = suite(args, filter, adapter)?;
     finish(&report)?;
     let tally = Tally::of(&report.results);
     Ok(tally.is_good() && report.adapters.iter().all(|adapter| adapter.ended.is_none()))

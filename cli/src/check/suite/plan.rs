@@ -40,6 +40,8 @@ pub struct Selection {
     pub variants: Vec<String>,
     /// Part of an id.
     pub filter: Option<String>,
+    /// One case, by its id, whatever the rest says.
+    pub only: Option<String>,
 }
 
 /// Every op by name: sources of other people's cases, and what is drawn.
@@ -107,6 +109,9 @@ pub fn methods(device: &Device) -> Vec<Method> {
 
 /// What to run on a device, in its order.
 pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
+    if let Some(id) = &selection.only {
+        return Item::parse(id).into_iter().collect();
+    }
     let methods = methods(device);
     let drawn = cases(&methods, selection.seed, selection.quick);
     let drawn = drawn.into_iter().map(|(case, method)| Item { work: Work::Drawn(case), method });

@@ -1,46 +1,63 @@
 //! The cases of one adapter in a process of their own: what hangs or falls there is no end of the report. The
 //! process is told on its command line what to do, and tells what it does line by line, as JSON.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use wgpu_attention::{Device, Gpu, GpuOptions};
+use wgpu_attention::{AdapterSummary, Device, Gpu, GpuOptions};
 
 use super::faults::{Fault, STRIKES_AT};
 use super::on_dawn::PLANS;
 use super::plan::{Item, Selection, items};
 use super::{judge, messages, observe, on_dawn};
-use crate::check::report::{Adapter, CaseResult};
+use crate::check::report::{Adapter, CaseResult, Observed};
 use crate::error::{Error, Result};
 use crate::target::backend_name;
 
 /// What a worker is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// Tell which adapters there are, of one backend or of all.
-    List { backend: Option<String> },
-    /// Run cases.
-    Run { on: Place, selection: Selection, from: usize, fault: Option<Fault> },
+    /// Tell which adapters there are, of one backend or of all, and which of them are called `which`.
+    List { backend: Option<String>, which: Option<String>, fault: Option<Fault> },
+    /// Tell which cases there are.
+    Cases { on: Place, selection: Selection },
+    /// Run cases; `limit` is how many seconds one may take.
+    Run { on: Place, selection: Selection, from: usize, fault: Option<Fault>, limit: u64 },
+    /// See how workgroups of these sizes run.
+    Observe { on: Place, workgroups: BTreeSet<u32> },
 }
 
 /// Where cases run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Place {
     Cpu,
-    /// The adapter at an index, by the name and backend that it had when adapters were listed.
+    /// The adapter at an index, by the name and backend that it had when adapters were listed: all of them, or those
+    /// of `WGPU_BACKEND` `alone` where a driver of another fell.
     Gpu {
         index: usize,
         name: String,
         backend: String,
+        alone: Option<String>,
     },
     /// Dawn for Node, over plans made for WebGPU's own limits on the adapter at an index.
     Dawn {
         index: usize,
+        alone: Option<String>,
     },
+}
+
+impl Place {
+    /// The one backend that is to be looked at.
+    pub fn alone(&self) -> Option<&String> {
+        match self {
+            Place::Cpu => None,
+            Place::Gpu { alone, .. } | Place::Dawn { alone, .. } => alone.as_ref(),
+        }
+    }
 }
 
 impl std::fmt::Display for Place {
@@ -57,7 +74,12 @@ impl std::fmt::Display for Place {
 #[derive(Debug, Serialize, Deserialize)]
 #[allow(clippy::large_enum_variant, reason = "one at a time")]
 pub enum Line {
-    Adapters(Vec<Place>),
+    Adapters {
+        all: Vec<Place>,
+        called: Vec<Place>,
+    },
+    /// Their ids.
+    Cases(Vec<String>),
     Adapter {
         adapter: Adapter,
         items: usize,
@@ -67,8 +89,9 @@ pub enum Line {
         blank: CaseResult,
     },
     Result(CaseResult),
-    /// All is done; the sizes seen meanwhile.
-    End(Vec<crate::check::report::Observed>),
+    Observed(Vec<Observed>),
+    /// All is done.
+    End,
     /// The device does not open.
     Refused(String),
 }
@@ -77,7 +100,8 @@ pub enum Line {
 fn tell(line: &Line) {
     let text = serde_json::to_string(line).unwrap_or_default();
     let mut out = std::io::stdout().lock();
-    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
+    // A driver may have written there without an end of line.
+    if write!(out, "\n{text}\n").and_then(|()| out.flush()).is_err() {
         std::process::exit(1);
     }
 }
@@ -86,8 +110,9 @@ pub fn open(place: &Place, fault: Option<Fault>) -> Result<Device, String> {
     let (index, name, backend) = match place {
         Place::Cpu => return Ok(Device::Cpu),
         Place::Dawn { .. } => return Err("Dawn runs plans, within a suite alone".into()),
-        Place::Gpu { index, name, backend } => (index, name, backend),
+        Place::Gpu { index, name, backend, .. } => (index, name, backend),
     };
+    fault.iter().for_each(|fault| fault.seen());
     let rewrite = fault.and_then(Fault::rewrite);
     let options = GpuOptions { adapter: Some(index.to_string()), rewrite, ..GpuOptions::default() };
     let gpu = Gpu::with_options(&options).map_err(|error| error.to_string())?;
@@ -103,73 +128,86 @@ pub fn work(order: &str) -> Result<bool> {
     let order: Order =
         serde_json::from_str(order).map_err(|error| Error::Usage(format!("no order for a worker: {error}")))?;
     match order {
-        Order::List { .. } => {
-            let place = |adapter: wgpu_attention::AdapterSummary| Place::Gpu {
+        Order::List { backend, which, fault } => {
+            fault.iter().for_each(|fault| fault.seen());
+            let place = |adapter: &AdapterSummary| Place::Gpu {
                 index: adapter.index,
                 name: adapter.info.name.clone(),
                 backend: backend_name(adapter.info.backend).into(),
+                alone: backend.clone(),
             };
-            tell(&Line::Adapters(Gpu::adapters().into_iter().map(place).collect()));
+            let all = Gpu::adapters();
+            let called = |adapter: &&AdapterSummary| which.as_ref().is_some_and(|which| adapter.answers_to(which));
+            tell(&Line::Adapters {
+                called: all.iter().filter(called).map(place).collect(),
+                all: all.iter().map(place).collect(),
+            });
         }
-        Order::Run { on: Place::Dawn { index }, selection, from, fault } => {
-            if let Err(reason) = run_on_dawn(index, &selection, from, fault) {
+        Order::Cases { on, selection } => match open(&on, None) {
+            Err(reason) => tell(&Line::Refused(reason)),
+            Ok(device) => tell(&Line::Cases(items(&device, &selection).iter().map(Item::id).collect())),
+        },
+        Order::Run { on: Place::Dawn { index, .. }, selection, from, fault, limit } => {
+            let limit = Duration::from_secs(limit);
+            if let Err(reason) = run_on_dawn(index, &selection, from, fault, limit) {
                 tell(&Line::Refused(reason.to_string()));
             }
         }
-        Order::Run { on, selection, from, fault } => {
-            messages::listen();
+        Order::Run { on, selection, from, fault, .. } => {
+            messages::listen(true);
             match open(&on, fault) {
                 Err(reason) => tell(&Line::Refused(reason)),
                 Ok(device) => run(&device, &items(&device, &selection), from, fault),
             }
         }
+        Order::Observe { on, workgroups } => {
+            let device = open(&on, None).map_err(Error::Failed)?;
+            let seen = |gpu| workgroups.iter().filter_map(|&size| observe::observe(gpu, size).ok()).collect();
+            tell(&Line::Observed(device.gpu().map_or(Vec::new(), seen)));
+        }
     }
     Ok(true)
 }
 
-fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<Fault>) -> Result<()> {
-    let dawn = on_dawn::dawn()?;
+fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<Fault>, limit: Duration) -> Result<()> {
+    let dawn = on_dawn::dawn(limit)?;
     let device = on_dawn::planner(index, fault)?;
     let items = on_dawn::items(items(&device, selection));
     let unknown = Adapter { name: "Dawn".into(), backend: "Dawn".into(), ..Adapter::default() };
     tell(&Line::Adapter { adapter: unknown, items: items.len() });
-    for (n, part) in items.chunks(PLANS).enumerate() {
-        let first = n * PLANS;
-        if first + part.len() <= from {
-            continue;
+    let start = |at: usize| {
+        if let Some(item) = items.get(at) {
+            tell(&Line::Start { at, blank: judge::blank(item) });
         }
-        tell(&Line::Start { at: first, blank: judge::blank(&part[0]) });
-        let (adapter, results) = on_dawn::run(&dawn, &device, part)?;
-        if let Some(adapter) = adapter {
-            tell(&Line::Adapter { adapter, items: items.len() });
-        }
-        for result in results.into_iter().skip(from.saturating_sub(first)) {
+    };
+    let mut at = from;
+    start(at);
+    for part in items.get(from..).unwrap_or_default().chunks(PLANS) {
+        on_dawn::run(&dawn, &device, part, |adapter, result| {
+            if let Some(adapter) = adapter {
+                tell(&Line::Adapter { adapter, items: items.len() });
+            }
             tell(&Line::Result(result));
-        }
+            at += 1;
+            start(at);
+        })?;
     }
-    tell(&Line::End(Vec::new()));
+    tell(&Line::End);
     Ok(())
 }
 
 fn run(device: &Device, items: &[Item], from: usize, fault: Option<Fault>) {
     tell(&Line::Adapter { adapter: observe::adapter(device), items: items.len() });
-    let mut seen = BTreeMap::new();
     for (at, item) in items.iter().enumerate().skip(from) {
         tell(&Line::Start { at, blank: judge::blank(item) });
         if let Some(fault) = fault
-            && at == STRIKES_AT
+            && (at == STRIKES_AT || items.len() == 1)
         {
             fault.strike(device);
         }
-        let mut result = judge::run(item, device);
-        if let (Some(gpu), Some(workgroup)) = (device.gpu(), result.workgroup) {
-            // Seen once for each size; where the adapter does not say, the sizes stay unknown.
-            let seen = seen.entry(workgroup).or_insert_with(|| observe::observe(gpu, workgroup).ok());
-            result.subgroup = seen.and_then(|seen| seen.subgroup);
-        }
-        tell(&Line::Result(result));
+        tell(&Line::Result(judge::run(item, device)));
     }
-    tell(&Line::End(seen.into_values().flatten().collect()));
+    tell(&Line::End);
 }
 
 /// A worker that may be waited for, but not for ever.
@@ -203,7 +241,11 @@ impl Worker {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Adapters are told apart by their own index, not by what a user prefers.
         command.env_remove("WGPU_ADAPTER_NAME");
-        if let Order::List { backend: Some(backend) } = order {
+        let alone = match order {
+            Order::List { backend, .. } => backend.as_ref(),
+            Order::Cases { on, .. } | Order::Run { on, .. } | Order::Observe { on, .. } => on.alone(),
+        };
+        if let Some(backend) = alone {
             command.env("WGPU_BACKEND", backend);
         }
         let mut child = command.spawn().map_err(|error| failed(&error))?;
@@ -212,13 +254,15 @@ impl Worker {
         };
         let (send, lines) = mpsc::channel();
         std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                // A driver may write there too.
-                if let Ok(line) = serde_json::from_str(&line)
+            let (mut stdout, mut line) = (BufReader::new(stdout), Vec::new());
+            while let Ok(1..) = stdout.read_until(b'\n', &mut line) {
+                // A driver may write there too, and anything.
+                if let Ok(line) = serde_json::from_slice(&line)
                     && send.send(line).is_err()
                 {
                     break;
                 }
+                line.clear();
             }
         });
         let complaints = std::thread::spawn(move || {
@@ -241,22 +285,35 @@ impl Worker {
         }
     }
 
+    /// What it has said on stderr, after a time limit has passed. It is ended.
+    pub fn complaints(&mut self) -> String {
+        let _ = self.child.kill();
+        // What it started may hold stderr open.
+        let complaints = self.complaints.take().filter(|_| ends(&mut self.child, GRACE).is_some());
+        complaints
+            .and_then(|complaints| complaints.join().ok())
+            .filter(|text| !text.is_empty())
+            .map_or_else(String::new, |text| format!("; its last words: {text}"))
+    }
+
     fn last_words(&mut self, limit: Duration) -> String {
         // Its output is closed: the end is near, but a driver may hang in its last breath.
-        let start = Instant::now();
-        let status = loop {
-            match self.child.try_wait() {
-                Ok(Some(status)) => break status.to_string(),
-                Ok(None) if start.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
-                _ => {
-                    let _ = self.child.kill();
-                    break "no end of its own".into();
-                }
-            }
-        };
-        match self.complaints.take().and_then(|complaints| complaints.join().ok()) {
-            Some(text) if !text.is_empty() => format!("{status}; its last words: {text}"),
-            _ => status,
+        let status = ends(&mut self.child, limit).unwrap_or_else(|| "no end of its own".into());
+        status + &self.complaints()
+    }
+}
+
+/// For a process that was killed.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How a process ends within a time.
+fn ends(child: &mut Child, limit: Duration) -> Option<String> {
+    let start = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status.to_string()),
+            Ok(None) if start.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
+            _ => return None,
         }
     }
 }
@@ -264,6 +321,7 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        // One that hangs in the kernel never ends; it is left.
+        let _ = ends(&mut self.child, GRACE);
     }
 }

@@ -1,0 +1,211 @@
+//! The suite in workers: which adapters there are, and their cases, however drivers behave.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use super::known::Issues;
+use super::plan::Selection;
+use super::worker::{Line, Order, Place, Waited, Worker};
+use super::{SuiteArgs, on_dawn};
+use crate::check::report::{Adapter, CaseResult};
+use crate::error::{Error, Result, fail, usage};
+use crate::progress::Bar;
+
+/// After so many hangs and crashes an adapter is given up.
+const MOST_FALLS: usize = 3;
+
+/// The adapters that `--adapter`, or else `WGPU_ADAPTER_NAME`, means: every one that answers to it; all, and the CPU
+/// backend, unless something is named. Those whose driver fell when it was looked at are told beside them.
+pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Vec<Adapter>)> {
+    let limit = Duration::from_secs(args.time_limit);
+    let by_environment = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty());
+    let which = adapter.or(by_environment.as_deref()).unwrap_or("all");
+    if which.eq_ignore_ascii_case("cpu") {
+        return Ok((vec![Place::Cpu], Vec::new()));
+    }
+    let which = Some(which).filter(|which| !which.eq_ignore_ascii_case("all"));
+    let list = |backend: Option<&str>| -> Result<(Vec<Place>, Vec<Place>), String> {
+        let order =
+            Order::List { backend: backend.map(str::to_string), which: which.map(str::to_string), fault: args.plant };
+        match Worker::start(&order).map_err(|error| error.to_string())?.wait(limit) {
+            Waited::Line(Line::Adapters { all, called }) => Ok((all, called)),
+            Waited::Line(_) => Err("an odd answer".into()),
+            Waited::Hung => Err(format!("no answer within {} s", limit.as_secs())),
+            Waited::Ended(how) => Err(how),
+        }
+    };
+    let mut broken = Vec::new();
+    let (mut all, called) = match list(None) {
+        Ok(found) => found,
+        // One driver hangs or falls even when it is looked at: which, and what about the others?
+        Err(_) => {
+            let (mut all, mut called) = (Vec::new(), Vec::new());
+            for backend in ["vulkan", "metal", "dx12", "gl"] {
+                match list(Some(backend)) {
+                    Ok(found) => {
+                        all.extend(found.0);
+                        called.extend(found.1);
+                    }
+                    Err(how) => broken.push(Adapter {
+                        name: "unknown".into(),
+                        backend: backend.into(),
+                        ended: Some(format!("listing its adapters: {how}")),
+                        ..Adapter::default()
+                    }),
+                }
+            }
+            (all, called)
+        }
+    };
+    match which {
+        None if all.is_empty() && broken.is_empty() => Err(Error::NoAdapter(
+            "there is no GPU adapter: install a driver (Mesa's llvmpipe runs on any processor), or check the CPU \
+             backend alone with --adapter cpu"
+                .into(),
+        )),
+        None => {
+            all.push(Place::Cpu);
+            Ok((all, broken))
+        }
+        Some(_) if !called.is_empty() => Ok((called, Vec::new())),
+        Some(which) => {
+            all.push(Place::Cpu);
+            let known: Vec<String> = all.iter().map(Place::to_string).collect();
+            let fell: Vec<_> =
+                broken.into_iter().filter_map(|adapter| Some((adapter.backend, adapter.ended?))).collect();
+            let fell: String = fell.iter().map(|(backend, how)| format!("; {backend}: {how}")).collect();
+            Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}{fell}", known.join(", "))))
+        }
+    }
+}
+
+/// The one place that a single case runs on.
+pub fn one_place(adapter: Option<&str>, args: &SuiteArgs) -> Result<Place> {
+    let (places, broken) = places(adapter, args)?;
+    match broken.into_iter().find_map(|adapter| Some((adapter.backend, adapter.ended?))) {
+        // Never on the CPU backend instead.
+        Some((backend, how)) if places == [Place::Cpu] => fail!("{backend}: {how}"),
+        _ => Ok(places.into_iter().next().unwrap_or(Place::Cpu)),
+    }
+}
+
+/// Dawn, with plans that are made on the first adapter.
+pub fn dawn(places: &[Place]) -> Result<Place> {
+    let planner = places.iter().find_map(|place| match place {
+        Place::Gpu { index, alone, .. } => Some(Place::Dawn { index: *index, alone: alone.clone() }),
+        _ => None,
+    });
+    match planner {
+        Some(place) => Ok(place),
+        None => usage!("--dawn needs an adapter that plans are made for"),
+    }
+}
+
+/// The cases of one adapter, however its driver behaves.
+pub fn run(
+    place: &Place,
+    args: &SuiteArgs,
+    selection: &Selection,
+    issues: &Issues,
+) -> Result<(Adapter, Vec<CaseResult>)> {
+    let limit = match place {
+        // It has limits of its own, which say more.
+        Place::Dawn { .. } => on_dawn::patience(Duration::from_secs(args.time_limit)),
+        _ => Duration::from_secs(args.time_limit),
+    };
+    let start = Instant::now();
+    let mut adapter = Adapter { name: place.to_string(), ..Adapter::default() };
+    if let Place::Gpu { name, backend, .. } = place {
+        (adapter.name, adapter.backend) = (name.clone(), backend.clone());
+    }
+    let (mut results, mut from, mut total, mut falls) = (Vec::new(), 0, 0, 0);
+    let mut bar: Option<Bar> = None;
+    'worker: loop {
+        let (on, selection) = (place.clone(), selection.clone());
+        let order = Order::Run { on, selection, from, fault: args.plant, limit: args.time_limit };
+        let mut worker = Worker::start(&order)?;
+        let mut running: Option<(usize, CaseResult)> = None;
+        let mut keep = |mut result: CaseResult, adapter: &Adapter| {
+            issues.apply(adapter, &mut result);
+            results.push(result);
+        };
+        let fallen = loop {
+            match worker.wait(limit) {
+                Waited::Line(Line::Adapter { adapter: told, items }) => {
+                    (adapter, total) = (told, items);
+                    bar.get_or_insert_with(|| Bar::new(items));
+                }
+                Waited::Line(Line::Start { at, blank }) => {
+                    if let Some((_, lost)) = running.replace((at, blank)) {
+                        let reason = Some("its result was lost on the way".into());
+                        keep(CaseResult { reason, ..lost }, &adapter);
+                    }
+                }
+                Waited::Line(Line::Result(result)) => {
+                    running = None;
+                    if let Some(bar) = &mut bar {
+                        bar.step(&result.id);
+                    }
+                    keep(result, &adapter);
+                }
+                Waited::Line(Line::End) => {
+                    if results.len() != total {
+                        adapter.ended = Some(format!("{} results came of {total} cases", results.len()));
+                    }
+                    break 'worker;
+                }
+                Waited::Line(Line::Refused(reason)) => {
+                    adapter.ended = Some(format!("the device does not open: {reason}"));
+                    break 'worker;
+                }
+                Waited::Line(Line::Adapters { .. } | Line::Cases(_) | Line::Observed(_)) => {}
+                Waited::Hung => {
+                    break format!("hung: no answer within {} s{}", limit.as_secs(), worker.complaints());
+                }
+                Waited::Ended(how) => break format!("crashed: {how}"),
+            }
+        };
+        falls += 1;
+        let Some((at, result)) = running else {
+            adapter.ended = Some(format!("{fallen}, between cases or before the first"));
+            break;
+        };
+        from = at + 1;
+        let id = result.id.clone();
+        keep(CaseResult { reason: Some(format!("the driver {fallen}")), ..result }, &adapter);
+        if falls == MOST_FALLS {
+            adapter.ended = Some(format!(
+                "given up after {falls} hangs and crashes, the last in {id}; {} of {total} cases have not run",
+                total - from.min(total)
+            ));
+            break;
+        }
+    }
+    if matches!(place, Place::Gpu { .. }) && adapter.ended.is_none() {
+        observe(place, &mut adapter, &mut results, limit)?;
+    }
+    adapter.seconds = start.elapsed().as_secs_f64();
+    Ok((adapter, results))
+}
+
+/// How workgroups of the sizes that ran run on the device: in a process of its own, for what goes wrong here is no fault
+/// of a case. Where nothing comes, the sizes stay unknown.
+fn observe(place: &Place, adapter: &mut Adapter, results: &mut [CaseResult], limit: Duration) -> Result<()> {
+    let workgroups: BTreeSet<u32> = results.iter().filter_map(|result| result.workgroup).collect();
+    if workgroups.is_empty() {
+        return Ok(());
+    }
+    match Worker::start(&Order::Observe { on: place.clone(), workgroups })?.wait(limit) {
+        Waited::Line(Line::Observed(seen)) => adapter.observed = seen,
+        Waited::Line(_) => {}
+        Waited::Hung => adapter.ended = Some("hung when all cases were done: subgroups were looked at".into()),
+        Waited::Ended(how) => {
+            adapter.ended = Some(format!("ended when all cases were done and subgroups were looked at: {how}"));
+        }
+    }
+    for result in results {
+        let seen = adapter.observed.iter().find(|seen| Some(seen.workgroup) == result.workgroup);
+        result.subgroup = seen.and_then(|seen| seen.subgroup);
+    }
+    Ok(())
+}
