@@ -7,7 +7,7 @@ pub enum Error {
     Usage(String),
     /// The work failed.
     Failed(String),
-    /// `attn check` has nothing to check on.
+    /// No adapter answers.
     NoAdapter(String),
 }
 
@@ -32,7 +32,10 @@ impl std::fmt::Display for Error {
 
 impl From<wgpu_attention::Error> for Error {
     fn from(error: wgpu_attention::Error) -> Error {
-        Error::Failed(error.to_string())
+        match error {
+            wgpu_attention::Error::NoAdapter(_) => Error::NoAdapter(error.to_string()),
+            _ => Error::Failed(error.to_string()),
+        }
     }
 }
 

@@ -47,7 +47,7 @@ Examples:
   attn tune --shape P1                             find the fastest kernels, and keep them
   attn plot attention --html page.html             where each head looks, as a page to explore
 
-Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call, 3 where `attn check` finds no adapter."
+Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call, 3 where no adapter answers."
 )]
 struct Cli {
     /// An adapter's index or part of its name, or vulkan, metal, dx12, gl, both (gl:llvmpipe), cpu (the CPU backend), all

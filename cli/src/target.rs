@@ -85,7 +85,7 @@ pub fn target(which: Option<&str>) -> Result<Target> {
     match Gpu::with_options(&options(which)) {
         Ok(gpu) => Ok(Target::of(gpu)),
         Err(wgpu_attention::Error::NoAdapter(_)) => {
-            Err(Error::Usage(format!("no adapter answers to \"{which}\"; there are {}", known())))
+            Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}", known())))
         }
         Err(error) => Err(error.into()),
     }

@@ -22,9 +22,9 @@ fn the_example_is_right_on_every_adapter() {
 }
 
 #[test]
-fn an_unknown_adapter_is_a_wrong_call_that_names_the_others() {
+fn an_unknown_adapter_has_a_status_of_its_own_and_names_the_others() {
     let ran = attn(folder().path(), &["--adapter", "no such thing"]);
-    ran.refused(2, "no adapter answers to \"no such thing\"");
+    ran.refused(3, "no adapter answers to \"no such thing\"");
     assert!(ran.stderr.contains("cpu"));
 }
 
