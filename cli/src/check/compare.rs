@@ -27,6 +27,8 @@ pub struct Comparison {
     /// Why the elements could not be compared.
     pub reason: Option<String>,
     pub stats: Stats,
+    /// The narrow types that hold every value.
+    pub fits: Vec<Dtype>,
     /// Of every bit that was held against the answer.
     pub fingerprint: u64,
 }
@@ -119,6 +121,8 @@ pub fn compare(
     let mut hasher = DefaultHasher::new();
     got.iter().for_each(|x| x.to_bits().hash(&mut hasher));
     let fingerprint = hasher.finish();
+    let holds = |dtype: &Dtype| got.iter().all(|&x| x.is_nan() || f64::from(dtype.round(x as f32)) == x);
+    let fits: Vec<Dtype> = [Dtype::F16, Dtype::BF16].into_iter().filter(holds).collect();
     let refuse = |reason: String| Comparison {
         output: output.into(),
         against,
@@ -126,6 +130,7 @@ pub fn compare(
         worst: None,
         reason: Some(reason),
         stats: Stats::default(),
+        fits: Vec::new(),
         fingerprint,
     };
     if shape != expected_shape {
@@ -160,7 +165,7 @@ pub fn compare(
         allowed,
     });
     let stats = Stats::of(got, expected);
-    Comparison { output: output.into(), against, ok, worst, reason: None, stats, fingerprint }
+    Comparison { output: output.into(), against, ok, worst, reason: None, stats, fits, fingerprint }
 }
 
 fn unravel(mut at: usize, shape: &[usize]) -> Vec<usize> {
@@ -227,6 +232,15 @@ mod tests {
         let got = [f64::NEG_INFINITY, 1.0, 2.05];
         let worst = compare("x", "out", (&[3], &got), (&[3], &[f64::NEG_INFINITY, 1.0, 2.0]), |_| 0.1).worst.unwrap();
         assert_eq!((worst.index, worst.got), (vec![2], 2.05));
+    }
+
+    #[test]
+    fn a_type_fits_that_holds_every_value() {
+        let of = |got: &[f64]| compare("x", "out", (&[2], got), (&[2], &[0.0, 1.0]), |_| 9.0).fits;
+        assert_eq!(of(&[0.5, f64::NAN]), [Dtype::F16, Dtype::BF16]);
+        assert_eq!(of(&[1.0 + 2f64.powi(-10), f64::NEG_INFINITY]), [Dtype::F16]);
+        assert_eq!(of(&[1.0 + 2f64.powi(-20), 0.0]), []);
+        assert_eq!(of(&[2f64.powi(40), 0.0]), [Dtype::BF16]);
     }
 
     #[test]

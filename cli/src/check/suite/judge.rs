@@ -112,7 +112,9 @@ fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Re
 }
 
 fn judged(comparisons: &[Comparison], again: &[Comparison], dtype: Dtype) -> Judged {
-    let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY, 0.0, dtype)).collect();
+    // An LSE and scores may stay f32.
+    let rounded = |one: &Comparison| if one.fits.contains(&dtype) { dtype } else { Dtype::F32 };
+    let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY, 0.0, rounded(one))).collect();
     let reason = comparisons.iter().find_map(|one| one.reason.clone());
     let bits = |of: &[Comparison]| of.iter().map(|one| one.fingerprint).collect::<Vec<_>>();
     Judged { outputs, reason, same_bits: Some(bits(comparisons) == bits(again)) }
