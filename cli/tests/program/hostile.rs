@@ -2,13 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
-use crate::kit::{example, floats, folder, numbers, save};
+use crate::kit::{Ran, attn_within, example, floats, folder, numbers, save};
 
 /// What an option takes.
 enum Takes {
@@ -288,42 +287,18 @@ fn random_command_lines() {
         let folder = folder();
         fill(folder.path());
         let args = line(seed);
-        let written = |name: &str| std::fs::File::create(folder.path().join(name)).expect("created");
         let began = Instant::now();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_attn"))
-            .args(&args)
-            .current_dir(folder.path())
-            .env_remove("WGPU_ADAPTER_NAME")
-            .env("WGPU_ATTENTION_CACHE", "")
-            .stdin(Stdio::null())
-            .stdout(written(".stdout"))
-            .stderr(written(".stderr"))
-            .spawn()
-            .unwrap_or_else(|error| panic!("line {seed}, {args:?}: {error}"));
-        let status = loop {
-            match child.try_wait().expect("waited for") {
-                Some(status) => break status,
-                None if began.elapsed() > MOST => {
-                    child.kill().expect("killed");
-                    child.wait().expect("waited for");
-                    panic!("line {seed} takes more than {MOST:?}: {args:?}");
-                }
-                None => std::thread::sleep(Duration::from_millis(2)),
-            }
-        };
+        let Ran { status, stdout, stderr } = attn_within(MOST, folder.path(), &args, &[("WGPU_ATTENTION_CACHE", "")]);
         slowest = slowest.max(began.elapsed());
-        let stderr =
-            String::from_utf8_lossy(&std::fs::read(folder.path().join(".stderr")).expect("readable")).into_owned();
-        let stdout = std::fs::read(folder.path().join(".stdout")).expect("readable");
-        let what = format!("line {seed}, {args:?}, {status}: {stderr}");
+        let what = format!("line {seed}, {args:?}, {status:?}: {stderr}");
         assert!(!stderr.contains("panicked"), "{what}");
-        match status.code() {
+        match status {
             Some(code @ 0..=3) => statuses[code as usize] += 1,
             _ => panic!("{what}"),
         }
         // A check that fails says so in its report, on stdout.
         let told = !stderr.trim().is_empty() || args[0] == "check" && !stdout.is_empty();
-        assert!(status.success() || told, "{what}: nothing is said");
+        assert!(status == Some(0) || told, "{what}: nothing is said");
     }
     println!("{LINES} lines, by exit status {statuses:?}, the slowest {slowest:.1?}");
     assert!(statuses[..3].iter().all(|&n| n > LINES / 20), "{statuses:?}: the lines are all of one kind");

@@ -1,5 +1,7 @@
 //! Running the program, and files to run it on.
 
+use std::ffi::OsStr;
+use std::fmt::Debug;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -50,6 +52,11 @@ pub fn attn(folder: &Path, args: &[&str]) -> Ran {
 
 /// The same with variables of its environment.
 pub fn attn_with(folder: &Path, args: &[&str], env: &[(&str, &str)]) -> Ran {
+    attn_within(MOST, folder, args, env)
+}
+
+/// The same, ended and told where it takes more than `most`.
+pub fn attn_within<S: AsRef<OsStr> + Debug>(most: Duration, folder: &Path, args: &[S], env: &[(&str, &str)]) -> Ran {
     let mut child = Command::new(env!("CARGO_BIN_EXE_attn"))
         .args(args)
         .env_remove("WGPU_ADAPTER_NAME")
@@ -66,9 +73,10 @@ pub fn attn_with(folder: &Path, args: &[&str], env: &[(&str, &str)]) -> Ran {
     let status = loop {
         match child.try_wait().expect("waited for") {
             Some(status) => break status,
-            None if began.elapsed() > MOST => {
+            None if began.elapsed() > most => {
                 child.kill().expect("killed");
-                panic!("attn {args:?} takes more than {MOST:?}");
+                child.wait().expect("waited for");
+                panic!("attn {args:?} takes more than {most:?}");
             }
             None => std::thread::sleep(Duration::from_millis(2)),
         }
