@@ -27,6 +27,8 @@ const K_LOADS: u32 = 4u;
 const Q_LOADS: u32 = 1u;
 const O_STORES: u32 = 1u;
 const SHARE: u32 = 1u;
+// Keys whose values are looked at together where some are not finite.
+const SPAN: u32 = 32u;
 const SOFTCAP: bool = true;
 const BANDED: bool = true;
 // True with a mask or a bias.
@@ -643,44 +645,41 @@ fn main(
     // @block any_not_finite
     let careful = any(found);
     // @end
-    let repairs = select(0u, min(ROWS, rows - min(row, rows)), careful);
-    for (var r = 0u; r < repairs; r++) {
-        var h = 0u;
-        var i = 0u;
-        var at = 0u;
-        var row_peak = 0.0;
-        var row_divisor = 0.0;
-        // @unroll
-        for (var n = 0u; n < ROWS; n++) {
-            if (n == r) {
-                h = head[n];
-                i = query[n];
-                at = o_base[n];
-                row_peak = peak[n];
-                row_divisor = divisor[n];
-            }
-        }
-        let stands = u32(i32(i + params.row_0) + band.w);
-        let q_from = params.q_offset + b * params.q_strides.x + h * params.q_strides.y
-            + (sequence.first_query + i) * params.q_strides.z;
-        // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
-        for (var d = 0u; d < (params.dim_v + 3u) / 4u; d++) {
-            var term = vec4<f32>();
-            var sees = false;
-            for (var j = start; j < end; j++) {
-                let value = load_v(v_base + j * params.v_strides.z, d);
-                if (any(not_finite(value)) && visible(b, h, i, j, band)) {
-                    var part = 0.0;
-                    for (var e = 0u; e < (params.dim_k + 3u) / 4u; e++) {
-                        part += dot(turned_q(q_from, e, stands), turned_k(k_base + j * params.k_strides.z, e, j + params.key_0));
-                    }
-                    let weight = weigh(finish(vec4<f32>(part), b, h, i, j, end, band, true, relative_at(relative_row(b, h, i), away(i, j, band))), row_peak).x * row_divisor;
-                    term += select(vec4<f32>(), weight * value, not_finite(value));
-                    sees = true;
+    // What values that are not finite add to the rows that see them. A weight is above 0, so that it is the values
+    // alone. Few turns of loops for each key: some drivers count them (src/kernels/turns.rs).
+    let repaired = select(start, end, careful);
+    for (var j = start; j < repaired; j += SPAN) {
+        let span = min(SPAN, end - j);
+        // A bit for each key that a row sees.
+        var sees = array<u32, ROWS>();
+        for (var c = 0u; c < span; c++) {
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (row + r < rows && visible(b, head[r], query[r], j + c, band)) {
+                    sees[r] |= 1u << c;
                 }
             }
-            if (sees) {
-                store_o(at, d, term, true);
+        }
+        // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
+        for (var d = 0u; d < (params.dim_v + 3u) / 4u; d++) {
+            var term = array<vec4<f32>, ROWS>();
+            for (var first = 0u; first < span; first += 4u) {
+                // @unroll
+                for (var n = 0u; n < 4u; n++) {
+                    let c = first + n;
+                    let value = load_v(v_base + min(j + c, end - 1u) * params.v_strides.z, d);
+                    let term_of_key = select(vec4<f32>(), value, not_finite(value));
+                    // @unroll
+                    for (var r = 0u; r < ROWS; r++) {
+                        term[r] += select(vec4<f32>(), term_of_key, vec4<bool>(((sees[r] >> c) & 1u) != 0u));
+                    }
+                }
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (any(not_finite(term[r]))) {
+                    store_o(o_base[r], d, term[r], true);
+                }
             }
         }
     }

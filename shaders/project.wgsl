@@ -37,13 +37,14 @@ struct Params {
     len: u32,
     dim_in: u32,
     dim_out: u32,
+    // Chunks of the width: before the last of this dispatch, in all, the first of this dispatch.
     chunks: u32,
     row_blocks: u32,
     out_blocks: u32,
     outs_per_block: u32,
     workgroups: u32,
-    pad_0: u32,
-    pad_1: u32,
+    all_chunks: u32,
+    chunk_0: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -139,8 +140,8 @@ fn main(
 
     // A bound that is more than a parameter: see README.md.
     let chunks = select(0u, params.chunks, row_block < params.row_blocks);
-    for (var chunk = 0u; chunk < chunks; chunk++) {
-        let last = chunk + 1u == chunks;
+    for (var chunk = params.chunk_0; chunk < chunks; chunk++) {
+        let last = chunk + 1u == params.all_chunks;
         var x_tile = array<vec4<f32>, ROWS * DEPTH4>();
         // Loads of single lanes are long pieces of code on software adapters, and take longest to compile:
         // LOADS for each row stand in a loop, and selects put what they give into its register.

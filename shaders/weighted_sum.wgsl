@@ -16,6 +16,8 @@ const ROWS: u32 = 4u;
 const KEYS: u32 = 4u;
 const COLS4: u32 = 4u;
 const SHARE: u32 = 1u;
+// Keys whose values are looked at together where some are not finite.
+const SPAN: u32 = 32u;
 const BANDED: bool = true;
 // Adds to O what the keys before this slice gave.
 const ACCUMULATE: bool = false;
@@ -264,23 +266,42 @@ fn main(
     // @block any_not_finite
     let careful = any(found);
     // @end
-    if (!careful) {
-        return;
-    }
-    for (var i = row; i < min(row + ROWS, params.len_q); i++) {
-        for (var d = 0u; d < COLS4; d++) {
-            var total = vec4<f32>();
-            var sees = false;
-            for (var j = start; j < end; j++) {
-                let value = load_v(v_base + j * params.v_strides.z, column + d);
-                if (any(not_finite(value)) && visible(b, h, i, j, band)) {
-                    let weight = p[(p_base + i * params.p_strides.z + params.key_0 + j) / 4u][(params.key_0 + j) % 4u];
-                    total += select(vec4<f32>(), weight * value, not_finite(value));
-                    sees = true;
+    // What values that are not finite add to the rows that see them. A weight is above 0, so that it is the values
+    // alone. Few turns of loops for each key: some drivers count them (src/kernels/turns.rs).
+    let columns = min(COLS4, (params.dim + 3u) / 4u - min(column, (params.dim + 3u) / 4u));
+    let repaired = select(start, end, careful);
+    for (var j = start; j < repaired; j += SPAN) {
+        let span = min(SPAN, end - j);
+        // A bit for each key that a row sees.
+        var sees = array<u32, ROWS>();
+        for (var c = 0u; c < span; c++) {
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (row + r < params.len_q && visible(b, h, row + r, j + c, band)) {
+                    sees[r] |= 1u << c;
                 }
             }
-            if (sees) {
-                store_o(o_base + i * params.o_strides.z, column + d, total, true);
+        }
+        // Bounds that no compiler knows: written out, this rare part would take longer than all the rest.
+        for (var d = 0u; d < columns; d++) {
+            var term = array<vec4<f32>, ROWS>();
+            for (var first = 0u; first < span; first += 4u) {
+                // @unroll
+                for (var n = 0u; n < 4u; n++) {
+                    let c = first + n;
+                    let value = load_v(v_base + min(j + c, end - 1u) * params.v_strides.z, column + d);
+                    let term_of_key = select(vec4<f32>(), value, not_finite(value));
+                    // @unroll
+                    for (var r = 0u; r < ROWS; r++) {
+                        term[r] += select(vec4<f32>(), term_of_key, vec4<bool>(((sees[r] >> c) & 1u) != 0u));
+                    }
+                }
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (any(not_finite(term[r]))) {
+                    store_o(o_base + (row + r) * params.o_strides.z, column + d, term[r], true);
+                }
             }
         }
     }

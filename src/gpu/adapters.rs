@@ -1,6 +1,7 @@
 //! Finding an adapter and reading off what it can do.
 
 use crate::error::{Error, Result};
+use crate::kernels::turns::MESA_LOOP_TURNS;
 use crate::kernels::{AdapterClass, Capabilities, Variant};
 use crate::memory::system_memory;
 
@@ -16,6 +17,9 @@ pub struct GpuOptions {
     /// The device's limits; `None`: all that the adapter offers. With [`wgpu::Limits::default`], WebGPU's own, what is
     /// planned fits every implementation.
     pub limits: Option<wgpu::Limits>,
+    /// How often the loops of an invocation may turn, all together, on a driver that ends them without a word: `attn
+    /// check` measures it. `None`: 65,000 on Mesa's software drivers, as often as they like elsewhere.
+    pub max_loop_turns: Option<u32>,
     /// Changes the WGSL of a variant before it is compiled; `None` leaves it. For checks that break a kernel on
     /// purpose, and for experiments.
     pub rewrite: Option<fn(&Variant, &str) -> Option<String>>,
@@ -185,10 +189,16 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     }
 }
 
+/// The loop turns of drivers that are known to count them: Mesa's on the CPU, behind a virtual GPU too.
+fn known_loop_turns(info: &wgpu::AdapterInfo) -> Option<u32> {
+    let counts = [&info.name, &info.driver].into_iter().any(|text| text.to_lowercase().contains("llvmpipe"));
+    counts.then_some(MESA_LOOP_TURNS)
+}
+
 /// What planning needs to know of a device.
-pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, without_subgroups: bool) -> Capabilities {
+pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &GpuOptions) -> Capabilities {
     let limits = device.limits();
-    let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && !without_subgroups;
+    let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
     let class = match info.device_type {
         wgpu::DeviceType::Cpu => AdapterClass::Cpu,
         _ => AdapterClass::Gpu,
@@ -205,6 +215,7 @@ pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, without_sub
         workgroup_memory: limits.max_compute_workgroup_storage_size,
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment).max(16),
         memory: (class == AdapterClass::Cpu).then(system_memory).flatten(),
+        max_loop_turns: options.max_loop_turns.or_else(|| known_loop_turns(info)),
     }
 }
 

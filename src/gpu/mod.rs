@@ -134,7 +134,7 @@ impl Gpu {
     }
 
     fn assemble(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue, options: &GpuOptions) -> Gpu {
-        let capabilities = adapters::capabilities(&info, &device, options.without_subgroups);
+        let capabilities = adapters::capabilities(&info, &device, options);
         let gpu = Gpu(Arc::new(Inner {
             info,
             capabilities,

@@ -34,6 +34,9 @@ pub struct Capabilities {
     pub offset_alignment: u64,
     /// Bytes of memory the adapter may use in all, where that is known.
     pub memory: Option<u64>,
+    /// How often the loops of an invocation may turn, all together, where the driver ends them without a word
+    /// ([`MESA_LOOP_TURNS`](super::turns::MESA_LOOP_TURNS)); `None`: as often as they like.
+    pub max_loop_turns: Option<u32>,
 }
 
 impl Capabilities {
@@ -51,6 +54,12 @@ impl Capabilities {
             workgroup_memory: 16 << 10,
             offset_alignment: 256,
             memory: None,
+            max_loop_turns: None,
         }
+    }
+
+    /// The most turns of an invocation's loops.
+    pub(crate) fn loop_turns(&self) -> u64 {
+        self.max_loop_turns.map_or(u64::MAX, u64::from)
     }
 }

@@ -8,11 +8,12 @@ mod class;
 pub mod params;
 pub mod plan;
 mod specialise;
+pub mod turns;
 
 pub use access::{Access, Operand};
 pub use capabilities::{AdapterClass, Capabilities};
 pub use catalogue::{Kernel, Variant, variant_names, variant_source};
 pub use class::ShapeClass;
 pub(crate) use class::three_passes_compete;
-pub use plan::{Binding, Cut, Method, Plan, Slot, Step};
+pub use plan::{Binding, Cost, Cut, Method, Plan, Slot, Step};
 pub use specialise::{Changes, blocks, specialise};

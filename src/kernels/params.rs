@@ -282,8 +282,8 @@ params! {
         out_blocks: u32,
         outs_per_block: u32,
         workgroups: u32,
-        pad_0: u32,
-        pad_1: u32,
+        all_chunks: u32,
+        chunk_0: u32,
     }
 }
 

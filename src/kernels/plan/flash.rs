@@ -3,10 +3,10 @@
 use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashRotary, FlashTile};
-use super::super::params;
+use super::super::{params, turns};
 use super::call::{BoundRules, Call, Slices};
 use super::{
-    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RotaryOperand, Slot,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RotaryOperand, Slot,
     check_buffer, rows_per_invocation, strides_used, window,
 };
 use crate::error::{Error, Result, value_error};
@@ -20,6 +20,8 @@ const KEPT: u32 = 256;
 const LEAST_TILED_ROWS: usize = 16;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
+/// More are summed in parts, so that a long row loses no digits.
+pub(super) const MOST_SPLIT: usize = 4096;
 
 /// The plan of a fused call, or why the call needs scores in memory or does not fit.
 pub(super) fn attention(
@@ -89,6 +91,13 @@ struct Fused<'a> {
     /// Whether tiles of keys are classed by what masks and biases leave of them.
     tiles: bool,
     rotary: Option<FlashRotary>,
+}
+
+/// Some blocks of rows of packed sequences, by their place in the table, and the operations that they take.
+#[derive(Clone, Copy)]
+struct Blocks {
+    part: Part,
+    operations: f64,
 }
 
 impl<'a> Fused<'a> {
@@ -165,7 +174,7 @@ impl<'a> Fused<'a> {
             let Slices { batch, heads, rows, .. } = fused.slices;
             let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
             let fits = fused.largest_binding() <= adapter.max_binding;
-            if fits && pairs * 2.0 * (dim_k + dim_v) as f64 <= most_work {
+            if fits && pairs * fused.per_pair() <= most_work {
                 break;
             }
             let slices = &mut fused.slices;
@@ -244,8 +253,8 @@ impl<'a> Fused<'a> {
 
     /// Fills the table that the kernel finds its rows and keys by; gives the blocks of rows of each dispatch,
     /// counted from the start of the table.
-    fn plan_sequences(&self, table: &mut Vec<[i32; 4]>) -> Vec<Part> {
-        let Problem { heads_q, heads_kv, dim_k, dim_v, .. } = *self.call.problem;
+    fn plan_sequences(&self, table: &mut Vec<[i32; 4]>) -> Vec<Blocks> {
+        let Problem { heads_q, heads_kv, .. } = *self.call.problem;
         let per_block = self.tile.block_rows();
         let mut dispatches = Vec::new();
         let mut blocks = Vec::new();
@@ -255,19 +264,34 @@ impl<'a> Fused<'a> {
             table.push([one.first_query, one.len_q, one.first_key, one.len_k].map(|x| x as i32));
             table.push([one.band.keys, one.band.lo, one.band.hi, keys_per_split as i32]);
             for block in 0..(heads_q / heads_kv * one.len_q).div_ceil(per_block) {
-                let more = (per_block * heads_kv * one.len_k) as f64 * 2.0 * (dim_k + dim_v) as f64;
+                let more = (per_block * heads_kv * one.len_k) as f64 * self.per_pair();
                 if work + more > most_work(self.adapter) && blocks.len() > first {
-                    dispatches.push(Part { start: first, count: blocks.len() - first });
+                    dispatches.push((first, blocks.len(), work));
                     (first, work) = (blocks.len(), 0.0);
                 }
                 work += more;
                 blocks.push([n as i32, block as i32, 0, 0]);
             }
         }
-        dispatches.push(Part { start: first, count: blocks.len() - first });
+        dispatches.push((first, blocks.len(), work));
         let sequences = table.len();
         table.extend(blocks);
-        dispatches.into_iter().map(|part| Part { start: sequences + part.start, count: part.count }).collect()
+        let blocks = |(first, end, operations)| Blocks {
+            part: Part { start: sequences + first, count: end - first },
+            operations,
+        };
+        dispatches.into_iter().map(blocks).collect()
+    }
+
+    /// Operations for a query and a key of a head.
+    fn per_pair(&self) -> f64 {
+        2.0 * (self.call.problem.dim_k + self.call.problem.dim_v) as f64
+    }
+
+    /// Keys of the longest split of any packed sequence.
+    fn longest_split(&self) -> usize {
+        let split = |one: &Sequence| key_splits(self.call.problem, self.adapter, self.tile, one.len_q, one.len_k).1;
+        self.sequences.iter().map(split).max().unwrap_or(0)
     }
 
     /// Blocks of rows of as many queries.
@@ -331,7 +355,7 @@ impl<'a> Fused<'a> {
     }
 
     /// The fused kernel over a slice, or over some blocks of rows of the packed sequences.
-    fn attend(&self, planner: &mut Planner<'_>, at: [Part; 3], blocks: Option<Part>) -> Result<()> {
+    fn attend(&self, planner: &mut Planner<'_>, at: [Part; 3], blocks: Option<Blocks>) -> Result<()> {
         let Call { problem, operands, rules, align, .. } = self.call;
         let [b, h, i] = at;
         let group = problem.group();
@@ -372,7 +396,7 @@ impl<'a> Fused<'a> {
         bindings.extend(&bound.bindings);
         let [sink_offset, sink_stride] = self.call.bind_sink(&mut bindings, h);
         let row_blocks = match blocks {
-            Some(blocks) => blocks.count,
+            Some(blocks) => blocks.part.count,
             None => self.row_blocks(i.count),
         };
         if let Some(rotary) = &operands.rotary {
@@ -405,7 +429,14 @@ impl<'a> Fused<'a> {
         } else {
             [lse.strides()[0] as u32, lse.strides()[1] as u32, 0]
         };
-        planner.push(
+        let longest = if blocks.is_some() { self.longest_split() } else { self.keys_per_split };
+        let pairs = (b.count * h.count) as f64 * i.count as f64 * problem.len_k as f64;
+        let operations = pairs * self.per_pair();
+        let cost = Cost {
+            turns: turns::flash(self.tile, self.tiles).of(longest),
+            operations: blocks.map_or(operations, |blocks| blocks.operations),
+        };
+        planner.push_costly(
             catalogue::flash(
                 self.tile,
                 access,
@@ -421,6 +452,7 @@ impl<'a> Fused<'a> {
                 },
             ),
             (b.count * head_kv.count * row_blocks * self.splits) as u64,
+            cost,
             |workgroups| params::Flash {
                 q_strides: strides_used(&operands.q),
                 k_strides: strides_used(&operands.k),
@@ -432,7 +464,7 @@ impl<'a> Fused<'a> {
                 v_offset: v.first as u32,
                 o_offset: if split { 0 } else { o.first as u32 },
                 batch_0: match blocks {
-                    Some(blocks) => blocks.start as u32,
+                    Some(blocks) => blocks.part.start as u32,
                     None if problem.bands.len() > 1 => b.start as u32,
                     None => 0,
                 },
@@ -490,9 +522,14 @@ impl<'a> Fused<'a> {
         if operands.lse {
             bindings.push(Binding { binding: 4, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
         }
-        planner.push(
+        let cost = Cost {
+            turns: turns::merge().of(self.splits),
+            operations: total as f64 * 16.0 * self.splits as f64,
+        };
+        planner.push_costly(
             catalogue::merge(operands.lse, operands.output.access()),
             total.div_ceil(64),
+            cost,
             |workgroups| params::Merge {
                 o_strides: strides_used(&operands.output),
                 o_offset: o.first as u32,
@@ -558,6 +595,9 @@ fn key_splits(
         AdapterClass::Gpu => 512,
     };
     let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
+    // With or without classes of tiles a row is split alike.
+    let longest = turns::flash(tile, true).longest(adapter.loop_turns()).min(MOST_SPLIT) / 32 * 32;
+    let splits = splits.max(len_k.div_ceil(longest.max(32)));
     let keys_per_split = len_k.div_ceil(splits).next_multiple_of(32).max(32);
     (len_k.div_ceil(keys_per_split).max(1), keys_per_split)
 }

@@ -8,11 +8,11 @@ use std::ops::Range;
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, Inspection, Tile};
-use super::super::params;
+use super::super::{params, turns};
 use super::call::{Call, Slices, most_groups};
 use super::{
-    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RelativeOperand, Slot,
-    check_buffer, padded_bytes, rows_padded, strides_used, strides4, window,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RelativeOperand, Slot,
+    check_buffer, padded_bytes, rows_padded, strides_used, strides4, tile_within, window,
 };
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
@@ -21,6 +21,8 @@ use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
 /// the sums of a row are cut the same way whatever else is chosen.
 const LEAST_SPLIT: usize = 512;
 const MOST_SPLITS: usize = 16;
+/// Rows of a longer piece would lose digits.
+const MOST_SPLIT: usize = 8192;
 
 /// The operands of an inspection: four axes each, masks and biases broadcast to [`Problem::mask_shape`].
 #[derive(Clone, Debug)]
@@ -99,7 +101,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         }
         let most_heads = runs.iter().map(|(_, run)| run.count).max().unwrap_or(0);
         let slices = Slices { batch, heads: most_heads, rows, keys: len_k };
-        let sweep = Sweep { call: &call, operands, inspection, slot, layout, slices }.cut(adapter);
+        let sweep = Sweep { call: &call, operands, inspection, slot, layout, slices, adapter }.cut();
         for (n, bytes) in sweep.scratch()?.into_iter().enumerate() {
             check_buffer(adapter, "working memory", bytes)?;
             planner.plan.scratch[n] = planner.plan.scratch[n].max(bytes);
@@ -131,11 +133,6 @@ fn runs(heads: &[usize]) -> Vec<(usize, Part)> {
     runs
 }
 
-/// Pieces of a sum over `len` rows, and rows per piece.
-fn splits(len: usize) -> (usize, usize) {
-    let rows = len.div_ceil(MOST_SPLITS).max(LEAST_SPLIT).next_multiple_of(4);
-    (len.div_ceil(rows), rows)
-}
 
 /// One result over all that is chosen.
 struct Sweep<'a> {
@@ -145,6 +142,7 @@ struct Sweep<'a> {
     slot: Slot,
     layout: Layout,
     slices: Slices,
+    adapter: &'a Capabilities,
 }
 
 impl<'a> Sweep<'a> {
@@ -158,7 +156,8 @@ impl<'a> Sweep<'a> {
     }
 
     /// With the largest slices whose bindings fit and whose dispatches take less than a second.
-    fn cut(mut self, adapter: &Capabilities) -> Sweep<'a> {
+    fn cut(mut self) -> Sweep<'a> {
+        let adapter = self.adapter;
         let most_work = match adapter.class {
             // Half a second at 40 GFLOP/s: a dispatch cannot be interrupted.
             AdapterClass::Cpu => 20e9,
@@ -201,6 +200,18 @@ impl<'a> Sweep<'a> {
         }
     }
 
+    /// Pieces of a sum over `len` rows, and rows per piece.
+    fn splits(&self, len: usize) -> (usize, usize) {
+        let longest = turns::inspect(self.chunks()).longest(self.adapter.loop_turns()).min(MOST_SPLIT);
+        let rows = len.div_ceil(MOST_SPLITS).max(LEAST_SPLIT).min(longest).next_multiple_of(4);
+        (len.div_ceil(rows), rows)
+    }
+
+    /// Chunks of the width.
+    fn chunks(&self) -> usize {
+        self.call.problem.dim_k.div_ceil(4).div_ceil(self.tile().depth4 as usize).max(1)
+    }
+
     /// The parts of the kept and the walked axis: kept rows, walked rows.
     fn counts(&self) -> (usize, usize) {
         self.turn(self.slices.rows, self.slices.keys)
@@ -210,7 +221,7 @@ impl<'a> Sweep<'a> {
     fn joins(&self) -> bool {
         let (_, walked) = self.counts();
         let (_, whole) = self.turn(self.operands.queries.len(), self.call.problem.len_k);
-        self.inspection != Inspection::Weights && (walked < whole || splits(walked).0 > 1)
+        self.inspection != Inspection::Weights && (walked < whole || self.splits(walked).0 > 1)
     }
 
     /// The shape of the parts of a sum: split, batch, head, kept row.
@@ -222,7 +233,7 @@ impl<'a> Sweep<'a> {
     fn scratch(&self) -> Result<[u64; 2]> {
         let Slices { batch, heads, .. } = self.slices;
         let (kept, walked) = self.counts();
-        let shape = if self.joins() { self.partial(batch, heads, kept, splits(walked).0) } else { [0; 4] };
+        let shape = if self.joins() { self.partial(batch, heads, kept, self.splits(walked).0) } else { [0; 4] };
         let folded = if self.call.fold_rules { self.call.folded_shape(self.slices) } else { [0; 4] };
         let bytes = |shape: [usize; 4]| Ok(((checked_len(&shape)? * 4) as u64).next_multiple_of(16).max(16));
         Ok([bytes(shape)?, bytes(folded)?])
@@ -277,7 +288,7 @@ impl<'a> Sweep<'a> {
         let lse_at = window(lse, &[b, h, i], 4, align);
         let bound = self.call.bind_rules(planner, [b, h, i], j, self.slices)?;
 
-        let (splits, split_rows) = splits(walked.count);
+        let (splits, split_rows) = self.splits(walked.count);
         let joins = self.joins();
         // The result, or parts of it.
         let part = Layout::contiguous(&self.partial(b.count, h.count, kept.count, splits))?;
@@ -295,9 +306,8 @@ impl<'a> Sweep<'a> {
             (out_strides[2], out_strides[3]) = (1, 0);
         }
 
-        let tile = self.tile(planner);
+        let (tile, chunks) = (self.tile(), self.chunks());
         let dim4 = problem.dim_k.div_ceil(4);
-        let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
         let kept_blocks = kept.count.div_ceil((tile.workgroup * tile.rows) as usize);
         let ((kept_operand, kept_at), (walked_operand, walked_at)) = self.turn((*q, q_at), (*k, k_at));
         let (kept_slot, walked_slot) = self.turn(Slot::Q, Slot::K);
@@ -308,7 +318,12 @@ impl<'a> Sweep<'a> {
             Binding { binding: 8, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size },
         ];
         bindings.extend(&bound.bindings);
-        planner.push(
+        let pairs = (b.count * h.count) as f64 * kept.count as f64 * walked.count as f64;
+        let cost = Cost {
+            turns: turns::inspect(chunks).of(split_rows),
+            operations: pairs * 2.0 * problem.dim_k as f64,
+        };
+        planner.push_costly(
             catalogue::inspect(
                 self.inspection,
                 tile,
@@ -319,6 +334,7 @@ impl<'a> Sweep<'a> {
                 rules,
             ),
             (b.count * h.count) as u64 * kept_blocks as u64 * splits as u64,
+            cost,
             |workgroups| params::Inspect {
                 kept_strides: strides_used(&kept_operand),
                 walked_strides: strides_used(&walked_operand),
@@ -360,9 +376,11 @@ impl<'a> Sweep<'a> {
         let by_4 = |strides: [u32; 3]| [strides[0] / 4, strides[1] / 4, strides[2] / 4, 0];
         let (from, to) = (strides4(&part), strides4(&self.layout));
         // The splits stand where mean_heads has its heads, the heads where it has its rows.
-        planner.push(
+        let cost = Cost { turns: turns::mean_heads().of(splits), operations: total as f64 * 8.0 * splits as f64 };
+        planner.push_costly(
             catalogue::mean_heads(walked.start > 0),
             total.div_ceil(64),
+            cost,
             |workgroups| params::MeanHeads {
                 p_strides: by_4([from[1], from[0], from[2]]),
                 a_strides: by_4([to[0], 0, to[1]]),
@@ -380,14 +398,14 @@ impl<'a> Sweep<'a> {
     }
 
     /// By the lengths of the call, not of what is chosen: every choice runs the same compiled kernel.
-    fn tile(&self, planner: &Planner<'_>) -> Tile {
+    fn tile(&self) -> Tile {
         let (kept, _) = self.turn(self.call.problem.len_q, self.call.problem.len_k);
         // vec4s that an invocation keeps: more spill, and take seconds to compile on a software adapter.
-        let most = match planner.adapter.class {
+        let most = match self.adapter.class {
             AdapterClass::Cpu => 128,
             AdapterClass::Gpu => 32,
         };
-        let mut tile = planner.tile_within(kept, self.call.problem.dim_k.div_ceil(4), most as usize);
+        let mut tile = tile_within(self.adapter, kept, self.call.problem.dim_k.div_ceil(4), most as usize);
         while tile.rows > 1 && tile.rows * tile.depth4 > most {
             tile.rows /= 2;
         }

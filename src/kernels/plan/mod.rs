@@ -34,6 +34,7 @@ use bytemuck::Pod;
 use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
 use super::catalogue::{RelativeKind, Tile, Variant};
+use super::turns;
 use crate::error::{Error, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, ScoreStage};
 
@@ -104,6 +105,17 @@ pub struct Step {
     pub bindings: Vec<Binding>,
     /// Workgroups in x and y.
     pub workgroups: [u32; 2],
+    /// What it costs.
+    pub cost: Cost,
+}
+
+/// What a step costs, at most.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Turns of the loops of one invocation: [`turns`](super::turns).
+    pub turns: u64,
+    /// Floating-point operations of all invocations.
+    pub operations: f64,
 }
 
 /// The steps of a call and the memory they need.
@@ -290,10 +302,25 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
+    /// Adds a step of a kernel that waits for memory and loops over no length.
     fn push<P: Pod>(
         &mut self,
         variant: Variant,
         workgroups: u64,
+        params: impl FnOnce(u32) -> P,
+        bindings: Vec<Binding>,
+    ) -> Result<()> {
+        let invocations = workgroups as f64 * f64::from(variant.workgroup_size());
+        let cost = Cost { turns: turns::FEW, operations: 16.0 * invocations };
+        self.push_costly(variant, workgroups, cost, params, bindings)
+    }
+
+    /// Adds a step, or refuses it with the numbers.
+    fn push_costly<P: Pod>(
+        &mut self,
+        variant: Variant,
+        workgroups: u64,
+        cost: Cost,
         params: impl FnOnce(u32) -> P,
         bindings: Vec<Binding>,
     ) -> Result<()> {
@@ -321,9 +348,15 @@ impl Planner<'_> {
                 ));
             }
         }
+        if cost.turns > adapter.loop_turns() {
+            return Err(too_many(
+                format!("{}: loops of {} turns that cannot be split further", variant.name, cost.turns),
+                format!("at most {} turns, after which its driver ends loops", adapter.loop_turns()),
+            ));
+        }
         if workgroups > 0 {
             let params = bytemuck::bytes_of(&params(workgroups as u32)).to_vec();
-            self.plan.steps.push(Step { variant, params, bindings, workgroups: [x as u32, y as u32] });
+            self.plan.steps.push(Step { variant, params, bindings, workgroups: [x as u32, y as u32], cost });
         }
         Ok(())
     }
@@ -334,28 +367,7 @@ impl Planner<'_> {
             AdapterClass::Cpu => 16,
             AdapterClass::Gpu => 8,
         };
-        self.tile_within(rows, depth4, most_depth)
-    }
-
-    /// As [`Planner::tile`], with at most `most_depth` vec4s of depth in registers.
-    fn tile_within(&self, rows: usize, depth4: usize, most_depth: usize) -> Tile {
-        let adapter = self.adapter;
-        let workgroup = match adapter.class {
-            // One SIMD vector of lanes.
-            AdapterClass::Cpu => 8,
-            AdapterClass::Gpu => 64,
-        };
-        let workgroup = workgroup.min(adapter.max_invocations);
-        let chunks = depth4.div_ceil(most_depth).max(1);
-        let depth4 = depth4.div_ceil(chunks).max(1) as u32;
-        let share = match adapter.subgroup_min {
-            // Lanes share whole loads: 4 · depth4 vec4s must divide evenly.
-            Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
-            Some(4..) if workgroup >= 4 => 4,
-            _ => 1,
-        };
-        let rows = rows_per_invocation(rows, workgroup, 4);
-        Tile { workgroup, rows, share, depth4 }
+        tile_within(self.adapter, rows, depth4, most_depth)
     }
 
     /// Pieces to cut one axis of the work into, so that all cores find work.
@@ -367,6 +379,26 @@ impl Planner<'_> {
         let wanted = target / workgroups.max(1);
         (wanted.max(1) as usize).min(axis.div_ceil(least)).max(1)
     }
+}
+
+/// The tile of a product of `rows` rows, with at most `most_depth` vec4s of depth in registers.
+fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: usize) -> Tile {
+    let workgroup = match adapter.class {
+        // One SIMD vector of lanes.
+        AdapterClass::Cpu => 8,
+        AdapterClass::Gpu => 64,
+    };
+    let workgroup = workgroup.min(adapter.max_invocations);
+    let chunks = depth4.div_ceil(most_depth).max(1);
+    let depth4 = depth4.div_ceil(chunks).max(1) as u32;
+    let share = match adapter.subgroup_min {
+        // Lanes share whole loads: 4 · depth4 vec4s must divide evenly.
+        Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
+        Some(4..) if workgroup >= 4 => 4,
+        _ => 1,
+    };
+    let rows = rows_per_invocation(rows, workgroup, 4);
+    Tile { workgroup, rows, share, depth4 }
 }
 
 /// How many of `rows` rows an invocation takes, at most `most`. More reuse each load more often, and take

@@ -1,12 +1,12 @@
 //! Attention in three passes.
 
 use super::super::access::Access;
-use super::super::capabilities::{AdapterClass, Capabilities};
+use super::super::capabilities::Capabilities;
 use super::super::catalogue::{self, Rules};
-use super::super::params;
+use super::super::{params, turns};
 use super::call::{BoundRules, Call, Slices};
 use super::{
-    AttentionOperands, Binding, MINUS_INFINITY, Method, NOT_A_NUMBER, NOTHING, Part, Plan, Planner, Slot, Window,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, NOTHING, Part, Plan, Planner, Slot, Window,
     check_buffer, flash, padded_bytes, rows_padded, strides_used, strides4, window,
 };
 use crate::error::{Error, Result};
@@ -95,7 +95,10 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         let whole = if slices.keys > 64 { 64 } else { 4 };
         slices.keys = slices.keys.div_ceil(2).next_multiple_of(whole);
     }
-    while call.largest_binding(slices, planner.plan.weights.as_ref()) > adapter.max_binding {
+    let most_heads = turns::mean_heads().longest(adapter.loop_turns());
+    while call.largest_binding(slices, planner.plan.weights.as_ref()) > adapter.max_binding
+        || operands.averaged && slices.heads > most_heads
+    {
         let Slices { batch, heads, rows, keys } = &mut slices;
         if *batch > 1 {
             *batch = batch.div_ceil(2);
@@ -218,9 +221,14 @@ impl Call<'_> {
                 }
                 out
             };
-            planner.push(
+            let cost = Cost {
+                turns: turns::mean_heads().of(h.count),
+                operations: total as f64 * 8.0 * h.count as f64,
+            };
+            planner.push_costly(
                 catalogue::mean_heads(h.start > 0),
                 total.div_ceil(64),
+                cost,
                 |workgroups| params::MeanHeads {
                     p_strides: strides(&p_layout, [Some(0), Some(1), Some(2)]),
                     a_strides: strides(&averaged, [Some(0), None, Some(1)]),
@@ -246,7 +254,10 @@ impl Call<'_> {
         if operands.sink.is_some() {
             self.sum_of_nothing(planner, at)?;
         }
-        for j in Part::all(len_k, slices.keys) {
+        // A sum over more keys than the driver's loops turn, or than lose no digits, adds up its parts in the output.
+        let tile = planner.tile(i.count, problem.dim_v.div_ceil(4));
+        let longest = turns::weighted_sum(tile).longest(planner.adapter.loop_turns()).min(flash::MOST_SPLIT);
+        for j in Part::all(len_k, slices.keys.min(longest)) {
             // Folded rules of several key slices share one buffer: fold again what was overwritten.
             let rules_bound = self.bind_rules(planner, at, j, slices)?;
             self.weighted_sum(planner, [b, h, i, j], head_kv, (p_slot, &p_layout, p_window), &rules_bound)?;
@@ -257,16 +268,7 @@ impl Call<'_> {
     /// The softmax of a slice in place, and its LSE.
     fn softmax(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3], slot: Slot, at: Window) -> Result<()> {
         let Call { problem, operands, .. } = *self;
-        let len_k = problem.len_k;
         let rows = b.count as u64 * h.count as u64 * i.count as u64;
-        let (workgroup, lanes) = match planner.adapter.class {
-            AdapterClass::Cpu => (8, 1),
-            AdapterClass::Gpu if len_k <= 128 => (64, 32),
-            AdapterClass::Gpu => (64, 64),
-        };
-        let workgroup = workgroup.min(planner.adapter.max_invocations);
-        let lanes = lanes.min(workgroup);
-        let width4 = len_k.div_ceil(4) as u32;
         let mut bindings = vec![Binding { binding: 1, slot, offset: at.offset, size: at.size }];
         let mut lse_offset = 0;
         let lse = operands.lse && self.output;
@@ -277,25 +279,17 @@ impl Call<'_> {
             bindings.push(Binding { binding: 2, slot: Slot::Lse, offset: part.offset, size: part.size });
         }
         let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, h);
-        planner.push(
-            catalogue::softmax(workgroup, lanes, lse, operands.sink.is_some()),
-            rows.div_ceil(u64::from(workgroup / lanes)),
-            |workgroups| params::Softmax {
-                rows: rows as u32,
-                width4,
-                row_stride4: width4,
-                s_offset4: (at.first / 4) as u32,
-                lse_offset,
-                workgroups,
-                minus_infinity: MINUS_INFINITY,
-                not_a_number: NOT_A_NUMBER,
-                len_q: i.count as u32,
-                heads: h.count as u32,
-                sink_offset,
-                sink_stride,
-            },
-            bindings,
-        )
+        let params = params::Softmax {
+            rows: rows as u32,
+            width4: problem.len_k.div_ceil(4) as u32,
+            lse_offset,
+            len_q: i.count as u32,
+            heads: h.count as u32,
+            sink_offset,
+            sink_stride,
+            ..Default::default()
+        };
+        planner.softmax_rows(params, at, [lse, operands.sink.is_some()], bindings)
     }
 
     fn scores(
@@ -316,7 +310,8 @@ impl Call<'_> {
         let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
         let row_blocks = i.count.div_ceil((tile.workgroup * tile.rows) as usize) as u64;
         let heads = (b.count * h.count) as u64;
-        let key_blocks = planner.pieces(row_blocks * heads, j.count, 64);
+        let longest = turns::scores(chunks).longest(planner.adapter.loop_turns());
+        let key_blocks = planner.pieces(row_blocks * heads, j.count, 64).max(j.count.div_ceil(longest));
         let keys_per_block = j.count.div_ceil(key_blocks).next_multiple_of(4);
         let key_blocks = j.count.div_ceil(keys_per_block);
         let mut bindings = vec![
@@ -326,7 +321,12 @@ impl Call<'_> {
         ];
         bindings.extend(&bound.bindings);
         let padded = chunks * tile.depth4 as usize != dim4;
-        planner.push(
+        let pairs = heads as f64 * i.count as f64 * j.count as f64;
+        let cost = Cost {
+            turns: turns::scores(chunks).of(keys_per_block),
+            operations: pairs * 2.0 * problem.dim_k as f64,
+        };
+        planner.push_costly(
             catalogue::scores(
                 tile,
                 operands.q.access(),
@@ -337,6 +337,7 @@ impl Call<'_> {
                 stage,
             ),
             row_blocks * heads * key_blocks as u64,
+            cost,
             |workgroups| params::Scores {
                 q_strides: strides_used(&operands.q),
                 k_strides: strides_used(&operands.k),
@@ -395,9 +396,15 @@ impl Call<'_> {
         ];
         bindings.extend(bound.bindings.iter().filter(|one| one.slot != Slot::Relative));
         let accumulate = j.start > 0 || operands.sink.is_some();
-        planner.push(
+        let pairs = (b.count * h.count) as f64 * i.count as f64 * j.count as f64;
+        let cost = Cost {
+            turns: turns::weighted_sum(tile).of(j.count),
+            operations: pairs * 2.0 * problem.dim_v as f64,
+        };
+        planner.push_costly(
             catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), accumulate, rules),
             row_blocks * (b.count * h.count) as u64 * column_blocks as u64,
+            cost,
             |workgroups| params::WeightedSum {
                 p_strides: strides4(p_layout),
                 v_strides: strides_used(&operands.v),

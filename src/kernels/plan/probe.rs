@@ -1,26 +1,29 @@
 //! How fast an adapter multiplies and adds in registers.
 
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::{catalogue, params};
-use super::{Binding, Plan, Planner, Slot};
+use super::super::{catalogue, params, turns};
+use super::{Binding, Cost, Plan, Planner, Slot};
 use crate::error::Result;
 
 /// The plan of `rounds` rounds on every core of an adapter, the bytes of its output, and the floating-point
-/// operations in it.
+/// operations in it. More rounds than the adapter's loops turn become more workgroups.
 pub fn probe(rounds: u32, adapter: &Capabilities) -> Result<(Plan, u64, f64)> {
+    let at_once = rounds.min(turns::probe().longest(adapter.loop_turns()) as u32).max(1);
     let (workgroup, workgroups) = match adapter.class {
         AdapterClass::Cpu => (8, 256),
         // A million invocations fill the largest.
         AdapterClass::Gpu => (64, 16_384),
     };
+    let workgroups = workgroups * u64::from(rounds.div_ceil(at_once).max(1));
     let bytes = workgroup * workgroups * 4;
+    let operations = f64::from(catalogue::PROBE_OPERATIONS) * f64::from(at_once) * (workgroup * workgroups) as f64;
     let mut planner = Planner { adapter, plan: Plan::default() };
-    planner.push(
+    planner.push_costly(
         catalogue::probe(workgroup as u32),
         workgroups,
-        |workgroups| params::Probe { factor: 0.999, summand: 0.001, rounds, workgroups },
+        Cost { turns: turns::probe().of(at_once as usize), operations },
+        |workgroups| params::Probe { factor: 0.999, summand: 0.001, rounds: at_once, workgroups },
         vec![Binding { binding: 1, slot: Slot::Output, offset: 0, size: bytes }],
     )?;
-    let operations = f64::from(catalogue::PROBE_OPERATIONS) * f64::from(rounds) * (workgroup * workgroups) as f64;
     Ok((planner.plan, bytes, operations))
 }

@@ -3,8 +3,8 @@
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, Tile};
-use super::super::params;
-use super::{Binding, Part, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation, window};
+use super::super::{params, turns};
+use super::{Binding, Cost, Part, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation, window};
 use crate::error::{Result, shape_error};
 use crate::problem::{Dtype, Layout};
 
@@ -66,7 +66,11 @@ pub fn project(
                 let tile = planner.project_tile(rows, dim4);
                 let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
                 let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
-                let out_blocks = planner.pieces(row_blocks as u64, o.count, 64);
+                // As many outputs and as much of the width in one dispatch as the driver's loops turn.
+                let most_turns = adapter.loop_turns();
+                let most_chunks = turns::project_chunks(tile.depth4, most_turns).min(chunks);
+                let longest = turns::project(most_chunks, tile.depth4).longest(most_turns);
+                let out_blocks = planner.pieces(row_blocks as u64, o.count, 64).max(o.count.div_ceil(longest));
                 let outs_per_block = o.count.div_ceil(out_blocks).next_multiple_of(4);
                 let out_blocks = o.count.div_ceil(outs_per_block);
                 let mut bindings = vec![
@@ -82,39 +86,46 @@ pub fn project(
                 }
                 let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
                 let stride = |layout: &Layout, axis: usize| layout.strides()[axis] as u32;
-                planner.push(
-                    catalogue::project(
-                        tile,
-                        x.access(),
-                        w.access(),
-                        wide_y,
-                        chunks * tile.depth4 as usize != dim4,
-                        bias.is_some(),
-                    ),
-                    row_blocks as u64 * out_blocks as u64,
-                    |workgroups| params::Project {
-                        x_strides: [stride(&x, 0), stride(&x, 1), stride(&x, 2), 0],
-                        w_strides: [stride(&w, 0), stride(&w, 1), 0, 0],
-                        y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
-                        x_offset: x_at.first as u32,
-                        w_offset: w_at.first as u32,
-                        y_offset: y_at.first as u32,
-                        bias_offset: bias_at.0,
-                        bias_stride: bias_at.1,
-                        rows: rows as u32,
-                        len: l.count as u32,
-                        dim_in: dim_in as u32,
-                        dim_out: o.count as u32,
-                        chunks: chunks as u32,
-                        row_blocks: row_blocks as u32,
-                        out_blocks: out_blocks as u32,
-                        outs_per_block: outs_per_block as u32,
-                        workgroups,
-                        pad_0: 0,
-                        pad_1: 0,
-                    },
-                    bindings,
-                )?;
+                for chunk in Part::all(chunks, most_chunks) {
+                    let cost = Cost {
+                        turns: turns::project(chunk.count, tile.depth4).of(outs_per_block),
+                        operations: 2.0 * rows as f64 * o.count as f64 * (chunk.count * tile.depth4 as usize * 4) as f64,
+                    };
+                    planner.push_costly(
+                        catalogue::project(
+                            tile,
+                            x.access(),
+                            w.access(),
+                            wide_y,
+                            chunks * tile.depth4 as usize != dim4,
+                            bias.is_some(),
+                        ),
+                        row_blocks as u64 * out_blocks as u64,
+                        cost,
+                        |workgroups| params::Project {
+                            x_strides: [stride(&x, 0), stride(&x, 1), stride(&x, 2), 0],
+                            w_strides: [stride(&w, 0), stride(&w, 1), 0, 0],
+                            y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
+                            x_offset: x_at.first as u32,
+                            w_offset: w_at.first as u32,
+                            y_offset: y_at.first as u32,
+                            bias_offset: bias_at.0,
+                            bias_stride: bias_at.1,
+                            rows: rows as u32,
+                            len: l.count as u32,
+                            dim_in: dim_in as u32,
+                            dim_out: o.count as u32,
+                            chunks: (chunk.start + chunk.count) as u32,
+                            row_blocks: row_blocks as u32,
+                            out_blocks: out_blocks as u32,
+                            outs_per_block: outs_per_block as u32,
+                            workgroups,
+                            all_chunks: chunks as u32,
+                            chunk_0: chunk.start as u32,
+                        },
+                        bindings.clone(),
+                    )?;
+                }
             }
         }
     }

@@ -2,10 +2,9 @@
 
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue;
-use super::super::params;
+use super::super::{catalogue, params, turns};
 use super::{
-    Binding, MINUS_INFINITY, NOT_A_NUMBER, Part, Plan, Planner, Slot, Window, check_buffer, padded_bytes, rows_padded,
+    Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Part, Plan, Planner, Slot, Window, check_buffer, padded_bytes, rows_padded,
     strides4, window,
 };
 use crate::error::Result;
@@ -18,23 +17,10 @@ pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     let out = rows_padded(x.shape())?;
     check_buffer(adapter, "the softmax", padded_bytes(&out, Dtype::F32))?;
     let width4 = x.shape()[3].div_ceil(4) as u32;
-    let (workgroup, lanes) = if adapter.class == AdapterClass::Cpu { (8, 1) } else { (64, 64) };
     planner.rows_copied(x, &out, width4 * 4, |planner, rows, to| {
-        planner.push(
-            catalogue::softmax(workgroup, lanes, false, false),
-            (rows as u64).div_ceil(u64::from(workgroup / lanes)),
-            |workgroups| params::Softmax {
-                rows: rows as u32,
-                width4,
-                row_stride4: width4,
-                s_offset4: (to.first / 4) as u32,
-                workgroups,
-                minus_infinity: MINUS_INFINITY,
-                not_a_number: NOT_A_NUMBER,
-                ..Default::default()
-            },
-            vec![Binding { binding: 1, slot: Slot::Output, offset: to.offset, size: to.size }],
-        )
+        let bindings = vec![Binding { binding: 1, slot: Slot::Output, offset: to.offset, size: to.size }];
+        let params = params::Softmax { rows: rows as u32, width4, ..Default::default() };
+        planner.softmax_rows(params, to, [false, false], bindings)
     })?;
     planner.plan.weights = Some(out);
     Ok(planner.plan)
@@ -49,7 +35,56 @@ pub fn widen(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     Ok(planner.plan)
 }
 
+/// Elements that a lane adds up in each component of its sum, at most, as long as there are more lanes to be had: more
+/// would lose digits.
+const MOST_ADDED: usize = 2048;
+
 impl Planner<'_> {
+    /// The softmax of rows that lie one after another, whole vec4s each, from `at` on: `params` say how many, how wide
+    /// and what belongs to the LSE and the sink, of which `given` says whether they are there.
+    pub(super) fn softmax_rows(
+        &mut self,
+        params: params::Softmax,
+        at: Window,
+        [lse, sink]: [bool; 2],
+        bindings: Vec<Binding>,
+    ) -> Result<()> {
+        let adapter = self.adapter;
+        let width = 4 * params.width4 as usize;
+        let choices: &[(u32, u32)] = match adapter.class {
+            AdapterClass::Cpu => &[(8, 1), (8, 8), (64, 64), (256, 256)],
+            AdapterClass::Gpu if width <= 128 => &[(64, 32)],
+            AdapterClass::Gpu => &[(64, 64), (256, 256)],
+        };
+        let enough = |lanes: u32| {
+            width <= MOST_ADDED * 4 * lanes as usize && turns::softmax(lanes).of(width) <= adapter.loop_turns()
+        };
+        let offered = |&&(workgroup, lanes): &&(u32, u32)| {
+            workgroup <= adapter.max_invocations
+                && catalogue::softmax(workgroup, lanes, lse, sink).workgroup_memory() <= adapter.workgroup_memory
+        };
+        let most = adapter.max_invocations.min(64);
+        let chosen = choices.iter().filter(offered).find(|(_, lanes)| enough(*lanes));
+        let chosen = chosen.or_else(|| choices.iter().rfind(offered));
+        // Fewer invocations than any choice has: as many as there may be, a power of two.
+        let &(workgroup, lanes) = chosen.unwrap_or(&(1 << most.ilog2(), 1 << most.ilog2()));
+        let cost = Cost { turns: turns::softmax(lanes).of(width), operations: f64::from(params.rows) * width as f64 * 16.0 };
+        self.push_costly(
+            catalogue::softmax(workgroup, lanes, lse, sink),
+            u64::from(params.rows).div_ceil(u64::from(workgroup / lanes)),
+            cost,
+            |workgroups| params::Softmax {
+                row_stride4: params.width4,
+                s_offset4: (at.first / 4) as u32,
+                workgroups,
+                minus_infinity: MINUS_INFINITY,
+                not_a_number: NOT_A_NUMBER,
+                ..params
+            },
+            bindings,
+        )
+    }
+
     /// Copies X (Q) into `out` (Output), whose rows are `width` long and end in −∞ where they are longer
     /// than those of X. `then` is told the rows of each slice and where they lie.
     fn rows_copied(

@@ -39,6 +39,7 @@ pub fn planner(index: usize, fault: Option<Fault>) -> Result<Device> {
         without_subgroups: true,
         limits: Some(wgpu::Limits::default()),
         rewrite: fault.and_then(Fault::rewrite),
+        ..GpuOptions::default()
     };
     Ok(Device::Gpu(Gpu::with_options(&options)?))
 }

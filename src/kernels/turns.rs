@@ -1,0 +1,138 @@
+//! How often the loops of a kernel turn.
+//!
+//! Mesa's software drivers end every loop of an invocation, without a word, once all its loops together have turned
+//! 65,535 times (`lp_bld_limits.h`). So planning counts: a kernel that loops over a length has its turns here, at
+//! most, all loops of one invocation together, the look that ends a loop counted as one. Where
+//! [`Capabilities::max_loop_turns`](super::Capabilities::max_loop_turns) would be passed, work is split or sliced.
+//!
+//! What Mesa allows is [`MESA_LOOP_TURNS`].
+//!
+//! A loop that is written out ([`specialise`](super::specialise())) does not turn.
+
+use super::catalogue::{FlashTile, TILED_ACROSS, TILED_KEYS, Tile};
+
+/// The turns that Mesa's software drivers (lavapipe, llvmpipe) allow an invocation: 65,535, and some to spare.
+pub const MESA_LOOP_TURNS: u32 = 65_000;
+
+/// Keys that a fused kernel or a weighted sum looks at together where values are not finite: `SPAN`.
+const SPAN: u64 = 32;
+/// Values of a column that it looks at in one turn.
+const AT_ONCE: u64 = 4;
+
+/// The turns of an invocation that loops over a length: `before`, and `each` for every `step` of the length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turns {
+    before: u64,
+    each: u64,
+    step: u64,
+}
+
+impl Turns {
+    /// Over a length.
+    pub fn of(self, len: usize) -> u64 {
+        self.before + (len as u64).div_ceil(self.step) * self.each
+    }
+
+    /// The longest length, a multiple of the step, whose turns are at most `most`; one step at least.
+    pub fn longest(self, most: u64) -> usize {
+        let steps = (most.saturating_sub(self.before) / self.each).max(1);
+        usize::try_from(steps.saturating_mul(self.step)).unwrap_or(usize::MAX)
+    }
+
+    /// Those of a kernel that then loops over the same length again.
+    fn and(self, other: Turns) -> Turns {
+        // A whole number of both steps.
+        let step = self.step.max(other.step);
+        debug_assert!(step.is_multiple_of(self.step) && step.is_multiple_of(other.step));
+        let scaled = |one: Turns| one.each * (step / one.step);
+        Turns { before: self.before + other.before, each: scaled(self) + scaled(other), step }
+    }
+}
+
+/// A loop of `turns` turns, and the look that ends it.
+const fn counted(turns: u64) -> u64 {
+    turns + 1
+}
+
+/// What is added at the end for values that are not finite, by key; `columns` is how many vec4s of a value an
+/// invocation goes through.
+fn not_finite(columns: u64) -> Turns {
+    Turns { before: 1, each: 1 + counted(SPAN) + counted(columns * (1 + counted(SPAN / AT_ONCE))), step: SPAN }
+}
+
+/// Of `flash.wgsl` and `flash_tiled.wgsl`, by keys of a split; `tiles`: classes of tiles are looked at.
+pub fn flash(tile: FlashTile, tiles: bool) -> Turns {
+    let [depth4, cols4] = [tile.depth4, tile.cols4].map(u64::from);
+    // The next tile: a look each step, a turn for each that is passed over, whose steps are saved.
+    let next = 1 + u64::from(tiles);
+    if !tile.is_tiled() {
+        // Parts of Q in, of O out; with rotary positions a loop of fewer.
+        let before = counted(depth4) + counted(cols4) + 2 * next;
+        let keys = u64::from(tile.keys);
+        let main = Turns { before, each: next + counted(keys), step: keys };
+        return main.and(not_finite(cols4));
+    }
+    let across = u64::from(TILED_ACROSS);
+    let (k_parts, v_parts, rows) = (depth4.div_ceil(across), cols4.div_ceil(across), u64::from(tile.rows));
+    let part = 1 + counted(across);
+    let each = next
+        + counted(k_parts * part)
+        + rows * (counted(across) + counted(v_parts))
+        + counted(v_parts * part);
+    // Sums and signs of a row joined.
+    let before = 2 * next + 2 * rows * counted(across) + counted(v_parts);
+    Turns { before, each, step: u64::from(TILED_KEYS) }.and(not_finite(cols4.div_ceil(across)))
+}
+
+/// Of `scores.wgsl`, by keys of a block; `chunks` of the width.
+pub fn scores(chunks: usize) -> Turns {
+    let chunks = chunks as u64;
+    Turns { before: counted(2 * chunks), each: chunks, step: 4 }
+}
+
+/// Of `weighted_sum.wgsl`, by keys of a slice.
+pub fn weighted_sum(tile: Tile) -> Turns {
+    Turns { before: 1, each: 1, step: 4 }.and(not_finite(u64::from(tile.depth4)))
+}
+
+/// Of `softmax.wgsl`, by elements of a row.
+pub fn softmax(lanes: u32) -> Turns {
+    // Maximum, flag and sum of the lanes; maximum, sum and weights of the row.
+    let join = u64::from(lanes.ilog2());
+    Turns { before: 3 * counted(join) + 3, each: 3, step: 4 * u64::from(lanes) }
+}
+
+/// Of `inspect.wgsl`, by rows of a split; `chunks` of the width.
+pub fn inspect(chunks: usize) -> Turns {
+    Turns { before: 1, each: 1 + counted(chunks as u64), step: 4 }
+}
+
+/// Of `project.wgsl`, by outputs of a block; `chunks` of the input width, each of `depth4` vec4s.
+pub fn project(chunks: usize, depth4: u32) -> Turns {
+    let chunks = chunks as u64;
+    Turns { before: counted(chunks * (2 + counted(u64::from(depth4)))), each: chunks * (1 + counted(4)), step: 4 }
+}
+
+/// The most chunks of a width, of `depth4` vec4s each, over which four outputs stay within `most` turns.
+pub fn project_chunks(depth4: u32, most: u64) -> usize {
+    let per_chunk = project(1, depth4).of(4) - project(0, depth4).of(4);
+    Turns { before: project(0, depth4).of(4), each: per_chunk, step: 1 }.longest(most)
+}
+
+/// Of `merge.wgsl`, by splits.
+pub fn merge() -> Turns {
+    Turns { before: 2, each: 2, step: 1 }
+}
+
+/// Of `mean_heads.wgsl`, by heads.
+pub fn mean_heads() -> Turns {
+    Turns { before: 1, each: 1, step: 1 }
+}
+
+/// Of `probe.wgsl`, by rounds.
+pub fn probe() -> Turns {
+    Turns { before: 1, each: 1, step: 1 }
+}
+
+/// Of a kernel without a loop over any length, `classify.wgsl`'s over its 32 keys the longest.
+pub const FEW: u64 = 64;
