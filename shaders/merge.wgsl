@@ -6,6 +6,8 @@
 // invocation per row and four columns.
 
 const WORKGROUP: u32 = 64u;
+// Splits that are joined before they are joined to the others.
+const NEIGHBOURS: u32 = 32u;
 
 alias OElem = f32;
 
@@ -107,13 +109,20 @@ fn main(
     }
     var sum = 0.0;
     var joined = vec4<f32>();
-    for (var s = 0u; s < splits; s++) {
-        let value = lse_of(s, row, bhi);
-        if (bitcast<u32>(value) != params.minus_infinity) {
-            let weight = exp2(max((value - peak) * LOG2_E, -200.0));
-            sum += weight;
-            joined += weight * part_of(s, row, bhi, column);
+    // Neighbours first: a long sum loses digits.
+    for (var first = 0u; first < splits; first += NEIGHBOURS) {
+        var sum_here = 0.0;
+        var joined_here = vec4<f32>();
+        for (var s = first; s < min(first + NEIGHBOURS, splits); s++) {
+            let value = lse_of(s, row, bhi);
+            if (bitcast<u32>(value) != params.minus_infinity) {
+                let weight = exp2(max((value - peak) * LOG2_E, -200.0));
+                sum_here += weight;
+                joined_here += weight * part_of(s, row, bhi, column);
+            }
         }
+        sum += sum_here;
+        joined += joined_here;
     }
     let nan = bitcast<f32>(params.not_a_number);
     let factor = select(select(1.0 / sum, 0.0, sum == 0.0), nan, is_nan);

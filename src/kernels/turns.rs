@@ -121,7 +121,8 @@ pub fn project_chunks(depth4: u32, most: u64) -> usize {
 
 /// Of `merge.wgsl`, by splits.
 pub fn merge() -> Turns {
-    Turns { before: 2, each: 2, step: 1 }
+    // The largest LSE, then the sum: two loops within each other, of which the outer has few turns.
+    Turns { before: 4, each: 4, step: 1 }
 }
 
 /// Of `mean_heads.wgsl`, by heads.

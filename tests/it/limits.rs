@@ -72,6 +72,8 @@ fn check(plan: &Plan, adapter: &Capabilities) {
         );
         assert!(step.bindings.len() as u32 <= adapter.max_storage_buffers, "{name}: {} buffers", step.bindings.len());
         assert!(step.variant.workgroup_memory() <= adapter.workgroup_memory, "{name}");
+        let turns = step.cost.turns;
+        assert!(adapter.max_loop_turns.is_none_or(|most| turns <= u64::from(most)), "{name}: {turns} turns");
         assert!(adapter.subgroup_min.is_some() || !step.variant.uses_subgroups(), "{name} needs subgroups");
         for binding in &step.bindings {
             assert!(binding.size <= adapter.max_binding, "{name}: {binding:?}");
@@ -93,6 +95,13 @@ fn adapters() -> Vec<Capabilities> {
         Capabilities { adapter: "small bindings".into(), max_binding: 256 * KIB, ..floor.clone() },
         Capabilities { adapter: "few workgroups".into(), max_workgroups: 300, ..floor.clone() },
         Capabilities { adapter: "few invocations".into(), max_invocations: 64, ..floor.clone() },
+        Capabilities { adapter: "few turns".into(), max_loop_turns: Some(2000), ..floor.clone() },
+        Capabilities {
+            adapter: "few turns of a software adapter".into(),
+            class: AdapterClass::Cpu,
+            max_loop_turns: Some(2000),
+            ..floor.clone()
+        },
     ];
     for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
         for subgroup in [4, 8, 16, 32, 64, 128] {

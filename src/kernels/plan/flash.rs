@@ -20,8 +20,11 @@ const KEPT: u32 = 256;
 const LEAST_TILED_ROWS: usize = 16;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
-/// More are summed in parts, so that a long row loses no digits.
-pub(super) const MOST_SPLIT: usize = 4096;
+/// Keys whose values are added up in one run: a longer row is cut into splits of [`LONG_SPLIT`], or it loses digits.
+const MOST_SPLIT: usize = 4096;
+const LONG_SPLIT: usize = 1024;
+/// Bytes of the outputs of splits that are worth holding: rows beyond are sliced.
+const MOST_PARTIAL: u64 = 32 << 20;
 
 /// The plan of a fused call, or why the call needs scores in memory or does not fit.
 pub(super) fn attention(
@@ -174,7 +177,7 @@ impl<'a> Fused<'a> {
             let Slices { batch, heads, rows, .. } = fused.slices;
             let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
             let fits = fused.largest_binding() <= adapter.max_binding;
-            if fits && pairs * fused.per_pair() <= most_work {
+            if fits && pairs * fused.per_pair() <= most_work && fused.partial_bytes() <= MOST_PARTIAL {
                 break;
             }
             let slices = &mut fused.slices;
@@ -200,14 +203,16 @@ impl<'a> Fused<'a> {
 
     /// Bytes of the largest binding of any step.
     fn largest_binding(&self) -> u64 {
+        self.call.largest_operand(self.slices).max(self.partial_bytes())
+    }
+
+    /// Bytes of the outputs of the splits of a slice.
+    fn partial_bytes(&self) -> u64 {
         let Slices { batch, heads, rows, .. } = self.slices;
-        let problem = self.call.problem;
-        let partial = if self.splits > 1 {
-            (self.splits * batch * heads * rows) as u64 * problem.dim_v.next_multiple_of(4) as u64 * 4
-        } else {
-            0
-        };
-        self.call.largest_operand(self.slices).max(partial)
+        if self.splits == 1 {
+            return 0;
+        }
+        (self.splits * batch * heads * rows) as u64 * self.call.problem.dim_v.next_multiple_of(4) as u64 * 4
     }
 
     fn plan(&self) -> Result<Plan> {
@@ -596,7 +601,8 @@ fn key_splits(
     };
     let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
     // With or without classes of tiles a row is split alike.
-    let longest = turns::flash(tile, true).longest(adapter.loop_turns()).min(MOST_SPLIT) / 32 * 32;
+    let longest = if len_k > MOST_SPLIT { LONG_SPLIT } else { MOST_SPLIT };
+    let longest = turns::flash(tile, true).longest(adapter.loop_turns()).min(longest) / 32 * 32;
     let splits = splits.max(len_k.div_ceil(longest.max(32)));
     let keys_per_split = len_k.div_ceil(splits).next_multiple_of(32).max(32);
     (len_k.div_ceil(keys_per_split).max(1), keys_per_split)

@@ -22,7 +22,7 @@ use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
 const LEAST_SPLIT: usize = 512;
 const MOST_SPLITS: usize = 16;
 /// Rows of a longer piece would lose digits.
-const MOST_SPLIT: usize = 8192;
+const MOST_SPLIT: usize = 1024;
 
 /// The operands of an inspection: four axes each, masks and biases broadcast to [`Problem::mask_shape`].
 #[derive(Clone, Debug)]

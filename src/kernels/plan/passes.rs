@@ -12,6 +12,9 @@ use super::{
 use crate::error::{Error, Result};
 use crate::problem::{Dtype, Layout, Problem, ScoreStage, checked_len};
 
+/// Keys whose values are added up in one run: more lose digits, and add up their parts in the output.
+const MOST_SUMMED: usize = 512;
+
 /// The attention call `problem` over `operands`.
 pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
@@ -256,7 +259,8 @@ impl Call<'_> {
         }
         // A sum over more keys than the driver's loops turn, or than lose no digits, adds up its parts in the output.
         let tile = planner.tile(i.count, problem.dim_v.div_ceil(4));
-        let longest = turns::weighted_sum(tile).longest(planner.adapter.loop_turns()).min(flash::MOST_SPLIT);
+        let longest = turns::weighted_sum(tile).longest(planner.adapter.loop_turns());
+        let longest = if len_k > 2 * MOST_SUMMED { longest.min(MOST_SUMMED) } else { longest };
         for j in Part::all(len_k, slices.keys.min(longest)) {
             // Folded rules of several key slices share one buffer: fold again what was overwritten.
             let rules_bound = self.bind_rules(planner, at, j, slices)?;

@@ -1,0 +1,220 @@
+//! Rows longer than some drivers' loops turn, and than a sum keeps its digits.
+
+use crate::kit::{self, Call, devices};
+use wgpu_attention::kernels::Variant;
+use wgpu_attention::problem::{Align, MaskMeaning, Positions};
+use wgpu_attention::{
+    Attention, Device, Error, Gpu, GpuOptions, Inspect, Method, Tensor, Weights, project, softmax,
+};
+
+/// The turns of [`counting`].
+const TURNS: u32 = 2000;
+
+/// A kernel whose loops, all together, end after [`TURNS`] turns, as Mesa's software drivers end them after 65,535: the
+/// look that ends a loop counts.
+fn counting(_: &Variant, text: &str) -> Option<String> {
+    let mut counted = format!("var<private> turns_left: u32 = {TURNS}u;\n");
+    for line in text.lines() {
+        let head = line.trim_start();
+        let is_loop = (head.starts_with("for (") || head.starts_with("while (")) && head.ends_with('{');
+        if is_loop {
+            counted.push_str("turns_left -= min(turns_left, 1u);\n");
+        }
+        counted.push_str(line);
+        counted.push('\n');
+        if is_loop {
+            counted.push_str("if (turns_left == 0u) { break; }\nturns_left -= 1u;\n");
+        }
+    }
+    Some(counted)
+}
+
+/// Every adapter with such kernels; `max_loop_turns` is what planning knows of them.
+fn counters(max_loop_turns: u32) -> Vec<(String, Device)> {
+    let open = |adapter: wgpu_attention::AdapterSummary| {
+        let options = GpuOptions {
+            adapter: Some(adapter.index.to_string()),
+            max_loop_turns: Some(max_loop_turns),
+            rewrite: Some(counting),
+            ..GpuOptions::default()
+        };
+        let name = format!("{} ({}), loops of {TURNS} turns", adapter.info.name, adapter.info.backend);
+        (name, Device::Gpu(Gpu::with_options(&options).unwrap()))
+    };
+    Gpu::adapters().into_iter().map(open).collect()
+}
+
+fn sines(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&x| f64::from(x)).collect()
+}
+
+#[test]
+fn loops_that_a_driver_ends_are_split_before() {
+    let (q, k, v) = ([2, 4, 9, 16], [2, 2, 1500, 16], [2, 2, 1500, 24]);
+    let masks = vec![(vec![2, 1, 1, 1500], MaskMeaning::Drop)];
+    let positions = Positions {
+        causal: true,
+        align: Align::PerBatch(vec![1490, 900]),
+        key_lengths: Some(vec![1500, 1400]),
+        ..Positions::default()
+    };
+    let ruled = Call { masks, biases: vec![vec![4, 9, 1500]], positions, ..Call::plain(q, k, v) };
+    for (name, device) in counters(TURNS) {
+        // Output, LSE, weights and scores, in three passes too.
+        ruled.check(&name, &device, 3e-6);
+        let gpu = device.gpu().unwrap();
+        for method in Method::every(gpu.capabilities()) {
+            Call::plain(q, k, v).check_output(&name, &device, method, 3e-6);
+        }
+        // Wider than the fused kernels take.
+        Call::plain([1, 1, 3, 600], [1, 1, 700, 600], [1, 1, 700, 8]).check_output(&name, &device, Method::Auto, 3e-6);
+
+        let mut odd = ruled.data();
+        for (column, value) in [(5, f32::NAN), (7, f32::INFINITY), (23, f32::NEG_INFINITY)] {
+            [1380, 1490, 1493, 1496].iter().for_each(|key| odd.v[key * 24 + column] = value);
+        }
+        let (truth, _) = ruled.truth(&odd);
+        assert!(truth.output.iter().any(|x| x.is_nan()) && truth.output.iter().any(|x| x.is_infinite()));
+        for method in Method::every(gpu.capabilities()) {
+            let attended = ruled.run(&device, &odd, ruled.attention().method(method)).unwrap();
+            let what = format!("values that are not finite, {method}, {name}");
+            kit::assert_close(&what, &attended.output.download().unwrap(), &truth.output, 3e-6);
+        }
+
+        let data = ruled.data();
+        let attended = ruled.run(&device, &data, ruled.attention().lse(true)).unwrap();
+        let operands = ruled.operands(&device, &data, wgpu_attention::Dtype::F32).unwrap();
+        let attention = ruled.ruled(&device, &data, ruled.attention()).unwrap();
+        let wanted = Inspect::new().weights().column_sums().entropy();
+        let seen = attention.inspect(&operands[0], &operands[1], &attended.lse.unwrap(), &wanted).unwrap();
+        let truth = ruled.inspected(&data, &[0, 1, 2, 3], 0..9);
+        for (what, got, truth) in [
+            ("weights", seen.weights, truth.weights),
+            ("column sums", seen.column_sums, truth.column_sums),
+            ("entropy", seen.entropy, truth.entropy),
+        ] {
+            kit::assert_close(&format!("{what}, {name}"), &got.unwrap().download().unwrap(), &truth, 3e-5);
+        }
+
+        for width in [3000, 20_001, 200_000] {
+            let x = Tensor::from_slice(&device, &[2, width], &sines(2 * width)).unwrap();
+            let on_cpu = Tensor::from_slice(Device::Cpu, &[2, width], &sines(2 * width)).unwrap();
+            let [got, truth] = [x, on_cpu].map(|x| softmax(&x, -1).unwrap().download().unwrap());
+            kit::assert_close(&format!("softmax of {width}, {name}"), &got, &wide(&truth), 3e-6);
+        }
+
+        // Many outputs, a deep input, many rows; few rows.
+        for (rows, dim_in, dim_out) in [(70, 40, 3000), (9, 70_000, 4), (600, 500, 300), (1, 20_000, 70)] {
+            let run = |device: &Device| {
+                let x = Tensor::from_slice(device, &[1, rows, dim_in], &sines(rows * dim_in)).unwrap();
+                let w = Tensor::from_slice(device, &[dim_out, dim_in], &sines(dim_out * dim_in)).unwrap();
+                project(&x, &w, None).unwrap().download().unwrap()
+            };
+            let what = format!("{rows} rows of {dim_in} to {dim_out}, {name}");
+            kit::assert_close(&what, &run(&device), &wide(&run(&Device::Cpu)), 2e-5);
+        }
+        gpu.multiply_add_ceiling().unwrap();
+    }
+    // Where planning does not know, rows are wrong: what is above can fail.
+    let plain = Call::plain(q, [2, 2, 4000, 16], [2, 2, 4000, 24]);
+    for (name, device) in counters(u32::MAX) {
+        let (truth, _) = plain.truth(&plain.data());
+        let one = Attention::new().method("rows1x8/keys4".parse().unwrap());
+        let attended = plain.run(&device, &plain.data(), one).unwrap();
+        assert!(kit::worst(&attended.output.download().unwrap(), &truth.output).0 > 1e-3, "{name}");
+    }
+}
+
+#[test]
+fn loops_that_cannot_be_split_are_refused_with_the_numbers() {
+    let options = GpuOptions { max_loop_turns: Some(20), ..GpuOptions::default() };
+    let device = Device::Gpu(Gpu::with_options(&options).unwrap());
+    let x = Tensor::from_slice(&device, &[1, 1, 300, 64], &vec![0.5f32; 300 * 64]).unwrap();
+    for method in [Method::Fused, Method::ThreePasses] {
+        match Attention::new().method(method).forward(&x, &x, &x) {
+            Err(Error::Unsupported { needs, .. }) => assert!(needs.contains("at most 20 turns"), "{needs}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn rows_over_a_vocabulary_sum_to_one() {
+    for (name, device) in devices() {
+        // Equal logits, and one that has it all at either end.
+        for width in [128_256, 1_000_003] {
+            let mut x = vec![0.0f32; 3 * width];
+            x[width] = 200.0;
+            x[3 * width - 1] = 200.0;
+            let x = Tensor::from_slice(&device, &[3, width], &x).unwrap();
+            let p = softmax(&x, -1).unwrap().download().unwrap();
+            let mut wanted = vec![1.0 / width as f64; width];
+            wanted.extend((0..2 * width).map(|at| f64::from(u8::from(at == 0 || at == 2 * width - 1))));
+            kit::assert_close(&format!("{width}, {name}"), &p, &wanted, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn long_rows_meet_their_closed_forms() {
+    const KEYS: usize = 131_072;
+    let value = |j: usize, d: usize| ((j * 7 + d * 3) % 11) as f32 - 4.0;
+    let v: Vec<f32> = (0..KEYS * 8).map(|at| value(at / 8, at % 8)).collect();
+    let mean: Vec<f64> = (0..8).map(|d| (0..KEYS).map(|j| f64::from(value(j, d))).sum::<f64>() / KEYS as f64).collect();
+    // Query 0 sees all keys alike, 1 the first alone, 2 the last alone.
+    let q: Vec<f32> = (0..3 * 8).map(|at| f32::from(u8::from(at / 8 > 0 && at % 8 == at / 8))).collect();
+    let mut k = vec![0.0f32; KEYS * 8];
+    (k[1], k[KEYS * 8 - 6]) = (200.0, 200.0);
+    for (name, device) in devices() {
+        let tensor = |rows: usize, data: &[f32]| Tensor::from_slice(&device, &[1, 1, rows, 8], data).unwrap();
+        let (q, k, v) = (tensor(3, &q), tensor(KEYS, &k), tensor(KEYS, &v));
+        let row = |j: usize| (0..8).map(move |d| f64::from(value(j, d)));
+        let output: Vec<f64> = mean.iter().copied().chain(row(0)).chain(row(KEYS - 1)).collect();
+        let lse = [(KEYS as f64).ln(), 200.0, 200.0];
+        let attention = Attention::new().scale(1.0).lse(true);
+        for method in [Method::Fused, Method::ThreePasses] {
+            let what = format!("{method}, {name}");
+            let attended = attention.clone().method(method).weights(Weights::PerHead).forward(&q, &k, &v).unwrap();
+            kit::assert_close(&what, &attended.output.download().unwrap(), &output, 3e-6);
+            kit::assert_close(&what, &attended.lse.unwrap().download().unwrap(), &lse, 1e-6);
+            let weights = attended.weights.unwrap().download().unwrap();
+            for (i, hot) in [(0, None), (1, Some(0)), (2, Some(KEYS - 1))] {
+                let weight = |j| hot.map_or(1.0 / KEYS as f64, |hot| f64::from(u8::from(j == hot)));
+                let wanted: Vec<f64> = (0..KEYS).map(weight).collect();
+                kit::assert_close(&format!("weights {i}, {what}"), &weights[i * KEYS..][..KEYS], &wanted, 3e-6);
+            }
+        }
+        let lse = attention.forward(&q, &k, &v).unwrap().lse.unwrap();
+        let seen = attention.inspect(&q, &k, &lse, &Inspect::new().entropy()).unwrap();
+        kit::assert_close(&name, &seen.entropy.unwrap().download().unwrap(), &[(KEYS as f64).ln(), 0.0, 0.0], 5e-6);
+    }
+}
+
+#[test]
+fn a_value_that_is_not_finite_is_found_at_the_end_of_a_long_row() {
+    const KEYS: usize = 70_000;
+    let mut v = vec![1.0f32; KEYS * 16];
+    (v[(KEYS - 1) * 16 + 3], v[(KEYS - 2) * 16 + 9]) = (f32::NAN, f32::NEG_INFINITY);
+    for (name, device) in devices() {
+        let q = Tensor::from_slice(&device, &[1, 1, 40, 16], &[0.1f32; 40 * 16]).unwrap();
+        let k = Tensor::from_slice(&device, &[1, 1, KEYS, 16], &vec![0.1f32; KEYS * 16]).unwrap();
+        let v = Tensor::from_slice(&device, &[1, 1, KEYS, 16], &v).unwrap();
+        for method in [Method::Fused, Method::ThreePasses] {
+            // The last query sees both, the one before it −∞ alone.
+            let attention = Attention::new().causal(Align::BottomRight).method(method);
+            let got = attention.forward(&q, &k, &v).unwrap().output.download().unwrap();
+            let wanted: Vec<f64> = (0..40 * 16)
+                .map(|at| match (at / 16, at % 16) {
+                    (39, 3) => f64::NAN,
+                    (38.., 9) => f64::NEG_INFINITY,
+                    _ => 1.0,
+                })
+                .collect();
+            kit::assert_close(&format!("{method}, {name}"), &got, &wanted, 5e-6);
+        }
+    }
+}
