@@ -1,6 +1,6 @@
 //! Device buffers: pooled, so that a call of a shape that was seen before allocates nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -82,6 +82,36 @@ impl Pool {
         if size <= MOST_IDLE {
             idle.bytes += size;
             idle.buffers.entry((purpose, size)).or_default().push(buffer);
+        }
+    }
+}
+
+/// Uniform blocks and tables, by content.
+#[derive(Default)]
+pub struct Constants {
+    buffers: HashMap<Vec<u8>, wgpu::Buffer>,
+    bytes: u64,
+}
+
+impl Constants {
+    /// Bytes that are kept in all, those of the keys on the host and those of the buffers alike; a program with more
+    /// shapes than fit makes some again.
+    const MOST: u64 = 4 << 20;
+    /// A larger table is new with every call, as likely as not, and would push out the others.
+    const LARGEST: u64 = 64 << 10;
+    /// What each takes beside its bytes, about.
+    const EACH: u64 = 1 << 10;
+
+    fn keep(&mut self, bytes: &[u8], buffer: &wgpu::Buffer) {
+        let size = bytes.len() as u64;
+        if size > Constants::LARGEST {
+            return;
+        }
+        if self.bytes + size + Constants::EACH > Constants::MOST {
+            *self = Constants::default();
+        }
+        if self.buffers.insert(bytes.to_vec(), buffer.clone()).is_none() {
+            self.bytes += size + Constants::EACH;
         }
     }
 }
@@ -171,12 +201,9 @@ impl Gpu {
         GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), purpose: None }))
     }
 
-    /// An immutable buffer of these bytes, made once.
+    /// An immutable buffer of these bytes, made once as long as it is kept.
     pub(crate) fn constant(&self, bytes: &[u8]) -> wgpu::Buffer {
-        /// Distinct uniform blocks kept; a program with more shapes than this makes some again.
-        const MOST: usize = 4096;
-        let mut constants = lock(&self.0.constants);
-        if let Some(buffer) = constants.get(bytes) {
+        if let Some(buffer) = lock(&self.0.constants).buffers.get(bytes) {
             return buffer.clone();
         }
         let size = (bytes.len() as u64).next_multiple_of(16).max(16);
@@ -192,10 +219,7 @@ impl Gpu {
         }
         buffer.unmap();
         self.0.pool.count(size);
-        if constants.len() >= MOST {
-            constants.clear();
-        }
-        constants.insert(bytes.to_vec(), buffer.clone());
+        lock(&self.0.constants).keep(bytes, &buffer);
         buffer
     }
 }

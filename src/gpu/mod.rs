@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::kernels::{Capabilities, Variant};
-use buffers::Pool;
+use buffers::{Constants, Pool};
 use run::Pipeline;
 use tuning::Tuning;
 
@@ -42,7 +42,7 @@ struct Inner {
     pipelines: Mutex<HashMap<Variant, Arc<Pipeline>>>,
     /// Uniform blocks and band tables by content: written once, never changed, so that work recorded
     /// into a caller's encoder reads what it was recorded with.
-    constants: Mutex<HashMap<Vec<u8>, wgpu::Buffer>>,
+    constants: Mutex<Constants>,
     pool: Pool,
     tuning: Tuning,
     rewrite: Option<fn(&Variant, &str) -> Option<String>>,

@@ -9,7 +9,7 @@
 //!
 //! A loop that is written out ([`specialise`](super::specialise())) does not turn.
 
-use super::catalogue::{FlashTile, TILED_ACROSS, TILED_KEYS, Tile};
+use super::catalogue::{FlashTile, MatvecTile, TILED_ACROSS, TILED_KEYS, Tile};
 
 /// The turns that Mesa's software drivers (lavapipe, llvmpipe) allow an invocation: 65,535, and some to spare.
 pub const MESA_LOOP_TURNS: u32 = 65_000;
@@ -111,6 +111,14 @@ pub fn inspect(chunks: usize) -> Turns {
 pub fn project(chunks: usize, depth4: u32) -> Turns {
     let chunks = chunks as u64;
     Turns { before: counted(chunks * (2 + counted(u64::from(depth4)))), each: chunks * (1 + counted(4)), step: 4 }
+}
+
+/// Of `matvec.wgsl`, by the input width.
+pub fn matvec(tile: MatvecTile) -> Turns {
+    let MatvecTile { workgroup, rows, outs } = tile;
+    let each_lane = u64::from((rows * outs).div_ceil(workgroup));
+    let before = 1 + counted(each_lane * (1 + counted(u64::from(workgroup))));
+    Turns { before, each: 1, step: 4 * u64::from(workgroup) }
 }
 
 /// The most chunks of a width, of `depth4` vec4s each, over which four outputs stay within `most` turns.

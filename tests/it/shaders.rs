@@ -66,6 +66,7 @@ fn params_have_the_layout_that_the_shaders_read() {
         (Kernel::Merge, params::Merge::fields(), size_of::<params::Merge>()),
         (Kernel::Inspect, params::Inspect::fields(), size_of::<params::Inspect>()),
         (Kernel::Project, params::Project::fields(), size_of::<params::Project>()),
+        (Kernel::Matvec, params::Project::fields(), size_of::<params::Project>()),
         (Kernel::Append, params::Append::fields(), size_of::<params::Append>()),
         (Kernel::MeanHeads, params::MeanHeads::fields(), size_of::<params::MeanHeads>()),
         (Kernel::Fold, params::Fold::fields(), size_of::<params::Fold>()),

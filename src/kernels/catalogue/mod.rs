@@ -30,6 +30,8 @@ pub enum Kernel {
     Inspect,
     /// `Y = X·Wᵀ + b`.
     Project,
+    /// The same for few rows of X.
+    Matvec,
     /// Extra keys behind a projection.
     Append,
     /// Weights averaged over heads.
@@ -54,7 +56,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 18] = [
+    pub const ALL: [Kernel; 19] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -63,6 +65,7 @@ impl Kernel {
         Kernel::Merge,
         Kernel::Inspect,
         Kernel::Project,
+        Kernel::Matvec,
         Kernel::Append,
         Kernel::MeanHeads,
         Kernel::Fold,
@@ -86,6 +89,7 @@ impl Kernel {
             Kernel::Merge => "merge",
             Kernel::Inspect => "inspect",
             Kernel::Project => "project",
+            Kernel::Matvec => "matvec",
             Kernel::Append => "append",
             Kernel::MeanHeads => "mean_heads",
             Kernel::Fold => "fold",
@@ -110,6 +114,7 @@ impl Kernel {
             Kernel::Merge => include_str!("../../../shaders/merge.wgsl"),
             Kernel::Inspect => include_str!("../../../shaders/inspect.wgsl"),
             Kernel::Project => include_str!("../../../shaders/project.wgsl"),
+            Kernel::Matvec => include_str!("../../../shaders/matvec.wgsl"),
             Kernel::Append => include_str!("../../../shaders/append.wgsl"),
             Kernel::MeanHeads => include_str!("../../../shaders/mean_heads.wgsl"),
             Kernel::Fold => include_str!("../../../shaders/fold.wgsl"),
@@ -148,8 +153,13 @@ impl Variant {
 
     /// Invocations per workgroup.
     pub fn workgroup_size(&self) -> u32 {
-        let changed = self.changes.consts.get("WORKGROUP");
-        changed.and_then(|text| text.trim_end_matches('u').parse().ok()).unwrap_or(64)
+        self.number("WORKGROUP", 64)
+    }
+
+    /// A number of the text, `as_it_stands` where it is not changed.
+    fn number(&self, name: &str, as_it_stands: u32) -> u32 {
+        let changed = self.changes.consts.get(name);
+        changed.and_then(|text| text.trim_end_matches('u').parse().ok()).unwrap_or(as_it_stands)
     }
 
     /// Bytes of workgroup memory the variant declares.
@@ -159,6 +169,8 @@ impl Variant {
             // One f32 and one u32 per invocation.
             Kernel::Softmax if !self.changes.blocks.contains_key("join") => 8 * workgroup,
             Kernel::FlashTiled => tiled_memory(workgroup),
+            // One f32 per invocation and product.
+            Kernel::Matvec => 4 * workgroup * self.number("ROWS", 1) * self.number("OUTS", 4),
             _ => 0,
         }
     }
@@ -516,6 +528,34 @@ fn store_y(at: u32, o: u32, value: vec4<f32>) { y[(at + o) / 4u] = value; }",
     Variant { kernel: Kernel::Project, changes, name }
 }
 
+/// How `matvec.wgsl` works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MatvecTile {
+    /// Invocations per workgroup, side by side along the width.
+    pub workgroup: u32,
+    /// Rows of X, and of W, that each reads.
+    pub rows: u32,
+    /// See `rows`.
+    pub outs: u32,
+}
+
+/// A variant of `matvec.wgsl`.
+pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
+    let MatvecTile { workgroup, rows, outs } = tile;
+    let mut name = format!("matvec/rows{rows}x{workgroup}/outs{outs}");
+    let mut changes = Changes::default().number("WORKGROUP", workgroup).number("ROWS", rows).number("OUTS", outs);
+    // No vec4 behind the width is read.
+    changes = access::load(changes, &access::X, "params.dim_in", "false", x);
+    changes = access::load(changes, &access::W, "params.dim_in", "false", w);
+    access::name(&mut name, &[("x", x), ("w", w)]);
+    if bias {
+        name.push_str("/bias");
+    } else {
+        changes = changes.block("bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
+    }
+    Variant { kernel: Kernel::Matvec, changes, name }
+}
+
 /// A variant of `append.wgsl`: a learned row, or zeros.
 pub fn append(zeros: bool) -> Variant {
     if !zeros {
@@ -817,6 +857,11 @@ pub fn variants() -> Vec<Variant> {
         for with_sink in [false, true] {
             all.extend([true, false].map(|lse| softmax(workgroup, lanes, lse, with_sink)));
         }
+    }
+    for (workgroup, rows, outs) in [(8, 1, 8), (8, 8, 8), (64, 1, 4), (64, 4, 4)] {
+        let tile = MatvecTile { workgroup, rows, outs };
+        all.extend([matvec(tile, wide, wide, true), matvec(tile, narrow, narrow, false)]);
+        all.extend([Dtype::F16, Dtype::BF16].map(|stored| matvec(tile, wide, halves(stored)[0], true)));
     }
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));

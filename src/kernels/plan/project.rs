@@ -1,17 +1,20 @@
 //! The projections of a layer.
 
-use super::super::access::Operand;
+use super::super::access::{Access, Operand};
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, Tile};
+use super::super::catalogue::{self, MatvecTile, Tile};
 use super::super::{params, turns};
 use super::{Binding, Cost, Part, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation, window};
 use crate::error::{Result, shape_error};
 use crate::problem::{Dtype, Layout};
 
+/// Rows of a batch entry up to which W is read for a few rows at a time, by all lanes together: the batch has no say, so
+/// that a row gives the same bits in every batch.
+const FEW_ROWS: usize = 4;
 /// vec4s of X that an invocation of a software adapter keeps.
 const KEPT: u32 = 256;
-/// Most vec4s of a row among them.
-const DEEPEST: u32 = 64;
+/// Rows that they are of, at most.
+const MOST_ROWS: u32 = 8;
 
 /// `Y = X·Wᵀ + b` with rows appended: X `[b, l, in]` (Q), W `[out, in]` (K), b `[out]` (Bias 0), extra
 /// rows (Bias 1, 2, …; `None`: zeros), Y `[b, l + extra, out]` row-major (Output).
@@ -61,18 +64,6 @@ pub fn project(
                 let x_at = window(&x, &[b, l, every_in], x.element(), align);
                 let w_at = window(&w, &[o, every_in], w.element(), align);
                 let y_at = window(&y, &[b, l, o], 4, align);
-                let rows = b.count * l.count;
-                let dim4 = dim_in.div_ceil(4);
-                let tile = planner.project_tile(rows, dim4);
-                let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
-                let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
-                // As many outputs and as much of the width in one dispatch as the driver's loops turn.
-                let most_turns = adapter.loop_turns();
-                let most_chunks = turns::project_chunks(tile.depth4, most_turns).min(chunks);
-                let longest = turns::project(most_chunks, tile.depth4).longest(most_turns);
-                let out_blocks = planner.pieces(row_blocks as u64, o.count, 64).max(o.count.div_ceil(longest));
-                let outs_per_block = o.count.div_ceil(out_blocks).next_multiple_of(4);
-                let out_blocks = o.count.div_ceil(outs_per_block);
                 let mut bindings = vec![
                     Binding { binding: 1, slot: Slot::Q, offset: x_at.offset, size: x_at.size },
                     Binding { binding: 2, slot: Slot::K, offset: w_at.offset, size: w_at.size },
@@ -84,47 +75,28 @@ pub fn project(
                     bias_at = (at.first as u32, layout.strides()[0] as u32);
                     bindings.push(Binding { binding: 4, slot: Slot::Bias(0), offset: at.offset, size: at.size });
                 }
-                let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
                 let stride = |layout: &Layout, axis: usize| layout.strides()[axis] as u32;
-                for chunk in Part::all(chunks, most_chunks) {
-                    let cost = Cost {
-                        turns: turns::project(chunk.count, tile.depth4).of(outs_per_block),
-                        operations: 2.0 * rows as f64 * o.count as f64 * (chunk.count * tile.depth4 as usize * 4) as f64,
-                    };
-                    planner.push_costly(
-                        catalogue::project(
-                            tile,
-                            x.access(),
-                            w.access(),
-                            wide_y,
-                            chunks * tile.depth4 as usize != dim4,
-                            bias.is_some(),
-                        ),
-                        row_blocks as u64 * out_blocks as u64,
-                        cost,
-                        |workgroups| params::Project {
-                            x_strides: [stride(&x, 0), stride(&x, 1), stride(&x, 2), 0],
-                            w_strides: [stride(&w, 0), stride(&w, 1), 0, 0],
-                            y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
-                            x_offset: x_at.first as u32,
-                            w_offset: w_at.first as u32,
-                            y_offset: y_at.first as u32,
-                            bias_offset: bias_at.0,
-                            bias_stride: bias_at.1,
-                            rows: rows as u32,
-                            len: l.count as u32,
-                            dim_in: dim_in as u32,
-                            dim_out: o.count as u32,
-                            chunks: (chunk.start + chunk.count) as u32,
-                            row_blocks: row_blocks as u32,
-                            out_blocks: out_blocks as u32,
-                            outs_per_block: outs_per_block as u32,
-                            workgroups,
-                            all_chunks: chunks as u32,
-                            chunk_0: chunk.start as u32,
-                        },
-                        bindings.clone(),
-                    )?;
+                let params = params::Project {
+                    x_strides: [stride(&x, 0), stride(&x, 1), stride(&x, 2), 0],
+                    w_strides: [stride(&w, 0), stride(&w, 1), 0, 0],
+                    y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
+                    x_offset: x_at.first as u32,
+                    w_offset: w_at.first as u32,
+                    y_offset: y_at.first as u32,
+                    bias_offset: bias_at.0,
+                    bias_stride: bias_at.1,
+                    rows: (b.count * l.count) as u32,
+                    len: l.count as u32,
+                    dim_in: dim_in as u32,
+                    dim_out: o.count as u32,
+                    ..Default::default()
+                };
+                let access = [x.access(), w.access()];
+                if len <= FEW_ROWS {
+                    planner.few_rows(params, access, bindings)?;
+                } else {
+                    let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
+                    planner.many_rows(params, access, wide_y, bindings)?;
                 }
             }
         }
@@ -160,16 +132,93 @@ pub fn project(
 }
 
 impl Planner<'_> {
+    /// Rows that `params` says, W read once for as many of them as fit registers.
+    fn few_rows(&mut self, params: params::Project, [x, w]: [Access; 2], bindings: Vec<Binding>) -> Result<()> {
+        let adapter = self.adapter;
+        let (workgroup, most_rows, outs) = match adapter.class {
+            AdapterClass::Cpu => (8, 8, 8),
+            AdapterClass::Gpu => (64, 4, 4),
+        };
+        let workgroup = workgroup.min(1 << adapter.max_invocations.ilog2());
+        let rows = params.rows.next_power_of_two().min(most_rows);
+        let tile = MatvecTile { workgroup, rows, outs };
+        let (row_blocks, out_blocks) = (params.rows.div_ceil(rows), params.dim_out.div_ceil(outs));
+        let cost = Cost { turns: turns::matvec(tile).of(params.dim_in as usize), operations: operations(&params) };
+        self.push_costly(
+            catalogue::matvec(tile, x, w, has_bias(&bindings)),
+            u64::from(row_blocks) * u64::from(out_blocks),
+            cost,
+            |workgroups| params::Project { row_blocks, out_blocks, workgroups, ..params },
+            bindings,
+        )
+    }
+
+    /// Rows that `params` says, a few in the registers of each invocation.
+    fn many_rows(
+        &mut self,
+        params: params::Project,
+        [x, w]: [Access; 2],
+        wide_y: bool,
+        bindings: Vec<Binding>,
+    ) -> Result<()> {
+        let (rows, dim_out) = (params.rows as usize, params.dim_out as usize);
+        let dim4 = (params.dim_in as usize).div_ceil(4);
+        let tile = self.project_tile(rows, dim4);
+        let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
+        let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
+        // As many outputs and as much of the width in one dispatch as the driver's loops turn.
+        let most_turns = self.adapter.loop_turns();
+        let most_chunks = turns::project_chunks(tile.depth4, most_turns).min(chunks);
+        let longest = turns::project(most_chunks, tile.depth4).longest(most_turns);
+        let out_blocks = self.pieces(row_blocks as u64, dim_out, 64).max(dim_out.div_ceil(longest));
+        let outs_per_block = dim_out.div_ceil(out_blocks).next_multiple_of(4);
+        let out_blocks = dim_out.div_ceil(outs_per_block);
+        let padded = chunks * tile.depth4 as usize != dim4;
+        for chunk in Part::all(chunks, most_chunks) {
+            let cost = Cost {
+                turns: turns::project(chunk.count, tile.depth4).of(outs_per_block),
+                operations: operations(&params) * chunk.count as f64 / chunks as f64,
+            };
+            self.push_costly(
+                catalogue::project(tile, x, w, wide_y, padded, has_bias(&bindings)),
+                row_blocks as u64 * out_blocks as u64,
+                cost,
+                |workgroups| params::Project {
+                    chunks: (chunk.start + chunk.count) as u32,
+                    all_chunks: chunks as u32,
+                    chunk_0: chunk.start as u32,
+                    row_blocks: row_blocks as u32,
+                    out_blocks: out_blocks as u32,
+                    outs_per_block: outs_per_block as u32,
+                    workgroups,
+                    ..params
+                },
+                bindings.clone(),
+            )?;
+        }
+        Ok(())
+    }
+
     fn project_tile(&self, rows: usize, dim4: usize) -> Tile {
         let Tile { workgroup, share, .. } = self.tile(rows, dim4);
         match self.adapter.class {
             AdapterClass::Gpu => self.tile(rows, dim4),
-            // The rows of X fill the first cache; deep chunks go through Y less often.
+            // The rows of X fill the first cache; deep chunks go through Y less often. How deep they are does not depend
+            // on the rows, of which a larger batch has more.
             AdapterClass::Cpu => {
-                let rows = rows_per_invocation(rows, workgroup, 8);
-                let chunks = dim4.div_ceil((KEPT / rows).min(DEEPEST) as usize).max(1);
+                let rows = rows_per_invocation(rows, workgroup, MOST_ROWS);
+                let chunks = dim4.div_ceil((KEPT / MOST_ROWS) as usize).max(1);
                 Tile { workgroup, rows, share, depth4: dim4.div_ceil(chunks).max(1) as u32 }
             }
         }
     }
+}
+
+fn has_bias(bindings: &[Binding]) -> bool {
+    bindings.iter().any(|one| one.slot == Slot::Bias(0))
+}
+
+/// Of all rows and outputs.
+fn operations(params: &params::Project) -> f64 {
+    2.0 * f64::from(params.rows) * f64::from(params.dim_in) * f64::from(params.dim_out)
 }
