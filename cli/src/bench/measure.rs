@@ -8,6 +8,7 @@ use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, alibi};
 use wgpu_attention::problem::Problem;
 use wgpu_attention::{
     Align, Attention, Device, Gpu, Mask, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights,
+    project,
 };
 
 use super::shape::{Extra, Shape, Work};
@@ -43,6 +44,7 @@ pub struct Times {
 enum Prepared {
     Attention { attention: Attention, operands: Box<[Tensor; 3]> },
     Layer { attention: Attention, layer: Box<MultiHeadAttention>, x: Tensor },
+    Projection { x: Tensor, weight: Tensor },
 }
 
 impl Prepared {
@@ -68,6 +70,11 @@ impl Prepared {
                 let x = noise(device, &[batch, len_q, shape.width()], 4)?;
                 Prepared::Layer { attention, layer, x }
             }
+            Work::Projection => {
+                let width = shape.width();
+                let x = noise(device, &[batch, len_q, width], 4)?;
+                Prepared::Projection { x, weight: noise(device, &[width, width], 5)? }
+            }
         })
     }
 
@@ -80,6 +87,9 @@ impl Prepared {
             Prepared::Layer { attention, layer, x } => {
                 layer.forward(x, x, x, attention)?;
             }
+            Prepared::Projection { x, weight } => {
+                project(x, weight, None)?;
+            }
         }
         Ok(())
     }
@@ -91,6 +101,15 @@ impl Prepared {
                 attention.forward_profiled(q, k, v)?.1
             }
             Prepared::Layer { attention, layer, x } => layer.forward_profiled(x, x, x, attention)?.1,
+            // It has no clock of its own.
+            Prepared::Projection { x, .. } => {
+                let device = x.device();
+                let ran = device.gpu().map(|gpu| gpu.trace(|| self.forward()));
+                let trace = ran.map(|(done, trace)| done.map(|()| trace)).transpose()?.unwrap_or_default();
+                let mut kernels: Vec<String> = trace.into_iter().map(|one| one.variant.name).collect();
+                kernels.dedup();
+                Profile { kernels, gpu_time: None }
+            }
         })
     }
 
@@ -106,6 +125,7 @@ impl Prepared {
                 let output = layer.encode(gpu, encoder, x, x, x, attention)?;
                 [Some(output.output), output.weights]
             }
+            Prepared::Projection { .. } => fail!("a projection is not recorded into an encoder"),
         })
     }
 

@@ -22,15 +22,17 @@ use shape::{Shape, Work};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Shapes are b,hq,hkv,sq,skv,d: batch, query heads, key/value heads, queries, keys, width; all f32.
-`:causal` behind one hides the keys after each query (the last query sees every key), `:xN` puts N \
+Shapes are b,hq,hkv,sq,skv,d: batch, query heads, key/value heads, queries, keys, width, and behind it \
+the width of values where it is another; all f32. `:causal` behind one hides the keys after each query (the last query sees every key), `:xN` puts N \
 calls into one encoder and gives their time together. `:rotary`, `:rotary-interleaved`, `:alibi`, `:t5`, \
 `:shaw` or `:mask` add positions, read inside the kernels (with `:stored`: turned rows, a bias of the size of \
 the scores made before), or a dense causal mask. Named:
   P1  1,12,12,512,512,64              P5  1,4,4,4096,4096,64:causal
   P2  1,12,12,1024,1024,64:causal     P6  a self-attention layer, width 512, 8 heads, batch 8, length 128
   P3  1,32,8,512,512,128:causal       P7  4,8,8,128,512,64
-  P4  1,32,8,1,4096,128 (decode)      P9  1,8,8,64,64,64; and P9:x100
+  P4  1,32,8,1,4096,128 (decode)      P8  one token through a projection, 4096 to 4096
+  P9  1,8,8,64,64,64; and P9:x100     P10 1,16,1,1,4096,576,512 (decode, MLA)
+  P11 1,1,1,2048,2048,513 (a head wider than 512)
 
 Each call is waited for. The first call is told apart: it compiles the kernels that no row before it \
 compiled. The median is of calls after a warm-up, GFLOP/s and GB/s are of the median. Operations are \
@@ -151,13 +153,18 @@ impl Row<'_> {
         let info = target.device.gpu().map(|gpu| gpu.info());
         json!({
             "shape": self.shape.name,
-            "operation": match self.shape.work { Work::Attention => "attention", Work::Layer => "layer" },
+            "operation": match self.shape.work {
+                Work::Attention => "attention",
+                Work::Layer => "layer",
+                Work::Projection => "projection",
+            },
             "batch": problem.batch,
             "heads_q": problem.heads_q,
             "heads_kv": problem.heads_kv,
             "len_q": problem.len_q,
             "len_k": problem.len_k,
             "dim": problem.dim_k,
+            "dim_v": problem.dim_v,
             "causal": self.shape.causal,
             "calls": self.shape.calls,
             "adapter": target.device.name(),

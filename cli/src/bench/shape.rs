@@ -14,6 +14,8 @@ pub enum Work {
     Attention,
     /// A self-attention layer with its four projections, as wide as all heads together.
     Layer,
+    /// One projection of every query's token, from the width of all heads together to the same.
+    Projection,
 }
 
 /// What a call has beside Q, K and V.
@@ -55,19 +57,22 @@ pub struct Shape {
     pub stored: bool,
 }
 
-/// Name, work, [batch, heads_q, heads_kv, len_q, len_k, dim], causal, calls.
-type Named = (&'static str, Work, [usize; 6], bool, usize);
+/// Name, work, [batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v], causal, calls.
+type Named = (&'static str, Work, [usize; 7], bool, usize);
 
-const NAMED: [Named; 9] = [
-    ("P1", Work::Attention, [1, 12, 12, 512, 512, 64], false, 1),
-    ("P2", Work::Attention, [1, 12, 12, 1024, 1024, 64], true, 1),
-    ("P3", Work::Attention, [1, 32, 8, 512, 512, 128], true, 1),
-    ("P4", Work::Attention, [1, 32, 8, 1, 4096, 128], false, 1),
-    ("P5", Work::Attention, [1, 4, 4, 4096, 4096, 64], true, 1),
-    ("P6", Work::Layer, [8, 8, 8, 128, 128, 64], false, 1),
-    ("P7", Work::Attention, [4, 8, 8, 128, 512, 64], false, 1),
-    ("P9", Work::Attention, [1, 8, 8, 64, 64, 64], false, 1),
-    ("P9:x100", Work::Attention, [1, 8, 8, 64, 64, 64], false, 100),
+const NAMED: [Named; 12] = [
+    ("P1", Work::Attention, [1, 12, 12, 512, 512, 64, 64], false, 1),
+    ("P2", Work::Attention, [1, 12, 12, 1024, 1024, 64, 64], true, 1),
+    ("P3", Work::Attention, [1, 32, 8, 512, 512, 128, 128], true, 1),
+    ("P4", Work::Attention, [1, 32, 8, 1, 4096, 128, 128], false, 1),
+    ("P5", Work::Attention, [1, 4, 4, 4096, 4096, 64, 64], true, 1),
+    ("P6", Work::Layer, [8, 8, 8, 128, 128, 64, 64], false, 1),
+    ("P7", Work::Attention, [4, 8, 8, 128, 512, 64, 64], false, 1),
+    ("P8", Work::Projection, [1, 32, 32, 1, 1, 128, 128], false, 1),
+    ("P9", Work::Attention, [1, 8, 8, 64, 64, 64, 64], false, 1),
+    ("P9:x100", Work::Attention, [1, 8, 8, 64, 64, 64, 64], false, 100),
+    ("P10", Work::Attention, [1, 16, 1, 1, 4096, 576, 512], false, 1),
+    ("P11", Work::Attention, [1, 1, 1, 2048, 2048, 513, 513], false, 1),
 ];
 
 impl Shape {
@@ -76,13 +81,14 @@ impl Shape {
         NAMED.iter().map(|&(name, ..)| Shape::parse(name).expect("a shape of the table")).collect()
     }
 
-    /// `NAME` or `b,hq,hkv,sq,skv,d`, followed by any of `:causal`, `:xN`, an extra and `:stored`.
+    /// `NAME` or `b,hq,hkv,sq,skv,d`, `,dv` behind it where values are of another width, followed by any of `:causal`,
+    /// `:xN`, an extra and `:stored`.
     pub fn parse(text: &str) -> Result<Shape, String> {
         let mut parts = text.split(':');
         let head = parts.next().unwrap_or_default();
         let (work, sizes, mut causal) = match NAMED.iter().find(|(name, ..)| name.eq_ignore_ascii_case(head)) {
             Some(&(_, work, sizes, causal, _)) => (work, sizes, causal),
-            None => (Work::Attention, six_numbers(head)?, false),
+            None => (Work::Attention, sizes(head)?, false),
         };
         let (mut calls, mut extra, mut stored) = (1, None, false);
         for part in parts {
@@ -111,6 +117,9 @@ impl Shape {
         if stored && matches!(extra, None | Some(Extra::Mask)) {
             return Err("stored goes with rotary, rotary-interleaved, alibi, t5 or shaw".into());
         }
+        if work == Work::Projection && (calls > 1 || causal || extra.is_some()) {
+            return Err(format!("{head} is a projection, which takes nothing behind its name"));
+        }
         Ok(Shape { extra, stored, ..Shape::new(text, work, sizes, causal, calls)? })
     }
 
@@ -118,21 +127,22 @@ impl Shape {
     pub fn square(batch: usize, heads: [usize; 2], len: usize, dim: usize, causal: bool) -> Result<Shape, String> {
         let [heads_q, heads_kv] = heads;
         let name = format!("{batch},{heads_q},{heads_kv},{len},{len},{dim}{}", if causal { ":causal" } else { "" });
-        Shape::new(&name, Work::Attention, [batch, heads_q, heads_kv, len, len, dim], causal, 1)
+        Shape::new(&name, Work::Attention, [batch, heads_q, heads_kv, len, len, dim, dim], causal, 1)
     }
 
-    fn new(name: &str, work: Work, sizes: [usize; 6], causal: bool, calls: usize) -> Result<Shape, String> {
-        let [batch, heads_q, heads_kv, len_q, len_k, dim] = sizes;
+    fn new(name: &str, work: Work, sizes: [usize; 7], causal: bool, calls: usize) -> Result<Shape, String> {
+        let [batch, heads_q, heads_kv, len_q, len_k, dim, dim_v] = sizes;
         if sizes.contains(&0) {
             return Err(format!(
-                "b = {batch}, hq = {heads_q}, hkv = {heads_kv}, sq = {len_q}, skv = {len_k}, d = {dim}: \
+                "b = {batch}, hq = {heads_q}, hkv = {heads_kv}, sq = {len_q}, skv = {len_k}, d = {dim}, dv = {dim_v}: \
                  all must be at least 1"
             ));
         }
         // Where there are more keys than queries, the queries are the last ones: a cache is being read.
         let positions = Positions { causal, align: Align::BottomRight, ..Positions::default() };
         let keys = [batch, heads_kv, len_k, dim];
-        let problem = Problem::new(&[batch, heads_q, len_q, dim], &keys, &keys, None, None, &positions, 0)
+        let values = [batch, heads_kv, len_k, dim_v];
+        let problem = Problem::new(&[batch, heads_q, len_q, dim], &keys, &values, None, None, &positions, 0)
             .and_then(|problem| checked_len(&[batch, heads_q, len_q, len_k]).map(|_| problem))
             .map_err(|error| error.to_string())?;
         Ok(Shape { name: name.into(), work, problem, causal, calls, extra: None, stored: false })
@@ -153,11 +163,13 @@ impl Shape {
             false => len_q as f64 * len_k as f64,
         };
         let attention = 2.0 * (batch * heads_q) as f64 * visible * (dim_k + dim_v) as f64;
-        let projections = match self.work {
-            Work::Attention => 0.0,
-            Work::Layer => 8.0 * (batch * len_q) as f64 * (self.width() as f64).powi(2),
+        let projection = 2.0 * (batch * len_q) as f64 * (self.width() as f64).powi(2);
+        let all = match self.work {
+            Work::Attention => attention,
+            Work::Layer => attention + 4.0 * projection,
+            Work::Projection => projection,
         };
-        self.calls as f64 * (attention + projections)
+        self.calls as f64 * all
     }
 
     /// Bytes that all calls must move at least: each operand read once, the result written once.
@@ -171,6 +183,10 @@ impl Shape {
             Work::Layer => {
                 let width = self.width() as f64;
                 2.0 * (batch * len_q) as f64 * width + 4.0 * (width * width + width)
+            }
+            Work::Projection => {
+                let width = self.width() as f64;
+                2.0 * (batch * len_q) as f64 * width + width * width
             }
         };
         4.0 * self.calls as f64 * elements
@@ -186,7 +202,7 @@ impl Shape {
 
     /// Whether memory, not arithmetic, sets the pace.
     pub fn is_decode(&self) -> bool {
-        self.work == Work::Attention && self.problem.len_q < FEW_QUERIES
+        self.work != Work::Layer && self.problem.len_q < FEW_QUERIES
     }
 }
 
@@ -194,18 +210,23 @@ fn extras() -> String {
     EXTRAS.map(|(name, _)| name).join(", ")
 }
 
-fn six_numbers(text: &str) -> Result<[usize; 6], String> {
+fn sizes(text: &str) -> Result<[usize; 7], String> {
     let unknown = || {
         let names: Vec<&str> = NAMED.iter().map(|&(name, ..)| name).filter(|name| !name.contains(':')).collect();
-        format!("a shape is b,hq,hkv,sq,skv,d (six whole numbers) or one of {}", names.join(", "))
+        format!("a shape is b,hq,hkv,sq,skv,d (six whole numbers; dv behind it where values are of another width) or one of {}", names.join(", "))
     };
     if !text.contains(',') {
         return Err(unknown());
     }
-    let numbers: Vec<usize> = text
+    let mut numbers: Vec<usize> = text
         .split(',')
         .map(|number| number.trim().parse().map_err(|error| format!("\"{number}\": {error}; {}", unknown())))
         .collect::<Result<_, String>>()?;
+    if let [.., dim] = numbers[..]
+        && numbers.len() == 6
+    {
+        numbers.push(dim);
+    }
     numbers.try_into().map_err(|numbers: Vec<usize>| format!("{} numbers; {}", numbers.len(), unknown()))
 }
 
@@ -221,6 +242,9 @@ mod tests {
         let layer = 8.0 * 1024.0 * 512.0 * 512.0 + 4.0 * 64.0 * 128.0 * 128.0 * 64.0;
         assert_eq!(shape("P6").operations(), layer);
         assert_eq!(shape("P9:x100").operations(), 100.0 * shape("P9").operations());
+        assert_eq!(shape("P8").operations(), 2.0 * 4096.0 * 4096.0);
+        assert_eq!(shape("P8").bytes(), 4.0 * (2.0 * 4096.0 + 4096.0 * 4096.0));
+        assert_eq!(shape("1,2,1,3,5,4,6").operations(), 2.0 * 2.0 * 15.0 * 10.0);
         assert_eq!(shape("P4").bytes(), 4.0 * 2.0 * 128.0 * (32.0 + 8.0 * 4096.0));
         // Of five keys the two queries see four and five; of two queries before one key the last sees it.
         assert_eq!(shape("1,1,1,2,5,1:causal").operations(), 4.0 * 9.0);
@@ -230,10 +254,10 @@ mod tests {
     #[test]
     fn what_is_not_a_shape_is_refused_with_the_rule() {
         for (text, part) in [
-            ("P8", "one of P1, P2"),
+            ("P99", "one of P1, P2"),
             ("", "six whole numbers"),
             ("1,2,3", "3 numbers"),
-            ("1,2,2,4,4,8,9", "7 numbers"),
+            ("1,2,2,4,4,8,9,9", "8 numbers"),
             ("1,2,2,4,x,8", "\"x\""),
             ("1,2,2,4,-4,8", "\"-4\""),
             ("1,2,2,0,4,8", "at least 1"),
@@ -246,6 +270,7 @@ mod tests {
             ("P1:mask:stored", "stored goes with rotary"),
             ("P1:x0", "x1 to x10000"),
             ("P1:xx", "x1 to x10000"),
+            ("P8:x2", "takes nothing behind its name"),
         ] {
             let message = Shape::parse(text).unwrap_err();
             assert!(message.contains(part), "{text}: {message}");
