@@ -12,8 +12,19 @@ use super::{
 use crate::error::{Error, Result, value_error};
 use crate::problem::{Layout, Problem, Sequence, checked_len};
 
-/// The widest head whose rows fit registers.
-const MOST_DIM: usize = 512;
+/// The widest head whose rows fit registers: those of a software adapter are memory.
+fn most_dim(adapter: &Capabilities) -> usize {
+    match adapter.class {
+        AdapterClass::Cpu => 1024,
+        AdapterClass::Gpu => 512,
+    }
+}
+
+/// Wider heads with more rows of a key/value head than this are faster in three passes (docs/performance.md).
+const WIDE_DIM: usize = 512;
+const MOST_WIDE_ROWS: usize = 32;
+/// vec4s of a key and a value from which on an invocation takes fewer keys in a step: the text compiles sooner.
+const WIDE4: usize = 192;
 /// vec4s of Q and O that an invocation of a software adapter keeps: they fill its first cache.
 const KEPT: u32 = 256;
 /// Rows of a key/value head from which tiles in workgroup memory fill.
@@ -111,8 +122,13 @@ impl<'a> Fused<'a> {
         sequences: &'a [Sequence],
     ) -> std::result::Result<Fused<'a>, String> {
         let Problem { batch, heads_q, len_q, len_k, dim_k, dim_v, .. } = *problem;
-        if dim_k == 0 || dim_v == 0 || dim_k > MOST_DIM || dim_v > MOST_DIM {
-            return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {MOST_DIM}"));
+        let most = most_dim(adapter);
+        if dim_k == 0 || dim_v == 0 || dim_k > most || dim_v > most {
+            return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {most}"));
+        }
+        let rows = problem.group() * len_q;
+        if operands.method == Method::Auto && sequences.is_empty() && dim_k.max(dim_v) > WIDE_DIM && rows > MOST_WIDE_ROWS {
+            return Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"));
         }
         let cut = match operands.method {
             Method::Cut(cut) => cut,
@@ -708,6 +724,7 @@ impl Cut {
         let keys = match adapter.class {
             // Where every lane of a software adapter loads for itself, the loads outweigh all else.
             AdapterClass::Cpu if share == 1 => 1,
+            AdapterClass::Cpu if problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4) >= WIDE4 => 2,
             _ => 4,
         };
         Cut { workgroup, rows, keys, share }

@@ -390,7 +390,11 @@ fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: u
     };
     let workgroup = workgroup.min(adapter.max_invocations);
     let chunks = depth4.div_ceil(most_depth).max(1);
-    let depth4 = depth4.div_ceil(chunks).max(1) as u32;
+    let mut depth4 = depth4.div_ceil(chunks).max(1) as u32;
+    if chunks > 1 {
+        // Lanes share whole loads of even chunks.
+        depth4 = depth4.next_multiple_of(2);
+    }
     let share = match adapter.subgroup_min {
         // Lanes share whole loads: 4 · depth4 vec4s must divide evenly.
         Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
