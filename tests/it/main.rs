@@ -11,6 +11,7 @@ mod inspect;
 mod kit;
 mod limits;
 mod multi_head;
+mod names;
 mod packed;
 mod position;
 mod profile;
