@@ -204,23 +204,19 @@ pub(crate) fn names_behind(prefix: &str) -> BTreeSet<String> {
 /// The whole name of one of a family's tensors behind `prefix`.
 fn place(family: &Family, prefix: &str, name: &str) -> Option<String> {
     let Some(beside) = name.strip_prefix("../") else { return Some(format!("{prefix}{name}")) };
-    let outer = family.inner.iter().find_map(|word| {
-        let outer = prefix.strip_suffix('.')?.strip_suffix(word)?;
-        (outer.is_empty() || outer.ends_with('.')).then_some(outer)
-    })?;
-    Some(format!("{outer}{beside}"))
+    let module = prefix.strip_suffix('.')?;
+    let is_inner =
+        |word: &&str| module.strip_suffix(*word).is_some_and(|outer| outer.is_empty() || outer.ends_with('.'));
+    family.inner.iter().any(|word| is_inner(word)).then(|| {
+        let outer = &module[..module.rfind('.').map_or(0, |dot| dot + 1)];
+        format!("{outer}{beside}")
+    })
 }
 
 /// The tensors of a family that are there behind `prefix`.
-fn there<'a>(family: &'static Family, prefix: &'a str, has: impl Fn(&str) -> bool + 'a) -> Vec<(Role, String)> {
-    // Beside `attention.self.` lies BERT's output, but beside `attention.` another module's.
-    let own = |name: &String| has(&format!("{prefix}{name}"));
-    let is_inner = family.weights_of(Slot::Q).first().is_some_and(own) && !family.weights_of(Slot::Out).iter().any(own);
-    let places = family.names().filter(|(_, name)| is_inner || !name.starts_with("../"));
-    places
-        .filter_map(|(role, name)| Some((role, place(family, prefix, &name)?)))
-        .filter(|(_, name)| has(name))
-        .collect()
+fn there(family: &'static Family, prefix: &str, has: impl Fn(&str) -> bool) -> Vec<(Role, String)> {
+    let places = family.names().filter_map(|(role, name)| Some((role, place(family, prefix, &name)?)));
+    places.filter(|(_, name)| has(name)).collect()
 }
 
 fn missing(family: &Family, roles: &[(Role, String)]) -> Vec<Slot> {
