@@ -174,7 +174,7 @@ impl StateDict {
     fn other_prefixes(&self, prefix: &str) -> String {
         const SHOWN: usize = 3;
         let mut layers = self.layers();
-        layers.sort_by_key(|(at, _)| (!at.starts_with(prefix), edits(at, prefix)));
+        layers.sort_by_cached_key(|(at, _)| (!at.starts_with(prefix), edits(at, prefix)));
         let shown: Vec<String> = layers.iter().take(SHOWN).map(|(at, names)| format!("{at:?} ({names})")).collect();
         match (layers.len(), layers.len().saturating_sub(SHOWN)) {
             (0, _) if self.is_empty() => "it holds no tensors at all".into(),
@@ -207,7 +207,7 @@ fn place(family: &Family, prefix: &str, name: &str) -> Option<String> {
     let module = prefix.strip_suffix('.')?;
     let is_inner =
         |word: &&str| module.strip_suffix(*word).is_some_and(|outer| outer.is_empty() || outer.ends_with('.'));
-    family.inner.iter().any(|word| is_inner(word)).then(|| {
+    family.inner.iter().any(is_inner).then(|| {
         let outer = &module[..module.rfind('.').map_or(0, |dot| dot + 1)];
         format!("{outer}{beside}")
     })

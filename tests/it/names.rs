@@ -63,10 +63,10 @@ impl Parts {
     /// Under other names for queries, keys and values, and for the output.
     fn apart(&self, names: [&str; 4]) -> StateDict {
         let mut state = StateDict::default();
-        for n in 0..3 {
-            state.insert(format!("{}.weight", names[n]), self.weight(n));
+        for (n, name) in names.iter().take(3).enumerate() {
+            state.insert(format!("{name}.weight"), self.weight(n));
             if self.has_bias() {
-                state.insert(format!("{}.bias", names[n]), self.bias(n));
+                state.insert(format!("{name}.bias"), self.bias(n));
             }
         }
         self.rename(&mut state, "out_proj", names[3]);
@@ -470,8 +470,8 @@ fn shards_and_folders() {
         shards[shard].push(entry(name, tensor));
         map.insert(name.into(), format!("model-{shard}.safetensors").into());
     }
-    for n in 0..2 {
-        std::fs::write(at(&format!("model-{n}.safetensors")), safetensors(&shards[n])).unwrap();
+    for (n, shard) in shards.iter().take(2).enumerate() {
+        std::fs::write(at(&format!("model-{n}.safetensors")), safetensors(shard)).unwrap();
     }
     let write = |map: &serde_json::Map<String, serde_json::Value>| {
         let json = serde_json::json!({"metadata": {"total_size": 0}, "weight_map": map});
