@@ -288,6 +288,12 @@ impl Attention {
         self
     }
 
+    /// With this scale, where none is given.
+    pub(crate) fn or_scale(mut self, scale: Option<f32>) -> Self {
+        self.scale = self.scale.or(scale);
+        self
+    }
+
     /// The same rules for queries that stand behind a cache's keys: entry `b` holds `lengths[b]` of them,
     /// query `i` stands at key `offsets[b] + i`, and sees no more than `window` keys before its own.
     pub(crate) fn behind(&self, lengths: Vec<usize>, offsets: Vec<i64>, window: Option<usize>) -> Result<Attention> {

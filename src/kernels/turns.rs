@@ -102,6 +102,11 @@ pub fn softmax(lanes: u32) -> Turns {
     Turns { before: 3 * counted(join) + 3, each: 3, step: 4 * u64::from(lanes) }
 }
 
+/// Of `normalise.wgsl`, by elements of a row: it goes through them as often as a softmax.
+pub fn normalise(lanes: u32) -> Turns {
+    softmax(lanes)
+}
+
 /// Of `inspect.wgsl`, by rows of a split; `chunks` of the width.
 pub fn inspect(chunks: usize) -> Turns {
     Turns { before: 1, each: 1 + counted(chunks as u64), step: 4 }

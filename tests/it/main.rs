@@ -12,6 +12,7 @@ mod kit;
 mod limits;
 mod long;
 mod multi_head;
+mod names;
 mod packed;
 mod position;
 mod profile;
