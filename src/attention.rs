@@ -2,7 +2,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
-use crate::gpu::{Gpu, Profile};
+use crate::gpu::{EncodeSlices, Gpu, Profile};
 use crate::kernels::Method;
 use crate::kernels::catalogue::RelativeKind;
 use crate::kernels::plan::RelativeOperand;
@@ -390,7 +390,8 @@ impl Attention {
     /// given, is the tensor to write, `[batch, heads_q, len_q, dim_v]` with any strides.
     ///
     /// Keep the inputs and the returned tensors until the encoder is submitted: a dropped tensor's
-    /// buffer may be used again.
+    /// buffer may be used again. Work of more than half a second or so belongs into several submits:
+    /// [`Attention::encode_slices`].
     pub fn encode(
         &self,
         gpu: &Gpu,
@@ -405,6 +406,22 @@ impl Attention {
         let attended = self.record(&mut recording, q, k, v, output)?;
         recording.encode(encoder)?;
         Ok(attended)
+    }
+
+    /// As [`Attention::encode`], cut into slices for encoders of their own, since the work may take longer than one
+    /// submit should; [`EncodeSlices::seconds`] tells about how long.
+    pub fn encode_slices(
+        &self,
+        gpu: &Gpu,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        output: Option<&Tensor>,
+    ) -> Result<(Attended, EncodeSlices)> {
+        let mut recording = Recording::for_encoder(gpu);
+        common_device_is(recording.device(), self.device(q, k, v)?)?;
+        let attended = self.record(&mut recording, q, k, v, output)?;
+        Ok((attended, recording.slices()?))
     }
 
     /// Attention over sequences of any lengths that lie one behind another ("varlen"), in one dispatch:

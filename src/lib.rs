@@ -77,7 +77,7 @@ pub use attention::{merge, softmax};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile, Traced};
+pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, Profile, Traced};
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::{Inspect, Inspected};

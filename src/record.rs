@@ -390,6 +390,15 @@ impl Recording {
             Recording::Cpu => Err(value_error!("encoding needs an adapter; the CPU backend has none")),
         }
     }
+
+    /// What was recorded, for the caller's encoders.
+    pub fn slices(self) -> Result<gpu::EncodeSlices> {
+        match self {
+            Recording::Gpu(recording) => recording.slices(),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Err(value_error!("encoding needs an adapter; the CPU backend has none")),
+        }
+    }
 }
 
 #[cfg(feature = "cpu")]

@@ -20,6 +20,9 @@ pub struct GpuOptions {
     /// How often the loops of an invocation may turn, all together, on a driver that ends them without a word: `attn
     /// check` measures it. `None`: 65,000 on Mesa's software drivers, as often as they like elsewhere.
     pub max_loop_turns: Option<u32>,
+    /// Seconds that one submit may take, by an estimate; `None`: half a second. Work that takes longer goes into several,
+    /// since Windows and some drivers reset a GPU that works on one for two seconds.
+    pub seconds_per_submit: Option<f64>,
     /// Changes the WGSL of a variant before it is compiled; `None` leaves it. For checks that break a kernel on
     /// purpose, and for experiments.
     pub rewrite: Option<fn(&Variant, &str) -> Option<String>>,
@@ -215,6 +218,7 @@ pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &G
         workgroup_memory: limits.max_compute_workgroup_storage_size,
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment).max(16),
         memory: (class == AdapterClass::Cpu).then(system_memory).flatten(),
+        max_operations: None,
         max_loop_turns: options.max_loop_turns.or_else(|| known_loop_turns(info)),
     }
 }

@@ -17,7 +17,7 @@ pub(crate) use buffers::{GpuBuffer, Purpose};
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use export::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub(crate) use run::Recording;
-pub use run::{Profile, Traced};
+pub use run::{EncodeSlices, Profile, Traced};
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Capabilities, Variant};
+use crate::kernels::{AdapterClass, Capabilities, Variant};
 use buffers::{Constants, Pool};
 use run::Pipeline;
 use tuning::Tuning;
@@ -46,6 +46,7 @@ struct Inner {
     pool: Pool,
     tuning: Tuning,
     rewrite: Option<fn(&Variant, &str) -> Option<String>>,
+    seconds_per_submit: f64,
     /// What runs, while somebody wants to know.
     trace: Mutex<Option<Vec<Traced>>>,
     /// What [`Gpu::multiply_add_ceiling`] measured.
@@ -56,6 +57,13 @@ struct Inner {
     /// The first error that no scope caught.
     fault: Arc<Mutex<Option<String>>>,
 }
+
+/// Long enough that a submit costs nothing beside its work, short enough for every watchdog.
+const SECONDS_PER_SUBMIT: f64 = 0.5;
+/// The share of an adapter's multiply-add ceiling that kernels reach at least, about.
+const SHARE_REACHED: f64 = 0.2;
+/// Operations that take less than [`SECONDS_PER_SUBMIT`] on any adapter, about: for more it is worth measuring the ceiling.
+const SURELY_SHORT: f64 = 1e9;
 
 /// How many buffers an adapter has made so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,6 +153,7 @@ impl Gpu {
             pool: Pool::default(),
             tuning: Tuning::default(),
             rewrite: options.rewrite,
+            seconds_per_submit: options.seconds_per_submit.unwrap_or(SECONDS_PER_SUBMIT).max(1e-3),
             trace: Mutex::default(),
             #[cfg(not(target_arch = "wasm32"))]
             ceiling: Mutex::default(),
@@ -189,6 +198,39 @@ impl Gpu {
         let mut counts = self.0.pool.counts();
         counts.pipelines = lock(&self.0.pipelines).len() as u64;
         counts
+    }
+
+    /// Operations per second that kernels reach on this adapter, about: a share of
+    /// [`Gpu::multiply_add_ceiling`] once that is known, before that a guess by the kind of adapter.
+    pub(crate) fn operations_per_second(&self) -> f64 {
+        #[cfg(not(target_arch = "wasm32"))]
+        if let Some(ceiling) = *lock(&self.0.ceiling) {
+            return ceiling * SHARE_REACHED;
+        }
+        match self.0.capabilities.class {
+            AdapterClass::Cpu => 10e9,
+            AdapterClass::Gpu => 500e9,
+        }
+    }
+
+    /// Operations of one submit.
+    pub(crate) fn operations_per_submit(&self) -> f64 {
+        self.0.seconds_per_submit * self.operations_per_second()
+    }
+
+    /// What planning knows of the adapter before work of so many operations: where that may take long, how fast the
+    /// adapter is. `may_submit`: it may be measured, which takes a tenth of a second once.
+    pub(crate) fn capabilities_for(&self, operations: f64, may_submit: bool) -> Result<Capabilities> {
+        let mut capabilities = self.0.capabilities.clone();
+        if operations > SURELY_SHORT {
+            #[cfg(not(target_arch = "wasm32"))]
+            if may_submit {
+                self.multiply_add_ceiling()?;
+            }
+            let most = self.operations_per_submit();
+            capabilities.max_operations = Some(most.min(capabilities.dispatch_operations()));
+        }
+        Ok(capabilities)
     }
 
     /// Does `work`, and tells what ran on this adapter meanwhile, other threads' calls included. Work recorded into a

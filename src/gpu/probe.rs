@@ -48,7 +48,7 @@ impl Gpu {
         recording.add(plan, |slot| (slot == Slot::Output).then(|| y.clone()))?;
         self.wait()?;
         let start = Instant::now();
-        pollster::block_on(recording.submit())?;
+        pollster::block_on(recording.submit_measured())?;
         self.wait()?;
         let seconds = start.elapsed().as_secs_f64();
         Ok((seconds, operations / seconds, y))

@@ -1,5 +1,6 @@
 //! Compiling variants and executing plans.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use crate::error::{Result, value_error};
 use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
-use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
+use crate::kernels::{Capabilities, Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
 use crate::position::Rotation;
 use crate::problem::{Dtype, Layout, Place, Problem, Rows, ScoreStage, Sequence};
 use crate::tensor::{Storage, Tensor};
@@ -117,6 +118,54 @@ pub struct Traced {
     pub workgroups: [u32; 2],
     /// Why attention runs on these kernels; empty where there is one way only.
     pub why: String,
+}
+
+/// Work for a caller's encoders, cut into slices of about as long as a submit may take
+/// ([`GpuOptions::seconds_per_submit`](crate::GpuOptions::seconds_per_submit)): a GPU that works on one submit for two
+/// seconds is reset by Windows and by some drivers.
+///
+/// Encode the slices in order, each into an encoder of its own, and submit these in that order. Keep this, the inputs and
+/// the results until the last is submitted.
+pub struct EncodeSlices {
+    recording: Recording,
+    pipelines: Vec<Arc<Pipeline>>,
+    ranges: Vec<Range<usize>>,
+}
+
+impl std::fmt::Debug for EncodeSlices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "EncodeSlices({} of {:.3} s on {:?})", self.len(), self.seconds(), self.recording.gpu)
+    }
+}
+
+impl EncodeSlices {
+    /// How many slices there are.
+    pub fn len(&self) -> usize {
+        self.ranges.len()
+    }
+    /// True when there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+    /// How long all slices take together, about: on the long side, by what
+    /// [`Gpu::multiply_add_ceiling`] measured, or by a guess for the kind of adapter before it was asked.
+    pub fn seconds(&self) -> f64 {
+        let operations: f64 = self.recording.steps.iter().map(|bound| bound.step.cost.operations).sum();
+        operations / self.recording.gpu.operations_per_second()
+    }
+    /// Records slice `n`: one compute pass, no submit.
+    pub fn encode(&self, n: usize, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        let Some(range) = self.ranges.get(n) else {
+            return Err(value_error!("there is no slice {n}: there are {}, from 0 on", self.len()));
+        };
+        self.record(range.clone(), encoder)
+    }
+
+    fn record(&self, range: Range<usize>, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        let Recording { gpu, .. } = &self.recording;
+        let dispatch = || self.recording.dispatch(range, &self.pipelines, None, encoder, None);
+        gpu.scoped_now(&self.recording.label(), dispatch)
+    }
 }
 
 /// A part of a buffer.
@@ -248,6 +297,12 @@ impl Recording {
         Ok(())
     }
 
+    /// What planning knows of the adapter before work of so many operations. Nothing is measured for a caller's
+    /// encoder: that would be a submit that nobody asked for.
+    fn capabilities_for(&self, operations: f64) -> Result<Capabilities> {
+        self.gpu.capabilities_for(operations, self.purpose != Purpose::Encoder)
+    }
+
     /// A place for a uniform block or a table.
     fn constant(&mut self, bytes: &[u8]) -> Part {
         let size = bytes.len().next_multiple_of(16);
@@ -281,8 +336,9 @@ impl Recording {
             .collect::<Result<Vec<Option<Tensor>>>>()?;
         let extra: Vec<Option<&Tensor>> = extra.iter().map(Option::as_ref).collect();
         let layouts: Vec<Option<&Layout>> = extra.iter().map(|row| row.map(Tensor::layout)).collect();
-        let plan =
-            plan::project(x.operand(), w.operand(), bias.map(Tensor::layout), &layouts, &self.gpu.0.capabilities)?;
+        let operations = 2.0 * x.layout().len() as f64 * w.shape()[0] as f64;
+        let capabilities = self.capabilities_for(operations)?;
+        let plan = plan::project(x.operand(), w.operand(), bias.map(Tensor::layout), &layouts, &capabilities)?;
         let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
         let layout = Layout::contiguous(&shape)?;
         let y = self.output("projection", layout, x.dtype())?;
@@ -356,7 +412,8 @@ impl Recording {
                 found => found.unwrap_or_default(),
             };
         }
-        let mut plan = match plan::attention(problem, &planned, &self.gpu.0.capabilities) {
+        let capabilities = self.capabilities_for(problem.operations())?;
+        let mut plan = match plan::attention(problem, &planned, &capabilities) {
             // Where the kernel cannot turn them, queries and keys are turned before it runs.
             Err(_) if let Some((rotary, rows)) = rotary => {
                 let mut turn = |x: &Tensor, rows: &Rows| {
@@ -370,7 +427,7 @@ impl Recording {
             // What was found on one call of the class need not fit every other.
             Err(_) if planned.method != wanted.method => {
                 planned.method = wanted.method;
-                plan::attention(problem, &planned, &self.gpu.0.capabilities)
+                plan::attention(problem, &planned, &capabilities)
             }
             plan => plan,
         }?;
@@ -441,6 +498,7 @@ impl Recording {
         let Operands { q, k, masks, biases, relative, .. } = operands;
         let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
         let lse = &self.widened(lse)?;
+        let capabilities = self.capabilities_for(problem.operations())?;
         let plan = plan::inspect(
             problem,
             &InspectOperands {
@@ -456,7 +514,7 @@ impl Recording {
                 column_sums: chosen.column_sums,
                 entropy: chosen.entropy,
             },
-            &self.gpu.0.capabilities,
+            &capabilities,
         )?;
         let result = |what: &str, layout: &Option<Layout>, dtype| {
             let make = |layout: &Layout| self.output(what, layout.clone(), dtype);
@@ -514,7 +572,10 @@ impl Recording {
             stage: None,
             method: wanted.method,
         };
-        let plan = plan::packed(problem, &operands, sequences, &self.gpu.0.capabilities)?;
+        let pairs = |one: &Sequence| one.len_q as f64 * one.len_k as f64;
+        let per_pair = (problem.heads_q * 2 * (problem.dim_k + problem.dim_v)) as f64;
+        let operations = sequences.iter().map(pairs).sum::<f64>() * per_pair;
+        let plan = plan::packed(problem, &operands, sequences, &self.capabilities_for(operations)?)?;
         let lse_layout = Layout::contiguous(&[1, problem.heads_q, problem.len_q])?;
         let lse = wanted.lse.then(|| self.output("lse", lse_layout, Dtype::F32)).transpose()?;
         let output = self.output_stored("output", layout, dtype, stored)?;
@@ -743,35 +804,70 @@ impl Recording {
 
     fn dispatch(
         &self,
+        range: Range<usize>,
         pipelines: &[Arc<Pipeline>],
         parameters: Option<&GpuBuffer>,
         encoder: &mut wgpu::CommandEncoder,
         timestamps: Option<&wgpu::QuerySet>,
     ) {
+        let (is_first, is_last) = (range.start == 0, range.end == self.steps.len());
+        let (steps, pipelines) = (&self.steps[range.clone()], &pipelines[range]);
         if let Some(trace) = lock(&self.gpu.0.trace).as_mut() {
-            trace.extend(self.steps.iter().map(|bound| Traced {
+            trace.extend(steps.iter().map(|bound| Traced {
                 variant: bound.step.variant.clone(),
                 workgroups: bound.step.workgroups,
                 why: bound.why.to_string(),
             }));
         }
         let bind = |(bound, pipeline): (&Bound, &Arc<Pipeline>)| self.bind_group(pipeline, bound, parameters);
-        let groups: Vec<_> = self.steps.iter().zip(pipelines).map(bind).collect();
-        let timestamp_writes = timestamps.map(|query_set| wgpu::ComputePassTimestampWrites {
+        let groups: Vec<_> = steps.iter().zip(pipelines).map(bind).collect();
+        // From the start of the first pass to the end of the last.
+        let timestamp_writes = timestamps.filter(|_| is_first || is_last).map(|query_set| wgpu::ComputePassTimestampWrites {
             query_set,
-            beginning_of_pass_write_index: Some(0),
-            end_of_pass_write_index: Some(1),
+            beginning_of_pass_write_index: is_first.then_some(0),
+            end_of_pass_write_index: is_last.then_some(1),
         });
         let mut pass =
             encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes });
-        for ((bound, pipeline), group) in self.steps.iter().zip(pipelines).zip(&groups) {
+        for ((bound, pipeline), group) in steps.iter().zip(pipelines).zip(&groups) {
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, group, &[]);
             pass.dispatch_workgroups(bound.step.workgroups[0], bound.step.workgroups[1], 1);
         }
     }
 
-    /// One encoder, one compute pass, one submit.
+    /// Steps that go into one submit each: as many as take no longer than that may, by the estimate.
+    fn submits(&self) -> Vec<Range<usize>> {
+        let most = self.gpu.operations_per_submit();
+        let (mut ranges, mut first, mut operations) = (Vec::new(), 0, 0.0);
+        for (n, bound) in self.steps.iter().enumerate() {
+            let more = bound.step.cost.operations;
+            if n > first && operations + more > most {
+                ranges.push(first..n);
+                (first, operations) = (n, 0.0);
+            }
+            operations += more;
+        }
+        ranges.push(first..self.steps.len());
+        ranges
+    }
+
+    /// As [`Recording::submit`], whatever it takes and out of sight of [`Gpu::trace`]: what measures the adapter.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub async fn submit_measured(self) -> Result<()> {
+        let pipelines = self.pipelines().await?;
+        let gpu = self.gpu.clone();
+        gpu.scoped(&self.label(), || {
+            let trace = lock(&gpu.0.trace).take();
+            let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
+            self.dispatch(0..self.steps.len(), &pipelines, None, &mut encoder, None);
+            gpu.0.queue.submit([encoder.finish()]);
+            *lock(&gpu.0.trace) = trace;
+        })
+        .await
+    }
+
+    /// One encoder, one compute pass and one submit; several of each where they would take too long.
     pub async fn submit(self) -> Result<()> {
         self.gpu.check()?;
         if self.steps.is_empty() {
@@ -787,9 +883,11 @@ impl Recording {
             if let (Some(buffer), Some(bytes)) = (&parameters, &self.parameters) {
                 gpu.0.queue.write_buffer(buffer.raw(), 0, bytes);
             }
-            let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
-            self.dispatch(&pipelines, parameters.as_ref(), &mut encoder, None);
-            gpu.0.queue.submit([encoder.finish()]);
+            for range in self.submits() {
+                let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
+                self.dispatch(range, &pipelines, parameters.as_ref(), &mut encoder, None);
+                gpu.0.queue.submit([encoder.finish()]);
+            }
         })
         .await
     }
@@ -827,10 +925,15 @@ impl Recording {
                     usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
                     mapped_at_creation: false,
                 });
-                let mut encoder = device.create_command_encoder(&Default::default());
-                self.dispatch(&pipelines, None, &mut encoder, Some(&queries));
-                encoder.resolve_query_set(&queries, 0..2, &buffer, 0);
-                gpu.0.queue.submit([encoder.finish()]);
+                for range in self.submits() {
+                    let is_last = range.end == self.steps.len();
+                    let mut encoder = device.create_command_encoder(&Default::default());
+                    self.dispatch(range, &pipelines, None, &mut encoder, Some(&queries));
+                    if is_last {
+                        encoder.resolve_query_set(&queries, 0..2, &buffer, 0);
+                    }
+                    gpu.0.queue.submit([encoder.finish()]);
+                }
                 buffer
             })
             .await?;
@@ -845,10 +948,16 @@ impl Recording {
 
     /// Into the caller's encoder: one compute pass, no submit.
     pub fn encode(self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
-        self.gpu.check()?;
         if self.steps.is_empty() {
-            return Ok(());
+            return self.gpu.check();
         }
+        let slices = self.slices()?;
+        slices.record(0..slices.recording.steps.len(), encoder)
+    }
+
+    /// For the caller's encoders, in slices that each take no longer than a submit may.
+    pub fn slices(self) -> Result<EncodeSlices> {
+        self.gpu.check()?;
         #[cfg(not(target_arch = "wasm32"))]
         let pipelines = pollster::block_on(self.pipelines())?;
         #[cfg(target_arch = "wasm32")]
@@ -861,6 +970,8 @@ impl Recording {
                 value_error!("a browser compiles asynchronously: run forward_async once on these shapes before encode")
             })?
         };
-        self.gpu.scoped_now(&self.label(), || self.dispatch(&pipelines, None, encoder, None))
+        let mut ranges = self.submits();
+        ranges.retain(|range| !range.is_empty());
+        Ok(EncodeSlices { recording: self, pipelines, ranges })
     }
 }

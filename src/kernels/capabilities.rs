@@ -37,6 +37,8 @@ pub struct Capabilities {
     /// How often the loops of an invocation may turn, all together, where the driver ends them without a word
     /// ([`MESA_LOOP_TURNS`](super::turns::MESA_LOOP_TURNS)); `None`: as often as they like.
     pub max_loop_turns: Option<u32>,
+    /// Floating-point operations of one dispatch, which cannot be interrupted; `None`: by its class.
+    pub max_operations: Option<f64>,
 }
 
 impl Capabilities {
@@ -55,7 +57,17 @@ impl Capabilities {
             offset_alignment: 256,
             memory: None,
             max_loop_turns: None,
+            max_operations: None,
         }
+    }
+
+    /// The most floating-point operations of one dispatch.
+    pub(crate) fn dispatch_operations(&self) -> f64 {
+        self.max_operations.unwrap_or(match self.class {
+            // Half a second at 40 GFLOP/s.
+            AdapterClass::Cpu => 20e9,
+            AdapterClass::Gpu => 1e12,
+        })
     }
 
     /// The most turns of an invocation's loops.

@@ -16,7 +16,7 @@ use rand::{Rng, RngExt, SeedableRng};
 use crate::attention::{Attended, Attention, Mask};
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
-use crate::gpu::{Gpu, Profile};
+use crate::gpu::{EncodeSlices, Gpu, Profile};
 use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
 
@@ -330,6 +330,21 @@ impl MultiHeadAttention {
         let output = self.record(&mut recording, query, key, value, attention)?;
         recording.encode(encoder)?;
         Ok(output)
+    }
+
+    /// As [`MultiHeadAttention::encode`], cut into slices for encoders of their own: see
+    /// [`Attention::encode_slices`].
+    pub fn encode_slices(
+        &self,
+        gpu: &Gpu,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, EncodeSlices)> {
+        let mut recording = Recording::for_encoder(gpu);
+        let output = self.record(&mut recording, query, key, value, attention)?;
+        Ok((output, recording.slices()?))
     }
 
     /// `[batch, len, dim]` of an input, whatever the order it came in.

@@ -287,6 +287,12 @@ impl Problem {
         [self.batch, self.heads_q, self.len_q, self.ruled_keys()]
     }
 
+    /// Floating-point operations of both products, two for a multiply-add, over all pairs of query and key.
+    pub fn operations(&self) -> f64 {
+        let pairs = (self.batch * self.heads_q) as f64 * self.len_q as f64 * self.len_k as f64;
+        pairs * 2.0 * (self.dim_k + self.dim_v) as f64
+    }
+
     /// True when there is nothing to compute.
     pub fn is_empty(&self) -> bool {
         self.batch == 0 || self.heads_q == 0 || self.len_q == 0

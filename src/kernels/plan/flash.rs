@@ -188,7 +188,7 @@ impl<'a> Fused<'a> {
             return Ok(fused);
         }
         let group = problem.group();
-        let most_work = most_work(adapter);
+        let most_work = adapter.dispatch_operations();
         loop {
             let Slices { batch, heads, rows, .. } = fused.slices;
             let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
@@ -286,7 +286,7 @@ impl<'a> Fused<'a> {
             table.push([one.band.keys, one.band.lo, one.band.hi, keys_per_split as i32]);
             for block in 0..(heads_q / heads_kv * one.len_q).div_ceil(per_block) {
                 let more = (per_block * heads_kv * one.len_k) as f64 * self.per_pair();
-                if work + more > most_work(self.adapter) && blocks.len() > first {
+                if work + more > self.adapter.dispatch_operations() && blocks.len() > first {
                     dispatches.push((first, blocks.len(), work));
                     (first, work) = (blocks.len(), 0.0);
                 }
@@ -590,15 +590,6 @@ fn hides_tiles(call: &Call<'_>, tile: FlashTile) -> bool {
     let few_rows = call.problem.group() * call.problem.len_q < tile.workgroup as usize;
     let masked = !call.operands.masks.is_empty() || !call.operands.biases.is_empty() && (shared || few_rows);
     masked && call.problem.ruled_keys() > catalogue::CLASS_TILE as usize
-}
-
-/// Operations of one dispatch: it cannot be interrupted.
-fn most_work(adapter: &Capabilities) -> f64 {
-    match adapter.class {
-        // Half a second at 40 GFLOP/s.
-        AdapterClass::Cpu => 20e9,
-        AdapterClass::Gpu => 1e12,
-    }
 }
 
 /// Pieces of the keys and keys per piece. Along the batch nothing may differ: the same row gives the same

@@ -158,11 +158,7 @@ impl<'a> Sweep<'a> {
     /// With the largest slices whose bindings fit and whose dispatches take less than a second.
     fn cut(mut self) -> Sweep<'a> {
         let adapter = self.adapter;
-        let most_work = match adapter.class {
-            // Half a second at 40 GFLOP/s: a dispatch cannot be interrupted.
-            AdapterClass::Cpu => 20e9,
-            AdapterClass::Gpu => 1e12,
-        };
+        let most_work = adapter.dispatch_operations();
         loop {
             let Slices { batch, heads, rows, keys } = self.slices;
             let work = 2.0 * self.call.problem.dim_k as f64 * (batch * heads) as f64 * rows as f64 * keys as f64;

@@ -101,6 +101,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     let most_heads = turns::mean_heads().longest(adapter.loop_turns());
     while call.largest_binding(slices, planner.plan.weights.as_ref()) > adapter.max_binding
         || operands.averaged && slices.heads > most_heads
+        || call.operations(slices) > adapter.dispatch_operations() && call.may_shrink(slices)
     {
         let Slices { batch, heads, rows, keys } = &mut slices;
         if *batch > 1 {
@@ -157,6 +158,17 @@ impl Call<'_> {
     fn weighs(&self) -> bool {
         let AttentionOperands { weights, averaged, stage, .. } = *self.operands;
         self.output || weights || averaged || stage == Some(ScoreStage::Weights)
+    }
+
+    /// Operations of the longest of the three passes.
+    fn operations(&self, Slices { batch, heads, rows, keys }: Slices) -> f64 {
+        let Problem { dim_k, dim_v, .. } = *self.problem;
+        (batch * heads) as f64 * rows as f64 * keys as f64 * 2.0 * dim_k.max(dim_v) as f64
+    }
+
+    /// Whether batch, heads or rows are left to cut: no sum is cut for time alone.
+    fn may_shrink(&self, Slices { batch, heads, rows, .. }: Slices) -> bool {
+        batch > 1 || heads > 1 || rows > 32
     }
 
     /// Bytes of the largest binding of any of the three passes.

@@ -48,7 +48,9 @@ pub fn project(
             .max(window(&w, &[o, every_in], w.element(), align).size)
             .max(window(&y, &[b, l, o], 4, align).size)
             + align;
-        if largest <= adapter.max_binding || size == [1, 1, 1] || batch * len * dim_out == 0 {
+        let work = 2.0 * (size[0] * size[1]) as f64 * size[2] as f64 * dim_in as f64;
+        let is_short = work <= adapter.dispatch_operations();
+        if largest <= adapter.max_binding && is_short || size == [1, 1, 1] || batch * len * dim_out == 0 {
             break;
         }
         let w_too_large = window(&w, &[o, every_in], w.element(), align).size + align > adapter.max_binding;
