@@ -712,9 +712,10 @@ impl Attention {
             let layout = tensor.layout().broadcast_to(&problem.mask_shape()).map_err(|_| {
                 shape_error!(
                     "{what} of shape {:?} does not broadcast to [batch, heads_q, len_q, len_k] = {:?}: \
-                     from the right, each axis must be equal or 1",
+                     from the right, each axis must be equal or 1{}",
                     tensor.shape(),
-                    problem.mask_shape()
+                    problem.mask_shape(),
+                    missing_axes(tensor.shape(), problem.mask_shape())
                 )
             })?;
             Ok(tensor.with_layout(layout))
@@ -817,6 +818,26 @@ impl Attention {
     }
 }
 
+/// The end of a message about a mask or bias that does not broadcast: the axes that it lacks, where its own are those of
+/// a mask all the same.
+fn missing_axes(shape: &[usize], [batch, heads, len_q, len_k]: [usize; 4]) -> String {
+    match *shape {
+        [b, k] if [b, k] == [batch, len_k] => format!(
+            "; [batch, len_k] must be [{batch}, 1, 1, {len_k}], in Python x[:, None, None, :], or be given as key padding"
+        ),
+        [b, q, k] if [b, q, k] == [batch, len_q, len_k] => {
+            format!("; [batch, len_q, len_k] must be [{batch}, 1, {len_q}, {len_k}], in Python x[:, None]")
+        }
+        [h, k] if [h, k] == [heads, len_k] => {
+            format!("; [heads, len_k] must be [{heads}, 1, {len_k}], in Python x[:, None]")
+        }
+        [both, q, k] if both == batch.saturating_mul(heads) && [q, k] == [len_q, len_k] => {
+            format!("; [batch · heads, len_q, len_k] must be [{batch}, {heads}, {len_q}, {len_k}], by a reshape")
+        }
+        _ => String::new(),
+    }
+}
+
 /// What speaks of keys alone, `[batch, len_k]` or `[len_k]`, with axes for heads and queries.
 fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
     let [batch, .., len_k] = problem.mask_shape();
@@ -826,8 +847,8 @@ fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
             tensor.unsqueeze(1)?.unsqueeze(1)
         }
         _ => Err(shape_error!(
-            "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; one that speaks of \
-             queries or heads too goes to Attention::mask or Attention::bias",
+            "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; one that tells \
+             queries or heads apart is a mask or a bias, not key padding",
             tensor.shape()
         )),
     }

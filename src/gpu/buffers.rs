@@ -130,6 +130,7 @@ impl Gpu {
                 limit_name: "the largest buffer",
                 limit,
                 adapter: self.0.info.name.clone(),
+                way_out: "",
             });
         }
         let size = size_class(bytes, limit);

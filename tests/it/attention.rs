@@ -422,7 +422,7 @@ fn lengths_and_padding_that_do_not_fit() {
             (Attention::new().query_lengths(vec![5]), "query_lengths has 1 entries for a batch of 2"),
             (Attention::new().query_lengths(vec![5, 6]), "query_lengths[1] = 6 is more than len_q = 5"),
             (Attention::new().key_padding_bias(floats(&[2, 5])), "must be [batch, len_k] = [2, 9]"),
-            (Attention::new().key_padding_bias(floats(&[2, 1, 9])), "Attention::mask or Attention::bias"),
+            (Attention::new().key_padding_bias(floats(&[2, 1, 9])), "is a mask or a bias, not key padding"),
             (Attention::new().key_padding_bias(bools(&[2, 9])), "a bias is a bool tensor"),
             (Attention::new().key_padding(Mask::drop(bools(&[9, 2])).unwrap()), "must be [batch, len_k] = [2, 9]"),
         ] {
