@@ -30,7 +30,29 @@ enum Source {
 }
 
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    if path.is_dir() {
+        fail!("{} is a folder; a file is needed", path.display());
+    }
     std::fs::read(path).map_err(|error| Error::Failed(format!("cannot read {}: {error}", path.display())))
+}
+
+/// The error of a safetensors file that the library could not read: what the file is instead and the way out, where that
+/// is known.
+pub fn explain(path: &Path, error: wgpu_attention::Error) -> Error {
+    let told = beginning(path).ok().and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));
+    Error::Failed(format!("{}: {}", path.display(), told.unwrap_or_else(|| error.to_string())))
+}
+
+/// The bytes that tell what a file is, with the whole header where it is safetensors, and the file's length.
+fn beginning(path: &Path) -> std::io::Result<(Vec<u8>, u64)> {
+    let mut file = std::fs::File::open(path)?;
+    let mut head = Vec::new();
+    (&mut file).take(HEAD as u64).read_to_end(&mut head)?;
+    if let [a, b, c, d, 0, 0, 0, 0, b'{', ..] = head[..] {
+        let header = u64::from(u32::from_le_bytes([a, b, c, d]));
+        file.take((8 + header).saturating_sub(HEAD as u64)).read_to_end(&mut head)?;
+    }
+    Ok((head, std::fs::metadata(path)?.len()))
 }
 
 fn extension(path: &Path) -> String {
@@ -53,10 +75,8 @@ impl TensorFile {
                 Ok(TensorFile { source: Source::Arrays(BTreeMap::from([(stem, array)])), path: shown })
             }
             _ => {
-                let mut head = Vec::new();
-                let file = std::fs::File::open(path);
-                file.and_then(|file| file.take(HEAD as u64).read_to_end(&mut head))
-                    .map_err(|error| Error::Failed(format!("cannot read {shown}: {error}")))?;
+                let (head, _) =
+                    beginning(path).map_err(|error| Error::Failed(format!("cannot read {shown}: {error}")))?;
                 let is = recognise(path, &head, None).map_or(String::new(), |is| format!("; {is}"));
                 usage!("{shown}: the ending must be .safetensors, .npz or .npy{is}")
             }
@@ -66,8 +86,7 @@ impl TensorFile {
     pub fn from_safetensors(path: String, bytes: Vec<u8>) -> Result<TensorFile> {
         // `deserialize` checks that offsets, shapes and the file's length agree.
         if let Err(error) = SafeTensors::deserialize(&bytes) {
-            let reason = cut_off(&bytes).unwrap_or_else(|| error.to_string());
-            return Err(unreadable(Path::new(&path), &bytes, "safetensors", &reason));
+            return Err(unreadable(Path::new(&path), &bytes, "safetensors", &error.to_string()));
         }
         let (header, metadata) =
             SafeTensors::read_metadata(&bytes).map_err(|error| Error::Failed(format!("{path}: {error}")))?;
@@ -182,19 +201,24 @@ fn open_folder(folder: &Path) -> Result<TensorFile> {
 
 /// The error of a file that is not what its ending says: what it is instead and the way out, where that is known, else
 /// the reader's `reason`.
-pub fn unreadable(path: &Path, bytes: &[u8], ending: &'static str, reason: &str) -> Error {
-    let head = &bytes[..bytes.len().min(HEAD)];
-    let is = recognise(path, head, Some(ending)).unwrap_or_else(|| reason.to_string());
+fn unreadable(path: &Path, bytes: &[u8], ending: &'static str, reason: &str) -> Error {
+    let told = what_instead(path, bytes, bytes.len() as u64, ending).unwrap_or_else(|| reason.to_string());
     let kind = if ending == "safetensors" { "safetensors".into() } else { format!(".{ending}") };
-    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {is}", path.display(), bytes.len()))
+    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {told}", path.display(), bytes.len()))
 }
 
-/// Says that the data of a safetensors file end too early, as those of a download that broke off do.
-fn cut_off(bytes: &[u8]) -> Option<String> {
-    let header = usize::try_from(u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?)).ok()?;
-    let data = bytes.get(8..)?.get(header..)?.len() as u64;
-    let header: serde_json::Value = serde_json::from_slice(bytes.get(8..8 + header)?).ok()?;
-    let needed = header.as_object()?.values().filter_map(|entry| entry["data_offsets"][1].as_u64()).max()?;
+/// What a file of `length` bytes is that should be what `ending` says: something else, or cut off.
+fn what_instead(path: &Path, head: &[u8], length: u64, ending: &'static str) -> Option<String> {
+    let told = recognise(path, &head[..head.len().min(HEAD)], Some(ending));
+    told.or_else(|| if ending == "safetensors" { cut_off(head, length) } else { None })
+}
+
+/// Says that the data of a safetensors file of `length` bytes end too early, as those of a download that broke off do.
+fn cut_off(head: &[u8], length: u64) -> Option<String> {
+    let header = usize::try_from(u64::from_le_bytes(head.get(..8)?.try_into().ok()?)).ok()?;
+    let json: serde_json::Value = serde_json::from_slice(head.get(8..)?.get(..header)?).ok()?;
+    let needed = json.as_object()?.values().filter_map(|entry| entry["data_offsets"][1].as_u64()).max()?;
+    let data = length.checked_sub(8 + header as u64)?;
     (needed > data).then(|| format!("the file is cut off: its header names {needed} bytes of data, {data} are there"))
 }
 
@@ -343,7 +367,9 @@ fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
     let head = bytes[..bytes.len().min(HEAD)].to_vec();
     let bad = |error: &dyn std::fmt::Display| unreadable(Path::new(path), &head, "npz", &error.to_string());
     let mut archive = npyz::npz::NpzArchive::new(Cursor::new(bytes)).map_err(|error| bad(&error))?;
-    let names: Vec<String> = archive.array_names().map(str::to_string).collect();
+    let mut names: Vec<String> = archive.array_names().map(str::to_string).collect();
+    // An error is always about the same one.
+    names.sort();
     if names.is_empty() && !archive.zip_archive().is_empty() {
         return Err(bad(&"it holds no arrays (no .npy files)"));
     }

@@ -73,9 +73,8 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     if args.attention.mask.is_some() && args.attn_mask.is_none() && args.key_padding.is_none() {
         usage!("--mask says what a mask means, but there is neither --attn-mask nor --key-padding");
     }
-    let bytes = files::read_bytes(&args.weights)?;
-    let state = StateDict::from_safetensors(&bytes)
-        .map_err(|error| files::unreadable(&args.weights, &bytes, "safetensors", &error.to_string()))?;
+    let state = StateDict::from_safetensors(&files::read_bytes(&args.weights)?)
+        .map_err(|error| files::explain(&args.weights, error))?;
     let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
     let query = files::read_named(&args.query)?;
     let (key, value) = (read(&args.key)?, read(&args.value)?);
@@ -104,7 +103,7 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     }
     let result = layer
         .forward(&query, &key, &value, &attention)
-        .map_err(|error| in_options(error, "--return-weights averaged writes one matrix for all heads"))?;
+        .map_err(|error| in_options(error, "--return-weights averaged writes one matrix for all heads", ""))?;
     let mut results = vec![("output", Array::download(&result.output)?)];
     if let Some(weights) = &result.weights {
         results.push(("weights", Array::download(weights)?));

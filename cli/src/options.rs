@@ -33,13 +33,17 @@ impl WeightsWord {
     }
 }
 
-/// A library's error in the program's words: its way out to less memory becomes `way_out`, in options.
-pub fn in_options(error: wgpu_attention::Error, options: &str) -> Error {
+/// A library's error in the program's words: its way out to less memory becomes options, those of the mean over heads
+/// only where that takes less.
+pub fn in_options(error: wgpu_attention::Error, averaged: &str, others: &str) -> Error {
     use wgpu_attention::Error::TooLarge;
     match error {
         TooLarge { what, needed, limit_name, limit, adapter, way_out } if !way_out.is_empty() => {
-            let plain = TooLarge { what, needed, limit_name, limit, adapter, way_out: "" };
-            Error::Failed(format!("{plain}; {options}"))
+            let plain = TooLarge { what, needed, limit_name, limit, adapter, way_out: "" }.to_string();
+            let averaged = if way_out.contains("Weights::Averaged") { averaged } else { "" };
+            let said: Vec<&str> =
+                [plain.as_str(), averaged, others].into_iter().filter(|part| !part.is_empty()).collect();
+            Error::Failed(said.join("; "))
         }
         other => other.into(),
     }

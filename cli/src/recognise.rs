@@ -26,15 +26,16 @@ pub fn recognise(path: &Path, head: &[u8], own: Option<&str>) -> Option<String> 
     let from_torch = |load: &str| {
         format!(
             "in Python, state = {load}; safetensors.torch.save_file(state, \"{stem}.safetensors\") writes one that is read \
-             (of arrays: numpy.savez(\"{stem}.npz\", q=q, k=k, v=v))"
+             (of arrays: numpy.savez(\"in.npz\", q=q, k=k, v=v))"
         )
     };
     let from_numpy = |load: &str| {
         format!(
             "in Python, safetensors.numpy.save_file({load}, \"{stem}.safetensors\") writes one that is read (of arrays: \
-             numpy.savez(\"{stem}.npz\", q=q, k=k, v=v))"
+             numpy.savez(\"in.npz\", q=q, k=k, v=v))"
         )
     };
+    let rename = |right: &str| if ending == right { String::new() } else { format!("call it {stem}.{right}; ") };
     let (is, way_out) = match kind {
         Kind::Empty => ("empty", "nothing was written to it, or not all of it was copied".to_string()),
         Kind::Torch => (
@@ -76,13 +77,16 @@ pub fn recognise(path: &Path, head: &[u8], own: Option<&str>) -> Option<String> 
         Kind::Matlab => ("a MATLAB file", from_numpy(&format!("scipy.io.loadmat(\"{file}\")'s arrays by name"))),
         Kind::Npz => (
             "a NumPy archive",
-            format!("call it {stem}.npz; a layer's weights: {}", from_numpy(&format!("dict(numpy.load(\"{file}\"))"))),
+            format!("{}of a layer's weights, {}", rename("npz"), from_numpy(&format!("dict(numpy.load(\"{file}\"))"))),
         ),
         Kind::Npy => (
             "a NumPy array",
-            format!("call it {stem}.npy; a layer's weights are several arrays by name: safetensors.numpy.save_file(…)"),
+            format!(
+                "{}of a layer's weights, safetensors.numpy.save_file({{name: array}}, …) writes several by name",
+                rename("npy")
+            ),
         ),
-        Kind::Safetensors => ("a safetensors file", format!("call it {stem}.safetensors")),
+        Kind::Safetensors => ("a safetensors file", rename("safetensors").trim_end_matches("; ").to_string()),
         Kind::Lfs => ("a pointer of Git LFS, not the file itself", "`git lfs pull` fetches it".to_string()),
         Kind::Index => (
             "an index of safetensors files (\"weight_map\"), not one of them",

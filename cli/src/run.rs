@@ -111,6 +111,13 @@ impl RunArgs {
                 sink: None,
             }),
             (Some(path), ..) => {
+                if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("npy")) && path.is_file() {
+                    usage!(
+                        "{} holds one array; give three as --q FILE --k FILE --v FILE, or the folder of q.npy, k.npy and \
+                         v.npy",
+                        path.display()
+                    );
+                }
                 let file = TensorFile::open(path)?;
                 let inputs = Inputs {
                     q: file.need("q")?,
@@ -155,7 +162,7 @@ impl RunArgs {
     fn explain(&self, error: wgpu_attention::Error, inputs: &Inputs) -> Error {
         let error = match error {
             wgpu_attention::Error::Shape(message) => message,
-            other => return in_options(other, LESS),
+            other => return in_options(other, AVERAGED, CHOSEN),
         };
         // Heads where lengths are expected, or the other way round.
         let at = |array: &Array, back: usize| array.shape().len().checked_sub(back).map(|axis| array.shape()[axis]);
@@ -215,8 +222,9 @@ impl RunArgs {
 }
 
 /// What to ask for where the weights do not fit.
-const LESS: &str = "--weights averaged writes one matrix for all heads, --inspect-heads and --inspect-queries weights of \
-                    some, --column-sums and --entropy what they add up to";
+const AVERAGED: &str = "--weights averaged writes one matrix for all heads";
+const CHOSEN: &str = "--inspect-heads and --inspect-queries write weights of some, --column-sums and --entropy what they add \
+                      up to";
 
 pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let names: Vec<&str> = [
@@ -269,7 +277,7 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let attended = attention.forward(&q, &k, &v).map_err(|error| args.explain(error, &inputs))?;
     let seen = match (&inspect, &attended.lse) {
         (Some(inspect), Some(lse)) => {
-            Some(attention.inspect(&q, &k, lse, inspect).map_err(|error| in_options(error, LESS))?)
+            Some(attention.inspect(&q, &k, lse, inspect).map_err(|error| in_options(error, AVERAGED, CHOSEN))?)
         }
         _ => None,
     };
