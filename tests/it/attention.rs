@@ -439,3 +439,21 @@ fn lengths_and_padding_that_do_not_fit() {
         }
     }
 }
+
+#[test]
+fn weights_that_do_not_fit_name_what_does() {
+    for (name, device) in devices() {
+        let x = Tensor::from_slice(&device, &[1, 64, 60_000, 1], &vec![0.5f32; 64 * 60_000]).unwrap();
+        let with = |weights| Attention::new().weights(weights).forward(&x, &x, &x).unwrap_err().to_string();
+        let per_head = with(Weights::PerHead);
+        assert!(per_head.contains("the weights needs 921600000000 bytes"), "{name}: {per_head}");
+        assert!(per_head.contains("Attention::inspect"), "{name}: {per_head}");
+        // The CPU backend takes the mean of all of them.
+        assert_eq!(per_head.contains("Weights::Averaged"), device.gpu().is_some(), "{name}: {per_head}");
+        let averaged = with(Weights::Averaged);
+        assert!(averaged.contains("; Attention::inspect") && !averaged.contains("Weights::"), "{name}: {averaged}");
+        let lse = Tensor::from_slice(&device, &[1, 64, 60_000], &vec![0.5f32; 64 * 60_000]).unwrap();
+        let seen = Attention::new().inspect(&x, &x, &lse, &Inspect::new().weights()).unwrap_err().to_string();
+        assert!(seen.contains("Inspect::heads and Inspect::queries choose fewer"), "{name}: {seen}");
+    }
+}
