@@ -22,7 +22,7 @@ pub enum Error {
         factors: String,
     },
     /// More memory than the adapter (or the machine) has, said before allocating.
-    #[error("{what} needs {needed} bytes, but {limit_name} is {limit} bytes on {adapter}")]
+    #[error("{what} needs {needed} bytes, but {limit_name} is {limit} bytes on {adapter}{}", behind(way_out))]
     TooLarge {
         /// What was to be allocated.
         what: String,
@@ -34,6 +34,8 @@ pub enum Error {
         limit: u64,
         /// The adapter's name.
         adapter: String,
+        /// What gives the same in less memory; empty where nothing is known to.
+        way_out: &'static str,
     },
     /// A call that the method given cannot compute; [`Method::Auto`](crate::Method::Auto) may.
     #[error("the method {method} cannot compute this: {reason}; leave the method on auto")]
@@ -95,6 +97,29 @@ pub enum Error {
     /// A file that is not what it should be.
     #[error("{0}")]
     File(String),
+}
+
+/// What to ask for where the weights of all heads do not fit.
+pub(crate) const INSTEAD_OF_WEIGHTS: &str = "Weights::Averaged is one matrix for all heads, and Attention::inspect gives \
+                                             weights of chosen heads and queries, column sums and entropies without it";
+/// And where the mean over heads, or the matrix that it is computed from, does not.
+pub(crate) const INSTEAD_OF_AVERAGED: &str =
+    "Attention::inspect gives weights of chosen heads and queries, column sums and entropies without the whole matrix";
+/// And where an inspection does not.
+pub(crate) const INSTEAD_OF_INSPECTED: &str = "Inspect::heads and Inspect::queries choose fewer";
+
+fn behind(way_out: &str) -> String {
+    if way_out.is_empty() { String::new() } else { format!("; {way_out}") }
+}
+
+impl Error {
+    /// The same, with a way out where memory is what is missing.
+    pub(crate) fn or_rather(mut self, text: &'static str) -> Error {
+        if let Error::TooLarge { way_out, .. } = &mut self {
+            *way_out = text;
+        }
+        self
+    }
 }
 
 /// `Result` with this library's [`Error`].

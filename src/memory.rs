@@ -24,6 +24,7 @@ pub(crate) fn check_floats(what: &str, elements: &[usize]) -> crate::Result<()> 
             limit_name: "the memory",
             limit,
             adapter: "cpu".into(),
+            way_out: "",
         }),
         _ => Ok(()),
     }

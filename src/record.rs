@@ -7,6 +7,8 @@ use crate::attention::{Attended, Operands, Wanted, in_order_of, output_layout};
 #[cfg(feature = "cpu")]
 use crate::cpu;
 use crate::device::Device;
+#[cfg(feature = "cpu")]
+use crate::error::{INSTEAD_OF_AVERAGED, INSTEAD_OF_INSPECTED};
 use crate::error::{Result, value_error};
 use crate::gpu;
 use crate::inspect::{Chosen, Inspected};
@@ -52,6 +54,15 @@ impl Recording {
             Recording::Gpu(recording) => recording.device(),
             #[cfg(feature = "cpu")]
             Recording::Cpu => &Device::Cpu,
+        }
+    }
+
+    /// A boolean tensor of this call's own.
+    pub fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.bools(shape, data),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Tensor::from_bools(Device::Cpu, shape, data),
         }
     }
 
@@ -105,7 +116,8 @@ impl Recording {
                 let square = [batch, heads_q, len_q, len_k];
                 check_floats("the output", &[batch, heads_q, len_q, dim_v.max(1)])?;
                 if wanted.weights != Weights::None || wanted.scores.is_some() {
-                    check_floats("the weights", &square)?;
+                    // The mean over heads is taken of all of them.
+                    check_floats("the weights", &square).map_err(|error| error.or_rather(INSTEAD_OF_AVERAGED))?;
                 }
                 let answer = cpu::attention(problem, &inputs(operands), wanted, &layout);
                 let dtype = operands.q.dtype();
@@ -273,7 +285,10 @@ impl Recording {
                 for (what, layout) in
                     [("the weights", &weights), ("the column sums", &column_sums), ("the entropies", &entropy)]
                 {
-                    layout.as_ref().map_or(Ok(()), |layout| check_floats(what, layout.shape()))?;
+                    layout
+                        .as_ref()
+                        .map_or(Ok(()), |layout| check_floats(what, layout.shape()))
+                        .map_err(|error| error.or_rather(INSTEAD_OF_INSPECTED))?;
                 }
                 let answer = cpu::inspect(problem, &inputs(operands), cpu::View::of(lse), chosen);
                 let tensor = |data: Vec<f32>, layout: Option<Layout>, dtype: Dtype| {

@@ -35,7 +35,7 @@ impl Values {
             Values::F64(x) => x.len(),
         }
     }
-    fn type_name(&self) -> &'static str {
+    pub fn type_name(&self) -> &'static str {
         match self {
             Values::Bool(_) => "bool",
             Values::Int(_) => "integer",
@@ -90,19 +90,27 @@ impl Array {
         match self.values {
             Values::F16(_) => Ok(Dtype::F16),
             Values::BF16(_) => Ok(Dtype::BF16),
-            Values::F32(_) => Ok(Dtype::F32),
-            Values::F64(_) => fail!("{name} is f64; f32, f16 or bf16 is needed (NumPy: {name}.astype('float32'))"),
-            _ => fail!("{name} is {}; f32, f16 or bf16 is needed", self.values.type_name()),
+            // Rounded when it is uploaded.
+            Values::F32(_) | Values::F64(_) => Ok(Dtype::F32),
+            _ => fail!(
+                "{name} is {}; f32, f16, bf16 or f64 is needed (in Python, x.astype('float32'))",
+                self.values.type_name()
+            ),
         }
     }
 
-    /// Uploads a float array.
+    /// Uploads a float array. One of f64 is rounded to f32, and stderr says so once.
     pub fn upload(&self, name: &str, device: &Device) -> Result<Tensor> {
         self.dtype(name)?;
         Ok(match &self.values {
             Values::F16(x) => Tensor::from_slice(device, &self.shape, x)?,
             Values::BF16(x) => Tensor::from_slice(device, &self.shape, x)?,
             Values::F32(x) => Tensor::from_slice(device, &self.shape, x)?,
+            Values::F64(x) => {
+                let rounded = self.to_f32();
+                note_rounding(name, x, &rounded);
+                Tensor::from_slice(device, &self.shape, &rounded)?
+            }
             _ => unreachable!("dtype() let only these through"),
         })
     }
@@ -120,7 +128,8 @@ impl Array {
                 Some(at) => fail!("{name} holds {} at element {at}; only 0 and 1 can be booleans", x[at]),
             },
             other => fail!(
-                "{name} is {}; bool (or u8 of 0 and 1) is needed; an additive mask of floats is a bias",
+                "{name} is {}; bool (or u8 of 0 and 1) is needed (in Python, x.astype(bool)); an additive mask of floats \
+                 is a bias",
                 other.type_name()
             ),
         }
@@ -129,7 +138,10 @@ impl Array {
     pub fn ints(&self, name: &str) -> Result<&[i64]> {
         match &self.values {
             Values::Int(x) => Ok(x),
-            other => fail!("{name} is {}; i32 or i64 is needed", other.type_name()),
+            other => fail!(
+                "{name} is {}; integers are needed, such as i64 (in Python, x.astype('int64'))",
+                other.type_name()
+            ),
         }
     }
 
@@ -177,5 +189,18 @@ impl Array {
             Values::F64(x) => Values::F64(gather(x, &layout)),
         };
         Array::new(layout.shape(), values)
+    }
+}
+
+/// Says on stderr, once, that f64 is rounded, and of every tensor how many of its values f32 cannot hold.
+fn note_rounding(name: &str, values: &[f64], rounded: &[f32]) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        anstream::eprintln!("note: {name} is f64; tensors of f64 are rounded to f32, the type computed in")
+    });
+    let beyond =
+        values.iter().zip(rounded).filter(|(value, rounded)| value.is_finite() && !rounded.is_finite()).count();
+    if beyond > 0 {
+        anstream::eprintln!("note: {beyond} of the values of {name} lie beyond f32 and become infinite");
     }
 }

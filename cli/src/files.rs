@@ -10,6 +10,7 @@ use safetensors::{SafeTensors, tensor::Metadata};
 
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail, usage};
+use crate::recognise::{HEAD, recognise};
 
 /// The longest header of an `.npy` file, NumPy's own limit.
 const NPY_HEADER: usize = 10_000;
@@ -29,7 +30,22 @@ enum Source {
 }
 
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    if path.is_dir() {
+        fail!("{} is a folder; a file is needed", path.display());
+    }
     std::fs::read(path).map_err(|error| Error::Failed(format!("cannot read {}: {error}", path.display())))
+}
+
+/// The bytes that tell what a file is, with the whole header where it is safetensors, and the file's length.
+fn beginning(path: &Path) -> std::io::Result<(Vec<u8>, u64)> {
+    let mut file = std::fs::File::open(path)?;
+    let mut head = Vec::new();
+    (&mut file).take(HEAD as u64).read_to_end(&mut head)?;
+    if let [a, b, c, d, 0, 0, 0, 0, b'{', ..] = head[..] {
+        let header = u64::from(u32::from_le_bytes([a, b, c, d]));
+        file.take((8 + header).saturating_sub(HEAD as u64)).read_to_end(&mut head)?;
+    }
+    Ok((head, std::fs::metadata(path)?.len()))
 }
 
 fn extension(path: &Path) -> String {
@@ -51,14 +67,19 @@ impl TensorFile {
                 let stem = path.file_stem().map(|stem| stem.to_string_lossy().to_string()).unwrap_or_default();
                 Ok(TensorFile { source: Source::Arrays(BTreeMap::from([(stem, array)])), path: shown })
             }
-            _ => usage!("{shown}: the ending must be .safetensors, .npz or .npy"),
+            _ => {
+                let (head, _) =
+                    beginning(path).map_err(|error| Error::Failed(format!("cannot read {shown}: {error}")))?;
+                let is = recognise(path, &head, None).map_or(String::new(), |is| format!("; {is}"));
+                usage!("{shown}: the ending must be .safetensors, .npz or .npy{is}")
+            }
         }
     }
 
     pub fn from_safetensors(path: String, bytes: Vec<u8>) -> Result<TensorFile> {
         // `deserialize` checks that offsets, shapes and the file's length agree.
         if let Err(error) = SafeTensors::deserialize(&bytes) {
-            fail!("{path} is not a valid safetensors file ({} bytes): {error}", bytes.len());
+            return Err(unreadable(Path::new(&path), &bytes, "safetensors", &error.to_string()));
         }
         let (header, metadata) =
             SafeTensors::read_metadata(&bytes).map_err(|error| Error::Failed(format!("{path}: {error}")))?;
@@ -101,12 +122,8 @@ impl TensorFile {
             Source::Safetensors { bytes, data, metadata } => {
                 let Some(info) = metadata.info(name) else { return Ok(None) };
                 let (start, end) = info.data_offsets;
-                let values = decode(&bytes[data + start..data + end], info.dtype).ok_or_else(|| {
-                    Error::Failed(format!(
-                        "{}: {name} has elements of type {:?}, which is not supported",
-                        self.path, info.dtype
-                    ))
-                })?;
+                let values = decode(&bytes[data + start..data + end], info.dtype)
+                    .map_err(|reason| Error::Failed(format!("{}: {name} {reason}", self.path)))?;
                 Array::new(&info.shape, values).map(Some)
             }
         }
@@ -116,7 +133,14 @@ impl TensorFile {
     pub fn need(&self, name: &str) -> Result<Array> {
         match self.get(name)? {
             Some(array) => Ok(array),
-            None => fail!("{} holds no tensor \"{name}\"; found {}", self.path, self.names_or_nothing()),
+            None => {
+                // As numpy.savez calls what it is given without names.
+                let way_out = match self.names().iter().any(|found| found.starts_with("arr_")) {
+                    true => format!("; in Python, numpy.savez(file, {name}=…) gives an array its name"),
+                    false => String::new(),
+                };
+                fail!("{} holds no tensor \"{name}\"; found {}{way_out}", self.path, self.names_or_nothing())
+            }
         }
     }
 
@@ -168,15 +192,38 @@ fn open_folder(folder: &Path) -> Result<TensorFile> {
     Ok(TensorFile { path: shown, source: Source::Arrays(arrays) })
 }
 
-/// Little-endian elements; `None` for types that no operand has.
-fn decode(bytes: &[u8], dtype: safetensors::Dtype) -> Option<Values> {
+/// The error of a file that is not what its ending says: what it is instead and the way out, where that is known, else
+/// the reader's `reason`.
+fn unreadable(path: &Path, bytes: &[u8], ending: &'static str, reason: &str) -> Error {
+    let told = what_instead(path, bytes, bytes.len() as u64, ending).unwrap_or_else(|| reason.to_string());
+    let kind = if ending == "safetensors" { "safetensors".into() } else { format!(".{ending}") };
+    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {told}", path.display(), bytes.len()))
+}
+
+/// What a file of `length` bytes is that should be what `ending` says: something else, or cut off.
+fn what_instead(path: &Path, head: &[u8], length: u64, ending: &'static str) -> Option<String> {
+    let told = recognise(path, &head[..head.len().min(HEAD)], Some(ending));
+    told.or_else(|| if ending == "safetensors" { cut_off(head, length) } else { None })
+}
+
+/// Says that the data of a safetensors file of `length` bytes end too early, as those of a download that broke off do.
+fn cut_off(head: &[u8], length: u64) -> Option<String> {
+    let header = usize::try_from(u64::from_le_bytes(head.get(..8)?.try_into().ok()?)).ok()?;
+    let json: serde_json::Value = serde_json::from_slice(head.get(8..)?.get(..header)?).ok()?;
+    let needed = json.as_object()?.values().filter_map(|entry| entry["data_offsets"][1].as_u64()).max()?;
+    let data = length.checked_sub(8 + header as u64)?;
+    (needed > data).then(|| format!("the file is cut off: its header names {needed} bytes of data, {data} are there"))
+}
+
+/// Little-endian elements, or why not.
+fn decode(bytes: &[u8], dtype: safetensors::Dtype) -> Result<Values, String> {
     use safetensors::Dtype as D;
     macro_rules! numbers {
         ($type:ty) => {
             bytes.chunks_exact(size_of::<$type>()).map(|x| <$type>::from_le_bytes(x.try_into().expect("exact chunks")))
         };
     }
-    Some(match dtype {
+    Ok(match dtype {
         D::BOOL => Values::Bool(bytes.iter().map(|&x| x != 0).collect()),
         D::U8 => Values::Int(bytes.iter().map(|&x| x.into()).collect()),
         D::I8 => Values::Int(numbers!(i8).map(i64::from).collect()),
@@ -185,17 +232,29 @@ fn decode(bytes: &[u8], dtype: safetensors::Dtype) -> Option<Values> {
         D::I32 => Values::Int(numbers!(i32).map(i64::from).collect()),
         D::U32 => Values::Int(numbers!(u32).map(i64::from).collect()),
         D::I64 => Values::Int(numbers!(i64).collect()),
+        D::U64 => unsigned(numbers!(u64))?,
         D::F16 => Values::F16(numbers!(f16).collect()),
         D::BF16 => Values::BF16(numbers!(bf16).collect()),
         D::F32 => Values::F32(numbers!(f32).collect()),
         D::F64 => Values::F64(numbers!(f64).collect()),
-        _ => return None,
+        other => {
+            return Err(format!(
+                "is {other:?}, which is not read; floats (F32, F16, BF16, F64), integers or BOOL are: in PyTorch, \
+                 x.to(torch.float32) before save_file"
+            ));
+        }
     })
 }
 
-/// One NumPy array.
-fn read_npy(path: &str, bytes: &[u8]) -> Result<Array> {
-    let bad = |what: &str| Error::Failed(format!("{path} is not a valid .npy file ({} bytes): {what}", bytes.len()));
+/// Integers of 64 bits without a sign, which are lengths or masks here.
+fn unsigned(numbers: impl Iterator<Item = u64>) -> Result<Values, String> {
+    let signed = |x| i64::try_from(x).map_err(|_| format!("holds {x}; integers up to {} are read", i64::MAX));
+    numbers.map(signed).collect::<Result<_, _>>().map(Values::Int)
+}
+
+/// One NumPy array; `shown` is where it comes from.
+fn read_npy(shown: &str, bytes: &[u8]) -> Result<Array> {
+    let bad = |what: &str| unreadable(Path::new(shown), bytes, "npy", what);
     // The header's length, before npyz allocates what it claims.
     let (start, length) = match bytes {
         [0x93, b'N', b'U', b'M', b'P', b'Y', 1, _, a, b, ..] => (10, usize::from(u16::from_le_bytes([*a, *b]))),
@@ -205,22 +264,35 @@ fn read_npy(path: &str, bytes: &[u8]) -> Result<Array> {
         _ => return Err(bad("it does not start like one")),
     };
     let header = (length <= NPY_HEADER).then(|| bytes.get(start..start + length)).flatten();
-    let header = header.ok_or_else(|| bad(&format!("its header claims {length} bytes")))?;
-    if header.iter().filter(|x| b"([{".contains(x)).count() > NPY_BRACKETS {
+    let text = header.ok_or_else(|| bad(&format!("its header claims {length} bytes")))?;
+    if text.iter().filter(|x| b"([{".contains(x)).count() > NPY_BRACKETS {
         return Err(bad("its header is not that of a plain array"));
     }
+    let of_type = |name: &str| Error::Failed(format!("{shown} {}", other_type(name)));
     let mut body = bytes;
-    let header = npyz::NpyHeader::from_reader(&mut body).map_err(|error| bad(&error.to_string()))?;
+    let header = match npyz::NpyHeader::from_reader(&mut body) {
+        Ok(header) => header,
+        // NumPy has types that npyz does not know.
+        Err(error) => match String::from_utf8_lossy(text).split("'descr': '").nth(1).and_then(|x| x.split('\'').next())
+        {
+            Some(name) if !name.is_empty() => return Err(of_type(name)),
+            _ => return Err(bad(&error.to_string())),
+        },
+    };
     let shape: Vec<usize> = header.shape().iter().map(|&n| usize::try_from(n).unwrap_or(usize::MAX)).collect();
     let count = wgpu_attention::problem::checked_len(&shape)?;
     let dtype = header.dtype();
-    let item = dtype.num_bytes().filter(|_| !header.uses_pickled_array());
-    let item = item.ok_or_else(|| bad("it holds Python objects"))?;
+    let type_name = dtype.descr();
+    let type_name = type_name.trim_matches('\'');
+    if header.uses_pickled_array() {
+        return Err(of_type(type_name));
+    }
+    let item = dtype.num_bytes().ok_or_else(|| of_type(type_name))?;
     if count.checked_mul(item) != Some(body.len()) {
         return Err(bad(&format!("shape {shape:?} of {item}-byte elements does not fit {} bytes of data", body.len())));
     }
     let order = header.order();
-    let type_name = dtype.descr();
+    let data = body;
     let file = npyz::NpyFile::with_header(header, body);
     macro_rules! values {
         ($variant:ident, $type:ty) => {
@@ -232,7 +304,7 @@ fn read_npy(path: &str, bytes: &[u8]) -> Result<Array> {
             )
         };
     }
-    let values = match type_name.trim_matches(['\'', '<', '>', '|', '=']) {
+    let values = match type_name.trim_start_matches(['<', '>', '|', '=']) {
         "b1" => values!(Bool, bool),
         "i1" => values!(Int, i8, i64::from),
         "u1" => values!(Int, u8, i64::from),
@@ -241,10 +313,16 @@ fn read_npy(path: &str, bytes: &[u8]) -> Result<Array> {
         "i4" => values!(Int, i32, i64::from),
         "u4" => values!(Int, u32, i64::from),
         "i8" => values!(Int, i64),
+        "u8" => {
+            let numbers = file.into_vec::<u64>().map_err(|error| bad(&error.to_string()))?;
+            unsigned(numbers.into_iter()).map_err(|reason| Error::Failed(format!("{shown} {reason}")))?
+        }
         "f2" => values!(F16, f16),
         "f4" => values!(F32, f32),
         "f8" => values!(F64, f64),
-        _ => return Err(bad(&format!("elements of type {type_name} are not supported"))),
+        // What ml_dtypes writes as bfloat16: NumPy itself has no name for it.
+        "V2" => Values::BF16(data.chunks_exact(2).map(|x| bf16::from_le_bytes([x[0], x[1]])).collect()),
+        _ => return Err(of_type(type_name)),
     };
     match order {
         npyz::Order::C => Array::new(&shape, values),
@@ -256,10 +334,38 @@ fn read_npy(path: &str, bytes: &[u8]) -> Result<Array> {
     }
 }
 
+/// What the elements of an array are, by NumPy's name of their type, and what to do: they are none that is read.
+fn other_type(name: &str) -> String {
+    let code = name.trim_start_matches(['<', '>', '|', '=']);
+    let (kind, size) = code.split_at(code.chars().next().map_or(0, char::len_utf8));
+    let bits = size.parse::<u32>().ok().and_then(|bytes| bytes.checked_mul(8)).unwrap_or(0);
+    let (is, way_out) = match (kind, size) {
+        ("c", _) => (format!("complex{bits}"), "save x.real and x.imag apart, each as float32"),
+        ("f", "1") => ("float8".into(), "save x.astype('float32')"),
+        ("f", _) => (format!("float{bits}"), "save x.astype('float32')"),
+        ("V", "1") => ("single bytes without a type (float8 or int4 of ml_dtypes)".into(), "save x.astype('float32')"),
+        ("V", _) => (format!("{size} bytes each without a type"), "save x.astype('float32')"),
+        ("O", _) => ("Python objects".into(), "save numpy.array(x.tolist(), dtype='float32')"),
+        ("U" | "S" | "a", _) => ("texts".into(), "save numbers: x.astype('float32') where the texts are some"),
+        ("M" | "m", _) => ("dates or times".into(), "save x.astype('int64')"),
+        ("[" | "(", _) => ("records of several fields".into(), "save each field as an array: x['name']"),
+        _ => ("of a type that is not known".into(), "save x.astype('float32')"),
+    };
+    format!(
+        "holds {is} ('{name}'); float32, float16, bfloat16, float64, integers and bool are read: in Python, {way_out}"
+    )
+}
+
 fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
-    let bad = |error: &dyn std::fmt::Display| Error::Failed(format!("{path} is not a valid .npz file: {error}"));
+    let head = bytes[..bytes.len().min(HEAD)].to_vec();
+    let bad = |error: &dyn std::fmt::Display| unreadable(Path::new(path), &head, "npz", &error.to_string());
     let mut archive = npyz::npz::NpzArchive::new(Cursor::new(bytes)).map_err(|error| bad(&error))?;
-    let names: Vec<String> = archive.array_names().map(str::to_string).collect();
+    let mut names: Vec<String> = archive.array_names().map(str::to_string).collect();
+    // An error is always about the same one.
+    names.sort();
+    if names.is_empty() && !archive.zip_archive().is_empty() {
+        return Err(bad(&"it holds no arrays (no .npy files)"));
+    }
     let mut arrays = BTreeMap::new();
     for name in names {
         let file = npyz::npz::file_name_from_array_name(&name);
@@ -357,6 +463,13 @@ pub fn write_page(path: &Path, template: &str, data: &serde_json::Value) -> Resu
 /// Writes named arrays in the format that the ending says.
 pub fn write_tensors(path: &Path, arrays: &[(&str, Array)]) -> Result<()> {
     let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {error}", path.display()));
+    let is_numpy = extension(path) != "safetensors";
+    if is_numpy && let Some((name, _)) = arrays.iter().find(|(_, array)| matches!(array.values(), Values::BF16(_))) {
+        anstream::eprintln!(
+            "note: {name} is bfloat16, which NumPy has no name for: numpy.load gives two bytes each, and \
+             x.view(ml_dtypes.bfloat16) the numbers"
+        );
+    }
     let bytes = match extension(path).as_str() {
         "npz" => npz_bytes(path, arrays)?,
         "npy" => npy_bytes(path, &arrays[0].1)?,
@@ -379,9 +492,25 @@ fn npy_bytes(path: &Path, array: &Array) -> Result<Vec<u8>> {
     match array.values() {
         Values::F16(x) => put(array.shape(), x),
         Values::F32(x) => put(array.shape(), x),
-        _ => return Err(cannot(&"NumPy files hold no bf16; use .safetensors")),
+        Values::BF16(x) => return Ok(bf16_npy(array.shape(), x)),
+        other => return Err(cannot(&format!("{} is no type of a result", other.type_name()))),
     }
     .map_err(|error| cannot(&error))
+}
+
+/// As ml_dtypes writes bfloat16, which NumPy has no name for: two bytes without a type.
+fn bf16_npy(shape: &[usize], data: &[bf16]) -> Vec<u8> {
+    let axes: String = shape.iter().map(|n| format!("{n}, ")).collect();
+    let mut header = format!("{{'descr': '<V2', 'fortran_order': False, 'shape': ({}), }}", axes.trim_end_matches(' '));
+    // With the ten bytes before it, whole lines of 64.
+    let length = (header.len() + 11).next_multiple_of(64) - 10;
+    header.extend(std::iter::repeat_n(' ', length - 1 - header.len()));
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((length as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    bytes.extend(data.iter().flat_map(|x| x.to_le_bytes()));
+    bytes
 }
 
 fn npz_bytes(path: &Path, arrays: &[(&str, Array)]) -> Result<Vec<u8>> {

@@ -16,6 +16,7 @@ mod options;
 mod picture;
 mod plot;
 mod progress;
+mod recognise;
 mod run;
 mod shader;
 mod target;

@@ -9,7 +9,7 @@ use wgpu_attention::{LoadOptions, MultiHeadAttention, Names, StateDict};
 use crate::array::Array;
 use crate::error::{Error, Result, usage};
 use crate::files;
-use crate::options::{AttentionArgs, WeightsWord};
+use crate::options::{AttentionArgs, WeightsWord, in_options};
 use crate::progress::Spinner;
 use crate::target;
 
@@ -82,7 +82,7 @@ pub struct MhaArgs {
     /// A boolean mask over queries and keys (needs --mask)
     #[arg(long, value_name = "FILE")]
     attn_mask: Option<String>,
-    /// A boolean mask [batch, len_k] over keys (needs --mask)
+    /// A boolean mask [batch, len_k] over keys (needs --mask), or floats to add to the scores
     #[arg(long, value_name = "FILE")]
     key_padding: Option<String>,
     /// An additive bias over queries and keys
@@ -156,12 +156,14 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
         attention = attention.mask(args.attention.meant("attention mask", mask, device)?);
     }
     if let Some(mask) = &key_padding {
-        attention = attention.key_padding(args.attention.meant("key padding mask", mask, device)?);
+        attention = args.attention.pad_keys(attention, mask, device)?;
     }
     if let Some(bias) = &bias {
-        attention = attention.bias(bias.upload("bias", device)?);
+        attention = AttentionArgs::add_bias(attention, bias, device)?;
     }
-    let result = layer.forward(&query, &key, &value, &attention)?;
+    let result = layer
+        .forward(&query, &key, &value, &attention)
+        .map_err(|error| in_options(error, "--return-weights averaged writes one matrix for all heads", ""))?;
     let mut results = vec![("output", Array::download(&result.output)?)];
     if let Some(weights) = &result.weights {
         results.push(("weights", Array::download(weights)?));

@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 use wgpu_attention::{Align, Attention, Device, Mask, MaskMeaning, Weights};
 
 use crate::array::Array;
-use crate::error::{Result, usage};
+use crate::error::{Error, Result, usage};
 
 /// What a mask's true entries mean. There is no default: frameworks differ.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -33,6 +33,22 @@ impl WeightsWord {
     }
 }
 
+/// A library's error in the program's words: its way out to less memory becomes options, those of the mean over heads
+/// only where that takes less.
+pub fn in_options(error: wgpu_attention::Error, averaged: &str, others: &str) -> Error {
+    use wgpu_attention::Error::TooLarge;
+    match error {
+        TooLarge { what, needed, limit_name, limit, adapter, way_out } if !way_out.is_empty() => {
+            let plain = TooLarge { what, needed, limit_name, limit, adapter, way_out: "" }.to_string();
+            let averaged = if way_out.contains("Weights::Averaged") { averaged } else { "" };
+            let said: Vec<&str> =
+                [plain.as_str(), averaged, others].into_iter().filter(|part| !part.is_empty()).collect();
+            Error::Failed(said.join("; "))
+        }
+        other => other.into(),
+    }
+}
+
 /// The two sides of a window.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Window {
@@ -46,7 +62,8 @@ pub struct AttentionArgs {
     /// Query i sees key j only when j <= i + offset: top-left (offset 0), bottom-right (len_k - len_q) or the offset
     #[arg(long, value_name = "top-left|bottom-right|N", value_parser = parse_align, allow_negative_numbers = true)]
     causal: Option<Align>,
-    /// Keys within L to the left and R to the right of the query's own position; empty or - leaves a side open
+    /// Keys within L to the left and R to the right of the query's own position, which does not count (transformers'
+    /// sliding_window = W is W-1,0); empty or - leaves a side open
     #[arg(long, value_name = "L,R", value_parser = parse_window, allow_hyphen_values = true)]
     window: Option<Window>,
     /// S becomes cap * tanh(S / cap), before bias and mask
@@ -85,8 +102,35 @@ impl AttentionArgs {
         attention
     }
 
+    /// Adds key padding: a boolean mask under the meaning that `--mask` gives, or floats, which are a bias.
+    pub fn pad_keys(&self, attention: Attention, array: &Array, device: &Device) -> Result<Attention> {
+        let name = "key padding mask";
+        if array.is_float() {
+            return Ok(attention.key_padding_bias(array.upload(name, device)?));
+        }
+        Ok(attention.key_padding(self.meant(name, array, device)?))
+    }
+
+    /// Adds a bias.
+    pub fn add_bias(attention: Attention, array: &Array, device: &Device) -> Result<Attention> {
+        if array.is_bool() {
+            usage!(
+                "the bias is of bools, which say what may be attended to: a mask; give it as one (--attn-mask FILE, or the \
+                 tensor \"mask\" of attn run), with --mask keep or --mask drop for what true means"
+            );
+        }
+        Ok(attention.bias(array.upload("bias", device)?))
+    }
+
     /// A boolean mask under the meaning that `--mask` gives.
     pub fn meant(&self, name: &str, array: &Array, device: &Device) -> Result<Mask> {
+        if array.is_float() {
+            usage!(
+                "the {name} is of floats ({}), which are added to the scores: a bias; give it as the bias (--bias FILE, or \
+                 the tensor \"bias\" of attn run)",
+                array.values().type_name()
+            );
+        }
         let meaning = match self.mask {
             Some(MaskWord::Keep) => MaskMeaning::Keep,
             Some(MaskWord::Drop) => MaskMeaning::Drop,
@@ -113,7 +157,11 @@ fn parse_align(text: &str) -> Result<Align, String> {
 fn parse_window(text: &str) -> Result<Window, String> {
     let side = |side: &str| match side.trim() {
         "" | "-" => Ok(None),
-        number => number.parse().map(Some).map_err(|_| format!("\"{number}\" is not a number of keys")),
+        number => number.parse().map(Some).map_err(|_| {
+            format!(
+                "\"{number}\" is not a number of keys, 0 or more; - leaves a side open (-1 in FlashAttention and ONNX)"
+            )
+        }),
     };
     match text.split_once(',') {
         Some((left, right)) => Ok(Window { left: side(left)?, right: side(right)? }),

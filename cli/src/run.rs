@@ -7,9 +7,9 @@ use clap::{Args, ValueEnum};
 use wgpu_attention::{Inspect, Tensor, Weights};
 
 use crate::array::Array;
-use crate::error::{Result, fail, usage};
+use crate::error::{Error, Result, fail, usage};
 use crate::files::{self, TensorFile};
-use crate::options::{AttentionArgs, WeightsWord};
+use crate::options::{AttentionArgs, WeightsWord, in_options};
 use crate::progress::Spinner;
 use crate::target;
 
@@ -23,9 +23,11 @@ enum LayoutWord {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Tensors: q, k, v (f32, f16 or bf16), and if there: mask (bool, or u8 of 0 and 1; needs --mask), \
-bias, key_lengths (integers, one per batch entry), sink (one score per query head). Masks and biases \
-broadcast to [batch, heads, len_q, len_k], whatever the layout. A tensor of another name is an error.
+Tensors: q, k, v (f32, f16 or bf16; f64 is rounded to f32), and if there: mask (bool, or u8 of 0 and 1; needs \
+--mask), bias, key_padding ([batch, len_k]: bool, as a mask, or floats, as a bias), key_lengths and query_lengths \
+(integers, one per batch entry), sink (one score per query head). Masks and biases broadcast to [batch, heads, \
+len_q, len_k], whatever the layout. A tensor of another name is an error. NumPy files hold bfloat16 as ml_dtypes \
+writes it (V2).
 
 The output holds `output`, and `lse`, `weights`, `column_sums` and `entropy` when asked for, in the type \
 of q (lse, column_sums and entropy in f32).
@@ -85,9 +87,14 @@ struct Inputs {
     v: Array,
     mask: Option<Array>,
     bias: Option<Array>,
+    key_padding: Option<Array>,
     key_lengths: Option<Array>,
+    query_lengths: Option<Array>,
     sink: Option<Array>,
 }
+
+/// What a file may hold.
+const NAMES: [&str; 9] = ["q", "k", "v", "mask", "bias", "key_padding", "key_lengths", "query_lengths", "sink"];
 
 impl RunArgs {
     fn read(&self) -> Result<Inputs> {
@@ -98,10 +105,19 @@ impl RunArgs {
                 v: files::read_named(v)?,
                 mask: None,
                 bias: None,
+                key_padding: None,
                 key_lengths: None,
+                query_lengths: None,
                 sink: None,
             }),
             (Some(path), ..) => {
+                if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("npy")) && path.is_file() {
+                    usage!(
+                        "{} holds one array; give three as --q FILE --k FILE --v FILE, or the folder of q.npy, k.npy and \
+                         v.npy",
+                        path.display()
+                    );
+                }
                 let file = TensorFile::open(path)?;
                 let inputs = Inputs {
                     q: file.need("q")?,
@@ -109,10 +125,12 @@ impl RunArgs {
                     v: file.need("v")?,
                     mask: file.get("mask")?,
                     bias: file.get("bias")?,
+                    key_padding: file.get("key_padding")?,
                     key_lengths: file.get("key_lengths")?,
+                    query_lengths: file.get("query_lengths")?,
                     sink: file.get("sink")?,
                 };
-                file.expect_only(&["q", "k", "v", "mask", "bias", "key_lengths", "sink"])?;
+                file.expect_only(&NAMES)?;
                 Ok(inputs)
             }
             _ => usage!("give IN, or all of --q, --k and --v"),
@@ -140,6 +158,29 @@ fn parse_range(text: &str) -> Result<Range<usize>, String> {
 }
 
 impl RunArgs {
+    /// The library's error in the program's words.
+    fn explain(&self, error: wgpu_attention::Error, inputs: &Inputs) -> Error {
+        let error = match error {
+            wgpu_attention::Error::Shape(message) => message,
+            other => return in_options(other, AVERAGED, CHOSEN),
+        };
+        // Heads where lengths are expected, or the other way round.
+        let at = |array: &Array, back: usize| array.shape().len().checked_sub(back).map(|axis| array.shape()[axis]);
+        let fits = |back: usize| match [&inputs.q, &inputs.k, &inputs.v].map(|array| at(array, back)) {
+            [Some(q), Some(k), Some(v)] => k == v && k > 0 && q % k == 0,
+            _ => false,
+        };
+        let (bhsd, (now, other)) = (self.layout == LayoutWord::Bhsd, ("bhsd", "bshd"));
+        let way_out = match (fits(if bhsd { 3 } else { 2 }), fits(if bhsd { 2 } else { 3 })) {
+            (false, true) if bhsd => {
+                format!("; --layout {now} is taken; if heads come after the lengths, say --layout {other}")
+            }
+            (false, true) => format!("; --layout {other} is asked for; if heads come before the lengths, leave it out"),
+            _ => String::new(),
+        };
+        Error::Failed(format!("{error}{way_out}"))
+    }
+
     /// Whether only some weights are asked for.
     fn chooses(&self) -> bool {
         self.inspect_heads.is_some() || self.inspect_queries.is_some()
@@ -180,6 +221,11 @@ impl RunArgs {
     }
 }
 
+/// What to ask for where the weights do not fit.
+const AVERAGED: &str = "--weights averaged writes one matrix for all heads";
+const CHOSEN: &str = "--inspect-heads and --inspect-queries write weights of some, --column-sums and --entropy what they add \
+                      up to";
+
 pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let names: Vec<&str> = [
         ("output", true),
@@ -194,8 +240,11 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let inspect = args.inspect()?;
     files::check_output(&args.output, &names)?;
     let inputs = args.read()?;
-    if inputs.mask.is_none() && args.attention.mask.is_some() {
-        usage!("--mask says what a mask means, but the input holds no tensor \"mask\"");
+    let is_mask = |array: &Option<Array>| array.as_ref().is_some_and(|array| !array.is_float());
+    if args.attention.mask.is_some() && inputs.mask.is_none() && !is_mask(&inputs.key_padding) {
+        usage!(
+            "--mask says what a mask means, but the input holds no tensor \"mask\", and no \"key_padding\" of bools"
+        );
     }
     let target = target::target(adapter)?;
     target.announce();
@@ -211,17 +260,25 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
         attention = attention.mask(args.attention.meant("mask", mask, device)?);
     }
     if let Some(bias) = &inputs.bias {
-        attention = attention.bias(bias.upload("bias", device)?);
+        attention = AttentionArgs::add_bias(attention, bias, device)?;
+    }
+    if let Some(padding) = &inputs.key_padding {
+        attention = args.attention.pad_keys(attention, padding, device)?;
     }
     if let Some(lengths) = &inputs.key_lengths {
         attention = attention.key_lengths(lengths.lengths("key_lengths")?);
     }
+    if let Some(lengths) = &inputs.query_lengths {
+        attention = attention.query_lengths(lengths.lengths("query_lengths")?);
+    }
     if let Some(sink) = &inputs.sink {
         attention = attention.sink(sink.upload("sink", device)?);
     }
-    let attended = attention.forward(&q, &k, &v)?;
+    let attended = attention.forward(&q, &k, &v).map_err(|error| args.explain(error, &inputs))?;
     let seen = match (&inspect, &attended.lse) {
-        (Some(inspect), Some(lse)) => Some(attention.inspect(&q, &k, lse, inspect)?),
+        (Some(inspect), Some(lse)) => {
+            Some(attention.inspect(&q, &k, lse, inspect).map_err(|error| in_options(error, AVERAGED, CHOSEN))?)
+        }
         _ => None,
     };
     let (of_chosen, column_sums, entropy) =

@@ -84,10 +84,9 @@ pub fn mha(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec
         attention = attention.weights(if averaged { Weights::Averaged } else { Weights::PerHead });
     }
     let key_padding = case.optional("key_padding_mask")?;
-    if let Some(mask) = &key_padding {
-        if !mask.is_bool() {
-            return Err(Stop::Skip("a key_padding_mask of floats is not known".into()));
-        }
+    if let Some(bias) = key_padding.as_ref().filter(|mask| mask.is_float()) {
+        attention = attention.key_padding_bias(bias.upload("key_padding_mask", device)?);
+    } else if let Some(mask) = &key_padding {
         attention = attention.key_padding(Mask::drop(mask.upload_bools("key_padding_mask", device)?)?);
     }
     match case.optional("attn_mask")? {

@@ -288,7 +288,7 @@ impl AttentionPlot {
             attention = attention.mask(self.attention.meant("attention mask", mask, device)?);
         }
         if let Some(bias) = &bias {
-            attention = attention.bias(bias.upload("bias", device)?);
+            attention = AttentionArgs::add_bias(attention, bias, device)?;
         }
         // Weights do not depend on values: the keys stand in for them.
         let attended = attention.forward(&q, &k, &k)?;

@@ -74,6 +74,7 @@ const FORMS: [Form; 13] = [
             ("--return-weights", Nothing, 2),
             ("--attn-mask", File, 1),
             ("--bias", File, 1),
+            ("--key-padding", File, 1),
         ],
     ),
     (
@@ -155,7 +156,7 @@ const FORMS: [Form; 13] = [
     (&["shader"], &[("", Word(&["softmax.wgsl", "softmax/lanes1x8", "../Cargo.toml", "flash/rows0"]), 7)]),
 ];
 
-const FILES: [&str; 16] = [
+const FILES: [&str; 20] = [
     "in.safetensors",
     "in.safetensors:q",
     "in.safetensors:none",
@@ -170,6 +171,10 @@ const FILES: [&str; 16] = [
     "cut.safetensors",
     "folder.npz",
     "report.json",
+    "model.pt",
+    "double.npy",
+    "half.npy",
+    "page.safetensors",
     ".",
     "/dev/null",
 ];
@@ -274,6 +279,19 @@ fn fill(at: &Path) {
     std::fs::write(at.join("case/minilm.safetensors"), case).expect("written");
     std::fs::write(at.join("broken/index.json"), r#"[{"name": "none"}, {"name": "../in"}]"#).expect("written");
     std::fs::write(at.join("empty.npy"), "").expect("written");
+    std::fs::write(at.join("model.pt"), b"PK\x03\x04archive/data.pkl").expect("written");
+    std::fs::write(at.join("page.safetensors"), "<!doctype html>").expect("written");
+    // Queries in float64, and in bfloat16 as ml_dtypes writes it.
+    let whole = std::fs::read(at.join("q.npy")).expect("readable");
+    let typed = |name: &str, dtype: &[u8], bytes: usize| {
+        let mut file = whole.clone();
+        let from = file.windows(3).position(|part| part == b"<f4").expect("a type");
+        file[from..from + 3].copy_from_slice(dtype);
+        file.resize(whole.len() - 64 * 4 + 64 * bytes, 0);
+        std::fs::write(at.join(name), file).expect("written");
+    };
+    typed("double.npy", b"<f8", 8);
+    typed("half.npy", b"<V2", 2);
     std::fs::write(at.join("report.json"), r#"{"schema": 1, "results": [{"id": 3}]}"#).expect("written");
 }
 

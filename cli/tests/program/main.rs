@@ -4,6 +4,7 @@ mod bench;
 mod browser;
 mod check;
 mod hostile;
+mod inputs;
 mod kit;
 mod main_job;
 mod plot;

@@ -14,7 +14,7 @@ use super::{
     AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RelativeOperand, Slot,
     check_buffer, padded_bytes, rows_padded, strides_used, strides4, tile_within, window,
 };
-use crate::error::Result;
+use crate::error::{INSTEAD_OF_INSPECTED, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
 
 /// Rows walked over before a sum is handed on, at least, and most pieces of a sum. Chosen by lengths alone:
@@ -90,7 +90,8 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         (Inspection::Entropy, Slot::Entropy, "the entropies", planner.plan.entropy.clone(), len_k),
     ] {
         let Some(layout) = layout else { continue };
-        check_buffer(adapter, what, padded_bytes(&layout, Dtype::F32))?;
+        check_buffer(adapter, what, padded_bytes(&layout, Dtype::F32))
+            .map_err(|error| error.or_rather(INSTEAD_OF_INSPECTED))?;
         if layout.is_empty() {
             continue;
         }

@@ -428,6 +428,7 @@ pub(crate) fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> R
         limit_name,
         limit,
         adapter: adapter.adapter.clone(),
+        way_out: "",
     };
     if needed > adapter.max_buffer {
         return Err(too_large("the largest buffer", adapter.max_buffer));

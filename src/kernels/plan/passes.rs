@@ -9,7 +9,7 @@ use super::{
     AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, NOTHING, Part, Plan, Planner, Slot, Window,
     check_buffer, flash, padded_bytes, rows_padded, strides_used, strides4, window,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, INSTEAD_OF_AVERAGED, INSTEAD_OF_WEIGHTS, Result};
 use crate::problem::{Dtype, Layout, Problem, ScoreStage, checked_len};
 
 /// Keys whose values are added up in one run: more lose digits, and add up their parts in the output.
@@ -29,13 +29,13 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     if operands.stage.is_some_and(|stage| stage != ScoreStage::Weights) {
         planner.plan.stage = Some(rows_padded(&square)?);
     }
-    for (what, layout) in [
-        ("the weights", &planner.plan.weights),
-        ("the averaged weights", &planner.plan.averaged),
-        ("the scores", &planner.plan.stage),
+    for (what, layout, instead) in [
+        ("the weights", &planner.plan.weights, INSTEAD_OF_WEIGHTS),
+        ("the averaged weights", &planner.plan.averaged, INSTEAD_OF_AVERAGED),
+        ("the scores", &planner.plan.stage, INSTEAD_OF_AVERAGED),
     ] {
         if let Some(layout) = layout {
-            check_buffer(adapter, what, padded_bytes(layout, Dtype::F32))?;
+            check_buffer(adapter, what, padded_bytes(layout, Dtype::F32)).map_err(|error| error.or_rather(instead))?;
         }
     }
     planner.plan.output = operands.output.stored;
