@@ -10,6 +10,7 @@ mod half;
 mod inspect;
 mod kit;
 mod limits;
+mod long_rows;
 mod multi_head;
 mod packed;
 mod position;
