@@ -74,9 +74,14 @@ pub struct Attention {
     scale: Option<f32>,
     softcap: Option<f32>,
     positions: Positions,
+    /// Whether the caller says if the rule is causal, and where queries stand: a cache says both otherwise.
+    says_causal: bool,
+    says_align: bool,
+    query_lengths: Option<Vec<usize>>,
     masks: Vec<Mask>,
     key_padding: Vec<Mask>,
     biases: Vec<Tensor>,
+    key_padding_biases: Vec<Tensor>,
     sink: Option<Tensor>,
     lse: bool,
     weights: Weights,
@@ -107,6 +112,20 @@ pub struct Attended {
     pub weights: Option<Tensor>,
     /// `[batch, heads_q, len_q, len_k]`, as asked for by [`Attention::scores`].
     pub scores: Option<Tensor>,
+}
+
+/// What a cache holds while queries attend to it: one entry per sequence.
+pub(crate) struct Held<'a> {
+    /// Keys held.
+    pub lengths: &'a [usize],
+    /// The positions of the first of them.
+    pub firsts: &'a [usize],
+    /// Queries, the last positions.
+    pub counts: &'a [usize],
+    /// Keys before its own that a query of the cache sees.
+    pub window: Option<usize>,
+    /// Whether the cache turns queries by their positions.
+    pub turns: bool,
 }
 
 /// The operands of one call, with four axes each and masks and biases broadcast.
@@ -172,24 +191,50 @@ impl Attention {
     /// Query `i` sees key `j` only when `j ≤ i + offset`. Sets the offset for a window too.
     pub fn causal(mut self, align: Align) -> Self {
         self.positions.causal = true;
-        self.positions.align = align;
+        self.says_causal = true;
+        self.align(align)
+    }
+    /// Queries see what comes after them too. [`Attention::forward`] does so anyway; over a [`KvCache`](crate::KvCache)
+    /// this turns its causal rule off. Of this and [`Attention::causal`] the last counts.
+    pub fn not_causal(mut self) -> Self {
+        self.positions.causal = false;
+        self.says_causal = true;
         self
     }
     /// Where queries stand among keys, for a window without a causal mask.
     pub fn align(mut self, align: Align) -> Self {
         self.positions.align = align;
+        self.says_align = true;
         self
     }
     /// Keys within `left` and `right` of the query's own position `i + offset`, inclusive; `None`
     /// leaves that side open.
+    ///
+    /// The query's own key does not count, so `window(3, 0)` sees four keys. In other frameworks' words:
+    ///
+    /// | there | here |
+    /// |---|---|
+    /// | transformers' `sliding_window = W` of a decoder: W keys, the query's own included | `window(Some(W − 1), None)`, causal |
+    /// | transformers' `sliding_window = W` of an encoder: `abs(i − j) ≤ W` | `window(Some(W), Some(W))` |
+    /// | Keras's `sliding_window = W`: `abs(i − j) < W` | `window(Some(W − 1), Some(W − 1))` |
+    /// | FlashAttention's `window_size = (L, R)`, −1 leaves a side open | `window(Some(L), Some(R))` with [`Align::BottomRight`] |
+    /// | JAX's `local_window_size = (L, R)` | `window(Some(L), Some(R))` |
+    /// | ONNX's `left_window_size`, `right_window_size`, −1 leaves a side open | the same numbers |
     pub fn window(mut self, left: Option<usize>, right: Option<usize>) -> Self {
         self.positions.window_left = left;
         self.positions.window_right = right;
         self
     }
-    /// Valid keys per batch entry; the rest is padding.
+    /// Valid keys per batch entry; the rest is padding (JAX's `key_value_seq_lengths`).
     pub fn key_lengths(mut self, lengths: Vec<usize>) -> Self {
         self.positions.key_lengths = Some(lengths);
+        self
+    }
+    /// Valid queries per batch entry, JAX's `query_seq_lengths`: those behind are padding and may attend to nothing
+    /// (output 0, weights 0, LSE −∞ or the [sink](Attention::sink)). At most `len_q` each. Layers with `add_bias_kv` or
+    /// `add_zero_attn` refuse it, packed sequences too.
+    pub fn query_lengths(mut self, lengths: Vec<usize>) -> Self {
+        self.query_lengths = Some(lengths);
         self
     }
     /// A boolean mask; may be given several times, a key must pass all.
@@ -200,6 +245,12 @@ impl Attention {
     /// A boolean mask over keys, `[batch, len_k]` (or `[len_k]` for all): PyTorch's `key_padding_mask`.
     pub fn key_padding(mut self, mask: Mask) -> Self {
         self.key_padding.push(mask);
+        self
+    }
+    /// A bias over keys, floats `[batch, len_k]` (or `[len_k]` for all), added to the score of every query and head:
+    /// PyTorch's `key_padding_mask` of floats. −∞ masks. May be given several times.
+    pub fn key_padding_bias(mut self, bias: Tensor) -> Self {
+        self.key_padding_biases.push(bias);
         self
     }
     /// An additive bias that broadcasts like a mask; −∞ masks. May be given several times.
@@ -288,21 +339,102 @@ impl Attention {
         self
     }
 
-    /// The same rules for queries that stand behind a cache's keys: entry `b` holds `lengths[b]` of them,
-    /// query `i` stands at key `offsets[b] + i`, and sees no more than `window` keys before its own.
-    pub(crate) fn behind(&self, lengths: Vec<usize>, offsets: Vec<i64>, window: Option<usize>) -> Result<Attention> {
-        if self.positions.key_lengths.is_some() {
-            return Err(value_error!("key_lengths is given, but a cache says itself how many keys it holds"));
-        }
+    /// The same rules for `counts[b]` queries at the end of what each sequence of a cache holds.
+    pub(crate) fn behind(&self, held: &Held<'_>) -> Result<Attention> {
         let mut attention = self.clone();
         attention.positions = Positions {
-            align: Align::PerBatch(offsets),
-            causal: true,
-            window_left: self.positions.window_left.into_iter().chain(window).min(),
+            align: Align::PerBatch(self.cache_offsets(held)?),
+            causal: self.causal_in_cache(held.counts)?,
+            window_left: self.positions.window_left.into_iter().chain(held.window).min(),
             window_right: self.positions.window_right,
-            key_lengths: Some(lengths),
+            key_lengths: Some(self.cache_lengths(held)?),
         };
         Ok(attention)
+    }
+    /// Whether queries over a cache are causal: by default they are, unless the caller says what they see.
+    fn causal_in_cache(&self, counts: &[usize]) -> Result<bool> {
+        if self.says_causal || self.says_align || !self.masks.is_empty() {
+            return Ok(self.positions.causal);
+        }
+        if self.positions.window_right.is_some() {
+            return Ok(false);
+        }
+        // A single query at the end of its sequence sees all of it either way.
+        match counts.iter().enumerate().find(|&(_, &count)| count > 1) {
+            Some((b, count)) if !self.biases.is_empty() => Err(value_error!(
+                "{count} queries of batch entry {b} come with a bias, which may be a mask (-inf hides) or not, so it is \
+                 open whether the cache is to hide what comes after each: say causal(Align::BottomRight) for causal, or \
+                 not_causal() where the bias hides what must be hidden"
+            )),
+            _ => Ok(true),
+        }
+    }
+    /// Where the first query of each sequence stands among the keys held.
+    fn cache_offsets(&self, held: &Held<'_>) -> Result<Vec<i64>> {
+        let ends: Vec<i64> =
+            held.lengths.iter().zip(held.counts).map(|(&len, &count)| len as i64 - count as i64).collect();
+        let given = match &self.positions.align {
+            _ if !self.says_align => return Ok(ends),
+            Align::BottomRight => return Ok(ends),
+            Align::TopLeft => vec![0; ends.len()],
+            Align::Offset(offset) => vec![*offset; ends.len()],
+            Align::PerBatch(offsets) if offsets.len() == ends.len() => offsets.clone(),
+            Align::PerBatch(offsets) => {
+                return Err(shape_error!(
+                    "the list of offsets has {} entries for a batch of {}; one per batch entry is needed",
+                    offsets.len(),
+                    ends.len()
+                ));
+            }
+        };
+        for (b, (offset, end)) in given.iter().zip(&ends).enumerate().filter(|(_, (offset, end))| offset != end) {
+            let why = match held.firsts[b] {
+                _ if held.turns => "by which the cache's rotary turns it".to_string(),
+                0 => continue,
+                first => format!("counted from position {first} on, since the window dropped the keys before"),
+            };
+            return Err(value_error!(
+                "query 0 of batch entry {b} stands at key {end} of the cache, {why}, but the attention's align says \
+                 {offset}; leave it to the cache: Align::BottomRight"
+            ));
+        }
+        Ok(given)
+    }
+    /// The keys that count of each sequence: those held, or as many of them as the caller says.
+    fn cache_lengths(&self, held: &Held<'_>) -> Result<Vec<usize>> {
+        let Some(given) = &self.positions.key_lengths else { return Ok(held.lengths.to_vec()) };
+        if given.len() != held.lengths.len() {
+            return Err(shape_error!(
+                "key_lengths has {} entries for a batch of {}; one per batch entry is needed",
+                given.len(),
+                held.lengths.len()
+            ));
+        }
+        for (b, (&given, &len)) in given.iter().zip(held.lengths).enumerate() {
+            if given > len {
+                return Err(value_error!(
+                    "key_lengths[{b}] = {given} is more than the {len} keys that batch entry {b} of the cache holds; the \
+                     cache counts them itself: leave key_lengths out"
+                ));
+            }
+            if given < len && held.firsts[b] > 0 {
+                return Err(value_error!(
+                    "key_lengths[{b}] = {given} counts from the first key of a sequence, but the window dropped {} keys of \
+                     batch entry {b}; leave key_lengths out",
+                    held.firsts[b]
+                ));
+            }
+        }
+        Ok(given.clone())
+    }
+    /// Whether it matters where queries stand among a cache's keys, beside rotary positions; and whether the caller says
+    /// where that is.
+    pub(crate) fn needs_places(&self, counts: &[usize], window: Option<usize>) -> Result<(bool, bool)> {
+        let Positions { window_left, window_right, .. } = self.positions;
+        let needs = window_left.or(window_right).or(window).is_some()
+            || self.distance.is_some()
+            || self.causal_in_cache(counts)?;
+        Ok((needs, self.says_align && self.positions.align != Align::BottomRight))
     }
     /// The softcap and positional rules for one batch entry of `len_k` keys, without masks and biases.
     #[cfg(not(target_arch = "wasm32"))]
@@ -314,7 +446,7 @@ impl Attention {
         };
         Attention { softcap: self.softcap, positions, ..Default::default() }
     }
-    /// Whether queries and keys are to be turned.
+    /// Whether the caller gives rotary positions.
     pub(crate) fn turns(&self) -> bool {
         self.rotary.is_some()
     }
@@ -446,8 +578,9 @@ impl Attention {
     ) -> Result<Attended> {
         for (what, given) in [
             ("a mask", !self.masks.is_empty()),
-            ("a key padding mask", !self.key_padding.is_empty()),
+            ("a key padding mask", !self.key_padding.is_empty() || !self.key_padding_biases.is_empty()),
             ("a bias", !self.biases.is_empty()),
+            ("query_lengths", self.query_lengths.is_some()),
             ("a bias by distance", self.distance.is_some()),
             ("returned weights", self.weights != Weights::None),
             ("returned scores", self.scores.is_some()),
@@ -504,7 +637,7 @@ impl Attention {
     /// The device of all tensors of a call.
     pub(crate) fn device(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Device> {
         let masks = self.masks.iter().chain(&self.key_padding).map(|mask| ("a mask", &mask.tensor));
-        let biases = self.biases.iter().map(|bias| ("a bias", bias));
+        let biases = self.biases.iter().chain(&self.key_padding_biases).map(|bias| ("a bias", bias));
         let distance = self.distance.iter().map(|distance| match distance {
             Distance::Alibi(slopes) => ("the slopes", slopes),
             Distance::T5(table, _) => ("the table of biases", table),
@@ -586,24 +719,24 @@ impl Attention {
             })?;
             Ok(tensor.with_layout(layout))
         };
-        let padding = self.key_padding.iter().map(|mask| match mask.tensor.layout().rank() {
-            1 => Ok(mask.clone()),
-            2 => Ok(Mask { tensor: mask.tensor.unsqueeze(1)?.unsqueeze(1)?, meaning: mask.meaning }),
-            _ => Err(shape_error!("a key padding mask of shape {:?} must be [batch, len_k]", mask.tensor.shape())),
-        });
+        let queries = self.query_mask(recording, &problem)?;
+        let padding = |mask: &Mask| {
+            Ok(Mask { tensor: over_keys("a key padding mask", &mask.tensor, &problem)?, meaning: mask.meaning })
+        };
         let masks = (self.masks.iter().cloned().map(Ok))
-            .chain(padding)
+            .chain(self.key_padding.iter().map(padding))
+            .chain(queries.map(Ok))
             .map(|mask| {
                 let mask = mask?;
                 Ok(Mask { tensor: broadcast("a mask", &mask.tensor)?, meaning: mask.meaning })
             })
             .collect::<Result<Vec<_>>>()?;
-        let biases = self
-            .biases
-            .iter()
+        let biases = (self.biases.iter().cloned().map(Ok))
+            .chain(self.key_padding_biases.iter().map(|bias| over_keys("a key padding bias", bias, &problem)))
             .map(|bias| {
+                let bias = bias?;
                 bias.expect_float("a bias")?;
-                broadcast("a bias", bias)
+                broadcast("a bias", &bias)
             })
             .collect::<Result<Vec<_>>>()?;
         let sink = self.checked_sink(&problem)?;
@@ -622,6 +755,32 @@ impl Attention {
             }
         };
         Ok((problem, Operands { q: q4, k: k4, v: v4, masks, biases, relative, rotary, sink }))
+    }
+
+    /// The rule of [`Attention::query_lengths`]: `[batch, 1, len_q, 1]`.
+    fn query_mask(&self, recording: &Recording, problem: &Problem) -> Result<Option<Mask>> {
+        let Some(lengths) = &self.query_lengths else { return Ok(None) };
+        let Problem { batch, len_q, extra_keys, .. } = *problem;
+        if lengths.len() != batch {
+            return Err(shape_error!(
+                "query_lengths has {} entries for a batch of {batch}; one per batch entry is needed",
+                lengths.len()
+            ));
+        }
+        if let Some((b, len)) = lengths.iter().enumerate().find(|&(_, &len)| len > len_q) {
+            return Err(shape_error!("query_lengths[{b}] = {len} is more than len_q = {len_q}"));
+        }
+        if extra_keys > 0 {
+            return Err(value_error!(
+                "query_lengths does not go with add_bias_kv or add_zero_attn: every query sees those {extra_keys} keys; \
+                 leave it out and pass over the outputs behind each length"
+            ));
+        }
+        if lengths.iter().all(|&len| len == len_q) {
+            return Ok(None);
+        }
+        let valid: Vec<bool> = lengths.iter().flat_map(|&len| (0..len_q).map(move |i| i < len)).collect();
+        Mask::keep(recording.bools(&[batch, 1, len_q, 1], &valid)?).map(Some)
     }
 
     fn relative(&self, recording: &mut Recording, problem: &Problem, q: &Tensor) -> Result<Option<Relative>> {
@@ -655,6 +814,22 @@ impl Attention {
         let shape = [problem.batch, heads, problem.len_q, table.shape()[3]];
         let layout = table.layout().broadcast_to(&shape)?;
         Ok(Some(Relative { table: table.with_layout(layout), kind, low, high, factor }))
+    }
+}
+
+/// What speaks of keys alone, `[batch, len_k]` or `[len_k]`, with axes for heads and queries.
+fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
+    let [batch, .., len_k] = problem.mask_shape();
+    match *tensor.shape() {
+        [len] if len == len_k || len == 1 => Ok(tensor.clone()),
+        [entries, len] if (len == len_k || len == 1) && (entries == batch || entries == 1) => {
+            tensor.unsqueeze(1)?.unsqueeze(1)
+        }
+        _ => Err(shape_error!(
+            "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; one that speaks of \
+             queries or heads too goes to Attention::mask or Attention::bias",
+            tensor.shape()
+        )),
     }
 }
 

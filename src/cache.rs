@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use crate::attention::{Attended, Attention, common_device_is};
+use crate::attention::{Attended, Attention, Held, common_device_is};
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::Gpu;
@@ -105,9 +105,9 @@ struct Sequence {
 /// (Shazeer 2019, "Fast Transformer Decoding", section 2.4).
 ///
 /// K `[batch, heads_kv, capacity, dim_k]` and V `[batch, heads_kv, capacity, dim_v]` are allocated once.
-/// Sequences of a batch may have different lengths. Queries are causal by length: the newest token of a
-/// sequence sees all that it holds, or its window. A step of a length that was seen before allocates
-/// nothing.
+/// Sequences of a batch may have different lengths. Queries are causal unless their [`Attention`] says otherwise
+/// ([`KvCache::attend`]): the newest token of a sequence sees all that it holds, or its window. A step of a length
+/// that was seen before allocates nothing.
 ///
 /// ```
 /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, Tensor};
@@ -289,9 +289,38 @@ impl KvCache {
     /// Attention of Q `[batch, heads_q, len_q, dim_k]`, the last `len_q` positions of every sequence,
     /// over what is held.
     ///
-    /// Causal: query `i` stands at position `positions()[b] − len_q + i` and sees the keys up to its own,
-    /// within the window of the cache and that of `attention`. Scale, softcap, masks, biases and results
-    /// are those of `attention`; a mask or bias is as wide as [`KvCache::keys`] is long.
+    /// Query `i` stands at position `positions()[b] − len_q + i`. By default it sees the keys up to its own. That rule
+    /// is the cache's, and goes where `attention` says what queries see:
+    ///
+    /// | `attention` has | queries see |
+    /// |---|---|
+    /// | none of these | the keys up to their own position |
+    /// | a [mask](Attention::mask) | what the mask keeps; with [`Attention::causal`] no more than that too |
+    /// | [`Attention::not_causal`] | every key held: image tokens of a prefix, keys of an encoder |
+    /// | [`Attention::causal`] | keys up to where its [`Align`](crate::Align) puts them, counted in the keys held; `Align::BottomRight` is the cache's own rule |
+    /// | [`Attention::align`], or a window with a right side | no causal rule, as in [`Attention::forward`] |
+    ///
+    /// Several queries with a [bias](Attention::bias) must say `causal` or `not_causal`: a bias may be a mask. Key
+    /// padding and key lengths (at most as many keys as are held) hide keys and leave the rule as it is. The window of
+    /// the cache, that of `attention`, positional biases and the cache's rotary go by the positions of queries in every
+    /// case. An `align` that puts queries elsewhere is refused where a rotary turns them, or once a window dropped keys.
+    ///
+    /// Everything else is as in [`Attention::forward`] over [`KvCache::keys`] and [`KvCache::values`]; a mask or
+    /// bias is as wide as those are long. Where no rule goes by position there may be more queries than keys.
+    ///
+    /// ```
+    /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, Tensor};
+    ///
+    /// # fn main() -> wgpu_attention::Result<()> {
+    /// let device = Device::new()?;
+    /// let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 2, 128, 16))?;
+    /// let patches = Tensor::from_slice(&device, &[1, 2, 9, 16], &[0.1f32; 288])?; // of an image: they see each other
+    /// cache.step(&Attention::new().not_causal(), &patches, &patches, &patches)?;
+    /// let token = Tensor::from_slice(&device, &[1, 2, 1, 16], &[0.1f32; 32])?;
+    /// cache.step(&Attention::new(), &token, &token, &token)?; // the text behind it is causal again
+    /// # Ok(())
+    /// # }
+    /// ```
     #[cfg(not(target_arch = "wasm32"))]
     pub fn attend(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
         pollster::block_on(self.attend_async(attention, q, None))
@@ -306,7 +335,6 @@ impl KvCache {
 
     /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
-        self.expect_order("attention by position")?;
         let mut recording = Recording::for_step(&self.device);
         let counts = self.counts(lengths, "Q", q.layout())?;
         let attended = self.record_attend(&mut recording, attention, q, &self.rows, &self.sequences, &counts, None)?;
@@ -314,7 +342,8 @@ impl KvCache {
         Ok(attended)
     }
 
-    /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens.
+    /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens. Causal unless
+    /// `attention` says what queries see, as [`KvCache::attend`] explains.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         pollster::block_on(self.step_async(attention, q, k, v, None))
@@ -383,8 +412,8 @@ impl KvCache {
     /// `b` goes to row `starts[b] + i`. A sequence is then as long as its last row written, or as before.
     ///
     /// After a [`ScatterMode::Circular`] write around the end, rows no longer lie in the order of
-    /// positions: [`KvCache::keys`] and [`KvCache::values`] go on with masks of the caller's own, and
-    /// [`KvCache::clear`] starts afresh.
+    /// positions: [`KvCache::attend`] goes on where no rule needs that order (with masks of the caller's own, or
+    /// [`Attention::not_causal`]), and [`KvCache::clear`] starts afresh.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn write(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
         pollster::block_on(self.write_async(starts, k, v, mode))
@@ -450,7 +479,7 @@ impl KvCache {
             false => Ok(()),
             true => Err(value_error!(
                 "a circular write went around the end, so rows no longer lie in the order of positions, which {what} \
-                 needs; clear the cache, or use keys() and values()"
+                 needs; clear the cache, or attend with a mask of your own or not_causal()"
             )),
         }
     }
@@ -589,6 +618,39 @@ impl KvCache {
         counts: &[usize],
         output: Option<&Tensor>,
     ) -> Result<Attended> {
+        if attention.turns() {
+            return Err(value_error!(
+                "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
+            ));
+        }
+        let (needs_places, says_places) = attention.needs_places(counts, self.config.window)?;
+        if needs_places {
+            self.expect_order("attention by position")?;
+        }
+        if needs_places && !says_places || self.rotary.is_some() {
+            self.expect_places(attention, sequences, counts)?;
+        }
+        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len).collect();
+        let firsts: Vec<usize> = sequences.iter().map(|sequence| sequence.first).collect();
+        let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
+        common_device_is(&self.device, attention.device(q, &k, &v)?)?;
+        let held = Held {
+            lengths: &lengths,
+            firsts: &firsts,
+            counts,
+            window: self.config.window,
+            turns: self.rotary.is_some(),
+        };
+        let attention = attention.behind(&held)?;
+        // Only a cache that turns needs them, and has checked them.
+        let starts: Vec<usize> =
+            sequences.iter().zip(counts).map(|(at, &count)| (at.first + at.len).saturating_sub(count)).collect();
+        let q = &self.turned(recording, q, &starts, counts)?;
+        attention.record(recording, q, &k, &v, output)
+    }
+
+    /// An error unless the last `counts[b]` positions are held, with the window before each.
+    fn expect_places(&self, attention: &Attention, sequences: &[Sequence], counts: &[usize]) -> Result<()> {
         let window = attention.window_left().into_iter().chain(self.config.window).min();
         for (b, (&count, sequence)) in counts.iter().zip(sequences).enumerate() {
             let Sequence { first, len } = *sequence;
@@ -596,23 +658,13 @@ impl KvCache {
             let needed = count + if first == 0 { 0 } else { window.unwrap_or(0) };
             if needed > len {
                 return Err(value_error!(
-                    "the last {count} positions of batch entry {b} need {needed} keys, but it holds {len}{}",
+                    "the last {count} positions of batch entry {b} need {needed} keys, but it holds {len}{}; queries that \
+                     are no tokens of the cache, as those of cross-attention, take not_causal() and no window",
                     if first == 0 { String::new() } else { format!(" (positions from {first} on)") }
                 ));
             }
         }
-        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len).collect();
-        let offsets = lengths.iter().zip(counts).map(|(&len, &count)| len as i64 - count as i64).collect();
-        let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
-        common_device_is(&self.device, attention.device(q, &k, &v)?)?;
-        if attention.turns() {
-            return Err(value_error!(
-                "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
-            ));
-        }
-        let starts: Vec<usize> = sequences.iter().zip(counts).map(|(at, &count)| at.first + at.len - count).collect();
-        let q = &self.turned(recording, q, &starts, counts)?;
-        attention.behind(lengths, offsets, self.config.window)?.record(recording, q, &k, &v, output)
+        Ok(())
     }
 }
 

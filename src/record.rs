@@ -55,6 +55,15 @@ impl Recording {
         }
     }
 
+    /// A boolean tensor of this call's own.
+    pub fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.bools(shape, data),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Tensor::from_bools(Device::Cpu, shape, data),
+        }
+    }
+
     /// `X·Wᵀ + b` for X `[batch, len, in]`, W `[out, in]`, b `[out]`, followed in every batch entry by
     /// one row per entry of `extra` (`None`: zeros): `[batch, len + extra, out]`.
     pub fn project(

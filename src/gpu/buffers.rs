@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::{AllocationCounts, Gpu, lock};
 use crate::error::{Error, Result};
+use crate::kernels::plan::check_buffer;
 
 /// Bytes of idle buffers that are kept for the next call.
 const MOST_IDLE: u64 = 1 << 30;
@@ -151,20 +152,40 @@ impl Gpu {
 
     pub(crate) fn upload(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
         let buffer = self.allocate(what, bytes.len() as u64, Purpose::Call)?;
+        self.write(what, &buffer, bytes)?;
+        Ok(buffer)
+    }
+
+    /// As [`Gpu::upload`], into a new buffer that does not go back to the pool.
+    pub(crate) fn upload_once(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
+        self.check()?;
+        check_buffer(&self.0.capabilities, what, bytes.len() as u64)?;
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some(what),
+            size: (bytes.len() as u64).next_multiple_of(16).max(16),
+            usage: Purpose::Call.usage(),
+            mapped_at_creation: false,
+        };
+        let buffer = self.adopt(&self.scoped_now(what, || self.0.device.create_buffer(&descriptor))?);
+        self.0.pool.count(descriptor.size);
+        self.write(what, &buffer, bytes)?;
+        Ok(buffer)
+    }
+
+    fn write(&self, what: &str, buffer: &GpuBuffer, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
-            return Ok(buffer);
+            return Ok(());
         }
         self.scoped_now(what, || {
             // wgpu copies whole words.
             let whole = bytes.len() / 4 * 4;
-            self.0.queue.write_buffer(&buffer.0.buffer, 0, &bytes[..whole]);
+            self.0.queue.write_buffer(buffer.raw(), 0, &bytes[..whole]);
             if whole < bytes.len() {
                 let mut last = [0; 4];
                 last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-                self.0.queue.write_buffer(&buffer.0.buffer, whole as u64, &last);
+                self.0.queue.write_buffer(buffer.raw(), whole as u64, &last);
             }
-        })?;
-        Ok(buffer)
+        })
     }
 
     pub(crate) fn adopt(&self, buffer: &wgpu::Buffer) -> GpuBuffer {

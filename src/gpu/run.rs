@@ -192,6 +192,17 @@ impl Recording {
         Ok(Tensor::from_gpu(buffer, layout, dtype, stored))
     }
 
+    /// A boolean tensor of this call's own. One for a caller's encoder gets a buffer that nothing else ever uses: the
+    /// tensor is gone before the encoder is submitted, and an upload of another call must not write over it.
+    pub fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
+        if self.purpose == Purpose::Call {
+            return Tensor::from_bools(&self.device, shape, data);
+        }
+        let layout = Layout::contiguous(shape)?;
+        let bytes: Vec<u8> = data.iter().map(|&x| u8::from(x)).collect();
+        Ok(Tensor::from_gpu(self.gpu.upload_once("mask", &bytes)?, layout, Dtype::Bool, Dtype::Bool))
+    }
+
     /// The same values in a buffer of f32, for kernels that read nothing else.
     pub fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
         if matches!(x.stored(), Dtype::F32 | Dtype::Bool) {

@@ -4,7 +4,7 @@ use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Attention, Cut, Device, Mask, Method, Tensor, Weights};
+use wgpu_attention::{Align, Attention, Cut, Device, Dtype, Inspect, Mask, Method, Tensor, Weights};
 
 /// Relative to the largest value of a result.
 const TOLERANCE: f64 = 3e-6;
@@ -337,6 +337,105 @@ fn wrong_calls_are_errors_with_the_numbers() {
         if device.gpu().is_some() {
             let other = Tensor::from_slice(Device::Cpu, &[2, 4, 3, 8], &[0.0f32; 192]).unwrap();
             expect(plain.forward(&x, &other, &x), "lives on cpu");
+        }
+    }
+}
+
+#[test]
+fn queries_behind_their_lengths_see_nothing() {
+    // Alone, and composed with all else; grouped heads, weights, an inspection, a sink.
+    let lengths = vec![7, 0, 20];
+    let (q, kv) = ([3, 4, 20, 12], [3, 2, 33, 12]);
+    let mut plain = Call::plain(q, kv, kv);
+    // The rule written out.
+    plain.masks = vec![(vec![3, 1, 20, 1], MaskMeaning::Keep)];
+    let keep: Vec<bool> = lengths.iter().flat_map(|&len| (0..20).map(move |i| i < len)).collect();
+    let positions = Positions { causal: true, key_lengths: Some(vec![33, 20, 9]), ..Positions::default() };
+    let ruled = Call {
+        positions,
+        masks: vec![(vec![3, 1, 20, 1], MaskMeaning::Keep), (vec![20, 33], MaskMeaning::Drop)],
+        biases: vec![vec![4, 20, 33]],
+        softcap: Some(5.0),
+        sink: true,
+        ..plain.clone()
+    };
+    for call in [plain, ruled] {
+        let mut data = call.data();
+        data.masks[0] = keep.clone();
+        let (truth, _) = call.truth(&data);
+        let without = Call { masks: call.masks[1..].to_vec(), ..call.clone() };
+        data.masks.remove(0);
+        for (name, device) in devices() {
+            let attention = || without.attention().query_lengths(lengths.clone()).lse(true);
+            let out = without.run(&device, &data, attention().weights(Weights::PerHead)).unwrap();
+            assert_close(&name, &out.output.download().unwrap(), &truth.output, TOLERANCE);
+            let lse = out.lse.unwrap();
+            assert_close(&name, &lse.download().unwrap(), &truth.lse, TOLERANCE);
+            assert_close(&name, &out.weights.unwrap().download().unwrap(), &truth.weights, TOLERANCE);
+            let [q, k, v] = without.operands(&device, &data, Dtype::F32).unwrap();
+            let attention = without.ruled(&device, &data, attention()).unwrap();
+            let seen = attention.inspect(&q, &k, &lse, &Inspect::new().weights()).unwrap().weights.unwrap();
+            assert_close(&name, &seen.download().unwrap(), &truth.weights, 1e-5);
+            if device.gpu().is_some() {
+                let taught = attention.clone().method(Method::ThreePasses).forward(&q, &k, &v).unwrap();
+                assert_close(&name, &taught.output.download().unwrap(), &truth.output, TOLERANCE);
+            }
+            // Whole lengths are no rule.
+            let whole = without.attention().query_lengths(vec![20; 3]);
+            let whole = without.run(&device, &data, whole).unwrap().output.download().unwrap();
+            let bare = without.run(&device, &data, without.attention()).unwrap().output.download().unwrap();
+            assert_eq!(bits(&whole), bits(&bare), "{name}");
+        }
+    }
+}
+
+#[test]
+fn key_padding_of_floats_is_added() {
+    let (q, kv) = ([2, 4, 5, 8], [2, 2, 9, 8]);
+    for (shape, as_bias) in [(vec![2, 9], vec![2, 1, 1, 9]), (vec![9], vec![9]), (vec![1, 9], vec![1, 1, 1, 9])] {
+        let call = Call {
+            biases: vec![as_bias],
+            positions: Positions { causal: true, align: Align::BottomRight, ..Positions::default() },
+            ..Call::plain(q, kv, kv)
+        };
+        let data = call.data();
+        assert!(data.biases[0].contains(&f32::NEG_INFINITY) || shape.len() == 1, "some keys are masked");
+        let (truth, _) = call.truth(&data);
+        for (name, device) in devices() {
+            let padding = Tensor::from_slice(&device, &shape, &data.biases[0]).unwrap();
+            let [q, k, v] = call.operands(&device, &data, Dtype::F32).unwrap();
+            let out = call.attention().key_padding_bias(padding).lse(true).forward(&q, &k, &v).unwrap();
+            assert_close(&name, &out.output.download().unwrap(), &truth.output, TOLERANCE);
+            assert_close(&name, &out.lse.unwrap().download().unwrap(), &truth.lse, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn lengths_and_padding_that_do_not_fit() {
+    for (name, device) in devices() {
+        let floats =
+            |shape: &[usize]| Tensor::from_slice(&device, shape, &vec![0.5f32; shape.iter().product()]).unwrap();
+        let bools = |shape: &[usize]| Tensor::from_bools(&device, shape, &vec![true; shape.iter().product()]).unwrap();
+        let (q, k) = (floats(&[2, 4, 5, 8]), floats(&[2, 2, 9, 8]));
+        for (attention, say) in [
+            (Attention::new().query_lengths(vec![5]), "query_lengths has 1 entries for a batch of 2"),
+            (Attention::new().query_lengths(vec![5, 6]), "query_lengths[1] = 6 is more than len_q = 5"),
+            (Attention::new().key_padding_bias(floats(&[2, 5])), "must be [batch, len_k] = [2, 9]"),
+            (Attention::new().key_padding_bias(floats(&[2, 1, 9])), "Attention::mask or Attention::bias"),
+            (Attention::new().key_padding_bias(bools(&[2, 9])), "a bias is a bool tensor"),
+            (Attention::new().key_padding(Mask::drop(bools(&[9, 2])).unwrap()), "must be [batch, len_k] = [2, 9]"),
+        ] {
+            let error = attention.forward(&q, &k, &k).unwrap_err().to_string();
+            assert!(error.contains(say), "{name}: {error}");
+        }
+        let x = floats(&[3, 1, 8]);
+        for (attention, say) in [
+            (Attention::new().query_lengths(vec![3]), "query_lengths"),
+            (Attention::new().key_padding_bias(floats(&[1, 3])), "a key padding mask"),
+        ] {
+            let error = attention.forward_packed(&x, &x, &x, &[0, 3], &[0, 3]).unwrap_err().to_string();
+            assert!(error.contains(say) && error.contains("run the sequences apart"), "{name}: {error}");
         }
     }
 }

@@ -425,7 +425,11 @@ fn wrong_calls_are_errors_with_the_numbers() {
         );
         says(&name, cache.step(&attention, &two, &one, &one), "different lengths");
         says(&name, cache.attend(&attention, &zeros(&[2, 3, 1, 4])), "heads_q = 3 is not a multiple of heads_kv = 2");
-        says(&name, cache.attend(&attention.clone().key_lengths(vec![1, 1]), &one), "key_lengths is given");
+        says(
+            &name,
+            cache.attend(&attention.clone().key_lengths(vec![5, 6]), &one),
+            "key_lengths[1] = 6 is more than the 5 keys that batch entry 1 of the cache holds",
+        );
         assert_eq!(cache.lengths(), [5, 5]);
         let mut windowed = make(KvCacheConfig::new(1, 1, 8, 4).window(Some(5))).unwrap();
         let four = zeros(&[1, 1, 4, 4]);

@@ -3,6 +3,7 @@
 
 mod attention;
 mod cache;
+mod cache_rules;
 mod distance;
 mod export;
 mod guide;
