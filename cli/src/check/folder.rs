@@ -8,7 +8,7 @@ use wgpu_attention::{Attention, Device, Method};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::{case, onnx, report, suite, torch, transformers};
+use super::{case, jax, keras, onnx, report, suite, torch, transformers};
 use crate::error::{Error, Result, fail, usage};
 use crate::files::{self, json_number as number};
 use crate::progress::Bar;
@@ -340,6 +340,9 @@ pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Compa
         "sdpa" => torch::sdpa(case, device, attention),
         "varlen" => torch::varlen(case, device, attention),
         "mha" => torch::mha(case, device, attention),
+        "keras.MultiHeadAttention" => keras::multi_head_attention(case, device, attention),
+        "keras.GroupQueryAttention" => keras::group_query_attention(case, device, attention),
+        "jax.nn.dot_product_attention" => jax::dot_product_attention(case, device, attention),
         "sink_attention" => transformers::sink_attention(case, device, attention),
         "shaw_relative_key" => transformers::shaw_relative_key(case, device, attention),
         "llama_attention" => transformers::llama_attention(case, device, attention),
