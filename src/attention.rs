@@ -339,6 +339,12 @@ impl Attention {
         self
     }
 
+    /// With this scale, where none is given.
+    pub(crate) fn or_scale(mut self, scale: Option<f32>) -> Self {
+        self.scale = self.scale.or(scale);
+        self
+    }
+
     /// The same rules for `counts[b]` queries at the end of what each sequence of a cache holds.
     pub(crate) fn behind(&self, held: &Held<'_>) -> Result<Attention> {
         let mut attention = self.clone();

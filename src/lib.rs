@@ -82,7 +82,10 @@ pub use gpu::{AdapterSummary, AllocationCounts, Gpu, GpuOptions, Profile, Traced
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::{Inspect, Inspected};
 pub use kernels::{Cut, Method, ShapeClass};
-pub use multi_head::{KerasKernels, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput};
+pub use multi_head::{
+    KerasKernels, LoadOptions, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput, Names, NormKind, NormSpan,
+    QueryKeyNorm,
+};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
 #[cfg(not(target_arch = "wasm32"))]
 pub use project::project;

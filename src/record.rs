@@ -213,6 +213,41 @@ impl Recording {
         }
     }
 
+    /// RMSNorm, or where `centred` LayerNorm, over the last axis of X (four axes), row-major; `weight` and `bias`
+    /// `[d]`.
+    pub fn normalise(
+        &mut self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        centred: bool,
+        epsilon: f32,
+    ) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.normalise(x, weight, bias, centred, epsilon),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("normalised rows", x.shape())?;
+                let views = (cpu::View::of(x), cpu::View::of(weight), bias.map(cpu::View::of));
+                let y = cpu::normalise(views.0, views.1, views.2, centred, epsilon);
+                Ok(Tensor::from_cpu(y, Layout::contiguous(x.shape())?, x.dtype()))
+            }
+        }
+    }
+
+    /// `X · σ(G)` of two tensors `[b, i, d]`, row-major.
+    pub fn gate(&mut self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+        match self {
+            Recording::Gpu(recording) => recording.gate(x, g),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => {
+                check_floats("gated rows", x.shape())?;
+                let y = cpu::gate(cpu::View::of(x), cpu::View::of(g));
+                Ok(Tensor::from_cpu(y, Layout::contiguous(x.shape())?, x.dtype()))
+            }
+        }
+    }
+
     /// Joins two results `[b, h, i, d]` over disjoint keys with their LSEs `[b, h, i]`; `layout` is the
     /// output's.
     pub fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2], layout: Layout) -> Result<[Tensor; 2]> {

@@ -30,62 +30,102 @@ impl HostTensor {
     }
 }
 
+/// A tensor whose values are not held: of a type that is not read as floats, or not asked for.
+#[derive(Clone, Debug, PartialEq)]
+struct Unread {
+    dtype: String,
+    shape: Vec<usize>,
+}
+
 /// Names and tensors, in name order.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct StateDict(BTreeMap<String, HostTensor>);
+pub struct StateDict {
+    tensors: BTreeMap<String, HostTensor>,
+    unread: BTreeMap<String, Unread>,
+}
 
 impl StateDict {
-    /// The tensor called `name`.
+    /// The tensor called `name`, where its values are held.
     pub fn get(&self, name: &str) -> Option<&HostTensor> {
-        self.0.get(name)
+        self.tensors.get(name)
     }
     /// Adds or replaces a tensor.
     pub fn insert(&mut self, name: impl Into<String>, tensor: HostTensor) {
-        self.0.insert(name.into(), tensor);
+        let name = name.into();
+        self.unread.remove(&name);
+        self.tensors.insert(name, tensor);
     }
-    /// All tensors in name order.
+    /// Takes a tensor out; false where there is none of that name.
+    pub fn remove(&mut self, name: &str) -> bool {
+        self.tensors.remove(name).is_some() | self.unread.remove(name).is_some()
+    }
+    /// All tensors whose values are held, in name order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &HostTensor)> {
-        self.0.iter().map(|(name, tensor)| (name.as_str(), tensor))
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+    /// The names of all tensors, those of other types too.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().chain(self.unread.keys()).map(String::as_str)
+    }
+    /// True when there is no tensor at all.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty() && self.unread.is_empty()
+    }
+    /// Type and shape of a tensor whose values are not held: integers, booleans, 8 bits and fewer, and what
+    /// [`StateDict::open`] was not asked for.
+    pub fn unread(&self, name: &str) -> Option<(&str, &[usize])> {
+        self.unread.get(name).map(|tensor| (tensor.dtype.as_str(), tensor.shape.as_slice()))
+    }
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name) || self.unread.contains_key(name)
+    }
+    pub(crate) fn shape_of(&self, name: &str) -> Option<&[usize]> {
+        self.get(name).map(HostTensor::shape).or_else(|| self.unread(name).map(|(_, shape)| shape))
     }
 
-    pub(crate) fn names_or_nothing(&self) -> String {
-        const SHOWN: usize = 12;
-        let names: Vec<&str> = self.0.keys().take(SHOWN).map(String::as_str).collect();
-        match (names.is_empty(), self.0.len().saturating_sub(SHOWN)) {
-            (true, _) => "nothing".into(),
-            (_, 0) => names.join(", "),
-            (_, more) => format!("{} and {more} more", names.join(", ")),
-        }
-    }
-
-    /// Reads a safetensors file; f64, f16 and bf16 values are converted to f32, tensors of integers
-    /// are left out.
+    /// Reads a safetensors file; f64, f16 and bf16 values are converted to f32. Of tensors of other types names, types
+    /// and shapes are kept: [`StateDict::unread`].
     #[cfg(feature = "safetensors")]
     pub fn from_safetensors(bytes: &[u8]) -> Result<StateDict> {
-        use safetensors::Dtype::{BF16, F16, F32, F64};
-        let file = safetensors::SafeTensors::deserialize(bytes)
-            .map_err(|error| Error::File(format!("not a valid safetensors file ({} bytes): {error}", bytes.len())))?;
+        let file = safetensors::SafeTensors::deserialize(bytes).map_err(|error| {
+            Error::File(format!(
+                "not a valid safetensors file ({} bytes): {error}{}",
+                bytes.len(),
+                files::what_it_is(bytes).map(|is| format!("; {is}")).unwrap_or_default()
+            ))
+        })?;
         let mut state = StateDict::default();
         for (name, view) in file.tensors() {
-            let data = view.data();
-            let values: Vec<f32> = match view.dtype() {
-                F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-                F64 => data
-                    .chunks_exact(8)
-                    .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
-                    .collect(),
-                F16 => data.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-                BF16 => data.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-                _ => continue,
-            };
-            state.insert(name, HostTensor::new(view.shape(), values)?);
+            state.take(name, view.dtype(), view.shape(), Some(view.data()))?;
         }
         Ok(state)
     }
 
-    /// The bytes of a safetensors file that PyTorch reads back with `load_file`.
+    /// Adds a tensor as a file holds it; only its name where `data` is not given or not of floats.
+    #[cfg(feature = "safetensors")]
+    fn take(&mut self, name: String, dtype: safetensors::Dtype, shape: &[usize], data: Option<&[u8]>) -> Result<()> {
+        match data.and_then(|data| floats(dtype, data)) {
+            Some(values) => self.insert(name, HostTensor::new(shape, values)?),
+            None => {
+                self.unread.insert(name, Unread { dtype: dtype.to_string(), shape: shape.to_vec() });
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of a safetensors file that PyTorch reads back with `load_file`. A tensor whose values are not held is
+    /// an error that names it; [`StateDict::remove`] takes it out.
     #[cfg(feature = "safetensors")]
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
+        if let Some((name, tensor)) = self.unread.iter().next() {
+            return Err(Error::File(format!(
+                "{name} {:?} of type {} cannot be written, its values were not read ({} such tensors); remove it first \
+                 to write the others",
+                tensor.shape,
+                tensor.dtype,
+                self.unread.len()
+            )));
+        }
         let bytes: Vec<(&str, &HostTensor, Vec<u8>)> = self
             .iter()
             .map(|(name, tensor)| (name, tensor, tensor.data.iter().flat_map(|x| x.to_le_bytes()).collect()))
@@ -101,3 +141,44 @@ impl StateDict {
         safetensors::serialize(views, None).map_err(|error| Error::File(format!("cannot write safetensors: {error}")))
     }
 }
+
+/// The values of a tensor of floats as f32; `None` for other types.
+#[cfg(feature = "safetensors")]
+fn floats(dtype: safetensors::Dtype, data: &[u8]) -> Option<Vec<f32>> {
+    use safetensors::Dtype::{BF16, F16, F32, F64};
+    fn each<const N: usize>(data: &[u8], value: impl Fn([u8; N]) -> f32) -> Option<Vec<f32>> {
+        Some(data.as_chunks::<N>().0.iter().map(|bytes| value(*bytes)).collect())
+    }
+    match dtype {
+        F32 => each(data, f32::from_le_bytes),
+        F64 => each(data, |bytes| f64::from_le_bytes(bytes) as f32),
+        F16 => each(data, |bytes| half::f16::from_le_bytes(bytes).to_f32()),
+        BF16 => each(data, |bytes| half::bf16::from_le_bytes(bytes).to_f32()),
+        _ => None,
+    }
+}
+
+/// How many letters must be put in, taken out or changed to make one word of the other (Levenshtein 1966).
+pub(crate) fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The `count` names nearest to `word`.
+pub(crate) fn closest<'a>(word: &str, names: impl Iterator<Item = &'a str>, count: usize) -> Vec<&'a str> {
+    let mut all: Vec<(usize, &str)> = names.map(|name| (edits(name, word), name)).collect();
+    all.sort_unstable();
+    all.into_iter().take(count).map(|(_, name)| name).collect()
+}
+
+#[cfg(feature = "safetensors")]
+mod files;

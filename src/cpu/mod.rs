@@ -3,8 +3,10 @@
 
 mod attention;
 mod exp;
+mod gate;
 mod inspect;
 mod merge;
+mod normalise;
 mod position;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
@@ -13,8 +15,10 @@ mod scatter;
 mod softmax;
 
 pub(crate) use attention::attention;
+pub(crate) use gate::gate;
 pub(crate) use inspect::inspect;
 pub(crate) use merge::merge;
+pub(crate) use normalise::normalise;
 pub(crate) use position::{add_positions, relative, rotate};
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;

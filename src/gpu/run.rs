@@ -635,6 +635,50 @@ impl Recording {
         Ok(bias)
     }
 
+    /// RMSNorm, or where `centred` LayerNorm, over the last axis of X (four axes), row-major.
+    pub fn normalise(
+        &mut self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        centred: bool,
+        epsilon: f32,
+    ) -> Result<Tensor> {
+        let weight = self.widened(weight)?;
+        let bias = bias.map(|bias| self.widened(bias)).transpose()?;
+        let bias_layout = bias.as_ref().map(Tensor::layout);
+        let capabilities = &self.gpu.0.capabilities;
+        let plan = plan::normalise(x.operand(), weight.layout(), bias_layout, centred, epsilon, capabilities)?;
+        let y = self.output("normalised rows", Layout::contiguous(x.shape())?, x.dtype())?;
+        self.add(plan, |slot| {
+            Some(buffer_of(match slot {
+                Slot::Q => x,
+                Slot::K => &weight,
+                Slot::Bias(_) => bias.as_ref()?,
+                Slot::Output => &y,
+                _ => return None,
+            }))
+            .cloned()
+        })?;
+        Ok(y)
+    }
+
+    /// `X · σ(G)` of two tensors `[b, i, d]`, row-major.
+    pub fn gate(&mut self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+        let plan = plan::gate(x.operand(), g.operand(), &self.gpu.0.capabilities)?;
+        let y = self.output("gated rows", Layout::contiguous(x.shape())?, x.dtype())?;
+        self.add(plan, |slot| {
+            Some(buffer_of(match slot {
+                Slot::Q => x,
+                Slot::K => g,
+                Slot::Output => &y,
+                _ => return None,
+            }))
+            .cloned()
+        })?;
+        Ok(y)
+    }
+
     /// X (at most four axes) in a row-major buffer of f32.
     pub fn row_major(&mut self, x: &Tensor) -> Result<Tensor> {
         let mut four = x.layout().clone();

@@ -101,14 +101,16 @@ pub const Q: Read = read!("q", "QElem", "q_strides.w");
 pub const K: Read = read!("k", "KElem", "k_strides.w");
 /// Values.
 pub const V: Read = read!("v", "VElem", "v_strides.w");
-/// The input of a projection.
+/// The input of a projection, or of a gate.
 pub const X: Read = read!("x", "XElem", "x_strides.z");
 /// What `inspect.wgsl` keeps in registers.
 pub const KEPT: Read = read!("kept", "KeptElem", "kept_strides.w");
 /// What `inspect.wgsl` walks over.
 pub const WALKED: Read = read!("walked", "WalkedElem", "walked_strides.w");
-/// Rows on their way into a cache.
+/// Rows on their way into a cache, or to be normalised.
 pub const ROWS: Read = read!("x", "XElem", "x_strides.w");
+/// What a gate is the sigmoid of.
+pub const GATE: Read = read!("g", "GElem", "g_strides.z");
 /// A table of positions.
 pub const TABLE: Read = read!("table", "TableElem", "table_strides.y");
 /// The weight of a projection.

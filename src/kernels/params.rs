@@ -465,3 +465,40 @@ params! {
         pad_2: u32,
     }
 }
+
+params! {
+    /// `normalise.wgsl`
+    Normalise {
+        x_strides: [u32; 4],
+        x_offset: u32,
+        y_offset: u32,
+        w_offset: u32,
+        w_stride: u32,
+        bias_offset: u32,
+        bias_stride: u32,
+        heads: u32,
+        len: u32,
+        dim: u32,
+        rows: u32,
+        workgroups: u32,
+        epsilon: f32,
+    }
+}
+
+params! {
+    /// `gate.wgsl`
+    Gate {
+        x_strides: [u32; 3],
+        x_offset: u32,
+        g_strides: [u32; 3],
+        g_offset: u32,
+        y_offset: u32,
+        len: u32,
+        dim: u32,
+        total: u32,
+        workgroups: u32,
+        not_a_number: u32,
+        pad_0: u32,
+        pad_1: u32,
+    }
+}

@@ -3,14 +3,18 @@
 //!
 //! Operands are strided views of f64; results are row-major.
 
+mod gate;
 mod inspect;
+mod normalise;
 mod position;
 mod project;
 mod scores;
 mod softmax;
 mod weighted_sum;
 
+pub use gate::gate;
 pub use inspect::{Inspected, inspect};
+pub use normalise::normalise;
 pub use position::{add_positions, relative, rotate};
 pub use project::project;
 pub use scores::scores;

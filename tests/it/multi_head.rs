@@ -6,8 +6,8 @@ use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::reference::{self, Inputs, View};
 use wgpu_attention::{
-    Align, Attention, Device, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, StateDict, Tensor,
-    Weights,
+    Align, Attention, Device, HostTensor, KerasKernels, LoadOptions, Mask, MultiHeadAttention, MultiHeadConfig, Names,
+    NormKind, NormSpan, QueryKeyNorm, StateDict, Tensor, Weights,
 };
 
 const TOLERANCE: f64 = 4e-6;
@@ -51,6 +51,23 @@ fn truth(
             View { data: &w, layout: &wl },
             bias.map(|data| View { data, layout: &bl }),
         );
+        let y = match config.norm.filter(|_| n < 2) {
+            None => y,
+            Some(norm) => {
+                let kind = if norm.kind == NormKind::Rms { "norm" } else { "layernorm" };
+                let (_, weight) = get(&format!("{}_{kind}.weight", ["q", "k"][n])).unwrap();
+                let bias = get(&format!("{}_{kind}.bias", ["q", "k"][n])).map(|(_, data)| data);
+                let rows = [shape[0], shape[1], widths[n] / weight.len(), weight.len()].map(|len| len);
+                let (yl, wl) = (Layout::contiguous(&rows).unwrap(), Layout::contiguous(&[weight.len()]).unwrap());
+                reference::normalise(
+                    View { data: &y, layout: &yl },
+                    View { data: &weight, layout: &wl },
+                    bias.as_ref().map(|data| View { data, layout: &wl }),
+                    norm.kind == NormKind::Layer,
+                    f64::from(norm.epsilon),
+                )
+            }
+        };
         // Extra keys behind every batch entry.
         let (batch, len, width) = (shape[0], shape[1], widths[n]);
         let mut extended = Vec::new();
@@ -76,7 +93,7 @@ fn truth(
     ];
     let [ql, kl, vl] = shapes.map(|shape| Layout::contiguous(&shape).unwrap().permute(&[0, 2, 1, 3]).unwrap());
     let positions = Positions { causal, align: Align::TopLeft, ..Default::default() };
-    let problem = Problem::new(ql.shape(), kl.shape(), vl.shape(), None, None, &positions, extra).unwrap();
+    let problem = Problem::new(ql.shape(), kl.shape(), vl.shape(), config.scale, None, &positions, extra).unwrap();
     let mask_layout = Layout::contiguous(&[batch, 1, 1, len_k - extra]).unwrap().broadcast_to(&problem.mask_shape());
     let mask_layout = mask_layout.unwrap();
     let inputs = Inputs {
@@ -92,12 +109,28 @@ fn truth(
     let joined_width = config.num_heads * config.value_head_dim;
     let heads = Layout::contiguous(&[batch, config.num_heads, len_q, config.value_head_dim]).unwrap();
     let joined: Vec<f64> = heads.permute(&[0, 2, 1, 3]).unwrap().positions().map(|at| attended.output[at]).collect();
+    let joined = match get("gate_proj.weight") {
+        None => joined,
+        Some((_, weight)) => {
+            let bias = get("gate_proj.bias").map(|(_, data)| data);
+            let (xl, wl) =
+                (Layout::contiguous(query.0).unwrap(), Layout::contiguous(&[joined_width, config.embed_dim]).unwrap());
+            let bl = Layout::contiguous(&[joined_width]).unwrap();
+            let gate = reference::project(
+                View { data: &wide(query.1), layout: &xl },
+                View { data: &weight, layout: &wl },
+                bias.as_ref().map(|data| View { data, layout: &bl }),
+            );
+            let layout = Layout::contiguous(&[batch, len_q, joined_width]).unwrap();
+            reference::gate(View { data: &joined, layout: &layout }, View { data: &gate, layout: &layout })
+        }
+    };
     let (_, w_o) = get("out_proj.weight").unwrap();
     let bias = get("out_proj.bias").map(|(_, data)| data);
     let (jl, wl, bl) = (
         Layout::contiguous(&[batch, len_q, joined_width]).unwrap(),
-        Layout::contiguous(&[config.embed_dim, joined_width]).unwrap(),
-        Layout::contiguous(&[config.embed_dim]).unwrap(),
+        Layout::contiguous(&[config.output_dim, joined_width]).unwrap(),
+        Layout::contiguous(&[config.output_dim]).unwrap(),
     );
     let output = reference::project(
         View { data: &joined, layout: &jl },
@@ -114,10 +147,35 @@ fn truth(
     (output, averaged)
 }
 
+const RMS: QueryKeyNorm = QueryKeyNorm { kind: NormKind::Rms, span: NormSpan::Head, epsilon: 1e-6, bias: false };
+
+/// The same layer with every parameter another number, biases and the weights of norms too.
+fn shaken(layer: &MultiHeadAttention, device: &Device) -> MultiHeadAttention {
+    let mut rng = Pcg64::seed_from_u64(77);
+    let mut state = layer.state_dict().unwrap();
+    for (name, tensor) in layer.state_dict().unwrap().iter() {
+        if !["norm_epsilon", "attention_scale"].contains(&name) {
+            let step = noise(&mut rng, tensor.data().len());
+            let data = tensor.data().iter().zip(step).map(|(x, step)| x + 0.1 * step).collect();
+            state.insert(name, HostTensor::new(tensor.shape(), data).unwrap());
+        }
+    }
+    let config = layer.config();
+    MultiHeadAttention::from_state_dict(device, &state, "", config.num_heads)
+        .unwrap()
+        .with_zero_attn(config.add_zero_attn)
+        .with_batch_first(config.batch_first)
+}
+
 #[test]
 fn self_and_cross_attention_match_the_truth() {
     let base = || MultiHeadConfig::new(24, 4).unwrap();
     let configs = [
+        base().gate(true).output_dim(10).head_dims(7, 5),
+        base().gate(true).kdim(10).bias(false).heads_kv(2),
+        base().norm(Some(RMS)).heads_kv(2).head_dims(5, 7).out_bias(false),
+        base().norm(Some(QueryKeyNorm { kind: NormKind::Layer, bias: true, epsilon: 1e-3, ..RMS })).scale(Some(1.0)),
+        base().norm(Some(QueryKeyNorm { span: NormSpan::Width, ..RMS })).heads_kv(1).vdim(9).gate(true),
         base(),
         base().bias(false),
         base().heads_kv(2),
@@ -132,7 +190,8 @@ fn self_and_cross_attention_match_the_truth() {
         for (n, config) in configs.iter().enumerate() {
             let mut rng = Pcg64::seed_from_u64(n as u64);
             let what = format!("{config:?} on {name}");
-            let layer = MultiHeadAttention::new(&device, config.clone(), 11).unwrap();
+            let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 11).unwrap(), &device);
+            assert_eq!(layer.config(), config);
             let state = layer.state_dict().unwrap();
             let (batch, len_q, len_k) = (2, 9, 13);
             let padding: Vec<bool> = (0..batch * len_k).map(|at| at % 5 == 3).collect();
@@ -171,10 +230,19 @@ fn parameter_counts() {
         (MultiHeadConfig::new(12, 4).unwrap().bias(false), 576),
         (MultiHeadConfig::new(6, 3).unwrap(), 168),
         (MultiHeadConfig::new(16, 4).unwrap().heads_kv(1).bias(false), 16 * 16 * 2 + 2 * 4 * 16),
+        // Keras: 2 heads of 3 (values 5) over 11, to 7, with a gate.
+        (
+            MultiHeadConfig::with_head_dims(11, 2, 3, 5).unwrap().output_dim(7).gate(true),
+            11 * (6 + 6 + 10 + 10) + 6 + 6 + 10 + 10 + 10 * 7 + 7,
+        ),
+        (MultiHeadConfig::new(12, 4).unwrap().bias(false).norm(Some(RMS)), 576 + 6),
+        (MultiHeadConfig::new(12, 4).unwrap().out_bias(false), 576 + 36),
     ] {
         assert_eq!(config.parameter_count().unwrap(), count);
         let layer = MultiHeadAttention::new(Device::Cpu, config, 0).unwrap();
-        let held: usize = layer.state_dict().unwrap().iter().map(|(_, tensor)| tensor.data().len()).sum();
+        let state = layer.state_dict().unwrap();
+        let learned = state.iter().filter(|(name, _)| *name != "norm_epsilon");
+        let held: usize = learned.map(|(_, tensor)| tensor.data().len()).sum();
         assert_eq!((layer.parameter_count(), held), (count, count));
     }
 }
@@ -186,6 +254,20 @@ fn weights_move_over_unchanged() {
             MultiHeadConfig::new(12, 3).unwrap().add_bias_kv(true),
             MultiHeadConfig::new(12, 3).unwrap().kdim(5),
             MultiHeadConfig::new(12, 6).unwrap().heads_kv(2).bias(false),
+            MultiHeadConfig::new(8, 2).unwrap().head_dims(8, 8),
+            MultiHeadConfig::new(8, 2).unwrap().head_dims(4, 3).add_bias_kv(true),
+            MultiHeadConfig::with_head_dims(11, 3, 2, 5).unwrap().output_dim(4).gate(true).vdim(6),
+            MultiHeadConfig::new(8, 4).unwrap().heads_kv(1).gate(true).bias(false).out_bias(true),
+            MultiHeadConfig::new(12, 3).unwrap().out_bias(false).scale(Some(0.5)),
+            MultiHeadConfig::new(12, 3).unwrap().norm(Some(RMS)),
+            MultiHeadConfig::new(12, 1).unwrap().norm(Some(RMS)).heads_kv(1),
+            MultiHeadConfig::new(12, 3).unwrap().norm(Some(QueryKeyNorm { kind: NormKind::Layer, ..RMS })),
+            MultiHeadConfig::new(12, 4).unwrap().heads_kv(2).norm(Some(QueryKeyNorm {
+                kind: NormKind::Layer,
+                span: NormSpan::Width,
+                epsilon: 0.0,
+                bias: true,
+            })),
         ] {
             let layer = MultiHeadAttention::new(&device, config.clone(), 5).unwrap();
             let state = layer.state_dict().unwrap();
@@ -201,44 +283,60 @@ fn weights_move_over_unchanged() {
 
 #[test]
 fn keras_kernels_are_pytorch_weights_transposed() {
+    keras(2, 8, false);
+}
+
+#[test]
+fn keras_groups_heads_projects_to_another_width_and_gates() {
+    // GroupedQueryAttention, output_shape, use_gate; 9 is no multiple of the heads.
+    keras(1, 9, true);
+}
+
+fn keras(heads_kv: usize, to: usize, gated: bool) {
     let mut rng = Pcg64::seed_from_u64(2);
     // [dim, heads, head_dim] with key_dim 3 and value_dim 5.
-    let (dim, heads, key_dim, value_dim) = (8, 2, 3, 5);
+    let (dim, heads, key_dim, value_dim) = (if gated { 9 } else { 8 }, 2, 3, 5);
     let mut kernel = |n: usize| noise(&mut rng, n);
-    let (query, key) = (kernel(dim * heads * key_dim), kernel(dim * heads * key_dim));
-    let (value, output) = (kernel(dim * heads * value_dim), kernel(heads * value_dim * dim));
-    let biases = [kernel(heads * key_dim), kernel(heads * key_dim), kernel(heads * value_dim), kernel(dim)];
+    let (query, key) = (kernel(dim * heads * key_dim), kernel(dim * heads_kv * key_dim));
+    let (value, output) = (kernel(dim * heads_kv * value_dim), kernel(heads * value_dim * to));
+    let biases = [heads * key_dim, heads_kv * key_dim, heads_kv * value_dim, to].map(&mut kernel);
+    let (gate, gate_bias) = (kernel(dim * heads * value_dim), kernel(heads * value_dim));
     let x = kernel(4 * dim);
-    let config = MultiHeadConfig::new(dim, heads).unwrap().head_dims(key_dim, value_dim);
+    let config = MultiHeadConfig::with_head_dims(dim, heads, key_dim, value_dim).unwrap();
+    let config = config.heads_kv(heads_kv).output_dim(to).gate(gated);
     // Keras, written out: einsum("ld,dhk->lhk"), attention per head, einsum("lhv,hvo->lo").
     let project = |kernel: &[f32], bias: &[f32], width: usize| -> Vec<f64> {
-        (0..4 * heads * width)
+        (0..4 * width)
             .map(|at| {
-                let (l, c) = (at / (heads * width), at % (heads * width));
-                let term = |d: usize| f64::from(x[l * dim + d]) * f64::from(kernel[d * heads * width + c]);
+                let (l, c) = (at / width, at % width);
+                let term = |d: usize| f64::from(x[l * dim + d]) * f64::from(kernel[d * width + c]);
                 (0..dim).map(term).sum::<f64>() + f64::from(bias[c])
             })
             .collect()
     };
-    let (q, k) = (project(&query, &biases[0], key_dim), project(&key, &biases[1], key_dim));
-    let v = project(&value, &biases[2], value_dim);
-    let mut expected = vec![0.0; 4 * dim];
+    let (q, k) = (project(&query, &biases[0], heads * key_dim), project(&key, &biases[1], heads_kv * key_dim));
+    let v = project(&value, &biases[2], heads_kv * value_dim);
+    let gates = project(&gate, &gate_bias, heads * value_dim);
+    let mut expected = vec![0.0; 4 * to];
     for l in 0..4 {
         for h in 0..heads {
+            let kv = h / (heads / heads_kv);
             let score = |j: usize| -> f64 {
-                let term = |e: usize| q[(l * heads + h) * key_dim + e] * k[(j * heads + h) * key_dim + e];
+                let term = |e: usize| q[(l * heads + h) * key_dim + e] * k[(j * heads_kv + kv) * key_dim + e];
                 ((0..key_dim).map(term).sum::<f64>() / (key_dim as f64).sqrt()).exp()
             };
             let total: f64 = (0..4).map(score).sum();
             for e in 0..value_dim {
-                let head: f64 = (0..4).map(|j| score(j) / total * v[(j * heads + h) * value_dim + e]).sum();
-                for o in 0..dim {
-                    expected[l * dim + o] += head * f64::from(output[(h * value_dim + e) * dim + o]);
+                let head: f64 = (0..4).map(|j| score(j) / total * v[(j * heads_kv + kv) * value_dim + e]).sum();
+                let gate = 1.0 / (1.0 + (-gates[(l * heads + h) * value_dim + e]).exp());
+                let head = if gated { head * gate } else { head };
+                for o in 0..to {
+                    expected[l * to + o] += head * f64::from(output[(h * value_dim + e) * to + o]);
                 }
             }
         }
-        for o in 0..dim {
-            expected[l * dim + o] += f64::from(biases[3][o]);
+        for o in 0..to {
+            expected[l * to + o] += f64::from(biases[3][o]);
         }
     }
     for (name, device) in devices() {
@@ -248,6 +346,8 @@ fn keras_kernels_are_pytorch_weights_transposed() {
             value: &value,
             output: &output,
             biases: Some([&biases[0], &biases[1], &biases[2], &biases[3]]),
+            gate: gated.then_some(gate.as_slice()),
+            gate_bias: gated.then_some(gate_bias.as_slice()),
         };
         let layer = MultiHeadAttention::from_keras(&device, config.clone(), kernels).unwrap();
         let x = Tensor::from_slice(&device, &[1, 4, dim], &x).unwrap();
@@ -255,7 +355,10 @@ fn keras_kernels_are_pytorch_weights_transposed() {
         assert_close(&name, &out, &expected, TOLERANCE);
         let wrong = KerasKernels { query: &query[1..], ..kernels };
         let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
-        assert!(message.contains("query kernel has 47 values"), "{message}");
+        assert!(message.contains(&format!("query kernel has {} values", query.len() - 1)), "{message}");
+        let wrong = KerasKernels { gate_bias: None, gate: Some(&gate), ..kernels };
+        let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
+        assert!(message.contains("gate"), "{message}");
     }
 }
 

@@ -76,6 +76,8 @@ fn params_have_the_layout_that_the_shaders_read() {
         (Kernel::Rotate, params::Rotate::fields(), size_of::<params::Rotate>()),
         (Kernel::AddPositions, params::AddPositions::fields(), size_of::<params::AddPositions>()),
         (Kernel::Relative, params::Relative::fields(), size_of::<params::Relative>()),
+        (Kernel::Normalise, params::Normalise::fields(), size_of::<params::Normalise>()),
+        (Kernel::Gate, params::Gate::fields(), size_of::<params::Gate>()),
     ];
     for (kernel, fields, size) in all {
         let (module, _) = validate(kernel.name(), kernel.source());

@@ -70,7 +70,9 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
     let mask = match find(&["mask"])? {
         None => None,
         Some(mask) if mask.is_float() => {
-            return Err(Error::Failed("the mask holds floats; JAX takes booleans there, and floats as bias".into()).into());
+            return Err(
+                Error::Failed("the mask holds floats; JAX takes booleans there, and floats as bias".into()).into()
+            );
         }
         Some(mask) => Some(Bits::of("mask", &mask)?),
     };
@@ -87,21 +89,20 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
             lengths => Ok(lengths.map(|all| all.into_iter().map(|len| len.min(most)).collect())),
         }
     };
-    let (query_lengths, key_lengths) =
-        (lengths("query_seq_lengths", len_q)?, lengths("key_value_seq_lengths", len_k)?);
+    let (query_lengths, key_lengths) = (lengths("query_seq_lengths", len_q)?, lengths("key_value_seq_lengths", len_k)?);
     let window = match arguments.counts("local_window_size")?.as_deref() {
         None => None,
         Some(&[both]) => Some((both, both)),
         Some(&[left, right]) => Some((left, right)),
-        Some(other) => return Err(Error::Failed(format!("local_window_size {other:?} must be one number or two")).into()),
+        Some(other) => {
+            return Err(Error::Failed(format!("local_window_size {other:?} must be one number or two")).into());
+        }
     };
     let causal = arguments.flag("is_causal", false)?;
 
     // What each query sees, but for its own length.
     let (left, right) = window.unwrap_or((usize::MAX, usize::MAX));
-    let near = |i: usize, j: usize| {
-        (!causal || j <= i) && i <= j.saturating_add(left) && j <= i.saturating_add(right)
-    };
+    let near = |i: usize, j: usize| (!causal || j <= i) && i <= j.saturating_add(left) && j <= i.saturating_add(right);
     let mut seen = Bits::of_positions(len_q, len_k, near)?;
     if let Some(lengths) = &key_lengths {
         seen = seen.and(&Bits::of_lengths(lengths, len_k)?.expand(2)?.expand(3)?)?;

@@ -9,15 +9,18 @@ use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
 use super::compare::{Comparison, difference};
 use super::folder::Stop;
 use crate::array::{Array, Values};
-use crate::error::{Error, Result, fail};
+use crate::error::{Result, fail};
 
 /// Members of a case that say what it is, not what to compute.
-const ABOUT: [&str; 23] = [
+const ABOUT: [&str; 29] = [
     "backend",
+    "batch",
     "comment",
     "description",
     "device",
     "dtype",
+    "embed_dim",
+    "feature_dim",
     "floatx",
     "fully_masked_convention",
     "fully_masked_rows",
@@ -32,6 +35,9 @@ const ABOUT: [&str; 23] = [
     "notes",
     "numpy",
     "op",
+    "query_dim",
+    "rank",
+    "self_attention",
     "source",
     "tier",
     "torch",
@@ -217,11 +223,6 @@ impl Bits {
         self
     }
 
-    pub fn permute(&self, axes: &[usize]) -> Result<Bits> {
-        let array = Array::new(&self.shape, Values::Bool(self.data.clone()))?.permute(axes)?;
-        Bits::of("a mask", &array)
-    }
-
     /// For each row of the last axis, whether all of it is false: `[.., 1]`.
     fn blind_rows(&self) -> Bits {
         let mut shape = self.shape.clone();
@@ -346,7 +347,7 @@ pub fn hold(
 /// `torch_err`, `keras_err` and the like: the largest error of an answer.
 fn recorded_error(case: &Case, names: &[&str]) -> Option<f64> {
     let tables = case.members().filter(|(key, _)| key.ends_with("_err")).map(|(_, table)| table);
-    tables.flat_map(|table| names.iter().map(move |name| &table[*name])).find_map(|error| {
-        error["max_abs"].as_f64().or_else(|| error.as_f64())
-    })
+    tables
+        .flat_map(|table| names.iter().map(move |name| &table[*name]))
+        .find_map(|error| error["max_abs"].as_f64().or_else(|| error.as_f64()))
 }

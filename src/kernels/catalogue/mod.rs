@@ -50,11 +50,15 @@ pub enum Kernel {
     AddPositions,
     /// Biases by the distance of query and key.
     Relative,
+    /// RMSNorm and LayerNorm of rows.
+    Normalise,
+    /// `X · σ(G)`.
+    Gate,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 18] = [
+    pub const ALL: [Kernel; 20] = [
         Kernel::Scores,
         Kernel::Softmax,
         Kernel::WeightedSum,
@@ -73,6 +77,8 @@ impl Kernel {
         Kernel::Rotate,
         Kernel::AddPositions,
         Kernel::Relative,
+        Kernel::Normalise,
+        Kernel::Gate,
     ];
 
     /// The file's name without its ending.
@@ -96,6 +102,8 @@ impl Kernel {
             Kernel::Rotate => "rotate",
             Kernel::AddPositions => "add_positions",
             Kernel::Relative => "relative",
+            Kernel::Normalise => "normalise",
+            Kernel::Gate => "gate",
         }
     }
 
@@ -120,6 +128,8 @@ impl Kernel {
             Kernel::Rotate => include_str!("../../../shaders/rotate.wgsl"),
             Kernel::AddPositions => include_str!("../../../shaders/add_positions.wgsl"),
             Kernel::Relative => include_str!("../../../shaders/relative.wgsl"),
+            Kernel::Normalise => include_str!("../../../shaders/normalise.wgsl"),
+            Kernel::Gate => include_str!("../../../shaders/gate.wgsl"),
         }
     }
 }
@@ -159,6 +169,7 @@ impl Variant {
             // One f32 and one u32 per invocation.
             Kernel::Softmax if !self.changes.blocks.contains_key("join") => 8 * workgroup,
             Kernel::FlashTiled => tiled_memory(workgroup),
+            Kernel::Normalise if !self.changes.blocks.contains_key("join") => 4 * workgroup,
             _ => 0,
         }
     }
@@ -516,6 +527,38 @@ fn store_y(at: u32, o: u32, value: vec4<f32>) { y[(at + o) / 4u] = value; }",
     Variant { kernel: Kernel::Project, changes, name }
 }
 
+/// A variant of `normalise.wgsl`: LayerNorm where `centred`, else RMSNorm; `lanes` invocations per row.
+pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: bool, bias: bool) -> Variant {
+    let mut name = format!("normalise/{}/lanes{lanes}x{}", if centred { "layer" } else { "rms" }, workgroup / lanes);
+    let changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("CENTRED", centred);
+    let mut changes = access::load(changes, &access::ROWS, "params.dim", "false", x);
+    if wide_y {
+        changes = stored_in_fours(changes);
+    }
+    access::name(&mut name, &[("x", x), ("y", Access { wide: wide_y, ..Access::NARROW })]);
+    if bias {
+        name.push_str("/bias");
+    } else {
+        changes = changes.block("shift", "fn shift_of(d: u32) -> vec4<f32> { return vec4<f32>(); }");
+    }
+    if lanes == 1 {
+        changes = changes.block("join", "fn join_sum(local: u32, x: f32) -> f32 { return x; }");
+    }
+    Variant { kernel: Kernel::Normalise, changes, name }
+}
+
+/// A variant of `gate.wgsl`.
+pub fn gate(x: Access, g: Access, wide_y: bool) -> Variant {
+    let mut name = String::from("gate");
+    let changes = access::load(Changes::default(), &access::X, "params.dim", "false", x);
+    let mut changes = access::load(changes, &access::GATE, "params.dim", "false", g);
+    if wide_y {
+        changes = stored_in_fours(changes);
+    }
+    access::name(&mut name, &[("x", x), ("g", g), ("y", Access { wide: wide_y, ..Access::NARROW })]);
+    Variant { kernel: Kernel::Gate, changes, name }
+}
+
 /// A variant of `append.wgsl`: a learned row, or zeros.
 pub fn append(zeros: bool) -> Variant {
     if !zeros {
@@ -834,6 +877,15 @@ pub fn variants() -> Vec<Variant> {
         }
     }
     all.extend([relative(true), relative(false)]);
+    for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        for x in halves(stored) {
+            for (workgroup, lanes) in [(8, 1), (64, 8), (64, 64)] {
+                all.extend([false, true].map(|centred| normalise(workgroup, lanes, x, x.wide, centred, centred)));
+            }
+            all.push(normalise(64, 64, x, x.wide, true, false));
+            all.extend([gate(x, wide, x.wide), gate(narrow, x, false)]);
+        }
+    }
     let mut seen = std::collections::BTreeSet::new();
     all.retain(|variant| seen.insert(variant.name.clone()));
     all

@@ -6,8 +6,10 @@
 
 mod call;
 mod flash;
+mod gate;
 mod inspect;
 mod merge;
+mod normalise;
 mod passes;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
@@ -18,8 +20,10 @@ mod scatter;
 mod softmax;
 
 pub use flash::{Cut, packed};
+pub use gate::gate;
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
+pub use normalise::{MOST_NORMALISED, normalise};
 pub use passes::attention;
 #[cfg(not(target_arch = "wasm32"))]
 pub use probe::probe;

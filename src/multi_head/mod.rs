@@ -1,0 +1,502 @@
+//! Multi-head attention with its projections: PyTorch's `nn.MultiheadAttention`, Keras's
+//! `MultiHeadAttention` and the attention of well-known models from one layer.
+
+mod config;
+mod load;
+mod names;
+
+pub use config::{MultiHeadConfig, NormKind, NormSpan, QueryKeyNorm};
+pub use load::LoadOptions;
+pub use names::Names;
+
+use rand::{Rng, RngExt, SeedableRng};
+
+use crate::attention::{Attended, Attention, Mask};
+use crate::device::Device;
+use crate::error::{Result, shape_error, value_error};
+use crate::gpu::{Gpu, Profile};
+use crate::record::Recording;
+use crate::tensor::{Tensor, common_device};
+
+/// A projection on the host, row-major: the weight is `[out, in]`.
+struct Projection {
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+/// Parameters on the host, of the lengths that the layer's config says.
+struct Parameters {
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    out: Projection,
+    gate: Option<Projection>,
+    /// Weight and bias of the norms of queries and keys.
+    norms: Option<[Projection; 2]>,
+    /// The learned extra key and value.
+    bias_kv: Option<[Vec<f32>; 2]>,
+}
+
+/// One projection's weight and bias.
+#[derive(Clone, Debug)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `shape`: `[out, in]`, or `[width]` of a norm.
+    fn upload(device: &Device, shape: &[usize], parameters: &Projection) -> Result<Linear> {
+        let bias = parameters.bias.as_ref().map(|bias| Tensor::from_slice(device, &shape[..1], bias));
+        Ok(Linear { weight: Tensor::from_slice(device, shape, &parameters.weight)?, bias: bias.transpose()? })
+    }
+
+    /// Output rows `start..start + len`.
+    fn rows(&self, start: usize, len: usize) -> Result<Linear> {
+        Ok(Linear {
+            weight: self.weight.narrow(0, start, len)?,
+            bias: self.bias.as_ref().map(|bias| bias.narrow(0, start, len)).transpose()?,
+        })
+    }
+}
+
+/// `Concat(head₁ … headₕ)·Wₒ + bₒ` with `headᵢ = Attention(Q·W_qᵢ, K·W_kᵢ, V·W_vᵢ)`
+/// (Vaswani et al. 2017, section 3.2.2). One `forward` serves self- and cross-attention.
+#[derive(Clone, Debug)]
+pub struct MultiHeadAttention {
+    config: MultiHeadConfig,
+    device: Device,
+    /// W_gate (where there is one), W_q, W_k and W_v below one another when they read the same width.
+    packed: Option<Linear>,
+    gate: Option<Linear>,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    /// The norms of queries and keys.
+    norms: Option<[Linear; 2]>,
+    /// The learned extra key and value, `[k_width]` and `[v_width]`.
+    bias_kv: Option<(Tensor, Tensor)>,
+}
+
+/// What [`MultiHeadAttention::forward`] returns.
+#[derive(Clone, Debug)]
+pub struct MultiHeadOutput {
+    /// `[batch, len_q, output_dim]`, or `[len_q, batch, output_dim]` when not batch first.
+    pub output: Tensor,
+    /// `[batch, heads, len_q, len_k]` or, averaged, `[batch, len_q, len_k]`, when asked for. `len_k`
+    /// counts the keys that `add_bias_kv` and `add_zero_attn` append.
+    pub weights: Option<Tensor>,
+}
+
+/// Kernels as Keras's `MultiHeadAttention` and `GroupedQueryAttention` hold them, row-major.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KerasKernels<'a> {
+    /// `[query_dim, heads, key_dim]`.
+    pub query: &'a [f32],
+    /// `[key_dim_in, heads_kv, key_dim]`.
+    pub key: &'a [f32],
+    /// `[value_dim_in, heads_kv, value_dim]`.
+    pub value: &'a [f32],
+    /// `[heads, value_dim, output_dim]`.
+    pub output: &'a [f32],
+    /// Biases `[heads, key_dim]`, `[heads_kv, key_dim]`, `[heads_kv, value_dim]`, `[output_dim]`.
+    pub biases: Option<[&'a [f32]; 4]>,
+    /// Of `use_gate`: `[query_dim, heads, value_dim]`.
+    pub gate: Option<&'a [f32]>,
+    /// `[heads, value_dim]`, where there are a gate and biases.
+    pub gate_bias: Option<&'a [f32]>,
+}
+
+impl MultiHeadAttention {
+    /// A new layer, initialised from `seed` as PyTorch does: W_q, W_k, W_v Xavier-uniform (Glorot and
+    /// Bengio 2010; over the packed matrix when there is one), W_o uniform in `±1/√in`, biases 0, the
+    /// extra key and value Xavier-normal; a gate Xavier-uniform by itself as Keras does, the weights of norms 1.
+    pub fn new(device: impl Into<Device>, config: MultiHeadConfig, seed: u64) -> Result<Self> {
+        config.check()?;
+        let mut rng = rand_pcg::Pcg64::seed_from_u64(seed);
+        let (q, k, v, joined) = (config.q_width()?, config.k_width()?, config.v_width()?, config.joined_width()?);
+        let packed_rows = config.is_packed().then_some(q + k + v);
+        let zeros = |biased: bool, n: usize| biased.then(|| vec![0.0; n]);
+        let xavier = |rng: &mut rand_pcg::Pcg64, rows: usize, columns: usize, fan_out: usize| {
+            let bound = (6.0 / (fan_out + columns) as f64).sqrt() as f32;
+            Projection { weight: uniform(rng, rows * columns, bound), bias: zeros(config.bias, rows) }
+        };
+        let mut input = |rows, columns| xavier(&mut rng, rows, columns, packed_rows.unwrap_or(rows));
+        let (w_q, w_k, w_v) = (input(q, config.embed_dim), input(k, config.kdim), input(v, config.vdim));
+        let out = Projection {
+            weight: uniform(&mut rng, config.output_dim * joined, 1.0 / (joined as f32).sqrt()),
+            bias: zeros(config.out_bias, config.output_dim),
+        };
+        // xavier_normal_ of a [1, 1, width] tensor: fan_in = fan_out = width.
+        let mut row = |width: usize| normal(&mut rng, width, (1.0 / width as f64).sqrt() as f32);
+        let bias_kv = config.add_bias_kv.then(|| [row(k), row(v)]);
+        let gate = config.gate.then(|| xavier(&mut rng, joined, config.embed_dim, joined));
+        let norms = match config.norm {
+            None => None,
+            Some(norm) => Some(
+                config.norm_widths(norm.span)?.map(|n| Projection { weight: vec![1.0; n], bias: zeros(norm.bias, n) }),
+            ),
+        };
+        let parameters = Parameters { q: w_q, k: w_k, v: w_v, out, gate, norms, bias_kv };
+        Self::from_parameters(device.into(), config, &parameters)
+    }
+
+    fn from_parameters(device: Device, config: MultiHeadConfig, p: &Parameters) -> Result<Self> {
+        config.check()?;
+        let (rows_q, rows_k, rows_v) = (config.q_width()?, config.k_width()?, config.v_width()?);
+        let joined = config.joined_width()?;
+        let rows_gate = if config.gate { joined } else { 0 };
+        let upload = |rows: usize, columns: usize, p: &Projection| Linear::upload(&device, &[rows, columns], p);
+        let packed = config
+            .is_packed()
+            .then(|| {
+                let parts: Vec<&Projection> = p.gate.iter().chain([&p.q, &p.k, &p.v]).collect();
+                let weight = parts.iter().flat_map(|part| part.weight.iter().copied()).collect();
+                let bias = parts.iter().flat_map(|part| part.bias.iter().flatten().copied()).collect();
+                let all = Projection { weight, bias: config.bias.then_some(bias) };
+                upload(rows_gate + rows_q + rows_k + rows_v, config.embed_dim, &all)
+            })
+            .transpose()?;
+        let (gate, q, k, v) = match &packed {
+            Some(packed) => (
+                config.gate.then(|| packed.rows(0, rows_gate)).transpose()?,
+                packed.rows(rows_gate, rows_q)?,
+                packed.rows(rows_gate + rows_q, rows_k)?,
+                packed.rows(rows_gate + rows_q + rows_k, rows_v)?,
+            ),
+            None => (
+                p.gate.as_ref().map(|gate| upload(rows_gate, config.embed_dim, gate)).transpose()?,
+                upload(rows_q, config.embed_dim, &p.q)?,
+                upload(rows_k, config.kdim, &p.k)?,
+                upload(rows_v, config.vdim, &p.v)?,
+            ),
+        };
+        let out = upload(config.output_dim, joined, &p.out)?;
+        let norm = |p: &Projection| Linear::upload(&device, &[p.weight.len()], p);
+        let norms = p.norms.as_ref().map(|[q, k]| Ok::<_, crate::Error>([norm(q)?, norm(k)?])).transpose()?;
+        let bias_kv = (p.bias_kv.as_ref())
+            .map(|[key, value]| -> Result<_> {
+                Ok((Tensor::from_slice(&device, &[rows_k], key)?, Tensor::from_slice(&device, &[rows_v], value)?))
+            })
+            .transpose()?;
+        Ok(MultiHeadAttention { config, device, packed, gate, q, k, v, out, norms, bias_kv })
+    }
+
+    /// A layer from Keras-shaped kernels; `config` gives the widths
+    /// ([`MultiHeadConfig::with_head_dims`] for Keras's `key_dim` and `value_dim`, `heads_kv`, `output_dim`, `gate`);
+    /// its `bias`, `out_bias` and `gate` must agree with the kernels that are given.
+    pub fn from_keras(device: impl Into<Device>, config: MultiHeadConfig, kernels: KerasKernels<'_>) -> Result<Self> {
+        config.check()?;
+        if config.add_bias_kv || config.norm.is_some() {
+            return Err(value_error!("Keras layers have no add_bias_kv and no norms of queries and keys"));
+        }
+        let biased = kernels.biases.is_some();
+        for (name, wanted, what, given) in [
+            ("bias", config.bias, "biases", biased),
+            ("out_bias", config.out_bias, "biases", biased),
+            ("gate", config.gate, "gate", kernels.gate.is_some()),
+            ("gate && config.bias", config.gate && config.bias, "gate_bias", kernels.gate_bias.is_some()),
+        ] {
+            if wanted != given {
+                return Err(value_error!(
+                    "config.{name} is {wanted}, but the kernels' {what} {} given",
+                    if given { "is" } else { "is not" }
+                ));
+            }
+        }
+        let (q, k, v, joined) = (config.q_width()?, config.k_width()?, config.v_width()?, config.joined_width()?);
+        // [in, heads · dim] in Keras, [heads · dim, in] here.
+        let projection = |name: &str, kernel: &[f32], rows: usize, columns: usize, bias: Option<&[f32]>| {
+            if kernel.len() != rows * columns {
+                return Err(shape_error!(
+                    "the {name} kernel has {} values; {rows} × {columns} are expected",
+                    kernel.len()
+                ));
+            }
+            if let Some(bias) = bias
+                && bias.len() != columns
+            {
+                return Err(shape_error!("the {name} bias has {} values; {columns} are expected", bias.len()));
+            }
+            Ok(Projection { weight: transposed(kernel, rows, columns), bias: bias.map(<[f32]>::to_vec) })
+        };
+        let bias = |n: usize| kernels.biases.map(|biases| biases[n]);
+        let gate = kernels.gate.map(|gate| projection("gate", gate, config.embed_dim, joined, kernels.gate_bias));
+        let parameters = Parameters {
+            q: projection("query", kernels.query, config.embed_dim, q, bias(0))?,
+            k: projection("key", kernels.key, config.kdim, k, bias(1))?,
+            v: projection("value", kernels.value, config.vdim, v, bias(2))?,
+            out: projection("output", kernels.output, joined, config.output_dim, bias(3))?,
+            gate: gate.transpose()?,
+            norms: None,
+            bias_kv: None,
+        };
+        Self::from_parameters(device.into(), config, &parameters)
+    }
+
+    /// The layer's shape.
+    pub fn config(&self) -> &MultiHeadConfig {
+        &self.config
+    }
+    /// Learned numbers in the layer.
+    pub fn parameter_count(&self) -> usize {
+        self.config.parameter_count().expect("checked when the layer was made")
+    }
+    /// Appends a key and value of zeros to every sequence, or not.
+    pub fn with_zero_attn(mut self, yes: bool) -> Self {
+        self.config.add_zero_attn = yes;
+        self
+    }
+    /// Which of the first two axes is the batch.
+    pub fn with_batch_first(mut self, yes: bool) -> Self {
+        self.config.batch_first = yes;
+        self
+    }
+
+    /// Attends from `query` `[batch, len_q, embed_dim]` to `key` `[batch, len_k, kdim]` and `value`
+    /// `[batch, len_k, vdim]` (the batch axis second when not batch first; `[len, dim]` without a
+    /// batch). Self-attention gives one tensor three times and then projects it once.
+    ///
+    /// `attention` says the rest: masks, biases, [`Attention::key_padding`], causal, which weights to return. A mask
+    /// or bias with three axes is `[batch · heads, len_q, len_k]` as in PyTorch (or `[1, len_q, len_k]`), whatever the
+    /// numbers are; one per batch entry (Keras's `[batch, len_q, len_k]`) needs four: `[batch, 1, len_q, len_k]`, and
+    /// so does one per head: `[1, heads, len_q, len_k]`.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<MultiHeadOutput> {
+        pollster::block_on(self.forward_async(query, key, value, attention))
+    }
+
+    /// As [`MultiHeadAttention::forward`], without blocking.
+    pub async fn forward_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<MultiHeadOutput> {
+        let mut recording = Recording::new(&self.device);
+        let output = self.record(&mut recording, query, key, value, attention)?;
+        recording.submit().await?;
+        Ok(output)
+    }
+
+    /// As [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
+    /// long where the adapter counts. Only such calls pay for the counting.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward_profiled(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, Profile)> {
+        pollster::block_on(self.forward_profiled_async(query, key, value, attention))
+    }
+
+    /// As [`MultiHeadAttention::forward_profiled`], without blocking.
+    pub async fn forward_profiled_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, Profile)> {
+        let mut recording = Recording::new(&self.device);
+        let output = self.record(&mut recording, query, key, value, attention)?;
+        Ok((output, recording.submit_profiled().await?))
+    }
+
+    /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Keep the
+    /// inputs and the results until the encoder is submitted.
+    pub fn encode(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<MultiHeadOutput> {
+        let mut recording = Recording::for_encoder(gpu);
+        let output = self.record(&mut recording, query, key, value, attention)?;
+        recording.encode(encoder)?;
+        Ok(output)
+    }
+
+    /// `[batch, len, dim]` of an input, whatever the order it came in.
+    fn batched(&self, name: &str, x: &Tensor, width: usize) -> Result<Tensor> {
+        x.expect_float(name)?;
+        let x3 = match x.layout().rank() {
+            2 => x.unsqueeze(0)?,
+            3 if self.config.batch_first => x.clone(),
+            3 => x.permute(&[1, 0, 2])?,
+            _ => {
+                return Err(shape_error!(
+                    "{name} {:?} must have three axes ({}), or two without a batch",
+                    x.shape(),
+                    if self.config.batch_first { "[batch, len, dim]" } else { "[len, batch, dim]" }
+                ));
+            }
+        };
+        if x3.shape()[2] != width {
+            return Err(shape_error!("{name} {:?} must be {width} wide", x.shape()));
+        }
+        Ok(x3)
+    }
+
+    fn record(
+        &self,
+        recording: &mut Recording,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<MultiHeadOutput> {
+        let config = &self.config;
+        common_device(&self.q.weight, [("query", query), ("key", key), ("value", value)])?;
+        let q_in = self.batched("query", query, config.embed_dim)?;
+        let k_in = self.batched("key", key, config.kdim)?;
+        let v_in = self.batched("value", value, config.vdim)?;
+        let ranks = [query.layout().rank(), key.layout().rank(), value.layout().rank()];
+        if ranks.iter().any(|&rank| rank != ranks[0]) {
+            return Err(shape_error!(
+                "query {:?}, key {:?} and value {:?} must all have a batch axis or all have none",
+                query.shape(),
+                key.shape(),
+                value.shape()
+            ));
+        }
+        let [batch, len_q] = [q_in.shape()[0], q_in.shape()[1]];
+        if k_in.shape()[..2] != v_in.shape()[..2] || k_in.shape()[0] != batch {
+            return Err(shape_error!(
+                "query {:?}, key {:?} and value {:?} must have one batch size, key and value one length",
+                query.shape(),
+                key.shape(),
+                value.shape()
+            ));
+        }
+        let (rows_q, rows_k, rows_v) = (config.q_width()?, config.k_width()?, config.v_width()?);
+        let joined_width = config.joined_width()?;
+        let rows_gate = if config.gate { joined_width } else { 0 };
+        let extra_k: Vec<Option<&Tensor>> = self.extra_rows(|(k, _)| k);
+        let extra_v: Vec<Option<&Tensor>> = self.extra_rows(|(_, v)| v);
+
+        // One product for everything that reads the same input.
+        let same = |a: &Tensor, b: &Tensor| a.is_same_view(b);
+        let mut one = |x: &Tensor, linear: &Linear, extra: &[Option<&Tensor>]| {
+            recording.project(x, &linear.weight, linear.bias.as_ref(), extra)
+        };
+        let gated = |both: &Tensor| config.gate.then(|| both.narrow(2, 0, rows_gate)).transpose();
+        let (gate, q, k, v) = match &self.packed {
+            Some(packed) if extra_k.is_empty() && same(&q_in, &k_in) && same(&k_in, &v_in) => {
+                let all = one(&q_in, packed, &[])?;
+                let part = |start, len| all.narrow(2, rows_gate + start, len);
+                (gated(&all)?, part(0, rows_q)?, part(rows_q, rows_k)?, part(rows_q + rows_k, rows_v)?)
+            }
+            Some(packed) if extra_k.is_empty() && same(&k_in, &v_in) => {
+                let first = one(&q_in, &packed.rows(0, rows_gate + rows_q)?, &[])?;
+                let both = one(&k_in, &packed.rows(rows_gate + rows_q, rows_k + rows_v)?, &[])?;
+                let q = first.narrow(2, rows_gate, rows_q)?;
+                (gated(&first)?, q, both.narrow(2, 0, rows_k)?, both.narrow(2, rows_k, rows_v)?)
+            }
+            _ => (
+                self.gate.as_ref().map(|gate| one(&q_in, gate, &[])).transpose()?,
+                one(&q_in, &self.q, &[])?,
+                one(&k_in, &self.k, &extra_k)?,
+                one(&v_in, &self.v, &extra_v)?,
+            ),
+        };
+        // [batch, len, heads, dim]
+        let split = |x: &Tensor, heads: usize, dim: usize| x.reshape(&[batch, x.shape()[1], heads, dim]);
+        let mut normalised = |x: &Tensor, which: usize, heads: usize| -> Result<Tensor> {
+            let (Some(norm), Some(norms)) = (config.norm, &self.norms) else { return split(x, heads, config.head_dim) };
+            let Linear { weight, bias } = &norms[which];
+            let rows = match norm.span {
+                NormSpan::Head => split(x, heads, config.head_dim)?,
+                NormSpan::Width => x.unsqueeze(2)?,
+            };
+            let is_layer = norm.kind == NormKind::Layer;
+            let y = recording.normalise(&rows, weight, bias.as_ref(), is_layer, norm.epsilon)?;
+            split(&y.reshape(x.shape())?, heads, config.head_dim)
+        };
+        let heads_first = |x: Tensor| x.permute(&[0, 2, 1, 3]);
+        let q = heads_first(normalised(&q, 0, config.num_heads)?)?;
+        let k = heads_first(normalised(&k, 1, config.heads_kv)?)?;
+        let v = heads_first(split(&v, config.heads_kv, config.value_head_dim)?)?;
+        let attention = attention.clone().for_layer(batch, config.num_heads, extra_k.len())?.or_scale(config.scale);
+        let Attended { output, weights, .. } = attention.record(recording, &q, &k, &v, None)?;
+        let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, joined_width])?;
+        if let Some(gate) = &gate {
+            joined = recording.gate(&joined, gate)?;
+        }
+        let output = recording.project(&joined, &self.out.weight, self.out.bias.as_ref(), &[])?;
+        let output = output.with_dtype(query.dtype())?;
+        let unbatched = ranks[0] == 2;
+        Ok(MultiHeadOutput {
+            output: match (unbatched, config.batch_first) {
+                (true, _) => output.select(0, 0)?,
+                (false, true) => output,
+                (false, false) => output.permute(&[1, 0, 2])?,
+            },
+            weights: weights.map(|weights| if unbatched { weights.select(0, 0) } else { Ok(weights) }).transpose()?,
+        })
+    }
+
+    fn extra_rows<'a>(&'a self, side: impl Fn(&'a (Tensor, Tensor)) -> &'a Tensor) -> Vec<Option<&'a Tensor>> {
+        let learned = self.bias_kv.as_ref().map(|pair| Some(side(pair)));
+        learned.into_iter().chain(self.config.add_zero_attn.then_some(None)).collect()
+    }
+}
+
+impl Attention {
+    /// Masks and biases as a layer's caller writes them: three axes are `[batch · heads, len_q, len_k]`.
+    fn for_layer(mut self, batch: usize, heads: usize, extra_keys: usize) -> Result<Attention> {
+        let fix = |what: &str, tensor: &Tensor| -> Result<Tensor> {
+            match *tensor.shape() {
+                // Of whatever three axes could mean (per batch entry, per head, both), this is the same in all.
+                [1, _, _] => Ok(tensor.clone()),
+                [both, len_q, len_k] if both == batch.saturating_mul(heads) => {
+                    tensor.reshape(&[batch, heads, len_q, len_k])
+                }
+                [first, ..] if tensor.layout().rank() == 3 => Err(shape_error!(
+                    "{what} of shape {:?} with a batch of {batch} and {heads} heads: in a layer three axes are \
+                     [batch · heads, len_q, len_k] = [{}, len_q, len_k] as in PyTorch, and {first} is neither that \
+                     nor 1; one per batch entry (Keras's form) is [{batch}, 1, len_q, len_k], in NumPy mask[:, None], \
+                     and one per head [1, {heads}, len_q, len_k], mask[None]",
+                    tensor.shape(),
+                    batch.saturating_mul(heads)
+                )),
+                _ => Ok(tensor.clone()),
+            }
+        };
+        self.for_each_mask(|mask| Mask::new(fix("a mask", mask.tensor())?, mask.meaning()))?;
+        self.for_each_bias(|bias| fix("a bias", bias))?;
+        Ok(self.extra_keys(extra_keys))
+    }
+}
+
+/// `[rows, columns]` turned to `[columns, rows]`.
+fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| matrix[r * columns + c])).collect()
+}
+
+fn uniform(rng: &mut impl Rng, len: usize, bound: f32) -> Vec<f32> {
+    (0..len).map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound).collect()
+}
+
+/// Normal values by Box and Muller's transform.
+fn normal(rng: &mut impl Rng, len: usize, deviation: f32) -> Vec<f32> {
+    (0..len)
+        .map(|_| {
+            let (u, v) = (1.0 - rng.random::<f64>(), rng.random::<f64>());
+            ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32 * deviation
+        })
+        .collect()
+}

@@ -1,0 +1,167 @@
+//! Checkpoints on disk: single files, and shards with an index.
+
+use super::StateDict;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::error::{Error, Result};
+
+/// What a file that is not safetensors is by its first bytes, and the way out.
+pub(super) fn what_it_is(bytes: &[u8]) -> Option<&'static str> {
+    const CONVERT: &str = "it is a PyTorch pickle (.pt, .pth, .bin), which can run code when it is read; convert it: \
+        safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'layer.safetensors')";
+    let text = bytes.iter().position(|byte| !byte.is_ascii_whitespace()).map(|first| bytes[first]);
+    match bytes {
+        // PyTorch's files since 1.6 are zip archives, as .npz are.
+        [b'P', b'K', 3, 4, ..] if contains(bytes, b".npy") => {
+            Some("it is a NumPy .npz; write the weights with safetensors.numpy.save_file(dict(numpy.load(PATH)), …)")
+        }
+        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => Some(CONVERT),
+        [b'G', b'G', b'U', b'F', ..] => Some("it is a GGUF file of llama.cpp, whose weights are mostly quantised"),
+        [0x89, b'H', b'D', b'F', ..] => {
+            Some("it is an HDF5 file (Keras's .h5); MultiHeadAttention::from_keras takes kernels")
+        }
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Some("it is one NumPy array, without a name"),
+        _ if bytes.starts_with(b"version https://git-lfs") => {
+            Some("it is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+        }
+        _ if text == Some(b'{') => Some(
+            "it is JSON; the index of shards is read by its path (StateDict::open, --weights model.safetensors.index.json)",
+        ),
+        _ => None,
+    }
+}
+
+/// In the first few KiB.
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes[..bytes.len().min(4096)].windows(part.len()).any(|window| window == part)
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+mod open {
+    use std::collections::{BTreeMap, BTreeSet, HashMap};
+    use std::fs::File;
+    use std::io::{Read, Seek, SeekFrom};
+    use std::path::Path;
+
+    use safetensors::tensor::{Metadata, TensorInfo};
+
+    use super::{Error, Result, StateDict, what_it_is};
+
+    /// The longest header that safetensors allows, and the longest index read here.
+    const LONGEST: u64 = 100_000_000;
+    /// The files of a model's folder, in the order in which they are looked for.
+    const USUAL: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
+
+    fn failed(path: &Path, what: impl std::fmt::Display) -> Error {
+        Error::File(format!("{}: {what}", path.display()))
+    }
+
+    impl StateDict {
+        /// Reads a checkpoint: a `.safetensors` file, the index of one that is cut into shards
+        /// (`model.safetensors.index.json`: `{"weight_map": {name: file}}`, the files beside it), or a folder that holds
+        /// `model.safetensors` or such an index.
+        ///
+        /// Only the values of tensors whose names begin with `part` are read, and of the shards only those that hold
+        /// some; of the others names are kept. `""` reads all.
+        pub fn open(path: impl AsRef<Path>, part: &str) -> Result<StateDict> {
+            let path = path.as_ref();
+            if path.is_dir() {
+                let usual = USUAL.iter().map(|name| path.join(name)).find(|file| file.exists());
+                let file =
+                    usual.ok_or_else(|| failed(path, format!("the folder holds no {}", USUAL.join(" and no "))))?;
+                return StateDict::open(file, part);
+            }
+            let mut state = StateDict::default();
+            match path.extension() {
+                Some(ending) if ending.eq_ignore_ascii_case("json") => state.read_shards(path, part)?,
+                _ => state.read_file(path, part)?,
+            }
+            Ok(state)
+        }
+
+        fn read_shards(&mut self, index: &Path, part: &str) -> Result<()> {
+            let length = std::fs::metadata(index).map_err(|error| failed(index, error))?.len();
+            if length > LONGEST {
+                return Err(failed(index, format!("{length} bytes are too long for an index of shards")));
+            }
+            let text = std::fs::read(index).map_err(|error| failed(index, error))?;
+            let shape = "an index of shards is {\"weight_map\": {\"name\": \"file.safetensors\", …}}";
+            let json: serde_json::Value =
+                serde_json::from_slice(&text).map_err(|error| failed(index, format!("not JSON ({error}); {shape}")))?;
+            let map = (json.get("weight_map").and_then(|map| map.as_object()))
+                .ok_or_else(|| failed(index, format!("there is no \"weight_map\"; {shape}")))?;
+            let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+            for (name, file) in map {
+                let file =
+                    file.as_str().ok_or_else(|| failed(index, format!("the file of {name} is not a text; {shape}")))?;
+                let is_beside = !file.is_empty()
+                    && Path::new(file).components().all(|part| matches!(part, std::path::Component::Normal(_)));
+                if !is_beside {
+                    return Err(failed(index, format!("the shard {file:?} of {name} does not lie beside the index")));
+                }
+                if name.starts_with(part) {
+                    shards.entry(file).or_default().insert(name);
+                } else {
+                    let unread = super::super::Unread { dtype: "not read".into(), shape: Vec::new() };
+                    self.unread.insert(name.clone(), unread);
+                }
+            }
+            let folder = index.parent().unwrap_or(Path::new(""));
+            for (file, names) in shards {
+                self.read_file(&folder.join(file), part)?;
+                if let Some(name) = names.into_iter().find(|name| !self.contains(name)) {
+                    return Err(failed(index, format!("{name} should be in {file}, but is not")));
+                }
+            }
+            Ok(())
+        }
+
+        fn read_file(&mut self, path: &Path, part: &str) -> Result<()> {
+            let io = |error: std::io::Error| failed(path, error);
+            let mut file = File::open(path).map_err(io)?;
+            let length = file.metadata().map_err(io)?.len();
+            let mut start = vec![0; length.min(4096) as usize];
+            file.read_exact(&mut start).map_err(io)?;
+            let invalid = |why: String| {
+                let is = what_it_is(&start).map(|is| format!("; {is}")).unwrap_or_default();
+                failed(path, format!("not a valid safetensors file ({length} bytes): {why}{is}"))
+            };
+            let Some(header_len) = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) else {
+                return Err(invalid("it is shorter than 8 bytes".into()));
+            };
+            if header_len > LONGEST || header_len + 8 > length {
+                return Err(invalid(format!("its header would be {header_len} bytes long")));
+            }
+            let mut header = vec![0; header_len as usize];
+            file.seek(SeekFrom::Start(8)).map_err(io)?;
+            file.read_exact(&mut header).map_err(io)?;
+            let mut entries: HashMap<String, serde_json::Value> =
+                serde_json::from_slice(&header).map_err(|error| invalid(error.to_string()))?;
+            entries.remove("__metadata__");
+            let mut tensors = Vec::with_capacity(entries.len());
+            for (name, entry) in entries {
+                let info: TensorInfo =
+                    serde_json::from_value(entry).map_err(|error| invalid(format!("{name}: {error}")))?;
+                tensors.push((name, info));
+            }
+            tensors.sort_by_key(|(_, info)| info.data_offsets);
+            // Checks that offsets, shapes and types agree.
+            let metadata = Metadata::new(None, tensors).map_err(|error| invalid(error.to_string()))?;
+            let data_len = metadata.data_len() as u64;
+            if 8 + header_len + data_len != length {
+                return Err(invalid(format!("its tensors take {data_len} bytes behind a header of {header_len}")));
+            }
+            for (name, info) in metadata.tensors() {
+                let mut data = None;
+                if name.starts_with(part) {
+                    let (first, end) = info.data_offsets;
+                    let mut bytes = vec![0; end - first];
+                    file.seek(SeekFrom::Start(8 + header_len + first as u64)).map_err(io)?;
+                    file.read_exact(&mut bytes).map_err(io)?;
+                    data = Some(bytes);
+                }
+                self.take(name, info.dtype, &info.shape, data.as_deref())?;
+            }
+            Ok(())
+        }
+    }
+}
