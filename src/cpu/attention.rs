@@ -165,8 +165,6 @@ impl Tile<'_> {
         let band = self.problem.band(self.b);
         let Scratch { q, scores, gathered } = scratch;
         self.queries(q);
-        gathered.clear();
-        gathered.resize(self.count * dim_v, 0.0);
 
         // The keys that any row may see.
         let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
@@ -188,6 +186,11 @@ impl Tile<'_> {
         // What each block's weights were shifted by, for those who want them.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
+        // The first block overwrites what another tile left.
+        gathered.resize(self.count * dim_v, 0.0);
+        if blocks.is_empty() {
+            gathered.fill(0.0);
+        }
         for keys in &blocks {
             let width = keys.len();
             self.products(q, keys.clone(), scores);
@@ -200,7 +203,7 @@ impl Tile<'_> {
                 if peaks[row] > before && before > f32::NEG_INFINITY {
                     let factor = (f64::from(before) - f64::from(peaks[row])).exp();
                     sums[row] *= factor;
-                    gathered[row * dim_v..][..dim_v].iter_mut().for_each(|sum| *sum *= factor);
+                    exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factor);
                 }
                 sums[row] += exp::exp_and_sum(arch, line, shift);
                 if !slices.weights.is_empty() {
@@ -218,7 +221,7 @@ impl Tile<'_> {
                     matmul(o, accumulate, p.subcols(start, count), v, 1.0, Par::Seq);
                 }
                 self.add_not_finite(v, scores, keys, slices.out);
-                exp::gather(arch, gathered, slices.out);
+                exp::gather(arch, gathered, slices.out, keys.start == low);
             }
         }
 
@@ -380,7 +383,8 @@ fn average(problem: &Problem, weights: &[f32]) -> Vec<f32> {
             let mut sums = [0.0; TILE_KEYS];
             let sums = &mut sums[..out.len()];
             for h in 0..heads_q {
-                exp::gather(arch, sums, &weights[(b * heads_q + h) * square + tile * TILE_KEYS..][..out.len()]);
+                let head = &weights[(b * heads_q + h) * square + tile * TILE_KEYS..][..out.len()];
+                exp::gather(arch, sums, head, h == 0);
             }
             exp::scaled(arch, sums, 1.0 / heads_q.max(1) as f64, out);
         });

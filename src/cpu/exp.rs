@@ -127,20 +127,51 @@ pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
     arch.dispatch(Scale(row, factor));
 }
 
-/// `sums += row`.
-pub fn gather(arch: Arch, sums: &mut [f64], row: &[f32]) {
-    arch.dispatch(
+/// `sums += row`, or `sums = row` where the row is the first.
+pub fn gather(arch: Arch, sums: &mut [f64], row: &[f32], first: bool) {
+    // Types of two widths: the loops are left to the compiler, which knows the level within `with_simd`.
+    struct Gather<'a>(&'a mut [f64], &'a [f32], bool);
+    impl WithSimd for Gather<'_> {
+        type Output = ();
         #[inline(always)]
-        || sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x)),
-    );
+        fn with_simd<S: Simd>(self, _: S) {
+            let terms = self.0.iter_mut().zip(self.1);
+            if self.2 {
+                terms.for_each(|(sum, &x)| *sum = f64::from(x));
+            } else {
+                terms.for_each(|(sum, &x)| *sum += f64::from(x));
+            }
+        }
+    }
+    arch.dispatch(Gather(sums, row, first));
+}
+
+/// `sums *= factor`.
+pub fn scale_sums(arch: Arch, sums: &mut [f64], factor: f64) {
+    struct Scale<'a>(&'a mut [f64], f64);
+    impl WithSimd for Scale<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let factor = self.1;
+            self.0.iter_mut().for_each(|sum| *sum *= factor);
+        }
+    }
+    arch.dispatch(Scale(sums, factor));
 }
 
 /// `row = factor · sums`, rounded.
 pub fn scaled(arch: Arch, sums: &[f64], factor: f64, row: &mut [f32]) {
-    arch.dispatch(
+    struct Scaled<'a>(&'a [f64], f64, &'a mut [f32]);
+    impl WithSimd for Scaled<'_> {
+        type Output = ();
         #[inline(always)]
-        || row.iter_mut().zip(sums).for_each(|(x, &sum)| *x = (factor * sum) as f32),
-    );
+        fn with_simd<S: Simd>(self, _: S) {
+            let factor = self.1;
+            self.2.iter_mut().zip(self.0).for_each(|(x, &sum)| *x = (factor * sum) as f32);
+        }
+    }
+    arch.dispatch(Scaled(sums, factor, row));
 }
 
 #[cfg(test)]
