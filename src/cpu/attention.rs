@@ -21,6 +21,9 @@ pub(super) const TILE_KEYS: usize = 512;
 /// values is off by up to n / 2 ulp.
 const SUMMED_KEYS: usize = 128;
 
+/// Steps whose products are added up in f32, before their sum is added up in f64.
+const SUMMED_TILES: usize = 4;
+
 thread_local! {
     // Kept between calls: fresh memory of this size costs more than the arithmetic on it.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -30,7 +33,7 @@ thread_local! {
 struct Scratch {
     q: Vec<f32>,
     scores: Vec<f32>,
-    /// Output rows before they are divided by their sum, over the blocks of keys so far.
+    /// Output rows before they are divided by their sum, over the keys that are no longer summed in f32.
     gathered: Vec<f64>,
 }
 
@@ -156,8 +159,8 @@ impl Tile<'_> {
     }
 
     /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys, the output rescaled when a
-    /// block raises the maximum (Dao 2023, section 3.1). A block is summed in f32, blocks are added up in f64: rows
-    /// of any length keep their digits.
+    /// block raises the maximum (Dao 2023, section 3.1). A few blocks are summed in f32, what they give is added up
+    /// in f64: rows of any length keep their digits.
     fn run(&self, v: &Values<'_>, stage: Option<ScoreStage>, scratch: &mut Scratch, slices: Slices<'_>) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = pulp::Arch::new();
@@ -186,13 +189,17 @@ impl Tile<'_> {
         // What each block's weights were shifted by, for those who want them.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
-        // The first block overwrites what another tile left.
-        gathered.resize(self.count * dim_v, 0.0);
-        if blocks.is_empty() {
-            gathered.fill(0.0);
+        // A product of one row adds to what it finds number by number, so that more products make one long sum.
+        let alone = self.count == 1;
+        let gathers = alone && len_k > SUMMED_KEYS || blocks.len() > SUMMED_TILES;
+        let mut has_gathered = false;
+        if gathers {
+            // What another tile left is overwritten.
+            gathered.resize(self.count * dim_v, 0.0);
         }
-        for keys in &blocks {
+        for (n, keys) in blocks.iter().enumerate() {
             let width = keys.len();
+            let starts_anew = n % SUMMED_TILES == 0;
             self.products(q, keys.clone(), scores);
             for (row, line) in scores.chunks_mut(width).enumerate() {
                 self.rules(row, ranges[row].clone(), keys.start, line, ScoreStage::Masked);
@@ -203,7 +210,12 @@ impl Tile<'_> {
                 if peaks[row] > before && before > f32::NEG_INFINITY {
                     let factor = (f64::from(before) - f64::from(peaks[row])).exp();
                     sums[row] *= factor;
-                    exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factor);
+                    if !starts_anew {
+                        exp::scale(arch, &mut slices.out[row * dim_v..][..dim_v], factor as f32);
+                    }
+                    if has_gathered {
+                        exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factor);
+                    }
                 }
                 sums[row] += exp::exp_and_sum(arch, line, shift);
                 if !slices.weights.is_empty() {
@@ -216,12 +228,20 @@ impl Tile<'_> {
                 for start in (0..width).step_by(SUMMED_KEYS) {
                     let count = SUMMED_KEYS.min(width - start);
                     let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
-                    let accumulate = if start == 0 { Accum::Replace } else { Accum::Add };
-                    let v = v.matrix.rows(keys.start + start, keys.start + start + count);
-                    matmul(o, accumulate, p.subcols(start, count), v, 1.0, Par::Seq);
+                    let is_first = starts_anew && start == 0 || alone && gathers;
+                    let accumulate = if is_first { Accum::Replace } else { Accum::Add };
+                    let v_rows = v.matrix.rows(keys.start + start, keys.start + start + count);
+                    matmul(o, accumulate, p.subcols(start, count), v_rows, 1.0, Par::Seq);
+                    let ends_block = start + count == width;
+                    if ends_block {
+                        self.add_not_finite(v, scores, keys, slices.out);
+                    }
+                    let is_last = ends_block && ((n + 1) % SUMMED_TILES == 0 || n + 1 == blocks.len());
+                    if gathers && (is_last || alone) {
+                        exp::gather(arch, gathered, slices.out, !has_gathered);
+                        has_gathered = true;
+                    }
                 }
-                self.add_not_finite(v, scores, keys, slices.out);
-                exp::gather(arch, gathered, slices.out, keys.start == low);
             }
         }
 
@@ -234,7 +254,10 @@ impl Tile<'_> {
                 continue;
             }
             slices.lse[row] = (f64::from(peak) + sum.ln()) as f32;
-            exp::scaled(arch, &gathered[row * dim_v..][..dim_v], 1.0 / sum, out);
+            match has_gathered {
+                true => exp::scaled(arch, &gathered[row * dim_v..][..dim_v], 1.0 / sum, out),
+                false => exp::scale(arch, out, (1.0 / sum) as f32),
+            }
             if !slices.weights.is_empty() {
                 let weights = &mut slices.weights[row * len_k..][..len_k];
                 if sum.is_nan() {

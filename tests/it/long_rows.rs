@@ -51,17 +51,17 @@ fn equal_scores_give_the_mean_of_the_values() {
                 .weights(weights)
                 .forward(&q, &k, &tensor(&[1, 1, len_k, width], &v))
                 .unwrap();
-            let out = attended.output.download::<f32>().unwrap();
+            let out = attended.output.download().unwrap();
             for (d, &value) in values.iter().enumerate() {
                 let column: Vec<f32> = out.iter().skip(d).step_by(width).copied().collect();
                 let off = largest_error(&column, |_| f64::from(value));
                 assert!(off <= EQUAL, "{len_k} keys, {len_q} queries, {value}: {off:.1e}");
             }
-            let lse = attended.lse.unwrap().download::<f32>().unwrap();
+            let lse = attended.lse.unwrap().download().unwrap();
             let off = largest_error(&lse, |_| (len_k as f64).ln());
             assert!(off <= 6e-8, "the LSE of {len_k} keys: {off:.1e}");
             if let Some(weights) = attended.weights {
-                let off = largest_error(&weights.download::<f32>().unwrap(), |_| 1.0 / len_k as f64);
+                let off = largest_error(&weights.download().unwrap(), |_| 1.0 / len_k as f64);
                 assert!(off <= 2e-7, "the weights of {len_k} keys: {off:.1e}");
             }
         }
@@ -85,8 +85,7 @@ fn random_scores_keep_their_digits() {
             .forward(&tensor(&shape(len_q), &scores), &tensor(&shape(len_k), &keys), &tensor(&shape(len_k), &values))
             .unwrap();
         // Three rows in f64: first, middle, last.
-        let (out, lses) =
-            (attended.output.download::<f32>().unwrap(), attended.lse.unwrap().download::<f32>().unwrap());
+        let (out, lses) = (attended.output.download().unwrap(), attended.lse.unwrap().download().unwrap());
         for i in [0, len_q / 2, len_q - 1] {
             let seen = if causal { len_k - len_q + i + 1 } else { len_k };
             let dot = |j: usize| -> f64 {
@@ -126,10 +125,10 @@ fn scores_that_rise_form_a_geometric_series() {
                 &tensor(&[1, 1, len_k, 1], &values),
             )
             .unwrap();
-        let off = largest_error(&attended.output.download::<f32>().unwrap(), |_| f64::from(0.1f32));
+        let off = largest_error(&attended.output.download().unwrap(), |_| f64::from(0.1f32));
         assert!(off <= EQUAL, "{len_k} keys: {off:.1e}");
         let want = ((n * a).exp_m1() / a.exp_m1()).ln();
-        let off = largest_error(&attended.lse.unwrap().download::<f32>().unwrap(), |_| want);
+        let off = largest_error(&attended.lse.unwrap().download().unwrap(), |_| want);
         assert!(off <= 2e-7, "the LSE of {len_k} keys: {off:.1e}");
     }
 }
@@ -140,7 +139,7 @@ fn softmax_over_a_long_row() {
         for step in [1, 3] {
             // Along the last axis, and along the first.
             let x: Vec<f32> = noise(len * step, 5);
-            let got = softmax(&tensor(&[len, step], &x), 0).unwrap().download::<f32>().unwrap();
+            let got = softmax(&tensor(&[len, step], &x), 0).unwrap().download().unwrap();
             for column in 0..step {
                 let of = |row: &[f32]| row.iter().skip(column).step_by(step).copied().collect::<Vec<f32>>();
                 let (got, x) = (of(&got), of(&x));
@@ -155,7 +154,7 @@ fn softmax_over_a_long_row() {
         // exp of −1 is a number whose f32 sum is off by more the longer it is.
         let mut x = vec![-1.0; len];
         x[len / 2] = 0.0;
-        let got = softmax(&tensor(&[len], &x), 0).unwrap().download::<f32>().unwrap();
+        let got = softmax(&tensor(&[len], &x), 0).unwrap().download().unwrap();
         let sum = 1.0 + (len - 1) as f64 * (-1f64).exp();
         let off = largest_error(&got, |at| f64::from(x[at]).exp() / sum);
         assert!(off <= 3e-7, "{len}: {off:.1e}");
@@ -172,9 +171,9 @@ fn entropies_and_column_sums_of_long_rows() {
         let lse = attention.forward(&q, &k, &k).unwrap().lse.unwrap();
         let seen = attention.inspect(&q, &k, &lse, &Inspect::new().column_sums().entropy()).unwrap();
         // An LSE of 12 is rounded by up to 5e-7, which P = exp(S − LSE) and the entropy inherit.
-        let off = largest_error(&seen.entropy.unwrap().download::<f32>().unwrap(), |_| (len_k as f64).ln());
+        let off = largest_error(&seen.entropy.unwrap().download().unwrap(), |_| (len_k as f64).ln());
         assert!(off <= 7e-7, "the entropy of {len_k} keys: {off:.1e}");
-        let sums = seen.column_sums.unwrap().download::<f32>().unwrap();
+        let sums = seen.column_sums.unwrap().download().unwrap();
         let off = largest_error(&sums, |_| len_q as f64 / len_k as f64);
         assert!(off <= 7e-7, "what {len_q} queries give a key: {off:.1e}");
     }
@@ -186,17 +185,17 @@ fn weights_averaged_over_many_heads() {
     let q = tensor(&[1, heads, 1, 1], &vec![0.0; heads]);
     let k = tensor(&[1, heads, len_k, 1], &noise(heads * len_k, 1));
     let attended = Attention::new().weights(Weights::Averaged).forward(&q, &k, &k).unwrap();
-    let off = largest_error(&attended.weights.unwrap().download::<f32>().unwrap(), |_| 1.0 / len_k as f64);
+    let off = largest_error(&attended.weights.unwrap().download().unwrap(), |_| 1.0 / len_k as f64);
     assert!(off <= 1.2e-7, "{off:.1e}");
 }
 
 #[test]
 fn sums_that_leave_the_range_of_f32_do_not_matter() {
-    // The sum of 65,536 values of 1e35 is beyond f32, that of 512 is not; the mean is 1e35.
+    // The sum of 65,536 values of 1e35 is beyond f32, that of 2048 is not; the mean is 1e35.
     let len_k = 65_536;
     let q = tensor(&[1, 1, 2, 1], &[0.0; 2]);
     let v = tensor(&[1, 1, len_k, 1], &vec![1e35; len_k]);
-    let out = Attention::new().forward(&q, &v, &v).unwrap().output.download::<f32>().unwrap();
+    let out = Attention::new().forward(&q, &v, &v).unwrap().output.download().unwrap();
     let off = largest_error(&out, |_| f64::from(1e35f32));
     assert!(off <= EQUAL, "{out:?}");
 }
