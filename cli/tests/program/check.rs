@@ -316,7 +316,7 @@ fn a_wrong_argument_of_keras_or_jax_fails() {
         ("keras_gate", "param.gate/bias"),
         ("keras_plain", "param.attention_output/bias"),
         ("jax_everything", "in.mask"),
-        ("jax_everything", "in.bias"),
+        ("jax_bias", "in.bias"),
         ("jax_both_lengths_causal", "in.query_seq_lengths"),
         ("jax_both_lengths_causal", "in.key_value_seq_lengths"),
     ] {
