@@ -21,7 +21,7 @@ fn cases(name: &str) -> Vec<Vec<u8>> {
 
 #[test]
 fn cases_read_and_computed() {
-    for (name, count) in [("onnx", 2000), ("torch", 2000), ("transformers", 1000)] {
+    for (name, count) in [("keras_jax", 2000), ("onnx", 2000), ("torch", 2000), ("transformers", 1000)] {
         refused(
             &format!("cases of {name}, computed"),
             &cases(name),

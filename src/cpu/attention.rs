@@ -17,6 +17,13 @@ const TILE_ROWS: usize = 128;
 /// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
 pub(super) const TILE_KEYS: usize = 512;
 
+/// Keys that one matrix product adds up one after the other in f32. Longer sums lose digits: an f32 sum of n equal
+/// values is off by up to n / 2 ulp.
+const SUMMED_KEYS: usize = 128;
+
+/// Steps whose products are added up in f32, before their sum is added up in f64.
+const SUMMED_TILES: usize = 4;
+
 thread_local! {
     // Kept between calls: fresh memory of this size costs more than the arithmetic on it.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -26,6 +33,8 @@ thread_local! {
 struct Scratch {
     q: Vec<f32>,
     scores: Vec<f32>,
+    /// Output rows before they are divided by their sum, over the keys that are no longer summed in f32.
+    gathered: Vec<f64>,
 }
 
 /// Attention of a checked problem; `output` is the layout of the result, contiguous in some order.
@@ -150,13 +159,14 @@ impl Tile<'_> {
     }
 
     /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys, the output rescaled when a
-    /// block raises the maximum (Dao 2023, section 3.1).
+    /// block raises the maximum (Dao 2023, section 3.1). A few blocks are summed in f32, what they give is added up
+    /// in f64: rows of any length keep their digits.
     fn run(&self, v: &Values<'_>, stage: Option<ScoreStage>, scratch: &mut Scratch, slices: Slices<'_>) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = pulp::Arch::new();
         let ruled = self.problem.ruled_keys();
         let band = self.problem.band(self.b);
-        let Scratch { q, scores } = scratch;
+        let Scratch { q, scores, gathered } = scratch;
         self.queries(q);
 
         // The keys that any row may see.
@@ -175,12 +185,21 @@ impl Tile<'_> {
             slices.scores.copy_from_slice(scores);
         }
 
-        let (mut peaks, mut sums): (Vec<f32>, Vec<f32>) = (0..self.count).map(|row| self.first(row)).unzip();
+        let (mut peaks, mut sums): (Vec<f32>, Vec<f64>) = (0..self.count).map(|row| self.first(row)).unzip();
         // What each block's weights were shifted by, for those who want them.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
-        for keys in &blocks {
+        // A product of one row adds to what it finds number by number, so that more products make one long sum.
+        let alone = self.count == 1;
+        let gathers = alone && len_k > SUMMED_KEYS || blocks.len() > SUMMED_TILES;
+        let mut has_gathered = false;
+        if gathers {
+            // What another tile left is overwritten.
+            gathered.resize(self.count * dim_v, 0.0);
+        }
+        for (n, keys) in blocks.iter().enumerate() {
             let width = keys.len();
+            let starts_anew = n % SUMMED_TILES == 0;
             self.products(q, keys.clone(), scores);
             for (row, line) in scores.chunks_mut(width).enumerate() {
                 self.rules(row, ranges[row].clone(), keys.start, line, ScoreStage::Masked);
@@ -189,9 +208,14 @@ impl Tile<'_> {
                 // While nothing is visible every shift gives zeros, and −∞ would give NaN.
                 let shift = if peaks[row] == f32::NEG_INFINITY { 0.0 } else { peaks[row] };
                 if peaks[row] > before && before > f32::NEG_INFINITY {
-                    let factor = (before - peaks[row]).exp();
+                    let factor = (f64::from(before) - f64::from(peaks[row])).exp();
                     sums[row] *= factor;
-                    exp::scale(arch, &mut slices.out[row * dim_v..][..dim_v], factor);
+                    if !starts_anew {
+                        exp::scale(arch, &mut slices.out[row * dim_v..][..dim_v], factor as f32);
+                    }
+                    if has_gathered {
+                        exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factor);
+                    }
                 }
                 sums[row] += exp::exp_and_sum(arch, line, shift);
                 if !slices.weights.is_empty() {
@@ -201,10 +225,23 @@ impl Tile<'_> {
             }
             if dim_v > 0 {
                 let p = faer::MatRef::from_row_major_slice(scores, self.count, width);
-                let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
-                let accumulate = if keys.start == low { Accum::Replace } else { Accum::Add };
-                matmul(o, accumulate, p, v.matrix.rows(keys.start, keys.end), 1.0, Par::Seq);
-                self.add_not_finite(v, scores, keys, slices.out);
+                for start in (0..width).step_by(SUMMED_KEYS) {
+                    let count = SUMMED_KEYS.min(width - start);
+                    let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
+                    let is_first = starts_anew && start == 0 || alone && gathers;
+                    let accumulate = if is_first { Accum::Replace } else { Accum::Add };
+                    let v_rows = v.matrix.rows(keys.start + start, keys.start + start + count);
+                    matmul(o, accumulate, p.subcols(start, count), v_rows, 1.0, Par::Seq);
+                    let ends_block = start + count == width;
+                    if ends_block {
+                        self.add_not_finite(v, scores, keys, slices.out);
+                    }
+                    let is_last = ends_block && ((n + 1) % SUMMED_TILES == 0 || n + 1 == blocks.len());
+                    if gathers && (is_last || alone) {
+                        exp::gather(arch, gathered, slices.out, !has_gathered);
+                        has_gathered = true;
+                    }
+                }
             }
         }
 
@@ -216,8 +253,11 @@ impl Tile<'_> {
                 out.fill(0.0);
                 continue;
             }
-            slices.lse[row] = peak + sum.ln();
-            exp::scale(arch, out, 1.0 / sum);
+            slices.lse[row] = (f64::from(peak) + sum.ln()) as f32;
+            match has_gathered {
+                true => exp::scaled(arch, &gathered[row * dim_v..][..dim_v], 1.0 / sum, out),
+                false => exp::scale(arch, out, (1.0 / sum) as f32),
+            }
             if !slices.weights.is_empty() {
                 let weights = &mut slices.weights[row * len_k..][..len_k];
                 if sum.is_nan() {
@@ -228,7 +268,8 @@ impl Tile<'_> {
                 } else {
                     for (block, keys) in blocks.iter().enumerate() {
                         let shift = shifts[block * self.count + row];
-                        exp::scale(arch, &mut weights[keys.clone()], (shift - peak).exp() / sum);
+                        let factor = (f64::from(shift) - f64::from(peak)).exp() / sum;
+                        exp::scale(arch, &mut weights[keys.clone()], factor as f32);
                     }
                 }
             }
@@ -236,13 +277,13 @@ impl Tile<'_> {
     }
 
     /// Maximum and sum before any key: those of the sink, where there is one.
-    fn first(&self, row: usize) -> (f32, f32) {
+    fn first(&self, row: usize) -> (f32, f64) {
         let sink = self.inputs.sink.map(|sink| sink.data[sink.layout.at(&[self.query(row).0])]);
         match sink {
             None | Some(f32::NEG_INFINITY) => (f32::NEG_INFINITY, 0.0),
             Some(sink) if sink.is_finite() => (sink, 1.0),
             // As a score that is NaN or +∞.
-            Some(_) => (f32::NEG_INFINITY, f32::NAN),
+            Some(_) => (f32::NEG_INFINITY, f64::NAN),
         }
     }
 
@@ -351,7 +392,7 @@ impl Values<'_> {
     }
 }
 
-/// The mean over heads, summed in order: `[b, i, j]`.
+/// The mean over heads, summed in order in f64: `[b, i, j]`.
 fn average(problem: &Problem, weights: &[f32]) -> Vec<f32> {
     let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
     let square = len_q * len_k;
@@ -359,13 +400,17 @@ fn average(problem: &Problem, weights: &[f32]) -> Vec<f32> {
     if out.is_empty() {
         return out;
     }
+    let arch = pulp::Arch::new();
     out.par_chunks_mut(square).enumerate().for_each(|(b, out)| {
-        for h in 0..heads_q {
-            let head = &weights[(b * heads_q + h) * square..][..square];
-            out.iter_mut().zip(head).for_each(|(sum, weight)| *sum += weight);
-        }
-        let factor = 1.0 / heads_q.max(1) as f32;
-        out.iter_mut().for_each(|sum| *sum *= factor);
+        out.par_chunks_mut(TILE_KEYS).enumerate().for_each(|(tile, out)| {
+            let mut sums = [0.0; TILE_KEYS];
+            let sums = &mut sums[..out.len()];
+            for h in 0..heads_q {
+                let head = &weights[(b * heads_q + h) * square + tile * TILE_KEYS..][..out.len()];
+                exp::gather(arch, sums, head, h == 0);
+            }
+            exp::scaled(arch, sums, 1.0 / heads_q.max(1) as f64, out);
+        });
     });
     out
 }

@@ -55,8 +55,11 @@ pub fn peak(arch: Arch, row: &[f32]) -> f32 {
     arch.dispatch(Peak(row))
 }
 
-/// Replaces `x` by `exp(x − shift)` and returns the sum.
-pub fn exp_and_sum(arch: Arch, row: &mut [f32], shift: f32) -> f32 {
+/// Elements that are added up in f32; sums of such blocks are added up in f64.
+const SUMMED: usize = 512;
+
+/// Replaces `x` by `exp(x − shift)` and returns the sum, which keeps the digits of f32 in rows of any length.
+pub fn exp_and_sum(arch: Arch, row: &mut [f32], shift: f32) -> f64 {
     struct Exp<'a>(&'a mut [f32], f32);
     impl WithSimd for Exp<'_> {
         type Output = f32;
@@ -88,7 +91,7 @@ pub fn exp_and_sum(arch: Arch, row: &mut [f32], shift: f32) -> f32 {
             simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)))
         }
     }
-    arch.dispatch(Exp(row, shift))
+    row.chunks_mut(SUMMED).map(|block| f64::from(arch.dispatch(Exp(block, shift)))).sum()
 }
 
 /// True when every element is finite.
@@ -122,6 +125,53 @@ pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
         }
     }
     arch.dispatch(Scale(row, factor));
+}
+
+/// `sums += row`, or `sums = row` where the row is the first.
+pub fn gather(arch: Arch, sums: &mut [f64], row: &[f32], first: bool) {
+    // Types of two widths: the loops are left to the compiler, which knows the level within `with_simd`.
+    struct Gather<'a>(&'a mut [f64], &'a [f32], bool);
+    impl WithSimd for Gather<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let terms = self.0.iter_mut().zip(self.1);
+            if self.2 {
+                terms.for_each(|(sum, &x)| *sum = f64::from(x));
+            } else {
+                terms.for_each(|(sum, &x)| *sum += f64::from(x));
+            }
+        }
+    }
+    arch.dispatch(Gather(sums, row, first));
+}
+
+/// `sums *= factor`.
+pub fn scale_sums(arch: Arch, sums: &mut [f64], factor: f64) {
+    struct Scale<'a>(&'a mut [f64], f64);
+    impl WithSimd for Scale<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let factor = self.1;
+            self.0.iter_mut().for_each(|sum| *sum *= factor);
+        }
+    }
+    arch.dispatch(Scale(sums, factor));
+}
+
+/// `row = factor · sums`, rounded.
+pub fn scaled(arch: Arch, sums: &[f64], factor: f64, row: &mut [f32]) {
+    struct Scaled<'a>(&'a [f64], f64, &'a mut [f32]);
+    impl WithSimd for Scaled<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let factor = self.1;
+            self.2.iter_mut().zip(self.0).for_each(|(x, &sum)| *x = (factor * sum) as f32);
+        }
+    }
+    arch.dispatch(Scaled(sums, factor, row));
 }
 
 #[cfg(test)]
@@ -159,7 +209,7 @@ mod tests {
             let mut weights = row.clone();
             let sum = exp_and_sum(arch, &mut weights, highest.max(-1.0));
             let exact: f64 = row.iter().map(|&x| f64::from(x - highest.max(-1.0)).exp()).sum();
-            assert!((f64::from(sum) - exact).abs() <= 1e-6 * exact.max(1.0), "{len}");
+            assert!((sum - exact).abs() <= 1e-6 * exact.max(1.0), "{len}");
             let mut halves = row.clone();
             scale(arch, &mut halves, 0.5);
             assert!(halves.iter().zip(&row).all(|(half, x)| *half == x * 0.5));

@@ -52,16 +52,18 @@ pub(crate) fn inspect(problem: &Problem, inputs: &Inputs<'_>, lse: View<'_>, cho
                 }
             }
             tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (b, h, tile, rows, (weights, entropy))| {
+                let mut exact = vec![0.0; entropy.len()];
                 for keys in blocks(len_k) {
                     sweep.block(scratch, [b, h], &tile, &rows, &keys, |row, p, log_p| {
                         if !weights.is_empty() {
                             weights[row * len_k + keys.start..][..keys.len()].copy_from_slice(p);
                         }
-                        if !entropy.is_empty() {
-                            entropy[row] += entropy_of(p, log_p);
+                        if !exact.is_empty() {
+                            exact[row] += entropy_of(p, log_p);
                         }
                     });
                 }
+                entropy.iter_mut().zip(exact).for_each(|(entropy, exact)| *entropy = exact as f32);
             });
         }
         if chosen.column_sums {
@@ -95,17 +97,19 @@ fn take<'a>(from: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
     taken
 }
 
-/// `−Σ P·ln P`, in eight sums that fit vector registers.
-fn entropy_of(p: &[f32], log_p: &[f32]) -> f32 {
+/// `−Σ P·ln P` of a block of keys, in 32 sums of f32 that fit vector registers.
+fn entropy_of(p: &[f32], log_p: &[f32]) -> f64 {
+    const SUMS: usize = 32;
     // Rounding may lift ln P above 0 by an ulp.
     let term = |p: f32, log_p: f32| p * (-log_p.max(LEAST_LOG)).max(0.0);
-    let mut sums = [0.0; 8];
-    let (eights, rest) = p.as_chunks::<8>();
-    let (log_eights, log_rest) = log_p.as_chunks::<8>();
-    for (p, log_p) in eights.iter().zip(log_eights) {
-        (0..8).for_each(|n| sums[n] += term(p[n], log_p[n]));
+    let mut sums = [0.0; SUMS];
+    let (chunks, rest) = p.as_chunks::<SUMS>();
+    let (log_chunks, log_rest) = log_p.as_chunks::<SUMS>();
+    for (p, log_p) in chunks.iter().zip(log_chunks) {
+        (0..SUMS).for_each(|n| sums[n] += term(p[n], log_p[n]));
     }
-    sums.iter().sum::<f32>() + rest.iter().zip(log_rest).map(|(&p, &log_p)| term(p, log_p)).sum::<f32>()
+    rest.iter().zip(log_rest).zip(&mut sums).for_each(|((&p, &log_p), sum)| *sum += term(p, log_p));
+    sums.into_iter().map(f64::from).sum()
 }
 
 #[derive(Default)]

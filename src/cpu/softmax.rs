@@ -21,7 +21,7 @@ pub(crate) fn softmax(x: View<'_>, axis: usize) -> Vec<f32> {
         let peak = exp::peak(arch, &row);
         // A row of −∞ keeps its zeros: any shift but −∞ gives them.
         let sum = exp::exp_and_sum(arch, &mut row, if peak == f32::NEG_INFINITY { 0.0 } else { peak });
-        let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+        let factor = if sum == 0.0 { 0.0 } else { (1.0 / sum) as f32 };
         for (j, x) in row.iter().enumerate() {
             out[start + j * step] = x * factor;
         }

@@ -12,6 +12,7 @@ mod inspect;
 mod kit;
 mod limits;
 mod long;
+mod long_rows;
 mod multi_head;
 mod names;
 mod packed;

@@ -123,7 +123,8 @@ fn blocks_that_recur_are_the_same_everywhere() {
                 "load_v",
             ];
             let is_fused = matches!(kernel, Kernel::Flash | Kernel::FlashTiled);
-            if kernel == Kernel::Project || !(RECURRING.contains(&name) || is_fused && FUSED.contains(&name)) {
+            let own_bias = matches!(kernel, Kernel::Project | Kernel::Matvec);
+            if own_bias || !(RECURRING.contains(&name) || is_fused && FUSED.contains(&name)) {
                 continue;
             }
             match seen.get(name) {

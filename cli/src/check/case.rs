@@ -56,6 +56,10 @@ impl Case {
     pub fn get(&self, key: &str) -> &Value {
         &self.json[key]
     }
+    /// Every member.
+    pub fn members(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.json.as_object().into_iter().flatten().map(|(key, value)| (key.as_str(), value))
+    }
     /// False when missing.
     pub fn flag(&self, key: &str) -> Result<bool> {
         match &self.json[key] {

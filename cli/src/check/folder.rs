@@ -8,7 +8,7 @@ use wgpu_attention::{Attention, Device, Method};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::{case, onnx, report, suite, torch, transformers};
+use super::{case, jax, keras, onnx, report, suite, torch, transformers};
 use crate::error::{Error, Result, fail, usage};
 use crate::files::{self, json_number as number};
 use crate::progress::Bar;
@@ -17,7 +17,7 @@ use crate::target::{self, Target};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Without DIR the suite runs, on every adapter and on the CPU backend, each in a process of its own: the cases of \
-ONNX, PyTorch and transformers that the program carries, and more than 5,100 that are drawn from --seed, over every \
+ONNX, PyTorch, transformers, Keras and JAX that the program carries, and more than 5,100 that are drawn from --seed, over every \
 op, storage type and kernel variant. A drawn f32 result may be off by 3e-6 of the largest value (3e-5 for sums \
 over recomputed weights) with an NMSE of at most 1e-10 against float64; f16 and bf16 results may be rounded besides. \
 Each case runs twice and must give the same bits. What a report says: docs/check.md.
@@ -29,6 +29,8 @@ value from float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 u
 PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
 relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
 the largest value where none is recorded.
+
+Ops keras.MultiHeadAttention, keras.GroupQueryAttention and jax.nn.dot_product_attention hold a call of that function: its arguments by name, missing ones at their defaults, tensors as in.NAME, Keras's weights as param.query/kernel and so on; out32.* (or t32.*) is what the framework itself gives. A tensor that is not known skips the case; an argument that is not known is named with the result.
 
 Methods: auto (what a call runs unless told otherwise), three-passes, fused, a cut of the fused kernel \
 such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of cuts \
@@ -340,6 +342,9 @@ pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Compa
         "sdpa" => torch::sdpa(case, device, attention),
         "varlen" => torch::varlen(case, device, attention),
         "mha" => torch::mha(case, device, attention),
+        "keras.MultiHeadAttention" => keras::multi_head_attention(case, device, attention),
+        "keras.GroupQueryAttention" => keras::group_query_attention(case, device, attention),
+        "jax.nn.dot_product_attention" => jax::dot_product_attention(case, device, attention),
         "sink_attention" => transformers::sink_attention(case, device, attention),
         "shaw_relative_key" => transformers::shaw_relative_key(case, device, attention),
         "llama_attention" => transformers::llama_attention(case, device, attention),
@@ -411,14 +416,19 @@ fn lines(name: &str, outcome: &Outcome, verbose: bool) -> Vec<String> {
         Outcome::Skipped(_) => Vec::new(),
         Outcome::Compared(all) => all
             .iter()
-            .filter(|one| verbose || !one.ok)
+            .filter(|one| verbose || !one.ok || one.reason.is_some())
             .map(|one| {
                 let head =
                     format!("{} {name}: {} against {}", if one.ok { "ok" } else { "FAILED" }, one.output, one.against);
                 match (&one.worst, &one.reason) {
-                    (Some(worst), _) => format!(
-                        "{head}: difference {:.2e}, allowed {:.2e}, at {:?} ({:e} instead of {:e})",
-                        worst.difference, worst.allowed, worst.index, worst.got, worst.expected
+                    (Some(worst), reason) => format!(
+                        "{head}: difference {:.2e}, allowed {:.2e}, at {:?} ({:e} instead of {:e}){}",
+                        worst.difference,
+                        worst.allowed,
+                        worst.index,
+                        worst.got,
+                        worst.expected,
+                        reason.iter().map(|reason| format!("; {reason}")).collect::<String>()
                     ),
                     (None, Some(reason)) => format!("{head}: {reason}"),
                     (None, None) => format!("{head}: empty"),

@@ -10,6 +10,7 @@ use crate::kit::{adapters, attn, cases, floats, folder};
 fn every_case_passes_on_every_adapter() {
     for adapter in adapters() {
         for (name, last) in [
+            ("keras_jax", "66 passed, 0 failed, 0 skipped"),
             ("onnx", "111 passed, 0 failed, 25 skipped"),
             ("torch", "94 passed, 0 failed, 0 skipped"),
             ("transformers", "32 passed, 0 failed, 0 skipped"),
@@ -232,6 +233,14 @@ fn an_attribute_that_cannot_be_read_is_never_ignored() {
         ("transformers/llama_window5", "/causal"),
         ("transformers/t5_buckets_bi_8_20", "/bidirectional"),
         ("transformers/shaw_relative_key_l5", "/left_max"),
+        ("keras_jax/keras_plain", "/num_heads"),
+        ("keras_jax/keras_window", "/sliding_window"),
+        ("keras_jax/keras_causal_scores", "/use_causal_mask"),
+        ("keras_jax/keras_gate", "/use_gate"),
+        ("keras_jax/keras_axes_one_of_two", "/attention_axes"),
+        ("keras_jax/jax_scale", "/scale"),
+        ("keras_jax/jax_causal", "/is_causal"),
+        ("keras_jax/jax_window", "/local_window_size"),
     ] {
         let to = folder.path().join("odd.safetensors");
         copy_case(&cases(&format!("{case}.safetensors")), &to, Some((path, "yes".into())), |_, _, _| {});
@@ -273,6 +282,94 @@ fn a_wrong_rotation_fails() {
         let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
         assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped", "{case}");
     }
+}
+
+#[test]
+fn a_wrong_argument_of_keras_or_jax_fails() {
+    let folder = folder();
+    for (case, path, value) in [
+        ("keras_window", "/sliding_window", 3.into()),
+        ("keras_window_causal", "/use_causal_mask", false.into()),
+        ("keras_axes_one_of_two", "/attention_axes", serde_json::json!([1])),
+        // Zero weights where nothing is seen, or the mean of V.
+        ("keras_nothing_seen_scores", "/return_attention_scores", false.into()),
+        ("keras_output_shape_two_axes", "/output_shape", serde_json::json!([5, 3])),
+        ("keras_no_bias", "/use_bias", true.into()),
+        ("keras_grouped_plain", "/num_key_value_heads", 4.into()),
+        ("keras_grouped_gate_causal", "/use_causal_mask", false.into()),
+        ("jax_scale", "/scale", 0.31.into()),
+        ("jax_causal", "/is_causal", false.into()),
+        ("jax_window_pair", "/local_window_size", serde_json::json!([1, 2])),
+    ] {
+        let to = folder.path().join("odd.safetensors");
+        copy_case(&cases(&format!("keras_jax/{case}.safetensors")), &to, Some((path, value)), |_, _, _| {});
+        let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
+        assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped", "{case}: {}", ran.stdout);
+    }
+    // Every tensor counts.
+    for (case, tensor) in [
+        ("keras_every_mask_causal", "in.query_mask"),
+        ("keras_every_mask_causal", "in.value_mask"),
+        ("keras_every_mask_causal", "in.key_mask"),
+        ("keras_every_mask_causal", "in.attention_mask"),
+        ("keras_grouped_every_mask", "in.query_mask"),
+        ("keras_gate", "param.gate/bias"),
+        ("keras_plain", "param.attention_output/bias"),
+        ("jax_everything", "in.mask"),
+        ("jax_bias", "in.bias"),
+        ("jax_both_lengths_causal", "in.query_seq_lengths"),
+        ("jax_both_lengths_causal", "in.key_value_seq_lengths"),
+    ] {
+        let to = folder.path().join("odd.safetensors");
+        copy_case(&cases(&format!("keras_jax/{case}.safetensors")), &to, None, |name, dtype, data| match dtype {
+            _ if name != tensor => {}
+            Dtype::BOOL => data.iter_mut().for_each(|x| *x = 1 - *x),
+            Dtype::I32 => data[..4].copy_from_slice(&1i32.to_le_bytes()),
+            _ => data[..4].copy_from_slice(&2.5f32.to_le_bytes()),
+        });
+        let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu"]);
+        assert_eq!(ran.last_line(), "0 passed, 1 failed, 0 skipped", "{case} {tensor}: {}", ran.stdout);
+    }
+}
+
+#[test]
+fn what_is_not_known_of_a_call_is_named() {
+    let folder = folder();
+    let from = cases("keras_jax/jax_causal.safetensors");
+    let bytes = std::fs::read(&from).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let text = header.metadata().clone().unwrap()["case"].clone();
+    let with = |key: &str, value: serde_json::Value| {
+        let mut case: serde_json::Value = serde_json::from_str(&text).unwrap();
+        case[key] = value;
+        copy_case(&from, &folder.path().join("odd.safetensors"), Some(("", case)), |_, _, _| {});
+        attn(folder.path(), &["check", ".", "--adapter", "cpu"])
+    };
+    // It agrees without, and says so.
+    let ran = with("logits_soft_cap", 30.into());
+    assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped");
+    assert!(ran.stdout.contains("the case's logits_soft_cap is not known: computed without"), "{}", ran.stdout);
+    let ran = with("implementation", "flash".into());
+    assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
+    // Arguments may come in groups, as long as they agree.
+    let ran = with("call", serde_json::json!({"is_causal": true, "scale": 0.5}));
+    assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped");
+    let ran = with("call", serde_json::json!({"is_causal": false}));
+    assert!(ran.stdout.contains("the case gives \"is_causal\" as"), "{}", ran.stdout);
+
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let renamed = |from: &str, to: &str| {
+        let views = file.tensors().into_iter().map(|(name, view)| (if name == from { to.into() } else { name }, view));
+        let metadata = header.metadata().clone();
+        let bytes = safetensors::serialize(views.collect::<Vec<(String, _)>>(), metadata).unwrap();
+        std::fs::write(folder.path().join("odd.safetensors"), bytes).unwrap();
+        attn(folder.path(), &["check", ".", "--adapter", "cpu", "--verbose"])
+    };
+    assert_eq!(renamed("in.query", "in.q").last_line(), "1 passed, 0 failed, 0 skipped");
+    assert_eq!(renamed("out32.output", "t32.output").last_line(), "1 passed, 0 failed, 0 skipped");
+    let ran = renamed("out32.output", "in.sinks");
+    assert!(ran.stdout.contains("skipped odd: the tensor in.sinks is not known"), "{}", ran.stdout);
+    assert_eq!(renamed("ref64.output", "ref64.telepathy").last_line(), "0 passed, 0 failed, 1 skipped");
 }
 
 #[test]

@@ -310,7 +310,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     once.dedup();
     assert_eq!(once.len(), full.len());
     // Those of other people are all there.
-    let golden = ["onnx", "torch", "transformers"].map(|name| {
+    let golden = ["keras_jax", "onnx", "torch", "transformers"].map(|name| {
         let files = std::fs::read_dir(crate::kit::cases(name)).unwrap().flatten();
         files.filter(|file| file.path().extension().is_some_and(|ending| ending == "safetensors")).count()
     });

@@ -5,7 +5,7 @@ use std::path::Path;
 use npyz::WriterBuilder;
 use safetensors::Dtype;
 
-use crate::kit::{adapters, attn, cases, close, floats, folder, load, numbers, save};
+use crate::kit::{adapters, attn, attn_with, cases, close, floats, folder, load, numbers, save};
 
 const SHAPE: [usize; 4] = [2, 2, 3, 4];
 const LEN: usize = 2 * 2 * 3 * 4;
@@ -70,6 +70,27 @@ fn run_gives_output_weights_and_lse() {
         // Rows 1 sees nothing when the mask is turned round: output 0.
         let output: Vec<f64> = output.iter().map(|x| if x.is_nan() { 0.0 } else { *x }).collect();
         close(&load(&out, "output").1, &output, 1e-6);
+    }
+}
+
+#[test]
+fn threads_change_no_bit_of_the_cpu_backend() {
+    // Several tiles of rows, a row alone, and keys beyond what is summed in f32.
+    let folder = folder();
+    for (heads, len_q, len_k) in [(2, 150, 3000), (3, 1, 5000)] {
+        let path = folder.path().join("in.safetensors");
+        let part = |name, len, seed| floats(name, &[1, heads, len, 8], &numbers(heads * len * 8, seed));
+        save(&path, &[part("q", len_q, 0.0), part("k", len_k, 100.0), part("v", len_k, 200.0)]);
+        let results: Vec<_> = ["1", "2", "3", "7"]
+            .into_iter()
+            .map(|threads| {
+                let args = ["run", "in.safetensors", "-o", "out.safetensors", "--lse", "--weights", "averaged"];
+                let args = [&args[..], &["--adapter", "cpu"]].concat();
+                attn_with(folder.path(), &args, &[("RAYON_NUM_THREADS", threads)]).succeeded();
+                std::fs::read(folder.path().join("out.safetensors")).unwrap()
+            })
+            .collect();
+        assert!(results.iter().all(|one| *one == results[0]), "{heads} heads, {len_q} queries, {len_k} keys");
     }
 }
 

@@ -9,7 +9,7 @@ use wgpu_attention_conformance::{Case as Drawn, Op, cases};
 
 use crate::error::{Error, Result, fail, usage};
 
-/// The cases of ONNX, PyTorch and transformers.
+/// The cases of ONNX, PyTorch, transformers, Keras and JAX.
 #[derive(RustEmbed)]
 #[folder = "../tests/cases"]
 #[include = "*.safetensors"]
@@ -46,7 +46,7 @@ pub struct Selection {
 
 /// Every op by name: sources of other people's cases, and what is drawn.
 pub fn ops() -> impl Iterator<Item = &'static str> {
-    ["onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
+    ["keras_jax", "onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
 }
 
 /// A method as an id writes it.
