@@ -63,6 +63,18 @@ impl Mask {
     }
 }
 
+/// What a query gets that may attend to no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum EmptyRows {
+    /// 0, as the weights of such a query are.
+    #[default]
+    Zero,
+    /// The mean of the values of all keys, hidden ones too: JAX's `dot_product_attention`, whose masked scores are a large
+    /// negative number, so that a row of nothing else weighs all keys alike. As there, a value that is NaN or ∞ then
+    /// reaches every query, seen or not.
+    MeanOfValues,
+}
+
 /// Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) with the options of every
 /// framework, composed in one fixed order:
 /// `S = scale · Q·Kᵀ` → softcap → `+ bias` → mask → softmax over keys → `· V`.
@@ -90,6 +102,7 @@ pub struct Attention {
     extra_keys: usize,
     distance: Option<Distance>,
     rotary: Option<(Rotary, Option<[TokenPositions; 2]>)>,
+    empty_rows: EmptyRows,
 }
 
 /// What the distance of key and query adds to a score.
@@ -310,6 +323,11 @@ impl Attention {
     /// every key that is seen.
     pub fn sink(mut self, sink: Tensor) -> Self {
         self.sink = Some(sink);
+        self
+    }
+    /// What a query gets that may attend to no key; 0 unless given. Its LSE stays −∞.
+    pub fn empty_rows(mut self, empty_rows: EmptyRows) -> Self {
+        self.empty_rows = empty_rows;
         self
     }
     /// Returns the log-sum-exp of each query's scores.
@@ -607,6 +625,7 @@ impl Attention {
             ("a bias by distance", self.distance.is_some()),
             ("returned weights", self.weights != Weights::None),
             ("returned scores", self.scores.is_some()),
+            ("EmptyRows::MeanOfValues", self.empty_rows != EmptyRows::Zero),
         ] {
             if given {
                 return Err(value_error!("packed sequences do not go with {what}; run the sequences apart for it"));
@@ -702,8 +721,30 @@ impl Attention {
         let output =
             output.map(|output| Ok(output.with_layout(as_four_axes("output", output.layout())?))).transpose()?;
         let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores, method: self.method };
+        if self.empty_rows == EmptyRows::MeanOfValues {
+            self.expect_mean_alone(output.as_ref())?;
+            let attended = recording.attention(&problem, &operands, Wanted { lse: true, ..wanted }, None)?;
+            let attended = mean_where_empty(recording, &problem, &operands.v, attended)?;
+            return restore_axes(Attended { lse: attended.lse.filter(|_| self.lse), ..attended }, q.shape());
+        }
         let attended = recording.attention(&problem, &operands, wanted, output.as_ref())?;
         restore_axes(attended, q.shape())
+    }
+
+    /// What the mean of values for rows without keys does not go with.
+    fn expect_mean_alone(&self, output: Option<&Tensor>) -> Result<()> {
+        for (what, given) in [
+            ("returned weights", self.weights != Weights::None),
+            ("returned scores", self.scores.is_some()),
+            ("a sink, which every query sees", self.sink.is_some()),
+            ("query_lengths, behind which queries see nothing on purpose", self.query_lengths.is_some()),
+            ("an output tensor of the caller's", output.is_some()),
+        ] {
+            if given {
+                return Err(value_error!("EmptyRows::MeanOfValues does not go with {what}"));
+            }
+        }
+        Ok(())
     }
 
     /// The checked problem, and the operands as backends take them; `fuse`: rows may be turned while they are read.
@@ -875,6 +916,34 @@ fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
             tensor.shape()
         )),
     }
+}
+
+/// The output with the mean of all values where the LSE is −∞: joined to a result over the same values at equal scores,
+/// whose LSE is the least finite number, so that it weighs nothing beside any other.
+fn mean_where_empty(recording: &mut Recording, problem: &Problem, v: &Tensor, attended: Attended) -> Result<Attended> {
+    let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_v, .. } = *problem;
+    let Some(lse) = attended.lse else { unreachable!("asked for") };
+    if problem.is_empty() || len_k == 0 || dim_v == 0 {
+        return Ok(Attended { lse: Some(lse), ..attended });
+    }
+    let [one_query, keys] = [[batch, heads_q, 1, 4], [batch, heads_kv, len_k, 4]];
+    let alike = Problem::new(&one_query, &keys, v.shape(), None, None, &Positions::default(), 0)?;
+    let operands = Operands {
+        q: recording.number(0.0, &one_query)?,
+        k: recording.number(0.0, &keys)?,
+        v: v.clone(),
+        masks: Vec::new(),
+        biases: Vec::new(),
+        relative: None,
+        rotary: None,
+        sink: None,
+    };
+    let mean = recording.attention(&alike, &operands, Wanted::default(), None)?.output;
+    let mean = mean.with_layout(mean.layout().broadcast_to(&[batch, heads_q, len_q, dim_v])?);
+    let least = recording.number(f32::MIN, &[batch, heads_q, len_q])?;
+    let layout = in_order_of(attended.output.layout(), [batch, heads_q, len_q, dim_v])?;
+    let [output, _] = recording.merge([&attended.output, &mean], [&lse, &least], layout)?;
+    Ok(Attended { output, lse: Some(lse), ..attended })
 }
 
 /// The rows of a rotary's table for queries and keys: given, or from each band's offset and from 0 on.

@@ -71,7 +71,7 @@ mod tensor;
 #[cfg(not(target_arch = "wasm32"))]
 mod tune;
 
-pub use attention::{Attended, Attention, Mask, Weights, merge_async, softmax_async};
+pub use attention::{Attended, Attention, EmptyRows, Mask, Weights, merge_async, softmax_async};
 #[cfg(not(target_arch = "wasm32"))]
 pub use attention::{merge, softmax};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};

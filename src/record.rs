@@ -66,6 +66,16 @@ impl Recording {
         }
     }
 
+    /// One number, repeated.
+    pub fn number(&self, value: f32, shape: &[usize]) -> Result<Tensor> {
+        let layout = Layout::strided(shape, &vec![0; shape.len()], 0, 1)?;
+        Ok(match self {
+            Recording::Gpu(recording) => recording.number(value, layout),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Tensor::from_cpu(vec![value], layout, crate::Dtype::F32),
+        })
+    }
+
     /// `X·Wᵀ + b` for X `[batch, len, in]`, W `[out, in]`, b `[out]`, followed in every batch entry by
     /// one row per entry of `extra` (`None`: zeros): `[batch, len + extra, out]`.
     pub fn project(

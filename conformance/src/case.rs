@@ -35,10 +35,14 @@ pub enum Op {
     Softmax,
     /// A linear projection.
     Projection,
+    /// Rows of 16,384 to 1,048,576 keys: random ones, and equal scores beside one key that has it all.
+    LongRows,
+    /// How often the loops of an invocation turn: planning counts on so many.
+    Loops,
 }
 
 impl Op {
-    pub const ALL: [Op; 11] = [
+    pub const ALL: [Op; 13] = [
         Op::Attention,
         Op::Weights,
         Op::Inspect,
@@ -50,6 +54,8 @@ impl Op {
         Op::Merge,
         Op::Softmax,
         Op::Projection,
+        Op::LongRows,
+        Op::Loops,
     ];
 
     pub fn name(self) -> &'static str {
@@ -65,6 +71,8 @@ impl Op {
             Op::Merge => "merge",
             Op::Softmax => "softmax",
             Op::Projection => "projection",
+            Op::LongRows => "long-rows",
+            Op::Loops => "loops",
         }
     }
 
@@ -94,9 +102,24 @@ impl Op {
             Op::Cache => (&["causal"], 16, 2),
             Op::Merge => (&["plain"], 16, 2),
             Op::Softmax | Op::Projection => (&["plain"], 32, 4),
+            Op::LongRows => (&["plain"], LONG_ROWS.len() as u64, 1),
+            Op::Loops => (&["plain"], 1, 1),
         }
     }
 }
+
+/// Queries, keys and width of the long rows, by the seed's last digits; whether scores are random.
+const LONG_ROWS: [(usize, usize, usize, bool); 9] = [
+    (3, 1 << 14, 16, false),
+    (3, 1 << 14, 16, true),
+    (3, 1 << 16, 16, false),
+    (3, 1 << 16, 16, true),
+    (3, 1 << 18, 16, false),
+    (3, 1 << 18, 16, true),
+    (3, 1 << 20, 16, false),
+    (1, 1 << 20, 16, true),
+    (4096, 1 << 16, 64, false),
+];
 
 /// A size of a call that a case may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -175,8 +198,8 @@ impl Display for Case {
     }
 }
 
-/// Larger sizes than any that is drawn: a name is typed by people.
-const MOST: usize = 4096;
+/// No size is larger: a name is typed by people.
+const MOST: usize = 1 << 20;
 /// Elements of Q, K, V and the scores together.
 const MOST_ELEMENTS: u128 = 1 << 26;
 
@@ -241,7 +264,7 @@ impl FromStr for Case {
         let Call { q, k, v, .. } = case.call();
         let product = |axes: &[usize]| axes.iter().map(|&n| n as u128).product::<u128>();
         let elements = product(&q) + product(&k) + product(&v) + product(&q[..3]) * k[2] as u128;
-        if elements > MOST_ELEMENTS {
+        if elements > MOST_ELEMENTS && (op != Op::LongRows || !case.sizes.is_empty()) {
             return Err(format!("Q {q:?}, K {k:?} and V {v:?} are larger than a case: 2^26 elements, scores included"));
         }
         Ok(case)
@@ -252,6 +275,10 @@ impl Case {
     /// The call that stands behind the name.
     pub fn call(&self) -> Call {
         let mut call = draw(&FORMS[self.form], self.seed);
+        if self.op == Op::LongRows {
+            let (len_q, len_k, dim, _) = self.long_row();
+            call = Call { seed: self.seed, ..Call::plain([1, 1, len_q, dim], [1, 1, len_k, dim], [1, 1, len_k, dim]) };
+        }
         let full = |call: &Call| [call.q[0], call.q[1], call.q[2], call.k[2]];
         let before = full(&call);
         let size = |size, drawn| self.sizes.get(&size).copied().unwrap_or(drawn);
@@ -297,8 +324,16 @@ impl Case {
         call
     }
 
+    /// Queries, keys, width and kind of a long row.
+    pub(crate) fn long_row(&self) -> (usize, usize, usize, bool) {
+        LONG_ROWS[(self.seed % LONG_ROWS.len() as u64) as usize]
+    }
+
     /// Cases that are smaller by one thing each, the largest steps first.
     pub fn smaller(&self) -> Vec<Case> {
+        if self.op == Op::Loops {
+            return Vec::new();
+        }
         let call = self.call();
         let mut all = Vec::new();
         let mut without = |rule, has: bool| {
@@ -351,6 +386,9 @@ pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> 
             let name = *form;
             let form = FORMS.iter().position(|known| known.name == name).expect("a form by its name");
             for storage in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+                if matches!(op, Op::LongRows | Op::Loops) && storage != Dtype::F32 {
+                    continue;
+                }
                 // Few kernels, for each costs time even where it is cached: every method in half of the forms, and
                 // of narrow storage, which adds reading and rounding, what shows it.
                 let every_method = matches!(name, "plain" | "causal" | "bands" | "all");
@@ -362,7 +400,11 @@ pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> 
                     (true, _) => u64::from(forms.len() == 1),
                 };
                 for at in 0..count {
-                    let seed = seed.wrapping_mul(1_000_000).wrapping_add(at);
+                    let seed = match op {
+                        // Every one of them, whatever the seed.
+                        Op::LongRows => seed.wrapping_mul(9_000_000).wrapping_add(at),
+                        _ => seed.wrapping_mul(1_000_000).wrapping_add(at),
+                    };
                     let case = Case { op, form, storage, seed, sizes: BTreeMap::new(), without: BTreeSet::new() };
                     // Another method begins each row, so that few calls reach all of them too.
                     let way = ways[(at as usize + n * 5 + storage as usize * 3) % ways.len()];

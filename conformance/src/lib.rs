@@ -5,6 +5,7 @@ mod call;
 mod case;
 mod draw;
 mod hostile;
+mod loops;
 mod run;
 
 pub use call::{Call, Data, Order, assert_close, bits, narrow, noise, place, rounding, wide, worst};

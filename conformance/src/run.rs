@@ -8,12 +8,13 @@ use wgpu_attention::position::{Pairing, Rotary, RotaryConfig};
 use wgpu_attention::problem::{Layout, Problem, Rows};
 use wgpu_attention::reference::{self, View};
 use wgpu_attention::{
-    Align, Attended, Attention, Device, Dtype, ExportedCall, Inspect, KvCache, KvCacheConfig, Method, Result,
+    Align, Attended, Attention, Device, Dtype, ExportedCall, Gpu, Inspect, KvCache, KvCacheConfig, Method, Result,
     ScoreStage, Tensor, Weights, merge, project, softmax,
 };
 
 use crate::call::{Call, Data, Order, narrow, noise, wide};
 use crate::case::{Case, Op};
+use crate::loops;
 
 /// A result of a device, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -116,12 +117,67 @@ fn offset(call: &Call) -> i64 {
     }
 }
 
+/// So many queries have their weights looked at too.
+const FEW_ROWS: usize = 8;
+/// What the key that has it all scores.
+const HOT: f32 = 200.0;
+
+/// Turns of loops that planning counts on, on an adapter or where nothing limits them.
+fn promised(gpu: Option<&Gpu>) -> u32 {
+    let known = gpu.and_then(|gpu| gpu.capabilities().max_loop_turns);
+    known.unwrap_or(loops::ASKED).min(loops::ASKED)
+}
+
+/// Outputs, LSEs and the weights of few rows as [`Case::arrange`] makes them: the mean of all values, the first, the last.
+fn closed_form(call: &Call, data: &Data) -> Vec<Expected> {
+    let ([_, _, len_q, dim], len_k) = (call.q, call.k[2]);
+    let column = |d: usize| (0..len_k).map(move |j| f64::from(data.v[j * dim + d])).sum::<f64>() / len_k as f64;
+    let mean: Vec<f64> = (0..dim).map(column).collect();
+    let hot = |i: usize| [None, Some(0), Some(len_k - 1)][i % 3];
+    let value = |at: usize| match hot(at / dim) {
+        None => mean[at % dim],
+        Some(j) => f64::from(data.v[j * dim + at % dim]),
+    };
+    let lse = |i: usize| hot(i).map_or((len_k as f64).ln(), |_| f64::from(HOT));
+    let mut all = vec![
+        expected("output", &call.q, (0..len_q * dim).map(value).collect()),
+        expected("lse", &call.q[..3], (0..len_q).map(lse).collect()),
+    ];
+    if len_q <= FEW_ROWS {
+        let weight = |at: usize| match hot(at / len_k) {
+            None => 1.0 / len_k as f64,
+            Some(j) => f64::from(u8::from(j == at % len_k)),
+        };
+        all.push(expected("weights", &[1, 1, len_q, len_k], (0..len_q * len_k).map(weight).collect()));
+    }
+    all
+}
+
 impl Case {
+    /// Values above 0, since sums around 0 lose digits whoever adds them up. Where scores are not random a query sees all
+    /// keys alike, the first alone or the last alone.
+    fn arrange(&self, call: &Call, data: &mut Data) {
+        data.v.iter_mut().for_each(|x| *x += 3.0);
+        if self.long_row().3 {
+            return;
+        }
+        let (dim, last) = (call.q[3], call.k[2] - 1);
+        data.q.iter_mut().enumerate().for_each(|(at, x)| {
+            let (i, d) = (at / dim, at % dim);
+            *x = if i % 3 > 0 && d == (i % 3 - 1) % dim { 1.0 } else { 0.0 };
+        });
+        data.k.fill(0.0);
+        // The scale is 1/4.
+        data.k[0] = 4.0 * HOT;
+        data.k[last * dim + 1 % dim] = 4.0 * HOT;
+    }
+
     /// The call as the op means it.
     pub fn meant(&self) -> Call {
         let mut call = self.call();
         match self.op {
             // The last queries of what the cache holds.
+            Op::LongRows => call.scale = Some(1.0 / 4.0),
             Op::Cache => {
                 call.q[2] = call.q[2].min(call.k[2]);
                 call.positions.causal = true;
@@ -139,6 +195,9 @@ impl Case {
     /// The operands as narrow storage leaves them.
     fn data(&self, call: &Call) -> Data {
         let mut data = call.data();
+        if self.op == Op::LongRows {
+            self.arrange(call, &mut data);
+        }
         for values in [&mut data.q, &mut data.k, &mut data.v] {
             round(values, self.storage);
         }
@@ -157,6 +216,13 @@ impl Case {
         };
         match self.op {
             Op::Attention | Op::Cache => both(call.truth(&data).0),
+            Op::LongRows if self.long_row().3 => {
+                let outputs = call.truth(&data).0;
+                let weights = expected("weights", &[1, 1, len_q, len_k], outputs.weights.clone());
+                both(outputs).into_iter().chain([weights]).collect()
+            }
+            Op::LongRows => closed_form(&call, &data),
+            Op::Loops => vec![expected("turns", &[1], vec![f64::from(promised(None))])],
             // The halves are rounded, and what they are joined to.
             Op::Merge => both(call.truth(&data).0).into_iter().map(|one| Expected { roundings: 2, ..one }).collect(),
             Op::Weights => {
@@ -312,6 +378,23 @@ impl Case {
         };
         match self.op {
             Op::Attention | Op::Alibi | Op::T5 | Op::Rotary => unreachable!("one forward call"),
+            Op::LongRows => {
+                let weighs = call.q[2] <= FEW_ROWS;
+                let weights = if weighs { Weights::PerHead } else { Weights::None };
+                let all = forward(attention().lse(true).weights(weights))?;
+                let weights = all.weights.as_ref().map(|weights| got("weights", weights)).transpose()?;
+                Ok(pair(&all)?.into_iter().chain(weights).collect())
+            }
+            Op::Loops => {
+                // More than planning counts on is as good.
+                let turns = match device.gpu() {
+                    Some(gpu) => loops::turns(gpu)?.min(promised(Some(gpu))),
+                    None => loops::ASKED,
+                };
+                let missing = promised(device.gpu()) - turns;
+                let values = vec![(loops::ASKED - missing) as f32];
+                Ok(vec![Got { name: "turns", shape: vec![1], values, dtype: Dtype::F32 }])
+            }
             Op::Weights => {
                 let stage = STAGES[call.seed as usize % 3];
                 let all = forward(attention().lse(true).weights(Weights::PerHead).scores(Some(stage)))?;

@@ -252,6 +252,12 @@ impl Recording {
         Ok(Tensor::from_gpu(self.gpu.upload_once("mask", &bytes)?, layout, Dtype::Bool, Dtype::Bool))
     }
 
+    /// One number in a tensor of `layout`, in a buffer that is never written again.
+    pub fn number(&self, value: f32, layout: Layout) -> Tensor {
+        let buffer = self.gpu.adopt(&self.gpu.constant(bytemuck::bytes_of(&[value; 4])));
+        Tensor::from_gpu(buffer, layout, Dtype::F32, Dtype::F32)
+    }
+
     /// The same values in a buffer of f32, for kernels that read nothing else.
     pub fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
         if matches!(x.stored(), Dtype::F32 | Dtype::Bool) {
@@ -833,11 +839,12 @@ impl Recording {
         let bind = |(bound, pipeline): (&Bound, &Arc<Pipeline>)| self.bind_group(pipeline, bound, parameters);
         let groups: Vec<_> = steps.iter().zip(pipelines).map(bind).collect();
         // From the start of the first pass to the end of the last.
-        let timestamp_writes = timestamps.filter(|_| is_first || is_last).map(|query_set| wgpu::ComputePassTimestampWrites {
-            query_set,
-            beginning_of_pass_write_index: is_first.then_some(0),
-            end_of_pass_write_index: is_last.then_some(1),
-        });
+        let timestamp_writes =
+            timestamps.filter(|_| is_first || is_last).map(|query_set| wgpu::ComputePassTimestampWrites {
+                query_set,
+                beginning_of_pass_write_index: is_first.then_some(0),
+                end_of_pass_write_index: is_last.then_some(1),
+            });
         let mut pass =
             encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes });
         for ((bound, pipeline), group) in steps.iter().zip(pipelines).zip(&groups) {

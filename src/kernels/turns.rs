@@ -75,10 +75,7 @@ pub fn flash(tile: FlashTile, tiles: bool) -> Turns {
     let across = u64::from(TILED_ACROSS);
     let (k_parts, v_parts, rows) = (depth4.div_ceil(across), cols4.div_ceil(across), u64::from(tile.rows));
     let part = 1 + counted(across);
-    let each = next
-        + counted(k_parts * part)
-        + rows * (counted(across) + counted(v_parts))
-        + counted(v_parts * part);
+    let each = next + counted(k_parts * part) + rows * (counted(across) + counted(v_parts)) + counted(v_parts * part);
     // Sums and signs of a row joined.
     let before = 2 * next + 2 * rows * counted(across) + counted(v_parts);
     Turns { before, each, step: u64::from(TILED_KEYS) }.and(not_finite(cols4.div_ceil(across)))

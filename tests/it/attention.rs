@@ -4,7 +4,7 @@ use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Attention, Cut, Device, Dtype, Inspect, Mask, Method, Tensor, Weights};
+use wgpu_attention::{Align, Attention, Cut, Device, Dtype, EmptyRows, Inspect, Mask, Method, Tensor, Weights};
 
 /// Relative to the largest value of a result.
 const TOLERANCE: f64 = 3e-6;
@@ -455,5 +455,37 @@ fn weights_that_do_not_fit_name_what_does() {
         let lse = Tensor::from_slice(&device, &[1, 64, 60_000], &vec![0.5f32; 64 * 60_000]).unwrap();
         let seen = Attention::new().inspect(&x, &x, &lse, &Inspect::new().weights()).unwrap_err().to_string();
         assert!(seen.contains("Inspect::heads and Inspect::queries choose fewer"), "{name}: {seen}");
+    }
+}
+
+#[test]
+fn a_query_without_keys_gets_the_mean_of_values_where_asked() {
+    let v: Vec<f32> = (0..2 * 5 * 3).map(|i| i as f32).collect();
+    for (name, device) in devices() {
+        let x = Tensor::from_slice(&device, &[2, 1, 5, 4], &noise(&mut Pcg64::seed_from_u64(3), 40)).unwrap();
+        let v = Tensor::from_slice(&device, &[2, 1, 5, 3], &v).unwrap();
+        // The first two queries of the first entry see nothing, and of the second the first four.
+        let plain = Attention::new().causal(Align::PerBatch(vec![-2, -4])).lse(true);
+        let zero = plain.forward(&x, &x, &v).unwrap();
+        let mean = plain.clone().empty_rows(EmptyRows::MeanOfValues).forward(&x, &x, &v).unwrap();
+        let (zero, lse) = (zero.output.download().unwrap(), zero.lse.unwrap().download().unwrap());
+        let wanted: Vec<f64> = (0..30)
+            .map(|at| match lse[at / 3] {
+                // Of 0, 3 … 12 for the first column of the first entry, and so on.
+                f32::NEG_INFINITY => 6.0 + (at / 15 * 15 + at % 3) as f64,
+                _ => f64::from(zero[at]),
+            })
+            .collect();
+        assert_close(&name, &mean.output.download().unwrap(), &wanted, 1e-6);
+        assert_eq!(mean.lse.unwrap().download().unwrap(), lse, "{name}");
+        assert_eq!(lse.iter().filter(|x| **x == f32::NEG_INFINITY).count(), 6);
+        for refused in [
+            plain.clone().weights(Weights::PerHead),
+            plain.clone().sink(Tensor::from_slice(&device, &[1], &[0.0f32]).unwrap()),
+            plain.clone().query_lengths(vec![5, 4]),
+        ] {
+            let error = refused.empty_rows(EmptyRows::MeanOfValues).forward(&x, &x, &v).unwrap_err();
+            assert!(error.to_string().contains("MeanOfValues does not go with"), "{error}");
+        }
     }
 }

@@ -3,9 +3,7 @@
 use crate::kit::{self, Call, devices};
 use wgpu_attention::kernels::Variant;
 use wgpu_attention::problem::{Align, MaskMeaning, Positions};
-use wgpu_attention::{
-    Attention, Device, Error, Gpu, GpuOptions, Inspect, Method, Tensor, Weights, project, softmax,
-};
+use wgpu_attention::{Attention, Device, Error, Gpu, GpuOptions, Inspect, Method, Tensor, Weights, project, softmax};
 
 /// The turns of [`counting`].
 const TURNS: u32 = 2000;

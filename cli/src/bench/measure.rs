@@ -7,8 +7,7 @@ use wgpu_attention::position::t5::{self, Buckets};
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, alibi};
 use wgpu_attention::problem::Problem;
 use wgpu_attention::{
-    Align, Attention, Device, Gpu, Mask, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights,
-    project,
+    Align, Attention, Device, Gpu, Mask, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights, project,
 };
 
 use super::shape::{Extra, Shape, Work};

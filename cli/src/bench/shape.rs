@@ -213,7 +213,10 @@ fn extras() -> String {
 fn sizes(text: &str) -> Result<[usize; 7], String> {
     let unknown = || {
         let names: Vec<&str> = NAMED.iter().map(|&(name, ..)| name).filter(|name| !name.contains(':')).collect();
-        format!("a shape is b,hq,hkv,sq,skv,d (six whole numbers; dv behind it where values are of another width) or one of {}", names.join(", "))
+        format!(
+            "a shape is b,hq,hkv,sq,skv,d (six whole numbers; dv behind it where values are of another width) or one of {}",
+            names.join(", ")
+        )
     };
     if !text.contains(',') {
         return Err(unknown());

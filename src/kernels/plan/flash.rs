@@ -127,7 +127,11 @@ impl<'a> Fused<'a> {
             return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {most}"));
         }
         let rows = problem.group() * len_q;
-        if operands.method == Method::Auto && sequences.is_empty() && dim_k.max(dim_v) > WIDE_DIM && rows > MOST_WIDE_ROWS {
+        if operands.method == Method::Auto
+            && sequences.is_empty()
+            && dim_k.max(dim_v) > WIDE_DIM
+            && rows > MOST_WIDE_ROWS
+        {
             return Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"));
         }
         let cut = match operands.method {
@@ -543,10 +547,7 @@ impl<'a> Fused<'a> {
         if operands.lse {
             bindings.push(Binding { binding: 4, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
         }
-        let cost = Cost {
-            turns: turns::merge().of(self.splits),
-            operations: total as f64 * 16.0 * self.splits as f64,
-        };
+        let cost = Cost { turns: turns::merge().of(self.splits), operations: total as f64 * 16.0 * self.splits as f64 };
         planner.push_costly(
             catalogue::merge(operands.lse, operands.output.access()),
             total.div_ceil(64),

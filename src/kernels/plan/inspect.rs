@@ -134,7 +134,6 @@ fn runs(heads: &[usize]) -> Vec<(usize, Part)> {
     runs
 }
 
-
 /// One result over all that is chosen.
 struct Sweep<'a> {
     call: &'a Call<'a>,
@@ -316,10 +315,8 @@ impl<'a> Sweep<'a> {
         ];
         bindings.extend(&bound.bindings);
         let pairs = (b.count * h.count) as f64 * kept.count as f64 * walked.count as f64;
-        let cost = Cost {
-            turns: turns::inspect(chunks).of(split_rows),
-            operations: pairs * 2.0 * problem.dim_k as f64,
-        };
+        let cost =
+            Cost { turns: turns::inspect(chunks).of(split_rows), operations: pairs * 2.0 * problem.dim_k as f64 };
         planner.push_costly(
             catalogue::inspect(
                 self.inspection,

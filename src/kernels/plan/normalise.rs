@@ -59,10 +59,7 @@ pub fn normalise(
                 if let Some((at, _)) = bias_at {
                     bindings.push(Binding { binding: 4, slot: Slot::Bias(0), offset: at.offset, size: at.size });
                 }
-                let cost = Cost {
-                    turns: turns::normalise(lanes).of(dim),
-                    operations: rows as f64 * dim as f64 * 8.0,
-                };
+                let cost = Cost { turns: turns::normalise(lanes).of(dim), operations: rows as f64 * dim as f64 * 8.0 };
                 planner.push_costly(
                     catalogue::normalise(workgroup, lanes, x.access(), is_wide(&y), centred, bias.is_some()),
                     rows.div_ceil(u64::from(workgroup / lanes)),

@@ -236,10 +236,7 @@ impl Call<'_> {
                 }
                 out
             };
-            let cost = Cost {
-                turns: turns::mean_heads().of(h.count),
-                operations: total as f64 * 8.0 * h.count as f64,
-            };
+            let cost = Cost { turns: turns::mean_heads().of(h.count), operations: total as f64 * 8.0 * h.count as f64 };
             planner.push_costly(
                 catalogue::mean_heads(h.start > 0),
                 total.div_ceil(64),
@@ -338,10 +335,8 @@ impl Call<'_> {
         bindings.extend(&bound.bindings);
         let padded = chunks * tile.depth4 as usize != dim4;
         let pairs = heads as f64 * i.count as f64 * j.count as f64;
-        let cost = Cost {
-            turns: turns::scores(chunks).of(keys_per_block),
-            operations: pairs * 2.0 * problem.dim_k as f64,
-        };
+        let cost =
+            Cost { turns: turns::scores(chunks).of(keys_per_block), operations: pairs * 2.0 * problem.dim_k as f64 };
         planner.push_costly(
             catalogue::scores(
                 tile,
@@ -413,10 +408,8 @@ impl Call<'_> {
         bindings.extend(bound.bindings.iter().filter(|one| one.slot != Slot::Relative));
         let accumulate = j.start > 0 || operands.sink.is_some();
         let pairs = (b.count * h.count) as f64 * i.count as f64 * j.count as f64;
-        let cost = Cost {
-            turns: turns::weighted_sum(tile).of(j.count),
-            operations: pairs * 2.0 * problem.dim_v as f64,
-        };
+        let cost =
+            Cost { turns: turns::weighted_sum(tile).of(j.count), operations: pairs * 2.0 * problem.dim_v as f64 };
         planner.push_costly(
             catalogue::weighted_sum(tile, operands.v.access(), operands.output.access(), accumulate, rules),
             row_blocks * (b.count * h.count) as u64 * column_blocks as u64,

@@ -4,8 +4,8 @@ use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::{catalogue, params, turns};
 use super::{
-    Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Part, Plan, Planner, Slot, Window, check_buffer, padded_bytes, rows_padded,
-    strides4, window,
+    Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Part, Plan, Planner, Slot, Window, check_buffer, padded_bytes,
+    rows_padded, strides4, window,
 };
 use crate::error::Result;
 use crate::problem::{Dtype, Layout};
@@ -68,7 +68,8 @@ impl Planner<'_> {
         let chosen = chosen.or_else(|| choices.iter().rfind(offered));
         // Fewer invocations than any choice has: as many as there may be, a power of two.
         let &(workgroup, lanes) = chosen.unwrap_or(&(1 << most.ilog2(), 1 << most.ilog2()));
-        let cost = Cost { turns: turns::softmax(lanes).of(width), operations: f64::from(params.rows) * width as f64 * 16.0 };
+        let cost =
+            Cost { turns: turns::softmax(lanes).of(width), operations: f64::from(params.rows) * width as f64 * 16.0 };
         self.push_costly(
             catalogue::softmax(workgroup, lanes, lse, sink),
             u64::from(params.rows).div_ceil(u64::from(workgroup / lanes)),
