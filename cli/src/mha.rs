@@ -139,6 +139,11 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     let (key, value) = (read(&args.key)?, read(&args.value)?);
     let (attn_mask, key_padding, bias) = (read(&args.attn_mask)?, read(&args.key_padding)?, read(&args.bias)?);
 
+    let is_float = key_padding.as_ref().is_some_and(Array::is_float);
+    if args.attention.mask.is_some() && attn_mask.is_none() && is_float {
+        usage!("--mask says what a mask means, but the key padding is of floats, which are added to the scores");
+    }
+
     let target = target::target(adapter)?;
     target.announce();
     let device = &target.device;

@@ -88,13 +88,18 @@ impl Pool {
 }
 
 /// Uniform blocks and tables, by content.
-#[derive(Default)]
-pub struct Constants {
-    buffers: HashMap<Vec<u8>, wgpu::Buffer>,
+pub struct Constants<B = wgpu::Buffer> {
+    buffers: HashMap<Vec<u8>, B>,
     bytes: u64,
 }
 
-impl Constants {
+impl<B> Default for Constants<B> {
+    fn default() -> Self {
+        Constants { buffers: HashMap::new(), bytes: 0 }
+    }
+}
+
+impl<B: Clone> Constants<B> {
     /// Bytes that are kept in all, those of the keys on the host and those of the buffers alike; a program with more
     /// shapes than fit makes some again.
     const MOST: u64 = 4 << 20;
@@ -103,16 +108,16 @@ impl Constants {
     /// What each takes beside its bytes, about.
     const EACH: u64 = 1 << 10;
 
-    fn keep(&mut self, bytes: &[u8], buffer: &wgpu::Buffer) {
+    fn keep(&mut self, bytes: &[u8], buffer: &B) {
         let size = bytes.len() as u64;
-        if size > Constants::LARGEST {
+        if size > Self::LARGEST {
             return;
         }
-        if self.bytes + size + Constants::EACH > Constants::MOST {
-            *self = Constants::default();
+        if self.bytes + size + Self::EACH > Self::MOST {
+            *self = Self::default();
         }
         if self.buffers.insert(bytes.to_vec(), buffer.clone()).is_none() {
-            self.bytes += size + Constants::EACH;
+            self.bytes += size + Self::EACH;
         }
     }
 }
@@ -299,7 +304,24 @@ impl GpuBuffer {
 
 #[cfg(test)]
 mod tests {
-    use super::size_class;
+    use super::{Constants, size_class};
+
+    #[test]
+    fn what_is_kept_by_content_is_bounded_by_its_bytes() {
+        let mut kept = Constants::<()>::default();
+        // Lengths of a batch of 4,000 that are new with every call, and of one that is too large to keep.
+        for call in 0..2000u32 {
+            kept.keep(&call.to_le_bytes().repeat(4000), &());
+            kept.keep(&call.to_le_bytes().repeat(70_000), &());
+            let held: u64 = kept.buffers.keys().map(|key| key.len() as u64).sum();
+            assert!(held <= Constants::<()>::MOST && kept.bytes <= Constants::<()>::MOST, "{held}");
+            assert!(kept.buffers.keys().all(|key| key.len() == 16_000));
+        }
+        // Small ones stay.
+        let mut kept = Constants::<()>::default();
+        (0..3000u32).for_each(|n| kept.keep(&n.to_le_bytes(), &()));
+        assert_eq!(kept.buffers.len(), 3000);
+    }
 
     #[test]
     fn size_classes_waste_little_and_respect_the_limit() {

@@ -89,6 +89,10 @@ pub struct MultiHeadOutput {
     /// `[batch, heads, len_q, len_k]` or, averaged, `[batch, len_q, len_k]`, when asked for. `len_k`
     /// counts the keys that `add_bias_kv` and `add_zero_attn` append.
     pub weights: Option<Tensor>,
+    /// `[batch, heads, len_q]`, as asked for by [`Attention::lse`].
+    pub lse: Option<Tensor>,
+    /// `[batch, heads, len_q, len_k]`, as asked for by [`Attention::scores`].
+    pub scores: Option<Tensor>,
 }
 
 /// Kernels as Keras's `MultiHeadAttention` and `GroupedQueryAttention` hold them, row-major.
@@ -448,7 +452,7 @@ impl MultiHeadAttention {
         let k = heads_first(normalised(&k, 1, config.heads_kv)?)?;
         let v = heads_first(split(&v, config.heads_kv, config.value_head_dim)?)?;
         let attention = attention.clone().for_layer(batch, config.num_heads, extra_k.len())?.or_scale(config.scale);
-        let Attended { output, weights, .. } = attention.record(recording, &q, &k, &v, None)?;
+        let Attended { output, weights, lse, scores } = attention.record(recording, &q, &k, &v, None)?;
         let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, joined_width])?;
         if let Some(gate) = &gate {
             joined = recording.gate(&joined, gate)?;
@@ -456,13 +460,18 @@ impl MultiHeadAttention {
         let output = recording.project(&joined, &self.out.weight, self.out.bias.as_ref(), &[])?;
         let output = output.with_dtype(query.dtype())?;
         let unbatched = ranks[0] == 2;
+        let of_batch = |result: Option<Tensor>| {
+            result.map(|result| if unbatched { result.select(0, 0) } else { Ok(result) }).transpose()
+        };
         Ok(MultiHeadOutput {
             output: match (unbatched, config.batch_first) {
                 (true, _) => output.select(0, 0)?,
                 (false, true) => output,
                 (false, false) => output.permute(&[1, 0, 2])?,
             },
-            weights: weights.map(|weights| if unbatched { weights.select(0, 0) } else { Ok(weights) }).transpose()?,
+            weights: of_batch(weights)?,
+            lse: of_batch(lse)?,
+            scores: of_batch(scores)?,
         })
     }
 

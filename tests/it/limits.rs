@@ -72,6 +72,9 @@ fn check(plan: &Plan, adapter: &Capabilities) {
         );
         assert!(step.bindings.len() as u32 <= adapter.max_storage_buffers, "{name}: {} buffers", step.bindings.len());
         assert!(step.variant.workgroup_memory() <= adapter.workgroup_memory, "{name}");
+        if let Some(most) = adapter.max_operations {
+            assert!(step.cost.operations <= most, "{name}: {:e} operations in one dispatch", step.cost.operations);
+        }
         let turns = step.cost.turns;
         assert!(adapter.max_loop_turns.is_none_or(|most| turns <= u64::from(most)), "{name}: {turns} turns");
         assert!(adapter.subgroup_min.is_some() || !step.variant.uses_subgroups(), "{name} needs subgroups");
@@ -276,6 +279,81 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
             // Nothing left out, nothing twice.
             assert_eq!(pairs, heads as f64 * len_q as f64 * 65_536.0, "{what}");
         }
+    }
+}
+
+#[test]
+fn a_dispatch_takes_no_longer_than_it_may() {
+    // 24 × 256 × 8,192 × 256 once took 2.5 seconds in one submit.
+    let (q, k) = ([24, 1, 256, 256], [24, 1, 8192, 256]);
+    for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
+        let floor = Capabilities::webgpu_minimum();
+        let adapter =
+            Capabilities { class, max_operations: Some(1e9), max_binding: 1 << 30, max_buffer: 1 << 30, ..floor };
+        let planned = plan(q, k, 1, 0, &adapter).unwrap();
+        check(&planned, &adapter);
+        let [q, k] = [q, k].map(|shape| Layout::contiguous(&shape).unwrap());
+        let problem = Problem::new(q.shape(), k.shape(), k.shape(), None, None, &Positions::default(), 0).unwrap();
+        let seen = plan::inspect(
+            &problem,
+            &plan::InspectOperands {
+                q: (&q).into(),
+                k: (&k).into(),
+                lse: &Layout::contiguous(&[24, 1, 256]).unwrap(),
+                masks: vec![],
+                biases: vec![],
+                relative: None,
+                heads: &[0],
+                queries: 0..256,
+                weights: false,
+                column_sums: true,
+                entropy: true,
+            },
+            &adapter,
+        );
+        check(&seen.unwrap(), &adapter);
+        let (x, w) = ([2, 3000, 512], [700, 512]);
+        let [x, w] = [Layout::contiguous(&x).unwrap(), Layout::contiguous(&w).unwrap()];
+        let projected = plan::project((&x).into(), (&w).into(), None, &[], &adapter).unwrap();
+        check(&projected, &adapter);
+        assert!(projected.steps.len() > 1);
+    }
+}
+
+#[test]
+fn long_work_goes_into_several_submits_with_the_same_bits() {
+    let call = Call::plain([1, 4, 300, 32], [1, 4, 500, 32], [1, 4, 500, 32]);
+    let data = call.data();
+    for adapter in Gpu::adapters() {
+        let open = |seconds_per_submit| {
+            let adapter = Some(adapter.index.to_string());
+            Gpu::with_options(&wgpu_attention::GpuOptions { adapter, seconds_per_submit, ..Default::default() })
+                .unwrap()
+        };
+        let (whole, cut) = (open(None), open(Some(1e-3)));
+        let run = |gpu: &Gpu, method| {
+            let device = Device::Gpu(gpu.clone());
+            let out = call.run(&device, &data, call.attention().lse(true).method(method)).unwrap();
+            [out.output, out.lse.unwrap()].map(|tensor| kit::bits(&tensor.download().unwrap()))
+        };
+        for method in [Method::Auto, Method::ThreePasses] {
+            assert_eq!(run(&whole, method), run(&cut, method), "{} by {method}", adapter.info.name);
+        }
+        // The same for a caller's encoders.
+        let device = Device::Gpu(cut.clone());
+        let [q, k, v] = call.operands(&device, &data, wgpu_attention::Dtype::F32).unwrap();
+        let attention = call.attention().method(Method::ThreePasses);
+        let (attended, slices) = attention.encode_slices(&cut, &q, &k, &v, None).unwrap();
+        assert!(slices.len() > 1 && slices.seconds() > 1e-3, "{slices:?}");
+        for n in 0..slices.len() {
+            let mut encoder = cut.device().create_command_encoder(&Default::default());
+            slices.encode(n, &mut encoder).unwrap();
+            cut.queue().submit([encoder.finish()]);
+        }
+        assert_eq!(kit::bits(&attended.output.download().unwrap()), run(&whole, Method::ThreePasses)[0]);
+        let mut encoder = cut.device().create_command_encoder(&Default::default());
+        let message = slices.encode(slices.len(), &mut encoder).unwrap_err().to_string();
+        assert!(message.contains(&format!("there are {}", slices.len())), "{message}");
     }
 }
 

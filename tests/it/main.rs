@@ -18,6 +18,7 @@ mod names;
 mod packed;
 mod position;
 mod profile;
+mod project;
 mod reliability;
 mod rotary;
 mod shaders;

@@ -7,7 +7,7 @@ use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::reference::{self, Inputs, View};
 use wgpu_attention::{
     Align, Attention, Device, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, NormKind, NormSpan,
-    QueryKeyNorm, StateDict, Tensor, Weights,
+    QueryKeyNorm, ScoreStage, StateDict, Tensor, Weights,
 };
 
 const TOLERANCE: f64 = 4e-6;
@@ -558,4 +558,24 @@ fn wrong_layers_are_errors_with_the_numbers() {
         assert!(message.contains(part), "{message}");
     }
     assert_eq!(call(&[2, 0, 12], &[2, 3, 12], &[2, 3, 12]).unwrap().output.shape(), [2, 0, 12]);
+}
+
+#[test]
+fn what_is_asked_of_the_attention_of_a_layer_comes_back() {
+    for (name, device) in devices() {
+        let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(16, 2).unwrap(), 5).unwrap();
+        let data: Vec<f32> = (0..2 * 7 * 16).map(|i| (i as f32 * 0.37).sin()).collect();
+        let x = Tensor::from_slice(&device, &[2, 7, 16], &data).unwrap();
+        let attention = Attention::new().lse(true).scores(Some(ScoreStage::Masked)).weights(Weights::PerHead);
+        let out = layer.forward(&x, &x, &x, &attention).unwrap();
+        let [lse, scores, weights] =
+            [out.lse, out.scores, out.weights].map(|result| result.unwrap_or_else(|| panic!("{name}: nothing")));
+        assert_eq!((lse.shape(), scores.shape()), (&[2, 2, 7][..], &[2, 2, 7, 7][..]), "{name}");
+        let (lse, scores) = (lse.download().unwrap(), scores.download().unwrap());
+        let wanted: Vec<f64> = scores.iter().enumerate().map(|(at, x)| f64::from(x - lse[at / 7]).exp()).collect();
+        assert_close(&name, &weights.download().unwrap(), &wanted, 3e-6);
+        let one =
+            layer.forward(&x.select(0, 0).unwrap(), &x.select(0, 0).unwrap(), &x.select(0, 0).unwrap(), &attention);
+        assert_eq!(one.unwrap().lse.unwrap().shape(), [2, 7], "{name}");
+    }
 }

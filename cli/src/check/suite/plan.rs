@@ -13,6 +13,8 @@ use crate::error::{Error, Result, fail, usage};
 #[derive(RustEmbed)]
 #[folder = "../tests/cases"]
 #[include = "*.safetensors"]
+// Inputs of the program, not cases.
+#[exclude = "faults/*"]
 struct Golden;
 
 /// A case with the way it is computed.

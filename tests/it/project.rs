@@ -1,0 +1,65 @@
+//! Projections of few rows and of many.
+
+use crate::kit::{assert_close, bits, devices};
+use wgpu_attention::problem::Layout;
+use wgpu_attention::reference::{self, View};
+use wgpu_attention::{Device, Tensor, project};
+
+fn sines(len: usize, step: f32) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * step).sin()).collect()
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&x| f64::from(x)).collect()
+}
+
+#[test]
+fn few_rows_and_many_meet_the_truth() {
+    for (name, device) in devices() {
+        // Whole fours and odd widths, few outputs and many, with a bias and without.
+        for (batch, len, dim_in, dim_out) in
+            [(1, 1, 256, 96), (3, 1, 37, 9), (2, 4, 130, 33), (1, 5, 130, 33), (1, 3, 1, 1)]
+        {
+            let (x, w, b) = (sines(batch * len * dim_in, 0.37), sines(dim_out * dim_in, 0.11), sines(dim_out, 0.7));
+            let tensor = |shape: &[usize], data: &[f32]| Tensor::from_slice(&device, shape, data).unwrap();
+            let (x_on, w_on, b_on) =
+                (tensor(&[batch, len, dim_in], &x), tensor(&[dim_out, dim_in], &w), tensor(&[dim_out], &b));
+            for bias in [None, Some(&b_on)] {
+                let layouts = [vec![batch, len, dim_in], vec![dim_out, dim_in], vec![dim_out]];
+                let [xl, wl, bl] = layouts.map(|shape| Layout::contiguous(&shape).unwrap());
+                let (x, w, b) = (wide(&x), wide(&w), wide(&b));
+                let view = |data, layout| View { data, layout };
+                let truth = reference::project(view(&x, &xl), view(&w, &wl), bias.map(|_| view(&b, &bl)));
+                let got = project(&x_on, &w_on, bias).unwrap().download().unwrap();
+                assert_close(&format!("{batch} × {len} × {dim_in} to {dim_out}, {name}"), &got, &truth, 3e-6);
+                // Columns first: strides of any kind.
+                let turned = tensor(&[dim_in, dim_out], &transposed(&w, dim_out, dim_in));
+                let got = project(&x_on, &turned.permute(&[1, 0]).unwrap(), bias).unwrap().download().unwrap();
+                assert_close(&format!("{dim_in} to {dim_out} by columns, {name}"), &got, &truth, 3e-6);
+            }
+        }
+    }
+}
+
+fn transposed(w: &[f64], rows: usize, columns: usize) -> Vec<f32> {
+    (0..rows * columns).map(|at| w[at % rows * columns + at / rows] as f32).collect()
+}
+
+#[test]
+fn a_row_gives_the_same_bits_in_every_batch() {
+    for (name, device) in devices() {
+        for (len, dim_in) in [(1, 300), (4, 300), (5, 1030), (9, 1030)] {
+            let row = len * dim_in;
+            let x = sines(70 * row, 0.37);
+            let run = |device: &Device, batch: usize| {
+                let x = Tensor::from_slice(device, &[batch, len, dim_in], &x[..batch * row]).unwrap();
+                let w = Tensor::from_slice(device, &[40, dim_in], &sines(40 * dim_in, 0.11)).unwrap();
+                bits(&project(&x, &w, None).unwrap().download().unwrap())[..len * 40].to_vec()
+            };
+            let alone = run(&device, 1);
+            for batch in [2, 9, 70] {
+                assert_eq!(run(&device, batch), alone, "{batch} × {len} × {dim_in} on {name}");
+            }
+        }
+    }
+}
