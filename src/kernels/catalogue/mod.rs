@@ -896,7 +896,7 @@ pub fn variants() -> Vec<Variant> {
             all.push(inspect(inspection, tile, chunks, [bf16[0], f16[1]], true, false, Rules::default()));
         }
     }
-    for (workgroup, lanes) in [(8, 1), (64, 64), (64, 32)] {
+    for (workgroup, lanes) in [(8, 1), (8, 8), (64, 64), (64, 32), (256, 256)] {
         for with_sink in [false, true] {
             all.extend([true, false].map(|lse| softmax(workgroup, lanes, lse, with_sink)));
         }

@@ -87,7 +87,7 @@ pub fn packed(
         Err(reason) => Err(Error::Unsupported {
             what: "attention over packed sequences".into(),
             adapter: adapter.adapter.clone(),
-            needs: format!("the fused kernel, but {reason}"),
+            needs: format!("the fused kernel, but {reason}; run the longest sequences by themselves"),
         }),
     }
 }
@@ -100,6 +100,8 @@ struct Fused<'a> {
     /// Pieces of the keys, each with its own output, and keys per piece.
     splits: usize,
     keys_per_split: usize,
+    /// Keys of a split of a long row, at most.
+    long_split: usize,
     /// Of a ragged batch; empty where every entry of the batch is as long.
     sequences: &'a [Sequence],
     /// Whether tiles of keys are classed by what masks and biases leave of them.
@@ -145,17 +147,21 @@ impl<'a> Fused<'a> {
         };
         cut.check(adapter).map_err(|error| error.to_string())?;
         let tile = cut.tile(problem);
-        let (splits, keys_per_split) = match sequences {
-            [] => key_splits(problem, adapter, tile, len_q, len_k),
-            _ => (
-                sequences
-                    .iter()
-                    .map(|one| key_splits(problem, adapter, tile, one.len_q, one.len_k).0)
-                    .max()
-                    .unwrap_or(1),
-                0,
-            ),
+        let cut_keys = |long_split: usize| match sequences {
+            [] => key_splits(problem, adapter, tile, [len_q, len_k], long_split),
+            _ => {
+                let splits = |one: &Sequence| key_splits(problem, adapter, tile, [one.len_q, one.len_k], long_split).0;
+                (sequences.iter().map(splits).max().unwrap_or(1), 0)
+            }
         };
+        let mut long_split = LONG_SPLIT;
+        let (mut splits, mut keys_per_split) = cut_keys(long_split);
+        // Packed rows are not sliced: where the outputs of all splits are too large, as few splits as there must be.
+        let partial = |splits: usize| split_bytes(problem, splits, [batch, heads_q, len_q]);
+        if !sequences.is_empty() && partial(splits) > adapter.max_binding {
+            long_split = usize::MAX;
+            (splits, keys_per_split) = cut_keys(long_split);
+        }
 
         let lse = operands.lse || splits > 1;
         let sink = operands.sink.is_some();
@@ -182,6 +188,7 @@ impl<'a> Fused<'a> {
             slices: Slices { batch, heads: heads_q, rows: len_q, keys: len_k },
             splits,
             keys_per_split,
+            long_split,
             sequences,
         };
         if !sequences.is_empty() {
@@ -229,10 +236,7 @@ impl<'a> Fused<'a> {
     /// Bytes of the outputs of the splits of a slice.
     fn partial_bytes(&self) -> u64 {
         let Slices { batch, heads, rows, .. } = self.slices;
-        if self.splits == 1 {
-            return 0;
-        }
-        (self.splits * batch * heads * rows) as u64 * self.call.problem.dim_v.next_multiple_of(4) as u64 * 4
+        split_bytes(self.call.problem, self.splits, [batch, heads, rows])
     }
 
     fn plan(&self) -> Result<Plan> {
@@ -285,7 +289,7 @@ impl<'a> Fused<'a> {
         let mut blocks = Vec::new();
         let (mut first, mut work) = (0, 0.0);
         for (n, one) in self.sequences.iter().enumerate() {
-            let (_, keys_per_split) = key_splits(self.call.problem, self.adapter, self.tile, one.len_q, one.len_k);
+            let (_, keys_per_split) = self.key_splits(one);
             table.push([one.first_query, one.len_q, one.first_key, one.len_k].map(|x| x as i32));
             table.push([one.band.keys, one.band.lo, one.band.hi, keys_per_split as i32]);
             for block in 0..(heads_q / heads_kv * one.len_q).div_ceil(per_block) {
@@ -313,9 +317,14 @@ impl<'a> Fused<'a> {
         2.0 * (self.call.problem.dim_k + self.call.problem.dim_v) as f64
     }
 
+    /// Pieces of the keys of a packed sequence, and keys per piece.
+    fn key_splits(&self, one: &Sequence) -> (usize, usize) {
+        key_splits(self.call.problem, self.adapter, self.tile, [one.len_q, one.len_k], self.long_split)
+    }
+
     /// Keys of the longest split of any packed sequence.
     fn longest_split(&self) -> usize {
-        let split = |one: &Sequence| key_splits(self.call.problem, self.adapter, self.tile, one.len_q, one.len_k).1;
+        let split = |one: &Sequence| self.key_splits(one).1;
         self.sequences.iter().map(split).max().unwrap_or(0)
     }
 
@@ -593,14 +602,20 @@ fn hides_tiles(call: &Call<'_>, tile: FlashTile) -> bool {
     masked && call.problem.ruled_keys() > catalogue::CLASS_TILE as usize
 }
 
+/// Bytes of the outputs of splits, rows padded to whole vec4s; none where there is but one split.
+fn split_bytes(problem: &Problem, splits: usize, rows: [usize; 3]) -> u64 {
+    let rows = rows.iter().map(|&n| n as u64).product::<u64>();
+    if splits > 1 { splits as u64 * rows * problem.dim_v.next_multiple_of(4) as u64 * 4 } else { 0 }
+}
+
 /// Pieces of the keys and keys per piece. Along the batch nothing may differ: the same row gives the same
 /// bits in every batch.
 fn key_splits(
     problem: &Problem,
     adapter: &Capabilities,
     tile: FlashTile,
-    len_q: usize,
-    len_k: usize,
+    [len_q, len_k]: [usize; 2],
+    long_split: usize,
 ) -> (usize, usize) {
     let row_blocks = (problem.group() * len_q).div_ceil(tile.block_rows());
     let target = match adapter.class {
@@ -609,7 +624,7 @@ fn key_splits(
     };
     let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
     // With or without classes of tiles a row is split alike.
-    let longest = if len_k > MOST_SPLIT { LONG_SPLIT } else { MOST_SPLIT };
+    let longest = if len_k > MOST_SPLIT { long_split } else { MOST_SPLIT };
     let longest = turns::flash(tile, true).longest(adapter.loop_turns()).min(longest) / 32 * 32;
     let splits = splits.max(len_k.div_ceil(longest.max(32)));
     let keys_per_split = len_k.div_ceil(splits).next_multiple_of(32).max(32);
