@@ -169,7 +169,7 @@ fn methods_are_compared_over_lengths_and_drawn() {
 fn a_wrong_call_is_refused_with_the_rule() {
     let folder = folder();
     for (args, part) in [
-        (&["--shape", "P8"][..], "one of P1, P2"),
+        (&["--shape", "P99"][..], "one of P1, P2"),
         (&["--shape", "1,2,2,0,4,8"], "all must be at least 1"),
         (&["--shape", "1,6,4,8,8,8"], "heads_q = 6 is not a multiple of heads_kv = 4"),
         (&["--shape", "99999999999,99999999999,1,1,1,1"], "does not fit in 64 bits"),
