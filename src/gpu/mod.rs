@@ -227,6 +227,9 @@ impl Gpu {
             if may_submit {
                 self.multiply_add_ceiling()?;
             }
+            // A browser's clock is not the one of std.
+            #[cfg(target_arch = "wasm32")]
+            let _ = may_submit;
             let most = self.operations_per_submit();
             capabilities.max_operations = Some(most.min(capabilities.dispatch_operations()));
         }
