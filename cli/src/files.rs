@@ -36,6 +36,14 @@ pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|error| Error::Failed(format!("cannot read {}: {error}", path.display())))
 }
 
+/// The error of a layer's weights that the library could not read: what the file is instead and the way out, where that
+/// is known. What an index of shards leads to is told by the library.
+pub fn explain(path: &Path, error: wgpu_attention::Error) -> Error {
+    let start = if extension(path) == "json" { None } else { beginning(path).ok() };
+    let told = start.and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));
+    Error::Failed(told.map_or_else(|| error.to_string(), |told| format!("{}: {told}", path.display())))
+}
+
 /// The bytes that tell what a file is, with the whole header where it is safetensors, and the file's length.
 fn beginning(path: &Path) -> std::io::Result<(Vec<u8>, u64)> {
     let mut file = std::fs::File::open(path)?;

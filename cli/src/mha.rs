@@ -133,7 +133,8 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     if args.attention.mask.is_some() && args.attn_mask.is_none() && args.key_padding.is_none() {
         usage!("--mask says what a mask means, but there is neither --attn-mask nor --key-padding");
     }
-    let state = StateDict::open_layer(&args.weights, &args.prefix)?;
+    let state =
+        StateDict::open_layer(&args.weights, &args.prefix).map_err(|error| files::explain(&args.weights, error))?;
     let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
     let query = files::read_named(&args.query)?;
     let (key, value) = (read(&args.key)?, read(&args.value)?);

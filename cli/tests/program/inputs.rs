@@ -193,7 +193,6 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
         ("m.zip", "dict(numpy.load(\"m.zip\"))"),
         ("empty.safetensors", "it is empty"),
         ("cut.safetensors", "the file is cut off"),
-        (".", "is a folder; a file is needed"),
     ] {
         let args = ["mha", "--weights", name, "--heads", "2", "--query", "x.npy", "-o", "o.npy", "--adapter", "cpu"];
         attn(at, &args).refused(1, says);
