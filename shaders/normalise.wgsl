@@ -3,8 +3,8 @@
 //   RMSNorm (Zhang and Sennrich 2019):  m = 0            s = mean of X[r]²
 //   LayerNorm (Ba et al. 2016):         m = mean of X[r]  s = mean of (X[r] − m)²
 //
-// The norms of queries and keys in a layer. LANES invocations share a row; 1 on CPU adapters, where a barrier
-// costs more than it saves.
+// The norms of queries and keys in a layer. LANES invocations share a row; 1 on CPU adapters unless the row is wide,
+// since a barrier costs more than it saves there.
 
 const WORKGROUP: u32 = 64u;
 const LANES: u32 = 64u;

@@ -37,6 +37,9 @@ struct Unread {
     shape: Vec<usize>,
 }
 
+/// The type of a tensor in a shard that was not opened.
+pub(crate) const NOT_OPENED: &str = "not read";
+
 /// Names and tensors, in name order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StateDict {
@@ -72,7 +75,7 @@ impl StateDict {
         self.tensors.is_empty() && self.unread.is_empty()
     }
     /// Type and shape of a tensor whose values are not held: integers, booleans, 8 bits and fewer, and what
-    /// [`StateDict::open`] was not asked for.
+    /// [`StateDict::open`] was not asked for (`not read` and no axes, where it lies in a shard that was not opened).
     pub fn unread(&self, name: &str) -> Option<(&str, &[usize])> {
         self.unread.get(name).map(|tensor| (tensor.dtype.as_str(), tensor.shape.as_slice()))
     }
@@ -106,6 +109,8 @@ impl StateDict {
     fn take(&mut self, name: String, dtype: safetensors::Dtype, shape: &[usize], data: Option<&[u8]>) -> Result<()> {
         match data.and_then(|data| floats(dtype, data)) {
             Some(values) => self.insert(name, HostTensor::new(shape, values)?),
+            // Of two shards that hold a name, the one that the index says is read with its values.
+            None if self.tensors.contains_key(&name) => {}
             None => {
                 self.unread.insert(name, Unread { dtype: dtype.to_string(), shape: shape.to_vec() });
             }

@@ -1,9 +1,10 @@
 //! `attn mha`: a whole multi-head layer over the user's own tensors.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use wgpu_attention::{MultiHeadAttention, StateDict};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use wgpu_attention::{LoadOptions, MultiHeadAttention, Names, StateDict};
 
 use crate::array::Array;
 use crate::error::{Error, Result, usage};
@@ -14,18 +15,30 @@ use crate::target;
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The weights are a PyTorch nn.MultiheadAttention state dict. Inputs are [batch, len, dim] \
-(or [len, dim]); without --key and --value the layer attends from the query to itself.
+The weights are a PyTorch nn.MultiheadAttention state dict or a layer of a well-known model (Llama, Qwen, Gemma, \
+OLMo, CLIP, BART, OPT, Whisper, BERT, ViT, GPT-2, GPT-NeoX, Falcon, Phi, T5, timm, ...): the names of the tensors tell \
+which, --names where they leave a doubt; transformers' config.json beside the file is asked for model_type and \
+rms_norm_eps. Every tensor behind the prefix is used, or named in an error; only what is no part of attention \
+is passed over (BERT's output.LayerNorm, GPT-2's causal mask). Positions, softcaps and scales of a model's configuration \
+are not in its weights: see --scale, --softcap, --bias.
+
+Inputs are [batch, len, dim] (or [len, dim]); without --key and --value the layer attends from the query to itself. \
+Masks and biases are [len_q, len_k], [batch, heads, len_q, len_k] (1 repeats), or, with three axes, \
+[batch * heads, len_q, len_k] as in PyTorch; one per batch entry is [batch, 1, len_q, len_k].
 
 The output holds `output`, and `weights` when asked for.
 
 Examples:
   attn mha --weights layer.safetensors --heads 8 --query x.npy -o out.safetensors
+  attn mha --weights bert/model.safetensors --prefix encoder.layer.0.attention. --heads 12 --query x.npy -o out.npy
+  attn mha --weights llama/model.safetensors.index.json --prefix model.layers.0.self_attn. --heads 32 --query x.npy \\
+      --causal top-left -o out.npy
   attn mha --weights model.safetensors --prefix encoder.layers.0.self_attn. --heads 12 \\
       --query batch.npz:x --key-padding batch.npz:padding --mask drop -o out.npz --return-weights averaged")]
 pub struct MhaArgs {
-    /// The layer's weights, a safetensors file
-    #[arg(long, value_name = "FILE")]
+    /// The layer's weights: a safetensors file, the index of one in shards (model.safetensors.index.json), or a folder
+    /// with either
+    #[arg(long, value_name = "PATH")]
     weights: PathBuf,
     /// What stands before the names of the layer's weights, such as encoder.layers.0.self_attn.
     #[arg(long, default_value = "")]
@@ -33,6 +46,18 @@ pub struct MhaArgs {
     /// Heads of the layer
     #[arg(long, value_name = "N")]
     heads: usize,
+    /// Key/value heads, where queries, keys and values are fused and their heads differ in width
+    #[arg(long, value_name = "N")]
+    kv_heads: Option<usize>,
+    /// Whose names the weights have [default: told by the names]
+    #[arg(long, value_name = "NAMES", value_parser = parse_names())]
+    names: Option<Names>,
+    /// The epsilon of norms of queries and keys [default: config.json's, or 1e-6, or 1e-5 for q_layernorm]
+    #[arg(long, value_name = "EPSILON", allow_negative_numbers = true)]
+    norm_epsilon: Option<f32>,
+    /// A tensor behind the prefix to pass over, by name; may be given several times
+    #[arg(long, value_name = "TENSOR")]
+    ignore: Vec<String>,
     /// Where the queries come from: FILE, or FILE:NAME for one tensor of several
     #[arg(long, value_name = "FILE")]
     query: String,
@@ -67,14 +92,48 @@ pub struct MhaArgs {
     attention: AttentionArgs,
 }
 
+/// The words of `--names`.
+fn parse_names() -> impl TypedValueParser<Value = Names> {
+    PossibleValuesParser::new(Names::ALL.map(Names::word)).map(|word| word.parse().expect("one of the words"))
+}
+
+impl MhaArgs {
+    fn options(&self) -> LoadOptions {
+        let mut options = LoadOptions::new(self.heads);
+        if let Some((model_type, epsilon)) = model_of(&self.weights) {
+            options = options.model(&model_type, epsilon);
+        }
+        if let Some(heads) = self.kv_heads {
+            options = options.heads_kv(heads);
+        }
+        if let Some(names) = self.names {
+            options = options.names(names);
+        }
+        if let Some(epsilon) = self.norm_epsilon {
+            options = options.norm_epsilon(epsilon);
+        }
+        self.ignore.iter().fold(options, LoadOptions::ignore)
+    }
+}
+
+/// `model_type` and `rms_norm_eps` of transformers' `config.json` beside the weights, if there is one. It only settles
+/// what names leave in doubt, so one that cannot be read is as none.
+fn model_of(weights: &Path) -> Option<(String, Option<f32>)> {
+    let folder = if weights.is_dir() { weights } else { weights.parent()? };
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).ok()?).ok()?;
+    // Models of pictures and text keep the language's part apart.
+    let text = json.get("text_config").filter(|text| text.get("model_type").is_some()).unwrap_or(&json);
+    let epsilon = text.get("rms_norm_eps").and_then(|epsilon| epsilon.as_f64()).map(|epsilon| epsilon as f32);
+    Some((text.get("model_type")?.as_str()?.to_string(), epsilon))
+}
+
 pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     let names: &[&str] = if args.return_weights.is_some() { &["output", "weights"] } else { &["output"] };
     files::check_output(&args.output, names)?;
     if args.attention.mask.is_some() && args.attn_mask.is_none() && args.key_padding.is_none() {
         usage!("--mask says what a mask means, but there is neither --attn-mask nor --key-padding");
     }
-    let state = StateDict::from_safetensors(&files::read_bytes(&args.weights)?)
-        .map_err(|error| Error::Failed(format!("{}: {error}", args.weights.display())))?;
+    let state = StateDict::open_layer(&args.weights, &args.prefix)?;
     let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
     let query = files::read_named(&args.query)?;
     let (key, value) = (read(&args.key)?, read(&args.value)?);
@@ -84,7 +143,8 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     target.announce();
     let device = &target.device;
     let _spinner = Spinner::start(format!("a layer on {}", device.name()));
-    let layer = MultiHeadAttention::from_state_dict(device, &state, &args.prefix, args.heads)?
+    let layer = MultiHeadAttention::from_state_dict_with(device, &state, &args.prefix, &args.options())
+        .map_err(|error| Error::Failed(format!("{}: {error}", args.weights.display())))?
         .with_zero_attn(args.zero_attn)
         .with_batch_first(!args.seq_first);
     // One tensor for all three where they are the same: the layer then projects it once.

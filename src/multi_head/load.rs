@@ -10,7 +10,7 @@ use super::{
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::problem::checked_len;
-use crate::state_dict::{HostTensor, StateDict, closest, edits};
+use crate::state_dict::{HostTensor, NOT_OPENED, StateDict, closest, edits};
 
 /// How a layer is read from a [`StateDict`], where its tensors do not say it.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +18,7 @@ pub struct LoadOptions {
     num_heads: usize,
     heads_kv: Option<usize>,
     names: Option<Names>,
+    model: Option<(Names, Option<f32>)>,
     norm_epsilon: Option<f32>,
     ignored: Vec<String>,
 }
@@ -25,7 +26,7 @@ pub struct LoadOptions {
 impl LoadOptions {
     /// A layer of `num_heads` query heads; all else is read off names and shapes.
     pub fn new(num_heads: usize) -> LoadOptions {
-        LoadOptions { num_heads, heads_kv: None, names: None, norm_epsilon: None, ignored: Vec::new() }
+        LoadOptions { num_heads, heads_kv: None, names: None, model: None, norm_epsilon: None, ignored: Vec::new() }
     }
     /// Key/value heads. Tensors of their own tell them; fused ones (`in_proj_weight`, `qkv`, `c_attn`,
     /// `query_key_value`) only where queries, keys and values have heads of one width, which is assumed otherwise.
@@ -36,6 +37,12 @@ impl LoadOptions {
     /// Whose names the tensors have.
     pub fn names(mut self, names: Names) -> Self {
         self.names = Some(names);
+        self
+    }
+    /// What transformers' `config.json` says of the model, `model_type` and `rms_norm_eps`: counts where the names of the
+    /// tensors leave a doubt ([`Names::of_model_type`]).
+    pub fn model(mut self, model_type: &str, norm_epsilon: Option<f32>) -> Self {
+        self.model = Names::of_model_type(model_type).map(|names| (names, norm_epsilon));
         self
     }
     /// The epsilon of norms of queries and keys. Files of weights do not hold it: unless given it is 1e-6 (Qwen 3,
@@ -154,12 +161,7 @@ impl StateDict {
                     if !(prefix.is_empty() || prefix.ends_with('.')) {
                         continue;
                     }
-                    let has = |role: Role| {
-                        family.names().any(|(known, name)| {
-                            known == role && place(family, prefix, &name).is_some_and(|at| names.contains(at.as_str()))
-                        })
-                    };
-                    if family.missing(has).is_empty() {
+                    if missing(family, &there(family, prefix, |name| names.contains(name))).is_empty() {
                         layers.entry(prefix.to_string()).or_insert(family.readings[0]);
                     }
                 }
@@ -172,7 +174,7 @@ impl StateDict {
     fn other_prefixes(&self, prefix: &str) -> String {
         const SHOWN: usize = 3;
         let mut layers = self.layers();
-        layers.sort_by_key(|(at, _)| (!at.starts_with(prefix), edits(at, prefix)));
+        layers.sort_by_cached_key(|(at, _)| (!at.starts_with(prefix), edits(at, prefix)));
         let shown: Vec<String> = layers.iter().take(SHOWN).map(|(at, names)| format!("{at:?} ({names})")).collect();
         match (layers.len(), layers.len().saturating_sub(SHOWN)) {
             (0, _) if self.is_empty() => "it holds no tensors at all".into(),
@@ -187,14 +189,38 @@ impl StateDict {
     }
 }
 
+/// Every name that a layer behind `prefix`, with its dot or without, may use.
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
+pub(crate) fn names_behind(prefix: &str) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    for prefix in [prefix, &format!("{prefix}.")] {
+        for family in Family::ALL {
+            all.extend(family.names().filter_map(|(_, name)| place(family, prefix, &name)));
+        }
+    }
+    all
+}
+
 /// The whole name of one of a family's tensors behind `prefix`.
 fn place(family: &Family, prefix: &str, name: &str) -> Option<String> {
     let Some(beside) = name.strip_prefix("../") else { return Some(format!("{prefix}{name}")) };
-    let inner = family.inner.iter().find_map(|word| {
-        let outer = prefix.strip_suffix('.')?.strip_suffix(word)?;
-        (outer.is_empty() || outer.ends_with('.')).then_some(outer)
-    })?;
-    Some(format!("{inner}{beside}"))
+    let module = prefix.strip_suffix('.')?;
+    let is_inner =
+        |word: &&str| module.strip_suffix(*word).is_some_and(|outer| outer.is_empty() || outer.ends_with('.'));
+    family.inner.iter().any(is_inner).then(|| {
+        let outer = &module[..module.rfind('.').map_or(0, |dot| dot + 1)];
+        format!("{outer}{beside}")
+    })
+}
+
+/// The tensors of a family that are there behind `prefix`.
+fn there(family: &'static Family, prefix: &str, has: impl Fn(&str) -> bool) -> Vec<(Role, String)> {
+    let places = family.names().filter_map(|(role, name)| Some((role, place(family, prefix, &name)?)));
+    places.filter(|(_, name)| has(name)).collect()
+}
+
+fn missing(family: &Family, roles: &[(Role, String)]) -> Vec<Slot> {
+    family.missing(|role| roles.iter().any(|(known, _)| *known == role))
 }
 
 /// A layer's tensors by what they are.
@@ -221,23 +247,19 @@ impl<'a> Found<'a> {
                 state.other_prefixes(&prefix)
             )));
         }
-        let roles_of = |family: &'static Family| -> Vec<(Role, String)> {
-            let places = family.names().filter_map(|(role, name)| Some((role, place(family, &prefix, &name)?)));
-            places.filter(|(_, name)| state.contains(name)).collect()
-        };
         let family = match options.names {
             Some(names) => names.family(),
-            None => *(Family::ALL.iter())
+            // Whole before half, then the one that explains more; the first of equals, which is the last in reverse.
+            None => (Family::ALL.into_iter().rev())
                 .max_by_key(|family| {
-                    let roles = roles_of(family);
-                    let missing = family.missing(|role| roles.iter().any(|(known, _)| *known == role)).len();
-                    // Whole before half, then the one that explains more; the first of equals.
+                    let roles = there(family, &prefix, |name| state.contains(name));
+                    let missing = missing(family, &roles).len();
                     (missing == 0, roles.len(), std::cmp::Reverse(missing))
                 })
                 .expect("there are families"),
         };
-        let roles = roles_of(family);
-        let missing = family.missing(|role| roles.iter().any(|(known, _)| *known == role));
+        let roles = there(family, &prefix, |name| state.contains(name));
+        let missing = missing(family, &roles);
         if !missing.is_empty() {
             if roles.is_empty() {
                 return Err(Error::File(format!(
@@ -270,10 +292,15 @@ impl<'a> Found<'a> {
         for (role, name) in roles {
             let Some(tensor) = state.get(&name) else {
                 let (dtype, shape) = state.unread(&name).expect("a name that is there");
-                return Err(Error::File(format!(
-                    "{name} {shape:?} is of type {dtype}; F32, F16, BF16 or F64 is needed: quantised weights must be \
-                     dequantised first"
-                )));
+                return Err(Error::File(match dtype {
+                    "F32" | "F16" | "BF16" | "F64" | NOT_OPENED => {
+                        format!("the values of {name} were not read: open more of the file (StateDict::open)")
+                    }
+                    _ => format!(
+                        "{name} {shape:?} is of type {dtype}; F32, F16, BF16 or F64 is needed: quantised weights must be \
+                         dequantised first"
+                    ),
+                }));
             };
             if let Some((other, _)) = tensors.insert(role, (name.clone(), tensor)) {
                 return Err(Error::File(format!("{other} and {name} are two tensors for one; only one can be used")));
@@ -345,6 +372,9 @@ impl<'a> Found<'a> {
         if let Some(names) = options.names {
             return Ok(names);
         }
+        if let Some((names, _)) = self.model(options) {
+            return Ok(names);
+        }
         let bias_of = |slot| self.has(slot, Part::Bias);
         Ok(match self.family.readings[0] {
             Names::Llama if self.is_gpt_neo() => Names::GptNeo,
@@ -392,6 +422,11 @@ impl<'a> Found<'a> {
             }
             names => names,
         })
+    }
+
+    /// What is known of the model, where it is of these names.
+    fn model(&self, options: &LoadOptions) -> Option<(Names, Option<f32>)> {
+        options.model.filter(|(names, _)| std::ptr::eq(names.family(), self.family))
     }
 
     /// GPT-Neo has CLIP's names and no scale. Its module is `attn.attention`; GPT-J keeps the same buffers, and has no
@@ -660,7 +695,8 @@ impl<'a> Found<'a> {
             norms.push(Projection { weight, bias: self.vector(slot, Part::Bias, width)? });
         }
         let usual = if is_layernorm { 1e-5 } else { 1e-6 };
-        let epsilon = options.norm_epsilon.or(epsilon).unwrap_or(usual);
+        let of_model = self.model(options).and_then(|(_, epsilon)| epsilon);
+        let epsilon = options.norm_epsilon.or(epsilon).or(of_model).unwrap_or(usual);
         config.norm = Some(QueryKeyNorm { kind, span, epsilon, bias: bias_q });
         Ok(norms.try_into().ok())
     }
@@ -735,7 +771,8 @@ fn unexpected_error(state: &StateDict, prefix: &str, family: &Family, unexpected
             Some(near) if edits(&near, name) <= 2.max(name.len() / 4) => format!("is {prefix}{near} meant?"),
             _ => continue,
         };
-        text.push_str(&format!("; {prefix}{name} {shape:?}: {hint}"));
+        let shape = if shape.is_empty() { String::new() } else { format!(" {shape:?}") };
+        text.push_str(&format!("; {prefix}{name}{shape}: {hint}"));
         break;
     }
     let inside = state.layers().into_iter().filter(|(at, _)| at.starts_with(prefix) && at != prefix).count();

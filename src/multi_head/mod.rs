@@ -7,6 +7,8 @@ mod names;
 
 pub use config::{MultiHeadConfig, NormKind, NormSpan, QueryKeyNorm};
 pub use load::LoadOptions;
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
+pub(crate) use load::names_behind;
 pub use names::Names;
 
 use rand::{Rng, RngExt, SeedableRng};

@@ -189,13 +189,14 @@ pub(super) type Role = (Slot, Part);
 
 /// Names that belong together.
 pub(super) struct Family {
-    /// Modules: `NAME.weight` and `NAME.bias`. `../` is beside the last word of a prefix that is one of `inner`.
+    /// Modules: `NAME.weight` and `NAME.bias`. `../` is beside the last word of a prefix that ends in one of `inner`.
     modules: &'static [(Slot, &'static str)],
     /// Tensors under names of their own.
     tensors: &'static [(Role, &'static str)],
     /// What is there and not attention, or no parameter: a name, or a beginning that ends in `.`.
     passed_over: &'static [&'static str],
-    /// Words at the end of a prefix that have the output projection beside them.
+    /// Ends of a prefix whose last word has the output projection beside it: BERT's `attention.self.`, ViT's
+    /// `attention.attention.`, but not `attention.`, which has another module's beside it.
     pub inner: &'static [&'static str],
     /// The first is what the names mean unless more is known.
     pub readings: &'static [Names],
@@ -310,7 +311,7 @@ static BERT: Family = Family {
     ],
     tensors: &[],
     passed_over: &["output.LayerNorm.", "LayerNorm."],
-    inner: &["self", "attention"],
+    inner: &["self", "attention.attention"],
     readings: &[Names::Bert],
 };
 

@@ -44,6 +44,7 @@ mod open {
 
     use safetensors::tensor::{Metadata, TensorInfo};
 
+    use super::super::{NOT_OPENED, Unread};
     use super::{Error, Result, StateDict, what_it_is};
 
     /// The longest header that safetensors allows, and the longest index read here.
@@ -55,6 +56,17 @@ mod open {
         Error::File(format!("{}: {what}", path.display()))
     }
 
+    /// What is wanted of a tensor, by its name.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Wanted {
+        Values,
+        /// Type and shape.
+        Header,
+        Name,
+    }
+
+    type Choice<'a> = &'a dyn Fn(&str) -> Wanted;
+
     impl StateDict {
         /// Reads a checkpoint: a `.safetensors` file, the index of one that is cut into shards
         /// (`model.safetensors.index.json`: `{"weight_map": {name: file}}`, the files beside it), or a folder that holds
@@ -63,59 +75,78 @@ mod open {
         /// Only the values of tensors whose names begin with `part` are read, and of the shards only those that hold
         /// some; of the others names are kept. `""` reads all.
         pub fn open(path: impl AsRef<Path>, part: &str) -> Result<StateDict> {
-            let path = path.as_ref();
+            let choice = |name: &str| if name.starts_with(part) { Wanted::Values } else { Wanted::Name };
+            StateDict::open_chosen(path.as_ref(), &choice)
+        }
+
+        /// As [`StateDict::open`] for one attention layer behind `prefix`: only values that the layer may use are read,
+        /// so that a layer of a large model takes little memory.
+        pub fn open_layer(path: impl AsRef<Path>, prefix: &str) -> Result<StateDict> {
+            let names = crate::multi_head::names_behind(prefix);
+            let choice = |name: &str| match () {
+                () if names.contains(name) => Wanted::Values,
+                () if name.starts_with(prefix) => Wanted::Header,
+                () => Wanted::Name,
+            };
+            StateDict::open_chosen(path.as_ref(), &choice)
+        }
+
+        fn open_chosen(path: &Path, choice: Choice<'_>) -> Result<StateDict> {
             if path.is_dir() {
                 let usual = USUAL.iter().map(|name| path.join(name)).find(|file| file.exists());
-                let file =
-                    usual.ok_or_else(|| failed(path, format!("the folder holds no {}", USUAL.join(" and no "))))?;
-                return StateDict::open(file, part);
+                let none = || failed(path, format!("the folder holds no {}", USUAL.join(" and no ")));
+                return StateDict::open_chosen(&usual.ok_or_else(none)?, choice);
             }
             let mut state = StateDict::default();
             match path.extension() {
-                Some(ending) if ending.eq_ignore_ascii_case("json") => state.read_shards(path, part)?,
-                _ => state.read_file(path, part)?,
+                Some(ending) if ending.eq_ignore_ascii_case("json") => state.read_shards(path, choice)?,
+                _ => state.read_file(path, choice)?,
             }
             Ok(state)
         }
 
-        fn read_shards(&mut self, index: &Path, part: &str) -> Result<()> {
+        fn read_shards(&mut self, index: &Path, choice: Choice<'_>) -> Result<()> {
             let length = std::fs::metadata(index).map_err(|error| failed(index, error))?.len();
             if length > LONGEST {
                 return Err(failed(index, format!("{length} bytes are too long for an index of shards")));
             }
             let text = std::fs::read(index).map_err(|error| failed(index, error))?;
-            let shape = "an index of shards is {\"weight_map\": {\"name\": \"file.safetensors\", …}}";
+            let form = "an index of shards is {\"weight_map\": {\"name\": \"file.safetensors\", …}}";
             let json: serde_json::Value =
-                serde_json::from_slice(&text).map_err(|error| failed(index, format!("not JSON ({error}); {shape}")))?;
+                serde_json::from_slice(&text).map_err(|error| failed(index, format!("not JSON ({error}); {form}")))?;
             let map = (json.get("weight_map").and_then(|map| map.as_object()))
-                .ok_or_else(|| failed(index, format!("there is no \"weight_map\"; {shape}")))?;
+                .ok_or_else(|| failed(index, format!("there is no \"weight_map\"; {form}")))?;
             let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
             for (name, file) in map {
-                let file =
-                    file.as_str().ok_or_else(|| failed(index, format!("the file of {name} is not a text; {shape}")))?;
-                let is_beside = !file.is_empty()
-                    && Path::new(file).components().all(|part| matches!(part, std::path::Component::Normal(_)));
-                if !is_beside {
+                let file = file.as_str();
+                let file = file.ok_or_else(|| failed(index, format!("the file of {name} is no text; {form}")))?;
+                let mut parts = Path::new(file).components();
+                if !matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None)) {
                     return Err(failed(index, format!("the shard {file:?} of {name} does not lie beside the index")));
                 }
-                if name.starts_with(part) {
-                    shards.entry(file).or_default().insert(name);
-                } else {
-                    let unread = super::super::Unread { dtype: "not read".into(), shape: Vec::new() };
-                    self.unread.insert(name.clone(), unread);
+                match choice(name) {
+                    Wanted::Name => {
+                        let unread = Unread { dtype: NOT_OPENED.into(), shape: Vec::new() };
+                        self.unread.insert(name.clone(), unread);
+                    }
+                    _ => {
+                        shards.entry(file).or_default().insert(name);
+                    }
                 }
             }
             let folder = index.parent().unwrap_or(Path::new(""));
             for (file, names) in shards {
-                self.read_file(&folder.join(file), part)?;
-                if let Some(name) = names.into_iter().find(|name| !self.contains(name)) {
+                // What the index says of a name counts.
+                let here = |name: &str| if names.contains(name) { choice(name) } else { Wanted::Name };
+                self.read_file(&folder.join(file), &here)?;
+                if let Some(name) = names.iter().find(|name| !self.contains(name)) {
                     return Err(failed(index, format!("{name} should be in {file}, but is not")));
                 }
             }
             Ok(())
         }
 
-        fn read_file(&mut self, path: &Path, part: &str) -> Result<()> {
+        fn read_file(&mut self, path: &Path, choice: Choice<'_>) -> Result<()> {
             let io = |error: std::io::Error| failed(path, error);
             let mut file = File::open(path).map_err(io)?;
             let length = file.metadata().map_err(io)?.len();
@@ -152,7 +183,7 @@ mod open {
             }
             for (name, info) in metadata.tensors() {
                 let mut data = None;
-                if name.starts_with(part) {
+                if choice(&name) == Wanted::Values {
                     let (first, end) = info.data_offsets;
                     let mut bytes = vec![0; end - first];
                     file.seek(SeekFrom::Start(8 + header_len + first as u64)).map_err(io)?;

@@ -5,8 +5,8 @@ use wgpu_attention::kernels::plan::{self, AttentionOperands};
 use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot, params};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::{
-    Attention, Device, Error, Gpu, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, ScatterMode, Tensor,
-    Weights, merge, wgpu,
+    Attention, Device, Error, Gpu, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, NormKind, NormSpan,
+    QueryKeyNorm, ScatterMode, Tensor, Weights, merge, wgpu,
 };
 
 const KIB: u64 = 1 << 10;
@@ -274,17 +274,21 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
 fn a_projection_larger_than_a_binding() {
     for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = 8 * KIB) {
         let small = Device::Gpu(gpu);
-        let config = MultiHeadConfig::new(48, 4).unwrap().add_bias_kv(true).add_zero_attn(true);
+        let config = MultiHeadConfig::new(48, 4).unwrap();
+        let norm = QueryKeyNorm { kind: NormKind::Layer, span: NormSpan::Head, epsilon: 1e-5, bias: true };
+        let configs = [config.clone().add_bias_kv(true).add_zero_attn(true), config.gate(true).norm(Some(norm))];
         let x: Vec<f32> = (0..3 * 50 * 48).map(|i| (i as f32 * 0.37).sin()).collect();
-        let run = |device: &Device| {
+        let run = |device: &Device, config: &MultiHeadConfig| {
             let layer = MultiHeadAttention::new(device, config.clone(), 3).unwrap();
             let x = Tensor::from_slice(device, &[3, 50, 48], &x).unwrap();
             let out = layer.forward(&x, &x, &x, &Attention::new().weights(Weights::Averaged)).unwrap();
             [out.output, out.weights.unwrap()].map(|tensor| tensor.download().unwrap())
         };
-        for (cut, whole) in run(&small).iter().zip(&run(&Device::Cpu)) {
-            let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
-            kit::assert_close(&name, cut, &whole, 3e-6);
+        for config in &configs {
+            for (cut, whole) in run(&small, config).iter().zip(&run(&Device::Cpu, config)) {
+                let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
+                kit::assert_close(&name, cut, &whole, 3e-6);
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ mod kit;
 mod limits;
 mod long_rows;
 mod multi_head;
+mod names;
 mod packed;
 mod position;
 mod profile;

@@ -6,8 +6,8 @@ use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
 use wgpu_attention::reference::{self, Inputs, View};
 use wgpu_attention::{
-    Align, Attention, Device, HostTensor, KerasKernels, LoadOptions, Mask, MultiHeadAttention, MultiHeadConfig, Names,
-    NormKind, NormSpan, QueryKeyNorm, StateDict, Tensor, Weights,
+    Align, Attention, Device, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, NormKind, NormSpan,
+    QueryKeyNorm, StateDict, Tensor, Weights,
 };
 
 const TOLERANCE: f64 = 4e-6;
@@ -218,6 +218,97 @@ fn self_and_cross_attention_match_the_truth() {
                 let out = layer.forward(&q, &k, &k, &Attention::new()).unwrap().output.download().unwrap();
                 let (output, _) = truth(config, &state, [views[0], views[1], views[1]], None, false);
                 assert_close(&what, &out, &output, TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn wide_rows_are_normalised_by_several_invocations() {
+    // 70,400 and 17,600 wide: 64 and 8 invocations share a row.
+    let norm = QueryKeyNorm { kind: NormKind::Layer, span: NormSpan::Width, epsilon: 1e-5, bias: true };
+    let config = MultiHeadConfig::with_head_dims(2, 1100, 64, 1).unwrap().heads_kv(275).norm(Some(norm));
+    let data = noise(&mut Pcg64::seed_from_u64(3), 2 * 3 * 2);
+    for (name, device) in devices() {
+        let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 4).unwrap(), &device);
+        let x = Tensor::from_slice(&device, &[2, 3, 2], &data).unwrap();
+        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output.download().unwrap();
+        let (output, _) = truth(&config, &layer.state_dict().unwrap(), [(&[2, 3, 2], data.as_slice()); 3], None, false);
+        assert_close(&name, &out, &output, 2e-5);
+    }
+}
+
+#[test]
+fn halves_go_through_norms_and_gates() {
+    let config = MultiHeadConfig::new(16, 2).unwrap().norm(Some(RMS)).gate(true);
+    let data: Vec<half::f16> = noise(&mut Pcg64::seed_from_u64(5), 160).into_iter().map(half::f16::from_f32).collect();
+    let floats: Vec<f32> = data.iter().map(|x| x.to_f32()).collect();
+    for (name, device) in devices() {
+        let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 4).unwrap(), &device);
+        let x = Tensor::from_slice(&device, &[2, 5, 16], &data).unwrap();
+        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
+        assert_eq!(out.dtype(), wgpu_attention::Dtype::F16);
+        let state = layer.state_dict().unwrap();
+        let (output, _) = truth(&config, &state, [(&[2, 5, 16], floats.as_slice()); 3], None, false);
+        assert_close(&name, &out.download().unwrap(), &output, 2e-3);
+    }
+}
+
+#[test]
+fn what_is_not_finite_reaches_its_own_tokens() {
+    let config = MultiHeadConfig::new(8, 2).unwrap().norm(Some(RMS)).gate(true);
+    for (name, device) in devices() {
+        let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 4).unwrap(), &device);
+        let mut data = noise(&mut Pcg64::seed_from_u64(5), 4 * 8);
+        data[9] = f32::NAN;
+        let query = Tensor::from_slice(&device, &[1, 4, 8], &data).unwrap();
+        let key = Tensor::from_slice(&device, &[1, 3, 8], &noise(&mut Pcg64::seed_from_u64(6), 24)).unwrap();
+        let out = layer.forward(&query, &key, &key, &Attention::new()).unwrap().output.download().unwrap();
+        for (token, row) in out.chunks(8).enumerate() {
+            assert!(row.iter().all(|x| x.is_nan() == (token == 1)), "{name}: token {token} is {row:?}");
+        }
+    }
+}
+
+#[test]
+fn three_axes_of_a_mask_have_one_meaning() {
+    let (len_q, len_k) = (3, 4);
+    for (name, device) in devices() {
+        for (batch, heads) in [(2, 2), (3, 2), (1, 2), (2, 1), (1, 1), (4, 2)] {
+            let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(8, heads).unwrap(), 3).unwrap();
+            let mut rng = Pcg64::seed_from_u64(9);
+            let x = |rng: &mut Pcg64, len| Tensor::from_slice(&device, &[batch, len, 8], &noise(rng, batch * len * 8));
+            let (q, k) = (x(&mut rng, len_q).unwrap(), x(&mut rng, len_k).unwrap());
+            let values = noise(&mut rng, (batch * heads).max(5) * len_q * len_k);
+            let run = |shape: &[usize], as_bias: bool| {
+                let values = &values[..shape.iter().product()];
+                let attention = if as_bias {
+                    Attention::new().bias(Tensor::from_slice(&device, shape, values).unwrap())
+                } else {
+                    let bools: Vec<bool> = values.iter().map(|&x| x < 0.3).collect();
+                    Attention::new().mask(Mask::keep(Tensor::from_bools(&device, shape, &bools).unwrap()).unwrap())
+                };
+                layer.forward(&q, &k, &k, &attention).and_then(|out| out.output.download())
+            };
+            for as_bias in [false, true] {
+                let same = |a: &[usize], b: &[usize]| {
+                    let what = format!("{name}, batch {batch}, heads {heads}, {a:?}");
+                    assert_eq!(bits(&run(a, as_bias).expect(&what)), bits(&run(b, as_bias).unwrap()), "{what}");
+                };
+                same(&[batch * heads, len_q, len_k], &[batch, heads, len_q, len_k]);
+                same(&[1, len_q, len_k], &[1, 1, len_q, len_k]);
+                same(&[batch * heads, 1, len_k], &[batch, heads, 1, len_k]);
+                for first in [batch, heads, 5] {
+                    if first != 1 && first != batch * heads {
+                        let message = run(&[first, len_q, len_k], as_bias).unwrap_err().to_string();
+                        let parts = [
+                            format!("[batch · heads, len_q, len_k] = [{}", batch * heads),
+                            "[:, None]".into(),
+                            "mask[None]".into(),
+                        ];
+                        parts.iter().for_each(|part| assert!(message.contains(part), "{message}"));
+                    }
+                }
             }
         }
     }
@@ -436,14 +527,17 @@ fn wrong_layers_are_errors_with_the_numbers() {
     let state = layer.state_dict().unwrap();
     let load =
         |state: &StateDict, prefix: &str, heads| MultiHeadAttention::from_state_dict(Device::Cpu, state, prefix, heads);
-    say(load(&state, "layer.", 4), "no tensor layer.out_proj.weight");
+    say(
+        load(&state, "layer.", 4),
+        "no tensor's name begins with the prefix \"layer.\"; attention layers lie under the prefix \"\" (pytorch)",
+    );
     say(load(&state, "", 5), "not a positive multiple");
     let mut wrong = state.clone();
     wrong.insert("in_proj_weight", HostTensor::new(&[35, 12], vec![0.0; 420]).unwrap());
     say(load(&wrong, "", 4), "in_proj_weight has shape [35, 12]");
     let mut wrong = state.clone();
     wrong.insert("in_proj_bias", HostTensor::new(&[7], vec![0.0; 7]).unwrap());
-    say(load(&wrong, "", 4), "in_proj_bias has 7 values; 36 are expected");
+    say(load(&wrong, "", 4), "in_proj_bias has 7 values in shape [7]; 36 are expected");
     let mut wrong = state;
     wrong.insert("bias_k", HostTensor::new(&[1, 1, 12], vec![0.0; 12]).unwrap());
     say(load(&wrong, "", 4), "must come together");

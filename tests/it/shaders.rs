@@ -134,7 +134,7 @@ fn blocks_that_recur_are_the_same_everywhere() {
             }
         }
     }
-    assert_eq!(shared, 51);
+    assert_eq!(shared, 53);
 }
 
 #[test]

@@ -302,6 +302,136 @@ fn a_layer_gives_what_pytorch_gives() {
     }
 }
 
+/// The numbers of an `.npy` file.
+fn read_npy(path: &Path) -> Vec<f64> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = npyz::NpyFile::new(&bytes[..]).unwrap();
+    match file.dtype().num_bytes() {
+        Some(8) => file.into_vec::<f64>().unwrap(),
+        _ => file.into_vec::<f32>().unwrap().into_iter().map(f64::from).collect(),
+    }
+}
+
+#[test]
+fn layers_of_well_known_models_are_read_by_their_names() {
+    let folder = folder();
+    let at = |file: &str| cases("faults").join(file).display().to_string();
+    let run = |weights: &str, prefix: &str, more: &[&str]| {
+        let (weights, x) = (at(weights), at("x.npy"));
+        let mut args = vec!["mha", "--weights", &weights, "--prefix", prefix, "--heads", "2", "-o", "o.npy"];
+        args.extend(["--query", &x]);
+        args.extend(more);
+        attn(folder.path(), &args)
+    };
+    let want = read_npy(&cases("faults").join("want.npy"));
+    let out = folder.path().join("o.npy");
+    for adapter in adapters() {
+        for (weights, prefix) in [
+            ("ok", ""),
+            ("1-own-biases", ""),
+            ("4-bert", "encoder.layer.0.attention.self."),
+            ("4-bert", "encoder.layer.0.attention."),
+            ("4-bert", "encoder.layer.0.attention"),
+            ("4-gpt2", "h.0.attn."),
+        ] {
+            run(&format!("{weights}.safetensors"), prefix, &["--adapter", &adapter]).succeeded();
+            close(&read_npy(&out), &want, 2e-6);
+        }
+        // Nothing to hold these against but the library: `tests/it/names.rs`.
+        run("4-llama.safetensors", "model.layers.0.self_attn.", &["--adapter", &adapter]).succeeded();
+        run("5-wide-heads.safetensors", "", &["--adapter", &adapter, "--kv-heads", "1"]).succeeded();
+        std::fs::remove_file(&out).unwrap();
+    }
+    for (weights, prefix, more, part) in [
+        ("1b-misspelt-bias", "", &[][..], "unexpected tensor in_proj.bias"),
+        ("4-llama", "model.layers.0.attn.", &[], "\"model.layers.0.self_attn.\" (llama)"),
+        ("4-llama", "", &[], "\"model.layers.0.self_attn.\" (llama)"),
+        (
+            "4-llama",
+            "model.layers.0.self_attn.",
+            &["--names", "bert"],
+            "not named as those of an attention layer of bert",
+        ),
+        ("4-gpt2", "h.0.attn.", &["--names", "nanogpt"], "c_attn.weight has shape [8, 24]"),
+        ("5-wide-heads", "", &["--kv-heads", "2"], "that is 1 key/value heads, not 2"),
+        ("ok", "", &["--ignore", "in_proj.bias"], "is to be ignored, but"),
+    ] {
+        let more = [more, &["--adapter", "cpu"]].concat();
+        run(&format!("{weights}.safetensors"), prefix, &more).refused(1, part);
+    }
+    run("1b-misspelt-bias.safetensors", "", &["--ignore", "in_proj.bias", "--adapter", "cpu"]).succeeded();
+    run("ok.safetensors", "", &["--names", "bart"]).refused(2, "distilbert");
+    run("x.npy", "", &["--adapter", "cpu"]).refused(1, "it is one NumPy array");
+    run("no.safetensors", "", &["--adapter", "cpu"]).refused(1, "no.safetensors");
+}
+
+#[test]
+fn config_json_settles_what_names_leave_in_doubt() {
+    let folder = folder();
+    let weight = |rows: usize, seed: f32| numbers(rows * 4, seed);
+    let [q, k, v, o] = [0.0, 10.0, 20.0, 30.0].map(|seed| weight(4, seed));
+    let (ones, zeros) = ([1.0f32; 2], [0.0f32; 2]);
+    let write = |norm: &[f32]| {
+        let entries = [("q_proj", &q), ("k_proj", &k), ("v_proj", &v), ("o_proj", &o)];
+        let names = entries.map(|(name, _)| format!("model.layers.0.self_attn.{name}.weight"));
+        let norms = ["q_norm", "k_norm"].map(|name| format!("model.layers.0.self_attn.{name}.weight"));
+        let mut all: Vec<_> =
+            (names.iter().zip(entries)).map(|(name, (_, data))| floats(name, &[4, 4], data)).collect();
+        all.extend(norms.iter().map(|name| floats(name, &[2], norm)));
+        save(&folder.path().join("model.safetensors"), &all);
+    };
+    save(&folder.path().join("x.safetensors"), &[floats("x", &[3, 4], &numbers(12, 5.0))]);
+    let run = |more: &[&str]| {
+        let mut args = vec!["mha", "--weights", ".", "--prefix", "model.layers.0.self_attn.", "--heads", "2"];
+        args.extend(["--query", "x.safetensors", "-o", "out.safetensors", "--adapter", "cpu"]);
+        args.extend(more);
+        attn(folder.path(), &args)
+    };
+    let output = || load(&folder.path().join("out.safetensors"), "output").1;
+    write(&ones);
+    run(&[]).refused(1, "--names");
+    run(&["--names", "qwen3"]).succeeded();
+    let plain = output();
+    // Gemma's w counts from 1.
+    write(&zeros);
+    std::fs::write(
+        folder.path().join("config.json"),
+        r#"{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}"#,
+    )
+    .unwrap();
+    run(&[]).succeeded();
+    close(&output(), &plain, 0.0);
+    run(&["--norm-epsilon", "0.5"]).succeeded();
+    assert!(output().iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-3));
+    run(&["--norm-epsilon", "-1"]).refused(1, "epsilon = -1");
+    std::fs::write(folder.path().join("config.json"), "not JSON").unwrap();
+    run(&[]).refused(1, "--names");
+}
+
+#[test]
+fn a_mask_per_batch_entry_is_refused_with_the_way_out() {
+    let folder = folder();
+    let at = |file: &str| cases("faults").join(file).display().to_string();
+    let args = |mask: &str| {
+        let args =
+            ["mha", "--weights", &at("ok.safetensors"), "--heads", "2", "--query", &at("2-x.npy"), "-o", "o.npy"];
+        let more = ["--attn-mask", mask, "--mask", "keep", "--adapter", "cpu"];
+        args.iter().chain(&more).map(|word| word.to_string()).collect::<Vec<_>>()
+    };
+    let run = |mask: &str| {
+        let args = args(mask);
+        attn(folder.path(), &args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    run(&at("2-mask.npy")).refused(1, "mask[:, None]");
+    // The way out.
+    let bytes = std::fs::read(cases("faults").join("2-mask.npy")).unwrap();
+    let bools: Vec<bool> = npyz::NpyFile::new(&bytes[..]).unwrap().into_vec().unwrap();
+    let mask = ("mask", Dtype::BOOL, vec![2, 1, 3, 3], bools.iter().map(|&x| u8::from(x)).collect());
+    save(&folder.path().join("mask.safetensors"), &[mask]);
+    run("mask.safetensors").succeeded();
+    close(&read_npy(&folder.path().join("o.npy")), &read_npy(&cases("faults").join("2-want.npy")), 2e-6);
+}
+
 /// What is in a folder.
 fn listing(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap().flatten();

@@ -8,9 +8,9 @@ use super::{Binding, Part, Plan, Planner, Slot, check_buffer, padded_bytes, stri
 use crate::error::{Result, shape_error};
 use crate::problem::{Dtype, Layout};
 
-/// The widest row: an invocation that has it alone reads it three times in fours, 49,152 turns of its loops in all.
-/// Mesa's software adapters end an invocation's loops after 65,535.
-pub const MOST_NORMALISED: usize = 1 << 16;
+/// The widest row. 64 invocations read it three times in fours, 12,288 turns of each one's loops in all; Mesa's
+/// software adapters end an invocation's loops after 65,535.
+pub const MOST_NORMALISED: usize = 1 << 20;
 
 /// RMSNorm, or where `centred` LayerNorm, over the last axis of X `[a, b, c, d]` (Q, any strides) with a weight `[d]`
 /// (K, f32) and a bias `[d]` (Bias 0, f32): Y, row-major (Output, f32).
@@ -32,11 +32,11 @@ pub fn normalise(
     if x.is_empty() {
         return Ok(planner.plan);
     }
-    // How a row's sum is cut depends on its width alone.
-    let (workgroup, lanes) = match adapter.class {
-        AdapterClass::Cpu => (8, 1),
-        AdapterClass::Gpu if dim <= 256 => (64, 8),
-        AdapterClass::Gpu => (64, 64),
+    // How a row's sum is cut depends on its width alone. A software adapter splits rows to keep its loops short.
+    let (workgroup, lanes) = match (adapter.class, dim) {
+        (AdapterClass::Cpu, ..=8192) => (8, 1),
+        (AdapterClass::Cpu, ..=65_536) | (AdapterClass::Gpu, ..=256) => (64, 8),
+        _ => (64, 64),
     };
     let align = adapter.offset_alignment;
     let every = Part { start: 0, count: dim };
