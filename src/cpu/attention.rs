@@ -21,6 +21,9 @@ pub(super) const TILE_KEYS: usize = 512;
 /// values is off by up to n / 2 ulp.
 const SUMMED_KEYS: usize = 128;
 
+/// With fewer rows than this a product costs more to begin than to compute: twice as many keys are added up.
+const FEW_ROWS: usize = 16;
+
 /// Steps whose products are added up in f32, before their sum is added up in f64.
 const SUMMED_TILES: usize = 4;
 
@@ -189,9 +192,10 @@ impl Tile<'_> {
         // What each block's weights were shifted by, for those who want them.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
-        // A product of one row adds to what it finds number by number, so that more products make one long sum.
+        let summed_keys = if self.count < FEW_ROWS { 2 * SUMMED_KEYS } else { SUMMED_KEYS };
+        // A product of one row adds to what it finds number by number, so that several products make one long sum.
         let alone = self.count == 1;
-        let gathers = alone && len_k > SUMMED_KEYS || blocks.len() > SUMMED_TILES;
+        let gathers = alone && len_k > summed_keys || blocks.len() > SUMMED_TILES;
         let mut has_gathered = false;
         if gathers {
             // What another tile left is overwritten.
@@ -225,8 +229,8 @@ impl Tile<'_> {
             }
             if dim_v > 0 {
                 let p = faer::MatRef::from_row_major_slice(scores, self.count, width);
-                for start in (0..width).step_by(SUMMED_KEYS) {
-                    let count = SUMMED_KEYS.min(width - start);
+                for start in (0..width).step_by(summed_keys) {
+                    let count = summed_keys.min(width - start);
                     let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
                     let is_first = starts_anew && start == 0 || alone && gathers;
                     let accumulate = if is_first { Accum::Replace } else { Accum::Add };
