@@ -33,7 +33,7 @@ const LEAST_TILED_ROWS: usize = 16;
 const LEAST_SPLIT: usize = 256;
 /// Keys whose values are added up in one run: a longer row is cut into splits of [`LONG_SPLIT`], or it loses digits.
 const MOST_SPLIT: usize = 4096;
-const LONG_SPLIT: usize = 1024;
+const LONG_SPLIT: usize = 512;
 /// Bytes of the outputs of splits that are worth holding: rows beyond are sliced.
 const MOST_PARTIAL: u64 = 32 << 20;
 
