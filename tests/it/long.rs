@@ -61,11 +61,14 @@ fn loops_that_a_driver_ends_are_split_before() {
         ..Positions::default()
     };
     let ruled = Call { masks, biases: vec![vec![4, 9, 1500]], positions, ..Call::plain(q, k, v) };
-    for (name, device) in counters(TURNS) {
+    for (n, (name, device)) in counters(TURNS).into_iter().enumerate() {
         // Output, LSE, weights and scores, in three passes too.
         ruled.check(&name, &device, 3e-6);
         let gpu = device.gpu().unwrap();
-        for method in Method::every(gpu.capabilities()) {
+        // Each compiles kernels of its own.
+        let mut methods = Method::every(gpu.capabilities());
+        methods.truncate(if n == 0 { usize::MAX } else { 2 });
+        for &method in &methods {
             Call::plain(q, k, v).check_output(&name, &device, method, 3e-6);
         }
         // Wider than the fused kernels take.
@@ -77,7 +80,7 @@ fn loops_that_a_driver_ends_are_split_before() {
         }
         let (truth, _) = ruled.truth(&odd);
         assert!(truth.output.iter().any(|x| x.is_nan()) && truth.output.iter().any(|x| x.is_infinite()));
-        for method in Method::every(gpu.capabilities()) {
+        for &method in &methods {
             let attended = ruled.run(&device, &odd, ruled.attention().method(method)).unwrap();
             let what = format!("values that are not finite, {method}, {name}");
             kit::assert_close(&what, &attended.output.download().unwrap(), &truth.output, 3e-6);
