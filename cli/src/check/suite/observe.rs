@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use wgpu_attention::wgpu::{self, util::DeviceExt};
-use wgpu_attention::{Device, Gpu};
+use wgpu_attention::{Device, Gpu, wgpu};
+use wgpu_attention_conformance::one_workgroup;
 
 use crate::check::report::{Adapter, Observed};
 use crate::target::backend_name;
@@ -67,8 +67,7 @@ pub fn adapter(device: &Device) -> Adapter {
 
 /// How many invocations of a workgroup of that size run, and in which subgroups.
 pub fn observe(gpu: &Gpu, workgroup: u32) -> Result<Observed, String> {
-    let device = gpu.device();
-    let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP);
+    let has_subgroups = gpu.device().features().contains(wgpu::Features::SUBGROUP);
     let (builtin, size) = match has_subgroups {
         true => ("@builtin(subgroup_size) size: u32", "size"),
         false => ("@builtin(local_invocation_index) local: u32", "0u"),
@@ -78,47 +77,7 @@ pub fn observe(gpu: &Gpu, workgroup: u32) -> Result<Observed, String> {
          @compute @workgroup_size({workgroup}) fn main({builtin}) {{\n\
              atomicAdd(&seen[0], 1u);\n    atomicMax(&seen[1], {size});\n}}\n"
     );
-    let label = Some("sizes");
-    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
-    let module = device
-        .create_shader_module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.into()) });
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label,
-        layout: None,
-        module: &module,
-        entry_point: Some("main"),
-        compilation_options: Default::default(),
-        cache: None,
-    });
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-    let seen = device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label, contents: &[0; 8], usage });
-    let read = device.create_buffer(&wgpu::BufferDescriptor {
-        label,
-        size: 8,
-        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    });
-    let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
-        label,
-        layout: &pipeline.get_bind_group_layout(0),
-        entries: &[wgpu::BindGroupEntry { binding: 0, resource: seen.as_entire_binding() }],
-    });
-    let mut encoder = device.create_command_encoder(&Default::default());
-    {
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        pass.set_pipeline(&pipeline);
-        pass.set_bind_group(0, &group, &[]);
-        pass.dispatch_workgroups(1, 1, 1);
-    }
-    encoder.copy_buffer_to_buffer(&seen, 0, &read, 0, 8);
-    gpu.queue().submit([encoder.finish()]);
-    if let Some(error) = pollster::block_on(scope.pop()) {
-        return Err(error.to_string());
-    }
-    read.map_async(wgpu::MapMode::Read, .., |_| {});
-    gpu.wait().map_err(|error| error.to_string())?;
-    let mapped = read.get_mapped_range(..).map_err(|error| error.to_string())?;
-    let word = |n: usize| u32::from_le_bytes([mapped[n], mapped[n + 1], mapped[n + 2], mapped[n + 3]]);
-    let (invocations, size) = (word(0), word(4));
+    let seen = one_workgroup(gpu, "sizes of workgroups", &source, &[0; 2]).map_err(|error| error.to_string())?;
+    let (invocations, size) = (seen[0], seen[1]);
     Ok(Observed { workgroup, invocations, subgroup: has_subgroups.then_some(size) })
 }
