@@ -27,7 +27,8 @@
 //! New to attention? `docs/guide/` in the repository teaches it in five lessons.
 //!
 //! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
-//! slices where the adapter's limits ask for it, and so are those of heads wider than 512; arithmetic is f32.
+//! slices where the adapter's limits ask for it, and so are those of heads wider than 512 (1,024 on software adapters
+//! where few rows share a key head); arithmetic is f32.
 #![warn(missing_docs)]
 
 /// The code of the README, compiled and run.
