@@ -12,9 +12,10 @@ use crate::error::{Error, Result, fail, usage};
 /// The cases of ONNX, PyTorch, transformers, Keras and JAX.
 #[derive(RustEmbed)]
 #[folder = "../tests/cases"]
-#[include = "*.safetensors"]
-// Inputs of the program, not cases.
-#[exclude = "faults/*"]
+#[include = "keras_jax/*.safetensors"]
+#[include = "onnx/*.safetensors"]
+#[include = "torch/*.safetensors"]
+#[include = "transformers/*.safetensors"]
 struct Golden;
 
 /// A case with the way it is computed.
