@@ -361,7 +361,7 @@ fn layers_of_well_known_models_are_read_by_their_names() {
     }
     run("1b-misspelt-bias.safetensors", "", &["--ignore", "in_proj.bias", "--adapter", "cpu"]).succeeded();
     run("ok.safetensors", "", &["--names", "bart"]).refused(2, "distilbert");
-    run("x.npy", "", &["--adapter", "cpu"]).refused(1, "it is one NumPy array");
+    run("x.npy", "", &["--adapter", "cpu"]).refused(1, "it is a NumPy array");
     run("no.safetensors", "", &["--adapter", "cpu"]).refused(1, "no.safetensors");
 }
 
