@@ -37,7 +37,7 @@ pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The error of a layer's weights that the library could not read: what the file is instead and the way out, where that
-/// is known. What an index of shards leads to is told by the library.
+/// is known. The error of a shard that an index names is the library's own.
 pub fn explain(path: &Path, error: wgpu_attention::Error) -> Error {
     let start = if extension(path) == "json" { None } else { beginning(path).ok() };
     let told = start.and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));

@@ -19,6 +19,7 @@ pub use export::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, Exp
 pub(crate) use run::Recording;
 pub use run::{EncodeSlices, Profile, Traced};
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[cfg(not(target_arch = "wasm32"))]
@@ -220,20 +221,20 @@ impl Gpu {
 
     /// What planning knows of the adapter before work of so many operations: where that may take long, how fast the
     /// adapter is. `may_submit`: it may be measured, which takes a tenth of a second once.
-    pub(crate) fn capabilities_for(&self, operations: f64, may_submit: bool) -> Result<Capabilities> {
-        let mut capabilities = self.0.capabilities.clone();
-        if operations > SURELY_SHORT {
-            #[cfg(not(target_arch = "wasm32"))]
-            if may_submit {
-                self.multiply_add_ceiling()?;
-            }
-            // A browser's clock is not the one of std.
-            #[cfg(target_arch = "wasm32")]
-            let _ = may_submit;
-            let most = self.operations_per_submit();
-            capabilities.max_operations = Some(most.min(capabilities.dispatch_operations()));
+    pub(crate) fn capabilities_for(&self, operations: f64, may_submit: bool) -> Result<Cow<'_, Capabilities>> {
+        let known = &self.0.capabilities;
+        if operations <= SURELY_SHORT {
+            return Ok(Cow::Borrowed(known));
         }
-        Ok(capabilities)
+        #[cfg(not(target_arch = "wasm32"))]
+        if may_submit {
+            self.multiply_add_ceiling()?;
+        }
+        // A browser's clock is not the one of std.
+        #[cfg(target_arch = "wasm32")]
+        let _ = may_submit;
+        let max_operations = Some(self.operations_per_submit().min(known.dispatch_operations()));
+        Ok(Cow::Owned(Capabilities { max_operations, ..known.clone() }))
     }
 
     /// Does `work`, and tells what ran on this adapter meanwhile, other threads' calls included. Work recorded into a

@@ -12,7 +12,7 @@ use crate::error::{Result, value_error};
 use crate::inspect::{Chosen, Inspected};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
-use crate::kernels::{Capabilities, Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
+use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
 use crate::position::Rotation;
 use crate::problem::{Dtype, Layout, Place, Problem, Rows, ScoreStage, Sequence};
 use crate::tensor::{Storage, Tensor};
@@ -314,10 +314,9 @@ impl Recording {
         Ok(())
     }
 
-    /// What planning knows of the adapter before work of so many operations. Nothing is measured for a caller's
-    /// encoder: that would be a submit that nobody asked for.
-    fn capabilities_for(&self, operations: f64) -> Result<Capabilities> {
-        self.gpu.capabilities_for(operations, self.purpose != Purpose::Encoder)
+    /// Whether planning may measure the adapter: for a caller's encoder that would be a submit that nobody asked for.
+    fn may_submit(&self) -> bool {
+        self.purpose != Purpose::Encoder
     }
 
     /// A place for a uniform block or a table.
@@ -354,7 +353,8 @@ impl Recording {
         let extra: Vec<Option<&Tensor>> = extra.iter().map(Option::as_ref).collect();
         let layouts: Vec<Option<&Layout>> = extra.iter().map(|row| row.map(Tensor::layout)).collect();
         let operations = 2.0 * x.layout().len() as f64 * w.shape()[0] as f64;
-        let capabilities = self.capabilities_for(operations)?;
+        let gpu = self.gpu.clone();
+        let capabilities = gpu.capabilities_for(operations, self.may_submit())?;
         let plan = plan::project(x.operand(), w.operand(), bias.map(Tensor::layout), &layouts, &capabilities)?;
         let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
         let layout = Layout::contiguous(&shape)?;
@@ -429,7 +429,8 @@ impl Recording {
                 found => found.unwrap_or_default(),
             };
         }
-        let capabilities = self.capabilities_for(problem.operations())?;
+        let gpu = self.gpu.clone();
+        let capabilities = gpu.capabilities_for(problem.operations(), self.may_submit())?;
         let mut plan = match plan::attention(problem, &planned, &capabilities) {
             // Where the kernel cannot turn them, queries and keys are turned before it runs.
             Err(_) if let Some((rotary, rows)) = rotary => {
@@ -515,7 +516,8 @@ impl Recording {
         let Operands { q, k, masks, biases, relative, .. } = operands;
         let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
         let lse = &self.widened(lse)?;
-        let capabilities = self.capabilities_for(problem.operations())?;
+        let gpu = self.gpu.clone();
+        let capabilities = gpu.capabilities_for(problem.operations(), self.may_submit())?;
         let plan = plan::inspect(
             problem,
             &InspectOperands {
@@ -592,7 +594,8 @@ impl Recording {
         let pairs = |one: &Sequence| one.len_q as f64 * one.len_k as f64;
         let per_pair = (problem.heads_q * 2 * (problem.dim_k + problem.dim_v)) as f64;
         let operations = sequences.iter().map(pairs).sum::<f64>() * per_pair;
-        let plan = plan::packed(problem, &operands, sequences, &self.capabilities_for(operations)?)?;
+        let capabilities = self.gpu.capabilities_for(operations, self.may_submit())?;
+        let plan = plan::packed(problem, &operands, sequences, &capabilities)?;
         let lse_layout = Layout::contiguous(&[1, problem.heads_q, problem.len_q])?;
         let lse = wanted.lse.then(|| self.output("lse", lse_layout, Dtype::F32)).transpose()?;
         let output = self.output_stored("output", layout, dtype, stored)?;
@@ -866,7 +869,9 @@ impl Recording {
             }
             operations += more;
         }
-        ranges.push(first..self.steps.len());
+        if first < self.steps.len() {
+            ranges.push(first..self.steps.len());
+        }
         ranges
     }
 
@@ -988,8 +993,7 @@ impl Recording {
                 value_error!("a browser compiles asynchronously: run forward_async once on these shapes before encode")
             })?
         };
-        let mut ranges = self.submits();
-        ranges.retain(|range| !range.is_empty());
+        let ranges = self.submits();
         Ok(EncodeSlices { recording: self, pipelines, ranges })
     }
 }

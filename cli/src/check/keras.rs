@@ -199,10 +199,10 @@ impl Call {
             );
         }
         let order: Vec<usize> = self.free.iter().chain(&self.axes).copied().chain([self.rank() - 1]).collect();
-        let turned = array.permute(&order)?;
+        let permuted = array.permute(&order)?;
         let len: usize = Call::lengths(array, &self.axes).iter().product();
         let dim = array.shape()[self.rank() - 1];
-        Array::new(&[free.iter().product(), len, dim], turned.values().clone())
+        Array::new(&[free.iter().product(), len, dim], permuted.values().clone())
     }
 
     /// All masks as one, as `_compute_attention_mask` joins them: `[free, heads, queries, keys]`.

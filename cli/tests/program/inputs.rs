@@ -311,9 +311,9 @@ fn wrong_inputs_name_the_right_ones() {
         run(at, "cpu", options).refused(status, says);
     }
     // Axes in the other order, which fit no other way.
-    let turned = [("q", [1, 3, 2, 4]), ("k", [1, 5, 2, 4]), ("v", [1, 5, 2, 4])];
-    let turned = turned.map(|(name, shape)| floats(name, &shape, &numbers(shape.iter().product(), 1.0)));
-    save(&at.join("in.safetensors"), &turned);
+    let permuted = [("q", [1, 3, 2, 4]), ("k", [1, 5, 2, 4]), ("v", [1, 5, 2, 4])];
+    let permuted = permuted.map(|(name, shape)| floats(name, &shape, &numbers(shape.iter().product(), 1.0)));
+    save(&at.join("in.safetensors"), &permuted);
     run(at, "cpu", &[]).refused(1, "say --layout bshd");
     run(at, "cpu", &["--layout", "bshd"]).succeeded();
     // A bias of [batch, len_k], and one of [batch, len_q, len_k].

@@ -176,8 +176,7 @@ impl Variant {
     pub fn workgroup_memory(&self) -> u32 {
         let workgroup = self.workgroup_size();
         match self.kernel {
-            // One f32 and one u32 per invocation.
-            Kernel::Softmax if !self.changes.blocks.contains_key("join") => 8 * workgroup,
+            Kernel::Softmax if !self.changes.blocks.contains_key("join") => softmax_memory(workgroup),
             Kernel::FlashTiled => tiled_memory(workgroup),
             // One f32 per invocation and product.
             Kernel::Matvec => 4 * workgroup * self.number("ROWS", 1) * self.number("OUTS", 4),
@@ -509,6 +508,11 @@ fn join_nan(local: u32, x: bool) -> bool { return x; }",
         );
     }
     Variant { kernel: Kernel::Softmax, changes, name }
+}
+
+/// Bytes of workgroup memory of `softmax.wgsl` where lanes share a row: one f32 and one u32 per invocation.
+pub const fn softmax_memory(workgroup: u32) -> u32 {
+    8 * workgroup
 }
 
 /// A variant of `project.wgsl`.

@@ -97,7 +97,7 @@ struct Fused<'a> {
     adapter: &'a Capabilities,
     tile: FlashTile,
     slices: Slices,
-    /// Pieces of the keys, each with its own output, and keys per piece.
+    /// Pieces of the keys, each with its own output, and keys per piece; of packed sequences the most.
     splits: usize,
     keys_per_split: usize,
     /// Keys of a split of a long row, at most.
@@ -150,8 +150,9 @@ impl<'a> Fused<'a> {
         let cut_keys = |long_split: usize| match sequences {
             [] => key_splits(problem, adapter, tile, [len_q, len_k], long_split),
             _ => {
-                let splits = |one: &Sequence| key_splits(problem, adapter, tile, [one.len_q, one.len_k], long_split).0;
-                (sequences.iter().map(splits).max().unwrap_or(1), 0)
+                let split = |one: &Sequence| key_splits(problem, adapter, tile, [one.len_q, one.len_k], long_split);
+                let most = |(a, b): (usize, usize), (c, d)| (a.max(c), b.max(d));
+                sequences.iter().map(split).fold((1, 0), most)
             }
         };
         let mut long_split = LONG_SPLIT;
@@ -322,12 +323,6 @@ impl<'a> Fused<'a> {
         key_splits(self.call.problem, self.adapter, self.tile, [one.len_q, one.len_k], self.long_split)
     }
 
-    /// Keys of the longest split of any packed sequence.
-    fn longest_split(&self) -> usize {
-        let split = |one: &Sequence| self.key_splits(one).1;
-        self.sequences.iter().map(split).max().unwrap_or(0)
-    }
-
     /// Blocks of rows of as many queries.
     fn row_blocks(&self, len_q: usize) -> usize {
         (self.call.problem.group() * len_q).div_ceil(self.tile.block_rows())
@@ -463,11 +458,10 @@ impl<'a> Fused<'a> {
         } else {
             [lse.strides()[0] as u32, lse.strides()[1] as u32, 0]
         };
-        let longest = if blocks.is_some() { self.longest_split() } else { self.keys_per_split };
         let pairs = (b.count * h.count) as f64 * i.count as f64 * problem.len_k as f64;
         let operations = pairs * self.per_pair();
         let cost = Cost {
-            turns: turns::flash(self.tile, self.tiles).of(longest),
+            turns: turns::flash(self.tile, self.tiles).of(self.keys_per_split),
             operations: blocks.map_or(operations, |blocks| blocks.operations),
         };
         planner.push_costly(

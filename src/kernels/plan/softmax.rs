@@ -41,7 +41,7 @@ const MOST_ADDED: usize = 2048;
 
 impl Planner<'_> {
     /// The softmax of rows that lie one after another, whole vec4s each, from `at` on: `params` say how many, how wide
-    /// and what belongs to the LSE and the sink, of which `given` says whether they are there.
+    /// and what belongs to the LSE and the sink, where these are there.
     pub(super) fn softmax_rows(
         &mut self,
         params: params::Softmax,
@@ -60,8 +60,8 @@ impl Planner<'_> {
             width <= MOST_ADDED * 4 * lanes as usize && turns::softmax(lanes).of(width) <= adapter.loop_turns()
         };
         let offered = |&&(workgroup, lanes): &&(u32, u32)| {
-            workgroup <= adapter.max_invocations
-                && catalogue::softmax(workgroup, lanes, lse, sink).workgroup_memory() <= adapter.workgroup_memory
+            let memory = if lanes > 1 { catalogue::softmax_memory(workgroup) } else { 0 };
+            workgroup <= adapter.max_invocations && memory <= adapter.workgroup_memory
         };
         let most = adapter.max_invocations.min(64);
         let chosen = choices.iter().filter(offered).find(|(_, lanes)| enough(*lanes));
