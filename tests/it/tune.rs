@@ -259,8 +259,8 @@ fn where_there_is_nothing_to_choose_an_error_says_so() {
         assert!(matches!(&error, Error::Value(message) if message.contains("nothing to tune")), "{error}");
     }
     // Too wide for the fused kernel: its cuts are reported, the three passes stay.
-    let x = operands(&gpu, [1, 1, 3, 516], [1, 1, 4, 516]);
+    let x = operands(&gpu, [1, 1, 3, 1028], [1, 1, 4, 1028]);
     let tuned = tune(&Attention::new(), &x);
-    assert!(tuned.candidates[0].time.as_ref().is_err_and(|reason| reason.contains("516")), "{tuned:?}");
+    assert!(tuned.candidates[0].time.as_ref().is_err_and(|reason| reason.contains("1028")), "{tuned:?}");
     assert_eq!(tuned.winner, Method::ThreePasses);
 }
