@@ -3,11 +3,14 @@
 //
 // What a token goes through while a sequence is decoded. W is read once, and nothing else costs time: the lanes of a
 // workgroup stand side by side along the input width, so that their loads lie side by side too. Each adds up its part
-// of ROWS · OUTS products; the parts of all lanes are added up at the end, in their order.
+// of ROWS · OUTS products. SHARE lanes add up theirs through subgroup operations (1: without); what they come to is
+// added up at the end, in the order of the lanes.
 
 const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 1u;
 const OUTS: u32 = 4u;
+const SHARE: u32 = 1u;
+const PARTS: u32 = WORKGROUP / SHARE;
 
 alias XElem = f32;
 alias WElem = f32;
@@ -74,8 +77,14 @@ fn load_w(at: u32, d4: u32) -> vec4<f32> {
 }
 // @end
 
-// The sums of all lanes: products of lane 0 first.
-var<workgroup> part: array<f32, WORKGROUP * ROWS * OUTS>;
+// The sums of lanes: all products of the first ones first.
+var<workgroup> part: array<f32, PARTS * ROWS * OUTS>;
+
+// @block share
+fn sum_of_lanes(x: f32) -> f32 {
+    return x;
+}
+// @end
 
 // Where row r, counted over all batch entries, begins.
 fn row_base(row: u32, strides: vec4<u32>) -> u32 {
@@ -126,13 +135,16 @@ fn main(
     }
     // @unroll
     for (var n = 0u; n < ROWS * OUTS; n++) {
-        part[local * ROWS * OUTS + n] = sum[n];
+        let total = sum_of_lanes(sum[n]);
+        if (local % SHARE == 0u) {
+            part[local / SHARE * ROWS * OUTS + n] = total;
+        }
     }
     workgroupBarrier();
     for (var n = local; n < ROWS * OUTS; n += WORKGROUP) {
         var total = 0.0;
-        for (var lane = 0u; lane < WORKGROUP; lane++) {
-            total += part[lane * ROWS * OUTS + n];
+        for (var p = 0u; p < PARTS; p++) {
+            total += part[p * ROWS * OUTS + n];
         }
         let row = first_row + n / OUTS;
         let out = first_out + n % OUTS;

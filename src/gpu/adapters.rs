@@ -198,14 +198,19 @@ fn known_loop_turns(info: &wgpu::AdapterInfo) -> Option<u32> {
     counts.then_some(MESA_LOOP_TURNS)
 }
 
+/// Which kind of machine an adapter is.
+pub fn class(info: &wgpu::AdapterInfo) -> AdapterClass {
+    match info.device_type {
+        wgpu::DeviceType::Cpu => AdapterClass::Cpu,
+        _ => AdapterClass::Gpu,
+    }
+}
+
 /// What planning needs to know of a device.
 pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &GpuOptions) -> Capabilities {
     let limits = device.limits();
     let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
-    let class = match info.device_type {
-        wgpu::DeviceType::Cpu => AdapterClass::Cpu,
-        _ => AdapterClass::Gpu,
-    };
+    let class = class(info);
     Capabilities {
         adapter: info.name.clone(),
         class,

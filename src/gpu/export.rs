@@ -210,7 +210,7 @@ impl Recording {
         let mut features = Vec::new();
         for bound in &self.steps {
             let variant = &bound.step.variant;
-            let mut wgsl = self.gpu.source(variant)?;
+            let mut wgsl = self.gpu.rewritten(variant)?;
             let kinds: BTreeMap<_, _> = declared_bindings(&wgsl).collect();
             if variant.uses_subgroups() {
                 // The adapter may be naga's, which refuses the line.

@@ -46,6 +46,8 @@ struct Inner {
     constants: Mutex<Constants>,
     pool: Pool,
     tuning: Tuning,
+    /// Wide loads are of words of 64 bits: software adapters load word by word.
+    loads_64_bits: bool,
     rewrite: Option<fn(&Variant, &str) -> Option<String>>,
     seconds_per_submit: f64,
     /// What runs, while somebody wants to know.
@@ -94,7 +96,7 @@ impl Gpu {
     ///
     /// The device is created with the adapter's own limits, unless [`GpuOptions::limits`] says other, and with those of
     /// the features the library uses that the adapter has: `SUBGROUP` for its kernels, `TIMESTAMP_QUERY` for
-    /// [`Profile::gpu_time`].
+    /// [`Profile::gpu_time`], of software adapters `SHADER_INT64` for wider loads.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn new() -> Result<Gpu> {
         Gpu::with_options(&GpuOptions::default())
@@ -109,7 +111,11 @@ impl Gpu {
     /// As [`Gpu::with_options`], without blocking.
     pub async fn request(options: &GpuOptions) -> Result<Gpu> {
         let adapter = adapters::choose(options).await?;
-        let features = adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY);
+        let mut used = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        if adapters::class(&adapter.get_info()) == AdapterClass::Cpu {
+            used |= wgpu::Features::SHADER_INT64;
+        }
+        let features = adapter.features() & used;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("wgpu-attention"),
             required_features: features,
@@ -137,13 +143,15 @@ impl Gpu {
 
     /// A caller's device and queue. Its error handlers stay as they are; features and limits that
     /// were not requested are not used. Subgroup kernels need [`wgpu::Features::SUBGROUP`], GPU times
-    /// [`wgpu::Features::TIMESTAMP_QUERY`].
+    /// [`wgpu::Features::TIMESTAMP_QUERY`], wide loads of software adapters [`wgpu::Features::SHADER_INT64`].
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Gpu {
         Gpu::assemble(adapter.get_info(), device, queue, &GpuOptions::default())
     }
 
     fn assemble(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue, options: &GpuOptions) -> Gpu {
         let capabilities = adapters::capabilities(&info, &device, options);
+        let loads_64_bits =
+            capabilities.class == AdapterClass::Cpu && device.features().contains(wgpu::Features::SHADER_INT64);
         let gpu = Gpu(Arc::new(Inner {
             info,
             capabilities,
@@ -153,6 +161,7 @@ impl Gpu {
             constants: Mutex::default(),
             pool: Pool::default(),
             tuning: Tuning::default(),
+            loads_64_bits,
             rewrite: options.rewrite,
             seconds_per_submit: options.seconds_per_submit.unwrap_or(SECONDS_PER_SUBMIT).max(1e-3),
             trace: Mutex::default(),

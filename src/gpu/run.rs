@@ -40,15 +40,22 @@ pub(super) fn declared_bindings(source: &str) -> impl Iterator<Item = (u32, wgpu
 impl Gpu {
     /// The WGSL of a variant as it is compiled on this adapter.
     pub fn source(&self, variant: &Variant) -> Result<String> {
-        let mut source = variant.source()?;
-        if let Some(changed) = self.0.rewrite.and_then(|rewrite| rewrite(variant, &source)) {
-            source = changed;
+        if self.0.loads_64_bits {
+            return self.rewritten(&variant.loading_64_bits());
         }
+        let mut source = self.rewritten(variant)?;
         if variant.uses_subgroups() && self.0.info.backend == wgpu::Backend::BrowserWebGpu {
             // Browsers ask for the line, naga refuses it.
             source.insert_str(0, "enable subgroups;\n");
         }
         Ok(source)
+    }
+
+    /// The WGSL of a variant that any adapter takes.
+    pub(super) fn rewritten(&self, variant: &Variant) -> Result<String> {
+        let source = variant.source()?;
+        let changed = self.0.rewrite.and_then(|rewrite| rewrite(variant, &source));
+        Ok(changed.unwrap_or(source))
     }
 
     /// The compiled variant; compiles it the first time.

@@ -79,6 +79,34 @@ pub fn is_wide(layout: &Layout) -> bool {
         && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
 }
 
+/// Four elements of a buffer by one load: `four`.
+fn load_of_four(buffer: &str) -> String {
+    format!("let four = {buffer}[at / 4u + d4];")
+}
+
+/// The same as [`load`] and [`fours`] wrote it, by words of 64 bits: software adapters load word by word, and a word of
+/// 64 bits costs as much as one of 32.
+pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
+    let mut changes = changes.clone();
+    for Read { buffer, alias, .. } in [Q, K, V, X, KEPT, WALKED, GATE, TABLE, W] {
+        let Some(element) = changes.aliases.get_mut(alias) else { continue };
+        let value;
+        (*element, value) = match *element {
+            "vec4<f32>" => (
+                "vec2<u64>",
+                "bitcast<vec4<f32>>(vec4<u32>(u32(words.x), u32(words.x >> 32u), u32(words.y), u32(words.y >> 32u)))",
+            ),
+            "vec2<u32>" => ("u64", "vec2<u32>(u32(words), u32(words >> 32u))"),
+            _ => continue,
+        };
+        let loads = format!("let words = {buffer}[at / 4u + d4];\n    let four = {value};");
+        for body in changes.blocks.values_mut() {
+            *body = body.replace(&load_of_four(buffer), &loads).into();
+        }
+    }
+    changes
+}
+
 /// An operand that kernels read through `load_x(at, d4) -> vec4<f32>`.
 pub struct Read {
     /// The buffer's name: `x` for `load_x` and `XElem`.
@@ -125,9 +153,10 @@ pub fn load(changes: Changes, read: &Read, width: &str, padded: &str, access: Ac
     let Read { buffer, load, alias, step } = read;
     let body = if access.wide {
         let value = unpacked(access.stored);
+        let four = load_of_four(buffer);
         format!(
             "fn {load}(at: u32, d4: u32) -> vec4<f32> {{
-    let four = {buffer}[at / 4u + d4];
+    {four}
     return select({value}, vec4<f32>(), {padded} && d4 * 4u >= {width});
 }}"
         )
@@ -176,12 +205,12 @@ pub fn element(changes: Changes, stored: Dtype) -> Changes {
 
 /// The same for whole fours: `load_x(at, d4) -> vec4<f32>` in the place of `element`.
 pub fn fours(changes: Changes, stored: Dtype) -> Changes {
-    let value = unpacked(stored);
+    let (four, value) = (load_of_four("x"), unpacked(stored));
     changes.alias("XElem", Access { wide: true, stored }.element()).block(
         "element",
         format!(
             "fn load_x(at: u32, d4: u32) -> vec4<f32> {{
-    let four = x[at / 4u + d4];
+    {four}
     return {value};
 }}"
         ),

@@ -117,9 +117,9 @@ pub fn project(chunks: usize, depth4: u32) -> Turns {
 
 /// Of `matvec.wgsl`, by the input width.
 pub fn matvec(tile: MatvecTile) -> Turns {
-    let MatvecTile { workgroup, rows, outs } = tile;
+    let MatvecTile { workgroup, rows, outs, share } = tile;
     let each_lane = u64::from((rows * outs).div_ceil(workgroup));
-    let before = 1 + counted(each_lane * (1 + counted(u64::from(workgroup))));
+    let before = 1 + counted(each_lane * (1 + counted(u64::from(workgroup / share))));
     Turns { before, each: 1, step: 4 * u64::from(workgroup) }
 }
 

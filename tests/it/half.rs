@@ -1,9 +1,9 @@
 //! f16 and bf16 storage on every device.
 
-use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus};
+use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus, limited};
 use half::{bf16, f16};
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Attention, Dtype, Element, Mask, Method, Tensor, Weights};
+use wgpu_attention::{Align, Attention, Dtype, Element, Gpu, Mask, Method, Tensor, Weights, project};
 
 fn call(order: Order, dim_k: usize, dim_v: usize) -> Call {
     Call {
@@ -184,4 +184,46 @@ fn an_output_of_halves_must_be_whole_fours() {
         gpu.queue().submit([encoder.finish()]);
         assert_eq!(kept.output.download_as::<f16>().unwrap(), [f16::ONE; 24], "{name}");
     }
+}
+
+/// Words of 64 bits, where a device has them (kit's own devices are made without), are another way to load the same.
+#[test]
+fn wide_loads_of_64_bits_change_no_bit() {
+    let without = limited(|_| {});
+    let mut tried = 0;
+    for (name, gpu) in gpus() {
+        if !gpu.device().features().contains(wgpu::Features::SHADER_INT64) {
+            continue;
+        }
+        let (_, plain) = without.iter().find(|(other, _)| *other == name).unwrap();
+        assert!(!plain.device().features().contains(wgpu::Features::SHADER_INT64));
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let bits = |gpu: &Gpu| {
+                let tensor = |shape: &[usize], by: f32| {
+                    let data: Vec<f32> = (0..shape.iter().product()).map(|n| (n as f32 * by).sin()).collect();
+                    match dtype {
+                        Dtype::F16 => {
+                            Tensor::from_slice(gpu, shape, &data.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>())
+                        }
+                        Dtype::BF16 => {
+                            Tensor::from_slice(gpu, shape, &data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>())
+                        }
+                        _ => Tensor::from_slice(gpu, shape, &data),
+                    }
+                    .unwrap()
+                };
+                let [q, k, v] = [0.3, 0.7, 1.1].map(|by| tensor(&[2, 3, 21, 16], by));
+                let fused = Attention::new().causal(Align::TopLeft).forward(&q, &k, &v).unwrap();
+                let weights = Attention::new().weights(Weights::PerHead).forward(&q, &k, &v).unwrap();
+                let few = project(&tensor(&[2, 1, 40], 0.9), &tensor(&[24, 40], 1.3), None).unwrap();
+                let many = project(&tensor(&[1, 30, 40], 0.9), &tensor(&[24, 40], 1.3), None).unwrap();
+                [&fused.output, &weights.output, &few, &many]
+                    .map(|one| one.download().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>())
+            };
+            assert_eq!(bits(&gpu), bits(plain), "{name} {dtype}");
+            tried += 1;
+        }
+    }
+    // Every Linux machine that runs the tests has Mesa's software adapter.
+    assert!(tried > 0 || !cfg!(target_os = "linux"));
 }

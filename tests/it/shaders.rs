@@ -25,7 +25,7 @@ fn bindings(module: &naga::Module) -> BTreeMap<u32, naga::AddressSpace> {
 fn every_variant_is_valid_and_what_planning_counts() {
     let variants = catalogue::variants();
     assert!(variants.len() > 100, "{} variants", variants.len());
-    let mut translated = BTreeSet::new();
+    let (mut translated, mut loaded) = (BTreeSet::new(), BTreeSet::new());
     for variant in &variants {
         let name = &variant.name;
         let source = variant.source().unwrap();
@@ -52,7 +52,14 @@ fn every_variant_is_valid_and_what_planning_counts() {
                 translate(&module, &info, variant.uses_subgroups()).unwrap_or_else(|error| panic!("{name} {error}"));
             assert_eq!(texts.len(), if variant.uses_subgroups() { 4 } else { 8 });
         }
+        let by_64_bits = variant.loading_64_bits();
+        if by_64_bits.changes != variant.changes
+            && loaded.insert((variant.kernel.name(), by_64_bits.changes.aliases.clone()))
+        {
+            validate(name, &by_64_bits.source().unwrap());
+        }
     }
+    assert!(loaded.len() > 50, "{} kinds of loads by 64 bits", loaded.len());
 }
 
 #[test]

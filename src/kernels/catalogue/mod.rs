@@ -156,9 +156,15 @@ impl Variant {
         specialise(self.kernel.name(), self.kernel.source(), &self.changes)
     }
 
+    /// The same kernel whose wide loads are of words of 64 bits, for devices with `wgpu::Features::SHADER_INT64`:
+    /// software adapters load word by word. WebGPU and its compilers do not know them.
+    pub fn loading_64_bits(&self) -> Variant {
+        Variant { changes: access::in_words_of_64_bits(&self.changes), ..self.clone() }
+    }
+
     /// True when the text uses subgroup operations.
     pub fn uses_subgroups(&self) -> bool {
-        self.changes.blocks.contains_key("lane_builtin")
+        self.changes.blocks.values().any(|body| body.contains("subgroup"))
     }
 
     /// Invocations per workgroup.
@@ -178,8 +184,8 @@ impl Variant {
         match self.kernel {
             Kernel::Softmax if !self.changes.blocks.contains_key("join") => softmax_memory(workgroup),
             Kernel::FlashTiled => tiled_memory(workgroup),
-            // One f32 per invocation and product.
-            Kernel::Matvec => 4 * workgroup * self.number("ROWS", 1) * self.number("OUTS", 4),
+            // One f32 per product and lanes that add up theirs before.
+            Kernel::Matvec => 4 * workgroup / self.number("SHARE", 1) * self.number("ROWS", 1) * self.number("OUTS", 4),
             Kernel::Normalise if !self.changes.blocks.contains_key("join") => 4 * workgroup,
             _ => 0,
         }
@@ -552,13 +558,20 @@ pub struct MatvecTile {
     pub rows: u32,
     /// See `rows`.
     pub outs: u32,
+    /// Lanes that add up their sums through subgroup operations: all of a workgroup, or 1.
+    pub share: u32,
 }
 
 /// A variant of `matvec.wgsl`.
 pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
-    let MatvecTile { workgroup, rows, outs } = tile;
+    let MatvecTile { workgroup, rows, outs, share } = tile;
     let mut name = format!("matvec/rows{rows}x{workgroup}/outs{outs}");
     let mut changes = Changes::default().number("WORKGROUP", workgroup).number("ROWS", rows).number("OUTS", outs);
+    if share > 1 {
+        name.push_str(&format!("/subgroup{share}"));
+        let body = "fn sum_of_lanes(x: f32) -> f32 { return subgroupAdd(x); }";
+        changes = changes.number("SHARE", share).block("share", body);
+    }
     // No vec4 behind the width is read.
     changes = access::load(changes, &access::X, "params.dim_in", "false", x);
     changes = access::load(changes, &access::W, "params.dim_in", "false", w);
@@ -905,8 +918,10 @@ pub fn variants() -> Vec<Variant> {
             all.extend([true, false].map(|lse| softmax(workgroup, lanes, lse, with_sink)));
         }
     }
-    for (workgroup, rows, outs) in [(8, 1, 8), (8, 8, 8), (64, 1, 4), (64, 4, 4)] {
-        let tile = MatvecTile { workgroup, rows, outs };
+    for (workgroup, rows, outs, share) in
+        [(8, 1, 8, 1), (8, 8, 8, 1), (8, 1, 8, 8), (8, 8, 8, 8), (64, 1, 4, 1), (64, 4, 4, 1)]
+    {
+        let tile = MatvecTile { workgroup, rows, outs, share };
         all.extend([matvec(tile, wide, wide, true), matvec(tile, narrow, narrow, false)]);
         all.extend([Dtype::F16, Dtype::BF16].map(|stored| matvec(tile, wide, halves(stored)[0], true)));
     }

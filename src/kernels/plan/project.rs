@@ -143,7 +143,9 @@ impl Planner<'_> {
         };
         let workgroup = workgroup.min(1 << adapter.max_invocations.ilog2());
         let rows = params.rows.next_power_of_two().min(most_rows);
-        let tile = MatvecTile { workgroup, rows, outs };
+        // Adding up over a subgroup is adding up over the workgroup where a subgroup is no smaller.
+        let is_one_subgroup = workgroup == 8 && adapter.subgroup_min.is_some_and(|least| least >= workgroup);
+        let tile = MatvecTile { workgroup, rows, outs, share: if is_one_subgroup { workgroup } else { 1 } };
         let (row_blocks, out_blocks) = (params.rows.div_ceil(rows), params.dim_out.div_ceil(outs));
         let cost = Cost { turns: turns::matvec(tile).of(params.dim_in as usize), operations: operations(&params) };
         self.push_costly(
