@@ -18,7 +18,7 @@ globalThis.device = await adapter.requestDevice({ requiredFeatures: ['subgroups'
 async function faults(path) {
   const source = readFileSync(path, 'utf8');
   // naga refuses the line, browsers ask for it.
-  const code = source.includes('subgroup_invocation_id') ? `enable subgroups;\n${source}` : source;
+  const code = /\bsubgroup(_invocation_id|[A-Z])/.test(source) ? `enable subgroups;\n${source}` : source;
   const lines = code.split('\n');
   device.pushErrorScope('validation');
   const module = device.createShaderModule({ code });
