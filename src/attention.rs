@@ -906,10 +906,8 @@ fn missing_axes(shape: &[usize], [batch, heads, len_q, len_k]: [usize; 4]) -> St
 fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
     let [batch, .., len_k] = problem.mask_shape();
     match *tensor.shape() {
-        [len] if len == len_k || len == 1 => Ok(tensor.clone()),
-        [entries, len] if (len == len_k || len == 1) && (entries == batch || entries == 1) => {
-            tensor.unsqueeze(1)?.unsqueeze(1)
-        }
+        [len] if len == len_k => Ok(tensor.clone()),
+        [entries, len] if len == len_k && (entries == batch || entries == 1) => tensor.unsqueeze(1)?.unsqueeze(1),
         _ => Err(shape_error!(
             "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; one that tells \
              queries or heads apart is a mask or a bias, not key padding",

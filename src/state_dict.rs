@@ -90,13 +90,14 @@ impl StateDict {
     /// and shapes are kept: [`StateDict::unread`].
     #[cfg(feature = "safetensors")]
     pub fn from_safetensors(bytes: &[u8]) -> Result<StateDict> {
-        let file = safetensors::SafeTensors::deserialize(bytes).map_err(|error| {
-            Error::File(format!(
-                "not a valid safetensors file ({} bytes): {error}{}",
-                bytes.len(),
-                files::what_it_is(bytes).map(|is| format!("; {is}")).unwrap_or_default()
-            ))
-        })?;
+        let invalid = |why: String| {
+            let is = files::what_it_is(bytes).map(|is| format!("; {is}")).unwrap_or_default();
+            Error::File(format!("not a valid safetensors file ({} bytes): {why}{is}", bytes.len()))
+        };
+        let file = safetensors::SafeTensors::deserialize(bytes).map_err(|error| invalid(error.to_string()))?;
+        if let Some(Err(error)) = files::Entries::of_file(bytes) {
+            return Err(invalid(error.to_string()));
+        }
         let mut state = StateDict::default();
         for (name, view) in file.tensors() {
             state.take(name, view.dtype(), view.shape(), Some(view.data()))?;
@@ -163,11 +164,14 @@ fn floats(dtype: safetensors::Dtype, data: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-/// How many letters must be put in, taken out or changed to make one word of the other (Levenshtein 1966).
+/// How many letters must be put in, taken out or changed to make one word of the other (Levenshtein 1966); of long words,
+/// as the names in a file may be, of their beginnings.
 pub(crate) fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
+    const LONGEST: usize = 200;
+    let [a, b] = [a, b].map(|word| word.chars().take(LONGEST));
+    let b: Vec<char> = b.collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
+    for (i, x) in a.enumerate() {
         let mut diagonal = std::mem::replace(&mut row[0], i + 1);
         for (j, y) in b.iter().enumerate() {
             let changed = diagonal + usize::from(x != *y);

@@ -50,7 +50,8 @@ fn beginning(path: &Path) -> std::io::Result<(Vec<u8>, u64)> {
     let mut head = Vec::new();
     (&mut file).take(HEAD as u64).read_to_end(&mut head)?;
     if let [a, b, c, d, 0, 0, 0, 0, b'{', ..] = head[..] {
-        let header = u64::from(u32::from_le_bytes([a, b, c, d]));
+        // The longest that safetensors allows.
+        let header = u64::from(u32::from_le_bytes([a, b, c, d])).min(100_000_000);
         file.take((8 + header).saturating_sub(HEAD as u64)).read_to_end(&mut head)?;
     }
     Ok((head, std::fs::metadata(path)?.len()))

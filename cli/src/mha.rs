@@ -116,14 +116,15 @@ impl MhaArgs {
     }
 }
 
-/// `model_type` and `rms_norm_eps` of transformers' `config.json` beside the weights, if there is one. It only settles
-/// what names leave in doubt, so one that cannot be read is as none.
+/// `model_type` and the epsilon of norms of transformers' `config.json` beside the weights, if there is one. It only
+/// settles what names leave in doubt, so one that cannot be read is as none.
 fn model_of(weights: &Path) -> Option<(String, Option<f32>)> {
     let folder = if weights.is_dir() { weights } else { weights.parent()? };
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).ok()?).ok()?;
     // Models of pictures and text keep the language's part apart.
     let text = json.get("text_config").filter(|text| text.get("model_type").is_some()).unwrap_or(&json);
-    let epsilon = text.get("rms_norm_eps").and_then(|epsilon| epsilon.as_f64()).map(|epsilon| epsilon as f32);
+    let epsilons = ["rms_norm_eps", "norm_eps", "layer_norm_eps"].map(|name| text.get(name)?.as_f64());
+    let epsilon = epsilons.into_iter().flatten().next().map(|epsilon| epsilon as f32);
     Some((text.get("model_type")?.as_str()?.to_string(), epsilon))
 }
 
@@ -151,7 +152,7 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     let _spinner = Spinner::start(format!("a layer on {}", device.name()));
     let layer = MultiHeadAttention::from_state_dict_with(device, &state, &args.prefix, &args.options())
         .map_err(|error| Error::Failed(format!("{}: {error}", args.weights.display())))?
-        .with_zero_attn(args.zero_attn)
+        .with_zero_attn(args.zero_attn)?
         .with_batch_first(!args.seq_first);
     // One tensor for all three where they are the same: the layer then projects it once.
     let query = query.upload("query", device)?;

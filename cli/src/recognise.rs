@@ -90,7 +90,8 @@ pub fn recognise(path: &Path, head: &[u8], own: Option<&str>) -> Option<String> 
         Kind::Lfs => ("a pointer of Git LFS, not the file itself", "`git lfs pull` fetches it".to_string()),
         Kind::Index => (
             "an index of safetensors files (\"weight_map\"), not one of them",
-            "give one of the files that it names, which lie beside it".to_string(),
+            "call it NAME.json where weights are read, or give one of the files that it names, which lie beside it"
+                .to_string(),
         ),
         Kind::Json => ("JSON text", from_numpy("{name: numpy.array(…)} of what json.load gives")),
         Kind::Html => (

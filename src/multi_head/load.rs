@@ -1,6 +1,7 @@
 //! Layers from state dicts and back. Every tensor under the prefix is used, passed over because its names' convention
 //! says so, or named in an error.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::names::{Family, Part, Role, Slot};
@@ -18,7 +19,8 @@ pub struct LoadOptions {
     num_heads: usize,
     heads_kv: Option<usize>,
     names: Option<Names>,
-    model: Option<(Names, Option<f32>)>,
+    model: Option<Names>,
+    model_epsilon: Option<f32>,
     norm_epsilon: Option<f32>,
     ignored: Vec<String>,
 }
@@ -26,7 +28,15 @@ pub struct LoadOptions {
 impl LoadOptions {
     /// A layer of `num_heads` query heads; all else is read off names and shapes.
     pub fn new(num_heads: usize) -> LoadOptions {
-        LoadOptions { num_heads, heads_kv: None, names: None, model: None, norm_epsilon: None, ignored: Vec::new() }
+        LoadOptions {
+            num_heads,
+            heads_kv: None,
+            names: None,
+            model: None,
+            model_epsilon: None,
+            norm_epsilon: None,
+            ignored: Vec::new(),
+        }
     }
     /// Key/value heads. Tensors of their own tell them; fused ones (`in_proj_weight`, `qkv`, `c_attn`,
     /// `query_key_value`) only where queries, keys and values have heads of one width, which is assumed otherwise.
@@ -39,10 +49,11 @@ impl LoadOptions {
         self.names = Some(names);
         self
     }
-    /// What transformers' `config.json` says of the model, `model_type` and `rms_norm_eps`: counts where the names of the
-    /// tensors leave a doubt ([`Names::of_model_type`]).
+    /// What transformers' `config.json` says of the model: `model_type`, which counts where the names of the tensors leave
+    /// a doubt ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`, `layer_norm_eps`).
     pub fn model(mut self, model_type: &str, norm_epsilon: Option<f32>) -> Self {
-        self.model = Names::of_model_type(model_type).map(|names| (names, norm_epsilon));
+        self.model = Names::of_model_type(model_type);
+        self.model_epsilon = norm_epsilon;
         self
     }
     /// The epsilon of norms of queries and keys. Files of weights do not hold it: unless given it is 1e-6 (Qwen 3,
@@ -372,7 +383,7 @@ impl<'a> Found<'a> {
         if let Some(names) = options.names {
             return Ok(names);
         }
-        if let Some((names, _)) = self.model(options) {
+        if let Some(names) = options.model.filter(|names| std::ptr::eq(names.family(), self.family)) {
             return Ok(names);
         }
         let bias_of = |slot| self.has(slot, Part::Bias);
@@ -422,11 +433,6 @@ impl<'a> Found<'a> {
             }
             names => names,
         })
-    }
-
-    /// What is known of the model, where it is of these names.
-    fn model(&self, options: &LoadOptions) -> Option<(Names, Option<f32>)> {
-        options.model.filter(|(names, _)| std::ptr::eq(names.family(), self.family))
     }
 
     /// GPT-Neo has CLIP's names and no scale. Its module is `attn.attention`; GPT-J keeps the same buffers, and has no
@@ -665,6 +671,16 @@ impl<'a> Found<'a> {
         let width = q.data().len();
         let span = if width == config.head_dim { NormSpan::Head } else { NormSpan::Width };
         let kind = match names {
+            Names::Qwen3 if is_layernorm && !bias_q => NormKind::Rms,
+            Names::Llama if is_layernorm && !bias_q && options.names != Some(Names::Llama) => {
+                return Err(Error::File(format!(
+                    "{q_name} {:?} has no bias, which a LayerNorm mostly has; LFM2 calls an RMSNorm so: say names {} \
+                     (RMSNorm times w) or {} (LayerNorm) (--names)",
+                    q.shape(),
+                    Names::Qwen3,
+                    Names::Llama
+                )));
+            }
             _ if is_layernorm => NormKind::Layer,
             Names::PyTorch if epsilon.is_none() && options.norm_epsilon.is_none() => {
                 return Err(Error::File(format!(
@@ -695,8 +711,7 @@ impl<'a> Found<'a> {
             norms.push(Projection { weight, bias: self.vector(slot, Part::Bias, width)? });
         }
         let usual = if is_layernorm { 1e-5 } else { 1e-6 };
-        let of_model = self.model(options).and_then(|(_, epsilon)| epsilon);
-        let epsilon = options.norm_epsilon.or(epsilon).or(of_model).unwrap_or(usual);
+        let epsilon = options.norm_epsilon.or(epsilon).or(options.model_epsilon).unwrap_or(usual);
         config.norm = Some(QueryKeyNorm { kind, span, epsilon, bias: bias_q });
         Ok(norms.try_into().ok())
     }
@@ -736,10 +751,20 @@ fn divided(what: &str, axis: &str, len: usize, heads: usize) -> Result<usize> {
     checked_len(&[len / heads])
 }
 
+/// A name as it can be shown: those of files may be of any length.
+fn cut(name: &str) -> Cow<'_, str> {
+    const SHOWN: usize = 200;
+    match name.char_indices().nth(SHOWN) {
+        Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &name[..end], name.len())),
+        None => Cow::Borrowed(name),
+    }
+}
+
 /// The first few of a list.
 fn shortened(names: &[&str]) -> String {
     const SHOWN: usize = 6;
-    let shown = names[..names.len().min(SHOWN)].join(", ");
+    let shown: Vec<Cow<'_, str>> = names.iter().take(SHOWN).map(|name| cut(name)).collect();
+    let shown = shown.join(", ");
     match names.len().saturating_sub(SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),
@@ -755,7 +780,8 @@ fn unexpected_error(state: &StateDict, prefix: &str, family: &Family, unexpected
         shortened(&whole),
         family.readings[0]
     );
-    for name in unexpected {
+    const LOOKED_AT: usize = 32;
+    for name in unexpected.iter().take(LOOKED_AT) {
         let (shape, known) = (state.shape_of(&format!("{prefix}{name}")).unwrap_or_default(), family.names());
         let near = known.map(|(_, known)| known).min_by_key(|known| edits(known, name));
         let is = |part: &str| name.contains(part);
@@ -765,14 +791,17 @@ fn unexpected_error(state: &StateDict, prefix: &str, family: &Family, unexpected
             }
             _ if is("sink") => "give a sink to Attention::sink and ignore it here".into(),
             _ if is("lora_") => "merge adapters into the weights first".into(),
-            _ if ["scale", "SCB", "qweight", "qzeros", "absmax", "quant"].iter().any(|word| is(word)) => {
+            _ if ["weight_scale", "scale_inv", "SCB", "qweight", "qzeros", "absmax", "quant"]
+                .iter()
+                .any(|word| is(word)) =>
+            {
                 "quantised weights must be dequantised first".into()
             }
             Some(near) if edits(&near, name) <= 2.max(name.len() / 4) => format!("is {prefix}{near} meant?"),
             _ => continue,
         };
         let shape = if shape.is_empty() { String::new() } else { format!(" {shape:?}") };
-        text.push_str(&format!("; {prefix}{name}{shape}: {hint}"));
+        text.push_str(&format!("; {prefix}{}{shape}: {hint}", cut(name)));
         break;
     }
     let inside = state.layers().into_iter().filter(|(at, _)| at.starts_with(prefix) && at != prefix).count();

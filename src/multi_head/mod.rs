@@ -249,10 +249,11 @@ impl MultiHeadAttention {
     pub fn parameter_count(&self) -> usize {
         self.config.parameter_count().expect("checked when the layer was made")
     }
-    /// Appends a key and value of zeros to every sequence, or not.
-    pub fn with_zero_attn(mut self, yes: bool) -> Self {
+    /// Appends a key and value of zeros to every sequence, or not; an error where the layer has norms of queries and keys.
+    pub fn with_zero_attn(mut self, yes: bool) -> Result<Self> {
         self.config.add_zero_attn = yes;
-        self
+        self.config.check()?;
+        Ok(self)
     }
     /// Which of the first two axes is the batch.
     pub fn with_batch_first(mut self, yes: bool) -> Self {

@@ -8,7 +8,8 @@ use crate::error::{Error, Result, value_error};
 ///
 /// Only the attention itself is read. Positions (rotary, relative), windows, softcaps and scales that a model's
 /// configuration sets are given to each call by [`Attention`](crate::Attention); clipping of queries, keys and values
-/// (`clip_qkv` of MPT, DBRX, OLMo) is in no file of weights and is not computed.
+/// (`clip_qkv` of MPT, DBRX, OLMo) is in no file of weights and is not computed. Nor are scales that a model's code sets:
+/// Zamba's is `(head_dim / 2)^-0.5`, to be given to [`Attention::scale`](crate::Attention::scale).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Names {
@@ -18,10 +19,11 @@ pub enum Names {
     /// `attention_scale`.
     PyTorch,
     /// `q_proj`, `k_proj`, `v_proj` and `o_proj`, `out_proj` or `dense`, with biases where they are there: Llama,
-    /// Qwen 2, Mistral, Phi, CLIP, BART, OPT, Whisper, GPT-J. Norms that are LayerNorm (`q_layernorm`, or `q_norm` with
-    /// a bias) or span all heads (OLMo 2) are read; RMSNorm per head needs [`Names::Qwen3`] or [`Names::Gemma3`].
+    /// Qwen 2, Mistral, Phi, CLIP, BART, OPT, Whisper, GPT-J. Norms that are LayerNorm (`q_layernorm` or `q_norm` with
+    /// a bias) or span all heads (OLMo 2) are read; RMSNorm per head needs [`Names::Qwen3`] or [`Names::Gemma3`], and
+    /// `q_layernorm` without a bias that one of the two is said.
     Llama,
-    /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `w`: Qwen 3.
+    /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `w`: Qwen 3, LFM2.
     Qwen3,
     /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `1 + w`: Gemma 3.
     Gemma3,
@@ -113,7 +115,7 @@ impl Names {
     /// doubt; `None` for others.
     pub fn of_model_type(model_type: &str) -> Option<Names> {
         match model_type {
-            "qwen3" | "qwen3_moe" | "qwen3_vl_text" | "qwen3_vl_moe_text" => Some(Names::Qwen3),
+            "qwen3" | "qwen3_moe" | "qwen3_vl_text" | "qwen3_vl_moe_text" | "lfm2" | "lfm2_moe" => Some(Names::Qwen3),
             "gemma3" | "gemma3_text" => Some(Names::Gemma3),
             "olmo2" | "olmo3" | "olmoe" => Some(Names::Olmo2),
             "gpt_neo" => Some(Names::GptNeo),

@@ -1,5 +1,7 @@
 //! Checkpoints on disk: single files, and shards with an index.
 
+use std::collections::BTreeMap;
+
 use super::StateDict;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::error::{Error, Result};
@@ -35,9 +37,43 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes[..bytes.len().min(4096)].windows(part.len()).any(|window| window == part)
 }
 
+/// The entries of a header. A name that stands there twice would be one tensor or the other.
+pub(super) struct Entries(BTreeMap<String, serde_json::Value>);
+
+impl<'de> serde::Deserialize<'de> for Entries {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Entries, D::Error> {
+        struct Once;
+        impl<'de> serde::de::Visitor<'de> for Once {
+            type Value = Entries;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of tensors")
+            }
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> std::result::Result<Entries, M::Error> {
+                let mut entries = BTreeMap::new();
+                while let Some((name, entry)) = map.next_entry::<String, serde_json::Value>()? {
+                    if entries.insert(name.clone(), entry).is_some() {
+                        return Err(serde::de::Error::custom(format_args!("{name:?} stands there twice")));
+                    }
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(Once)
+    }
+}
+
+impl Entries {
+    /// Those of a whole file; `None` where it is too short for one.
+    pub(super) fn of_file(bytes: &[u8]) -> Option<serde_json::Result<Entries>> {
+        let (length, rest) = bytes.split_first_chunk()?;
+        let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+        Some(serde_json::from_slice(header))
+    }
+}
+
 #[cfg(not(target_arch = "wasm32"))]
 mod open {
-    use std::collections::{BTreeMap, BTreeSet, HashMap};
+    use std::collections::{BTreeMap, BTreeSet};
     use std::fs::File;
     use std::io::{Read, Seek, SeekFrom};
     use std::path::Path;
@@ -45,7 +81,7 @@ mod open {
     use safetensors::tensor::{Metadata, TensorInfo};
 
     use super::super::{NOT_OPENED, Unread};
-    use super::{Error, Result, StateDict, what_it_is};
+    use super::{Entries, Error, Result, StateDict, what_it_is};
 
     /// The longest header that safetensors allows, and the longest index read here.
     const LONGEST: u64 = 100_000_000;
@@ -100,7 +136,7 @@ mod open {
             let mut state = StateDict::default();
             match path.extension() {
                 Some(ending) if ending.eq_ignore_ascii_case("json") => state.read_shards(path, choice)?,
-                _ => state.read_file(path, choice)?,
+                _ => drop(state.read_file(path, choice)?),
             }
             Ok(state)
         }
@@ -138,15 +174,20 @@ mod open {
             for (file, names) in shards {
                 // What the index says of a name counts.
                 let here = |name: &str| if names.contains(name) { choice(name) } else { Wanted::Name };
-                self.read_file(&folder.join(file), &here)?;
-                if let Some(name) = names.iter().find(|name| !self.contains(name)) {
+                let there = self.read_file(&folder.join(file), &here)?;
+                if let Some(name) = names.iter().find(|name| !there.contains(**name)) {
                     return Err(failed(index, format!("{name} should be in {file}, but is not")));
+                }
+                let unlisted = there.iter().find(|name| !map.contains_key(*name) && choice(name) != Wanted::Name);
+                if let Some(name) = unlisted {
+                    return Err(failed(index, format!("{name} is in {file}, but not in the index")));
                 }
             }
             Ok(())
         }
 
-        fn read_file(&mut self, path: &Path, choice: Choice<'_>) -> Result<()> {
+        /// Reads a file and says the names of all its tensors.
+        fn read_file(&mut self, path: &Path, choice: Choice<'_>) -> Result<BTreeSet<String>> {
             let io = |error: std::io::Error| failed(path, error);
             let mut file = File::open(path).map_err(io)?;
             let length = file.metadata().map_err(io)?.len();
@@ -165,9 +206,9 @@ mod open {
             let mut header = vec![0; header_len as usize];
             file.seek(SeekFrom::Start(8)).map_err(io)?;
             file.read_exact(&mut header).map_err(io)?;
-            let mut entries: HashMap<String, serde_json::Value> =
-                serde_json::from_slice(&header).map_err(|error| invalid(error.to_string()))?;
+            let Entries(mut entries) = serde_json::from_slice(&header).map_err(|error| invalid(error.to_string()))?;
             entries.remove("__metadata__");
+            let names = entries.keys().cloned().collect();
             let mut tensors = Vec::with_capacity(entries.len());
             for (name, entry) in entries {
                 let info: TensorInfo =
@@ -178,7 +219,7 @@ mod open {
             // Checks that offsets, shapes and types agree.
             let metadata = Metadata::new(None, tensors).map_err(|error| invalid(error.to_string()))?;
             let data_len = metadata.data_len() as u64;
-            if 8 + header_len + data_len != length {
+            if data_len.checked_add(8 + header_len) != Some(length) {
                 return Err(invalid(format!("its tensors take {data_len} bytes behind a header of {header_len}")));
             }
             for (name, info) in metadata.tensors() {
@@ -192,7 +233,7 @@ mod open {
                 }
                 self.take(name, info.dtype, &info.shape, data.as_deref())?;
             }
-            Ok(())
+            Ok(names)
         }
     }
 }

@@ -164,6 +164,7 @@ fn shaken(layer: &MultiHeadAttention, device: &Device) -> MultiHeadAttention {
     MultiHeadAttention::from_state_dict(device, &state, "", config.num_heads)
         .unwrap()
         .with_zero_attn(config.add_zero_attn)
+        .unwrap()
         .with_batch_first(config.batch_first)
 }
 

@@ -348,6 +348,23 @@ fn norms_of_queries_and_keys() {
     same(&state, "", &options.clone().norm_epsilon(1e-6), &config, &truth);
     let (config, truth, state) = with(QueryKeyNorm { epsilon: 1e-5, ..layer_norm }, ["q_layernorm", "k_layernorm"], 11);
     same(&state, "", &options, &config, &truth);
+    // Without a bias it is LFM2's RMSNorm or a LayerNorm.
+    let bare = QueryKeyNorm { epsilon: 1e-5, bias: false, ..layer_norm };
+    let (config, truth, unbiased) = with(bare, ["q_layernorm", "k_layernorm"], 14);
+    refused(&unbiased, "", &options, &["q_layernorm.weight", "has no bias", "LFM2", "qwen3", "llama"]);
+    same(&unbiased, "", &options.clone().names(Names::Llama), &config, &truth);
+    let rms_so_called = QueryKeyNorm { kind: NormKind::Rms, ..bare };
+    let (config, truth, lfm2) = with(rms_so_called, ["q_layernorm", "k_layernorm"], 15);
+    same(&lfm2, "", &options.clone().names(Names::Qwen3), &config, &truth);
+    same(&lfm2, "", &options.clone().model("lfm2", None), &config, &truth);
+    // The epsilon of a configuration counts whatever its model is called.
+    let named = options.clone().names(Names::Qwen3).model("a model of tomorrow", Some(1e-3));
+    assert_eq!(load(&lfm2, "", &named).unwrap().config().norm.unwrap().epsilon, 1e-3);
+    // A name without end costs little time and a short message.
+    let mut long = truth.clone();
+    long.insert("x".repeat(10 << 20), buffer(&[1]));
+    let Err(error) = load(&long, "", &options) else { panic!("a tensor too many is read") };
+    assert!(error.to_string().len() < 4096, "{} bytes", error.to_string().len());
     let mut half = state.clone();
     half.remove("k_layernorm.bias");
     refused(&half, "", &options, &["both have a bias or none has"]);

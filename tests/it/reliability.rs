@@ -354,6 +354,19 @@ fn refused_memory_is_a_typed_error_and_the_device_goes_on() {
 /// State dicts as PyTorch writes them, a few bytes of each changed.
 #[cfg(feature = "safetensors")]
 #[test]
+fn a_name_that_stands_twice_in_a_header_is_an_error() {
+    let header = r#"{"w":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"w":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}"#;
+    let file: Vec<u8> = (header.len() as u64).to_le_bytes().into_iter().chain(header.bytes()).chain([0, 60]).collect();
+    let path = std::env::temp_dir().join(format!("wgpu-attention-twice-{}.safetensors", std::process::id()));
+    std::fs::write(&path, &file).unwrap();
+    for result in [StateDict::from_safetensors(&file), StateDict::open(&path, "")] {
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("\"w\" stands there twice"), "{message}");
+    }
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
 fn broken_safetensors_are_errors() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/torch");
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();

@@ -1,5 +1,6 @@
 //! Cases of Keras's layers: `MultiHeadAttention` and `GroupQueryAttention`.
 
+use wgpu_attention::problem::checked_len;
 use wgpu_attention::{Align, Attention, Device, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, Weights};
 
 use super::case::Case;
@@ -200,9 +201,9 @@ impl Call {
         }
         let order: Vec<usize> = self.free.iter().chain(&self.axes).copied().chain([self.rank() - 1]).collect();
         let permuted = array.permute(&order)?;
-        let len: usize = Call::lengths(array, &self.axes).iter().product();
+        let len = checked_len(&Call::lengths(array, &self.axes))?;
         let dim = array.shape()[self.rank() - 1];
-        Array::new(&[free.iter().product(), len, dim], permuted.values().clone())
+        Array::new(&[checked_len(&free)?, len, dim], permuted.values().clone())
     }
 
     /// All masks as one, as `_compute_attention_mask` joins them: `[free, heads, queries, keys]`.
@@ -234,7 +235,7 @@ impl Call {
                 Some(before) => before.and(&mask)?,
             });
         }
-        let folded = [free.iter().product(), heads, lens_q.iter().product(), lens_k.iter().product()];
+        let folded = [checked_len(&free)?, heads, checked_len(&lens_q)?, checked_len(&lens_k)?];
         let mut all = all.unwrap_or(Bits::of_lengths(&[1], 1)?.with_rank(shape.len()));
         // The axis of heads, and others that are missing, stand before those of queries and keys.
         while all.shape.len() < shape.len() {
@@ -361,9 +362,7 @@ impl Kernels {
     fn kernel(&self, part: usize) -> Result<[usize; 3]> {
         match self.parts[part][0].as_ref().map(Array::shape) {
             Some(&[a, b, c]) if part < 4 => Ok([a, b, c]),
-            Some(&[a, b, ref rest @ ..]) if part == 4 && !rest.is_empty() => {
-                Ok([a, b, wgpu_attention::problem::checked_len(rest)?])
-            }
+            Some(&[a, b, ref rest @ ..]) if part == 4 && !rest.is_empty() => Ok([a, b, checked_len(rest)?]),
             shape => fail!("{}/kernel of shape {shape:?} must have three axes", PARTS[part]),
         }
     }

@@ -71,7 +71,7 @@ pub fn mha(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec
         state.insert(name, HostTensor::new(array.shape(), array.to_f32())?);
     }
     let layer = MultiHeadAttention::from_state_dict(device, &state, "", case.count("num_heads")?)?
-        .with_zero_attn(case.flag("add_zero_attn")?)
+        .with_zero_attn(case.flag("add_zero_attn")?)?
         .with_batch_first(case.flag("batch_first")?);
     let query = case.upload("query", device)?;
     let (key, value) = if case.flag("self_attention")? {
