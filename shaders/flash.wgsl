@@ -26,10 +26,6 @@ const K_LOADS: u32 = 4u;
 // Parts of a row that are loaded, stored between two turns of a loop.
 const Q_LOADS: u32 = 1u;
 const O_STORES: u32 = 1u;
-// vec4s of what the distances of neighbouring rows add to four keys.
-const NEAR: u32 = 1u;
-// Loads of a key between the halves of a pair.
-const APART: u32 = 1u;
 const SHARE: u32 = 1u;
 // Keys whose values are looked at together where some are not finite.
 const SPAN: u32 = 32u;
@@ -254,6 +250,7 @@ fn main(
             // @block bring_k
             // @or halves
             // A key's vec4s of a lane, those APART loads from each other turned together.
+            const APART: u32 = 1u;
             var brought = array<vec4<f32>, K_LOADS>();
             // @unroll
             for (var n = 0u; n < K_LOADS; n++) {
@@ -307,6 +304,7 @@ fn main(
         }
         // @or runs
         // The rows are neighbours: what their distances add overlaps, ROWS + 3 values for each four keys.
+        const NEAR: u32 = 1u;
         // @unroll
         for (var g = 0u; g < GROUPS; g++) {
             let first = away(query[ROWS - 1u], j + 4u * g, band);

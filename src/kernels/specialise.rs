@@ -3,7 +3,7 @@
 //! Every file is valid WGSL as it stands. Five marks may be acted on, all of them comments or whole
 //! lines that stay legal when nobody acts:
 //!
-//! - `const NAME: T = value;`, at the start of a line: the value is replaced.
+//! - `const NAME: T = value;`, a line of its own: the value is replaced.
 //! - `alias NAME = type;`, at the start of a line: the type is replaced.
 //! - `// @block name` … `// @end`: the lines between are replaced by another body: one line, or what stands behind
 //!   `// @or other` before the end.
@@ -73,6 +73,20 @@ fn fault(file: &str, message: String) -> Error {
 
 /// The text of a variant. A change that names nothing in the file is an error.
 pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String> {
+    let (lines, consts) = changed(file, source, changes)?;
+    let mut out = String::new();
+    unroll(file, &lines, &consts, &mut out)?;
+    Ok(out)
+}
+
+/// The text of a file with its parts as it stands.
+pub fn as_it_stands(file: &str, source: &str) -> Result<String> {
+    let (lines, _) = changed(file, source, &Changes::default())?;
+    Ok(lines.join("\n") + "\n")
+}
+
+/// The lines of a variant, its loops not yet written out, and its constants.
+fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, BTreeMap<String, u64>)> {
     let source = compose(file, source, changes)?;
     let mut unused: Vec<&str> = (changes.consts.keys())
         .chain(changes.aliases.keys())
@@ -136,26 +150,19 @@ pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String>
     if !unused.is_empty() {
         return Err(fault(file, format!("has no const, alias or block called {}", unused.join(", "))));
     }
-    let mut out = String::new();
-    unroll(file, &lines, &consts, &mut out)?;
-    Ok(out)
+    Ok((lines, consts))
 }
 
-/// The text of a file with its parts as it stands.
-pub fn as_it_stands(file: &str, source: &str) -> Result<String> {
-    compose(file, source, &Changes::default())
-}
-
-/// `(NAME, "const NAME: T")` of a declaration at the start of a line.
+/// `(NAME, "const NAME: T")` of a declaration on a line of its own.
 fn declared<'a>(line: &'a str, keyword: &str, end: char) -> Option<(&'a str, &'a str)> {
-    let rest = line.strip_prefix(keyword)?;
+    let rest = line.trim_start().strip_prefix(keyword)?;
     let (name, _) = rest.split_once(end)?;
     let (head, _) = line.split_once('=')?;
     Some((name.trim(), head.trim_end()))
 }
 
 fn name_of(line: &str) -> String {
-    line.trim_start_matches("const ").split(':').next().unwrap_or_default().trim().to_string()
+    line.trim_start().trim_start_matches("const ").split(':').next().unwrap_or_default().trim().to_string()
 }
 
 fn unroll(file: &str, lines: &[String], consts: &BTreeMap<String, u64>, out: &mut String) -> Result<()> {
