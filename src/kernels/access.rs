@@ -159,12 +159,15 @@ pub fn store_fours(changes: Changes, access: Access) -> Changes {
 
 /// The same changes with wide loads by words of 64 bits.
 pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
-    let mut changes = Changes { loads_64_bits: true, ..changes.clone() };
+    let mut changes = changes.clone();
     for Read { block, alias } in [Q, K, V, X, KEPT, WALKED, GATE, TABLE, W, ELEMENT] {
-        if changes.parts.get(block).is_some_and(|part| part.starts_with("load_wide")) {
-            let is_f32 = changes.parts[block] == "load_wide";
-            changes = changes.alias(alias, if is_f32 { "vec2<u64>" } else { "u64" });
-        }
+        let (element, part) = match changes.parts.get(block) {
+            Some(&"load_wide") => ("vec2<u64>", "load_words"),
+            Some(&"load_wide_f16") => ("u64", "load_words_f16"),
+            Some(&"load_wide_bf16") => ("u64", "load_words_bf16"),
+            _ => continue,
+        };
+        changes = changes.alias(alias, element).part(block, part);
     }
     changes
 }

@@ -15,12 +15,13 @@ macro_rules! parts {
 }
 
 const PARTS: &[(&str, &str)] = &parts! {
-    "all_seen" "bands" "bands_packed" "bias" "element" "element_bf16" "element_f16" "flash_params" "join_sum"
-    "load" "load_bf16" "load_f16" "load_wide" "load_wide_bf16" "load_wide_f16" "lse" "mask" "numbers" "one_bf16" "one_f16"
-    "pack_bf16" "pack_f16" "pair" "place" "relative" "relative_fours" "relative_none" "relative_slope" "rotary"
-    "rotary_interleaved" "rotary_none" "row_of" "score" "sequence" "sequence_packed" "sink" "splits" "store" "store_four"
-    "store_fours" "store_fours_bf16" "store_fours_f16" "store_wide" "store_wide_bf16" "store_wide_f16" "sums"
-    "sums_wide" "tanh" "tiles" "turn" "turn_wide" "visible"
+    "all_seen" "bands" "bands_packed" "bias" "element" "element_bf16" "element_f16" "flash_params" "join_sum" "load"
+    "load_bf16" "load_f16" "load_wide" "load_wide_bf16" "load_wide_f16" "load_words" "load_words_bf16"
+    "load_words_f16" "lse" "mask" "numbers" "one_bf16" "one_f16" "pack_bf16" "pack_f16" "pair" "place" "relative"
+    "relative_fours" "relative_none" "relative_slope" "rotary" "rotary_interleaved" "rotary_none" "row_of" "score"
+    "sequence" "sequence_packed" "sink" "splits" "store" "store_four" "store_fours" "store_fours_bf16"
+    "store_fours_f16" "store_wide" "store_wide_bf16" "store_wide_f16" "sums" "sums_wide" "tanh" "tiles" "turn"
+    "turn_wide" "visible"
 };
 
 /// How many parts may name each other in a row.
@@ -44,7 +45,7 @@ pub(super) fn compose(file: &str, source: &str, changes: &Changes) -> Result<Str
         unused.retain(|&one| one != key);
         let part = changes.parts.get(key.as_str()).copied().unwrap_or(name);
         out.push_str(&format!("// @block {key}\n"));
-        insert(file, part, &arguments, changes.loads_64_bits, 0, &mut out)?;
+        insert(file, part, &arguments, 0, &mut out)?;
         out.push_str("// @end\n");
     }
     match unused.as_slice() {
@@ -65,7 +66,7 @@ fn parse(uses: &str) -> (&str, Vec<&str>) {
     }
 }
 
-fn insert(file: &str, name: &str, arguments: &[&str], loads_64_bits: bool, depth: u32, out: &mut String) -> Result<()> {
+fn insert(file: &str, name: &str, arguments: &[&str], depth: u32, out: &mut String) -> Result<()> {
     let Some(&(_, text)) = PARTS.iter().find(|(part, _)| *part == name).filter(|_| depth < DEEPEST) else {
         return Err(fault(file, format!("there is no part {name}")));
     };
@@ -85,29 +86,13 @@ fn insert(file: &str, name: &str, arguments: &[&str], loads_64_bits: bool, depth
         let line = replaced(line, &words);
         if let Some(uses) = line.strip_prefix("// @use ") {
             let (name, arguments) = parse(uses);
-            insert(file, name, &arguments, loads_64_bits, depth + 1, out)?;
+            insert(file, name, &arguments, depth + 1, out)?;
             continue;
         }
-        match line.trim().strip_prefix("let four = ").and_then(|load| load.strip_suffix("[at / 4u + d4];")) {
-            Some(buffer) if loads_64_bits && name.starts_with("load_wide") => out.push_str(&by_64_bits(buffer, name)),
-            _ => {
-                out.push_str(&line);
-                out.push('\n');
-            }
-        }
+        out.push_str(&line);
+        out.push('\n');
     }
     Ok(())
-}
-
-/// A wide load by words of 64 bits: software adapters load word by word, and a word of 64 bits costs as much as one of 32.
-fn by_64_bits(buffer: &str, part: &str) -> String {
-    let four = match part {
-        "load_wide" => {
-            "bitcast<vec4<f32>>(vec4<u32>(u32(words.x), u32(words.x >> 32u), u32(words.y), u32(words.y >> 32u)))"
-        }
-        _ => "vec2<u32>(u32(words), u32(words >> 32u))",
-    };
-    format!("    let words = {buffer}[at / 4u + d4];\n    let four = {four};\n")
 }
 
 /// A line with words replaced, and parts of words between underscores.

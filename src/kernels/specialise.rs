@@ -30,8 +30,6 @@ pub struct Changes {
     pub bodies: BTreeMap<&'static str, &'static str>,
     /// Other parts than the file names, by block.
     pub parts: BTreeMap<&'static str, &'static str>,
-    /// Wide loads are of words of 64 bits.
-    pub loads_64_bits: bool,
 }
 
 impl Changes {
