@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = Path::new(folder);
     fs::create_dir_all(folder)?;
     for kernel in Kernel::ALL {
-        fs::write(folder.join(format!("{}.file.wgsl", kernel.name())), kernel.source())?;
+        fs::write(folder.join(format!("{}.file.wgsl", kernel.name())), kernel.source().map_err(io::Error::other)?)?;
     }
     let all: BTreeSet<Variant> = variants().into_iter().collect();
     let threads = thread::available_parallelism().map_or(1, |n| n.get());

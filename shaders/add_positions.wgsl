@@ -30,54 +30,13 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> y: array<YElem>;
 @group(0) @binding(3) var<storage, read> table: array<TableElem>;
 
-// @block row_of
-@group(0) @binding(4) var<storage, read> rows: array<u32>;
-fn row_of(b: u32, i: u32) -> u32 {
-    return rows[params.row_0 + b * params.rows_batch_stride + i];
-}
-// @end
+// @use row_of
 
-// @block load_x
-fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.x_strides.z;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(x dim false z)
 
-// @block load_table
-fn load_table(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.table_strides.y;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(table[first], table[first + step], table[first + 2u * step], table[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(table dim false y)
 
-// Those of four neighbours that are fewer than `end` from 0.
-// @block store_four
-fn store_four(at: u32, first: u32, end: u32, value: vec4<f32>) {
-    y[at + first] = value.x;
-    if (first + 1u < end) {
-        y[at + first + 1u] = value.y;
-    }
-    if (first + 2u < end) {
-        y[at + first + 2u] = value.z;
-    }
-    if (first + 3u < end) {
-        y[at + first + 3u] = value.w;
-    }
-}
-// @end
+// @use store_four
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

@@ -34,28 +34,11 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read_write> classes: array<atomic<u32>>;
 
-// @block mask_a
-@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
-fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
-    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
-}
-// @end
+// @use mask(a 5)
 
-// @block mask_b
-@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
-fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
-    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
-}
-// @end
+// @use mask(b 6)
 
-// @block bias
-@group(0) @binding(7) var<storage, read> bias: array<f32>;
-fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
-    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
-}
-// @end
+// @use bias
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

@@ -22,11 +22,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> x: array<XElem>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 
-// @block element
-fn element(at: u32) -> f32 {
-    return x[at];
-}
-// @end
+// @use element(x)
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

@@ -48,64 +48,7 @@ alias KElem = f32;
 alias VElem = f32;
 alias OElem = f32;
 
-struct Params {
-    q_strides: vec4<u32>,
-    k_strides: vec4<u32>,
-    v_strides: vec4<u32>,
-    o_strides: vec4<u32>,
-    mask_a_strides: vec4<u32>,
-    mask_b_strides: vec4<u32>,
-    bias_strides: vec4<u32>,
-    relative_strides: vec4<u32>,
-    // Valid keys, lowest and highest visible key relative to the query, where query 0 stands.
-    band: vec4<i32>,
-    q_offset: u32,
-    k_offset: u32,
-    v_offset: u32,
-    o_offset: u32,
-    mask_a_offset: u32,
-    mask_b_offset: u32,
-    bias_offset: u32,
-    mask_a_keeps: u32,
-    mask_b_keeps: u32,
-    batch_0: u32,
-    row_0: u32,
-    key_0: u32,
-    heads_kv: u32,
-    // Query heads per key/value head.
-    group: u32,
-    len_q: u32,
-    len_k: u32,
-    ruled_keys: u32,
-    dim_k: u32,
-    dim_v: u32,
-    row_blocks: u32,
-    splits: u32,
-    keys_per_split: u32,
-    // From the output of one split to the next.
-    o_split_stride: u32,
-    lse_offset: u32,
-    // Batch, head, split.
-    lse_strides: vec3<u32>,
-    workgroups: u32,
-    minus_infinity: u32,
-    not_a_number: u32,
-    scale: f32,
-    softcap: f32,
-    // Of the classes of tiles.
-    tile_batch_stride: u32,
-    tile_head_stride: u32,
-    tiles: u32,
-    sink_stride: u32,
-    relative_offset: u32,
-    relative_low: i32,
-    relative_high: i32,
-    relative_factor: f32,
-    sink_offset: u32,
-    pad_0: u32,
-    pad_1: u32,
-    pad_2: u32,
-}
+// @use flash_params
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<QElem>;
@@ -113,276 +56,45 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> o: array<OElem>;
 @group(0) @binding(8) var<storage, read> v: array<VElem>;
 
-// @block lse
-@group(0) @binding(9) var<storage, read_write> lse: array<f32>;
-fn store_lse(at: u32, value: f32) {
-    lse[at] = value;
-}
-// @end
+// @use lse
 
-// @block bands
-@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
-fn band_of(b: u32) -> vec4<i32> {
-    return bands[params.batch_0 + b];
-}
-// @end
+// @use bands
 
-// @block mask_a
-@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
-fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
-    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
-}
-// @end
+// @use mask(a 5)
 
-// @block mask_b
-@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
-fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
-    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
-}
-// @end
+// @use mask(b 6)
 
-// @block bias
-@group(0) @binding(7) var<storage, read> bias: array<f32>;
-fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
-    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
-}
-// @end
+// @use bias
 
-// @block tiles
-// What masks and biases leave of a tile of keys: classify.wgsl.
-const TILE: u32 = 32u;
-@group(0) @binding(11) var<storage, read> tiles: array<u32>;
-// The first key from j on whose tile any row may see.
-fn next_key(row: u32, j: u32, end: u32) -> u32 {
-    var next = j;
-    while (next < end && tiles[row + next / TILE] == 2u) {
-        next = (next / TILE + 1u) * TILE;
-    }
-    return next;
-}
-// @end
+// @use tiles
 
-// @block all_seen
-fn all_seen(row: u32, j: u32) -> bool {
-    return tiles[row + j / TILE] == 1u;
-}
-// @end
+// @use all_seen
 
-// @block relative
-// What the distance of key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
-@group(0) @binding(12) var<storage, read> relative: array<f32>;
-fn relative_row(b: u32, h: u32, i: u32) -> u32 {
-    return params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i));
-}
-fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
-    let low = vec4<i32>(params.relative_low);
-    let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
-    let at = vec4<u32>(row) + column * params.relative_strides.w;
-    return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
-}
-// @end
+// @use relative
 
-// @block sink
-@group(0) @binding(10) var<storage, read> sink: array<f32>;
-fn sink_of(h: u32) -> f32 {
-    return sink[params.sink_offset + h * params.sink_stride];
-}
-// @end
+// @use sink
 
-// @block visible
-// Whether query i may see key j, all rules together; a bias of −∞ hides too.
-fn visible(b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> bool {
-    let row = i32(i + params.row_0);
-    let key = i32(j + params.key_0);
-    if (u32(key) >= params.ruled_keys) {
-        return true;
-    }
-    if (BANDED && !(key < band.x && key >= row + band.y && key <= row + band.z)) {
-        return false;
-    }
-    return passes_a(b, h, i, j) && passes_b(b, h, i, j)
-        && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
-}
-// @end
+// @use visible
 
-// @block load_q
-fn load_q(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.q_strides.w;
-    let first = at + d * step;
-    // Lanes beyond the width must be 0, so that what lies there never enters.
-    return select(
-        vec4<f32>(),
-        vec4<f32>(q[first], q[first + step], q[first + 2u * step], q[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_k),
-    );
-}
-// @end
+// @use load(q dim_k PADDED_K w)
 
-// @block load_k
-fn load_k(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.k_strides.w;
-    let first = at + d * step;
-    // Lanes beyond the width must be 0, so that what lies there never enters.
-    return select(
-        vec4<f32>(),
-        vec4<f32>(k[first], k[first + step], k[first + 2u * step], k[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_k),
-    );
-}
-// @end
+// @use load(k dim_k PADDED_K w)
 
-// @block turn
-// Rotary positions: vec4 d4 of a row that stands at `position`, its first `2 · PAIRS4` vec4s turned, each with
-// the one half of them away (half-split pairs). Angles: cosines, then sines, of each position.
-@group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
-const PAIRS4: u32 = 1u;
-fn turned(x: vec4<f32>, other: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {
-    let pair = d4 % PAIRS4;
-    let at = position * 2u * PAIRS4 + pair;
-    let sine = select(angles[at + PAIRS4], -angles[at + PAIRS4], vec4<bool>(d4 < PAIRS4));
-    return select(x * angles[at] + other * sine, x, vec4<bool>(d4 >= 2u * PAIRS4));
-}
-fn partner(d4: u32) -> u32 {
-    return select(d4 - PAIRS4, d4 + PAIRS4, d4 < PAIRS4);
-}
-fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> {
-    return turned(load_q(at, d4), load_q(at, min(partner(d4), 2u * PAIRS4 - 1u)), d4, position);
-}
-fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> {
-    return turned(load_k(at, d4), load_k(at, min(partner(d4), 2u * PAIRS4 - 1u)), d4, position);
-}
-// @end
+// @use rotary
 
-// @block load_v
-fn load_v(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.v_strides.w;
-    let first = at + d * step;
-    // Lanes beyond the width must be 0, so that what lies there never enters.
-    return select(
-        vec4<f32>(),
-        vec4<f32>(v[first], v[first + step], v[first + 2u * step], v[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_v),
-    );
-}
-// @end
+// @use load(v dim_v PADDED_V w)
 
-// @block store_o
-fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
-    // @unroll
-    for (var e = 0u; e < 4u; e++) {
-        let d = d4 * 4u + e;
-        if (d < params.dim_v) {
-            let here = at + d * params.o_strides.w;
-            if (add) {
-                o[here] += value[e];
-            } else {
-                o[here] = value[e];
-            }
-        }
-    }
-}
-// @end
+// @use store(o dim_v !PADDED_V)
 
-// @block tanh
-// Cephes tanhf: a driver's own tanh may overflow or lose small arguments.
-fn tanh_exact(x: vec4<f32>) -> vec4<f32> {
-    let z = x * x;
-    let small = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
-        + 1.33314422036e-1) * z - 3.33332819422e-1) * z * x + x;
-    let a = min(abs(x), vec4<f32>(20.0));
-    let large = sign(x) * (1.0 - 2.0 / (exp2(a * 2.8853900817779268) + 1.0));
-    return select(large, small, abs(x) < vec4<f32>(0.625));
-}
-// @end
+// @use tanh
 
-// @block numbers
-const LOG2_E: f32 = 1.4426950408889634;
-const LN_2: f32 = 0.6931471805599453;
-// The running maximum starts at the least finite number: WGSL has no literal for −∞.
-const LEAST: f32 = -3.4028234663852886e38;
+// @use numbers
 
-fn not_finite(x: vec4<f32>) -> vec4<bool> {
-    return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
-}
-// @end
+// @use place
 
-// @block place
-// Where the rows and keys of a workgroup lie.
-struct Sequence {
-    // Which band, and which step of the batch strides.
-    index: u32,
-    b: u32,
-    row_block: u32,
-    first_query: u32,
-    len_q: u32,
-    first_key: u32,
-    len_k: u32,
-    keys_per_split: u32,
-}
-// @end
+// @use sequence
 
-// @block sequence
-fn sequence_of(block: u32, b: u32) -> Sequence {
-    return Sequence(b, b, block, 0u, params.len_q, 0u, params.len_k, params.keys_per_split);
-}
-// @end
-
-// @block finish
-struct Scores {
-    x: vec4<f32>,
-    // False for what is no key, may not be seen, or is −∞.
-    seen: vec4<bool>,
-}
-
-// The distances of keys j, j + 1, … from query i.
-fn away(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
-    return vec4<i32>(0, 1, 2, 3) + vec4<i32>(i32(j + params.key_0) - i32(i + params.row_0) - band.w);
-}
-
-// Scores of keys j, j + 1, …; `more` is what their distances add.
-fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool, more: vec4<f32>) -> Scores {
-    let step = vec4<u32>(0u, 1u, 2u, 3u);
-    var x = sum * params.scale;
-    if (SOFTCAP) {
-        let is_nan = (bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
-        x = select(params.softcap * tanh_exact(x / params.softcap), x, is_nan);
-    }
-    var seen = (vec4<u32>(j) + step < vec4<u32>(end)) & (step < vec4<u32>(KEYS));
-    let key = vec4<i32>(vec4<u32>(j + params.key_0) + step);
-    if (BANDED) {
-        let row = vec4<i32>(i32(i + params.row_0));
-        let inside = (key < vec4<i32>(band.x)) & (key >= row + vec4<i32>(band.y)) & (key <= row + vec4<i32>(band.z));
-        seen = seen & (inside | (key >= vec4<i32>(i32(params.ruled_keys))));
-    }
-    if (RELATIVE) {
-        x += select(more, vec4<f32>(), key >= vec4<i32>(i32(params.ruled_keys)));
-    }
-    if (LISTED && listed) {
-        // @unroll
-        for (var c = 0u; c < 4u; c++) {
-            if (c < KEYS) {
-                let ruled = u32(key[c]) < params.ruled_keys;
-                let bias = bias_at(b, h, i, j + c);
-                let passes = passes_a(b, h, i, j + c) & passes_b(b, h, i, j + c)
-                    & (bitcast<u32>(bias) != params.minus_infinity);
-                x[c] = select(x[c], x[c] + bias, ruled);
-                seen[c] = seen[c] & (passes | !ruled);
-            }
-        }
-    }
-    return Scores(x, seen & (bitcast<vec4<u32>>(x) != vec4<u32>(params.minus_infinity)));
-}
-
-// exp(x − peak) of what is seen; the floor keeps −∞ out of exp2, which some drivers get wrong.
-fn weigh(scores: Scores, peak: f32) -> vec4<f32> {
-    return select(vec4<f32>(), exp2(max((scores.x - peak) * LOG2_E, vec4<f32>(-200.0))), scores.seen);
-}
-// @end
+// @use score
 
 // A part of Q, then of P: BLOCK_ROWS rows of ACROSS vec4s.
 var<workgroup> rows_part: array<vec4<f32>, BLOCK_ROWS * ACROSS>;

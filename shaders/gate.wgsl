@@ -31,47 +31,11 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> y: array<YElem>;
 @group(0) @binding(3) var<storage, read> g: array<GElem>;
 
-// @block load_x
-fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.x_strides.z;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(x dim false z)
 
-// @block load_g
-fn load_g(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.g_strides.z;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(g[first], g[first + step], g[first + 2u * step], g[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(g dim false z)
 
-// Those of four neighbours that are fewer than `end` from 0.
-// @block store_four
-fn store_four(at: u32, first: u32, end: u32, value: vec4<f32>) {
-    y[at + first] = value.x;
-    if (first + 1u < end) {
-        y[at + first + 1u] = value.y;
-    }
-    if (first + 2u < end) {
-        y[at + first + 2u] = value.z;
-    }
-    if (first + 3u < end) {
-        y[at + first + 3u] = value.w;
-    }
-}
-// @end
+// @use store_four
 
 const LOG2_E: f32 = 1.4426950408889634;
 

@@ -86,96 +86,27 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> o: array<OElem>;
 @group(0) @binding(8) var<storage, read> lse: array<f32>;
 
-// @block bands
-@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
-fn band_of(b: u32) -> vec4<i32> {
-    return bands[params.batch_0 + b];
-}
-// @end
+// @use bands
 
-// @block mask_a
-@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
-fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
-    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
-}
-// @end
+// @use mask(a 5)
 
-// @block mask_b
-@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
-fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
-    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
-}
-// @end
+// @use mask(b 6)
 
-// @block bias
-@group(0) @binding(7) var<storage, read> bias: array<f32>;
-fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
-    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
-}
-// @end
+// @use bias
 
-// @block relative
-// What the distance of key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
-@group(0) @binding(12) var<storage, read> relative: array<f32>;
-fn relative_row(b: u32, h: u32, i: u32) -> u32 {
-    return params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i));
-}
-fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
-    let low = vec4<i32>(params.relative_low);
-    let column = vec4<u32>(clamp(distance, low, vec4<i32>(params.relative_high)) - low);
-    let at = vec4<u32>(row) + column * params.relative_strides.w;
-    return params.relative_factor * vec4<f32>(relative[at.x], relative[at.y], relative[at.z], relative[at.w]);
-}
-// @end
+// @use relative
 
-// @block visible
-// Whether query i may see key j, all rules together; a bias of −∞ hides too.
-fn visible(b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> bool {
-    let row = i32(i + params.row_0);
-    let key = i32(j + params.key_0);
-    if (u32(key) >= params.ruled_keys) {
-        return true;
-    }
-    if (BANDED && !(key < band.x && key >= row + band.y && key <= row + band.z)) {
-        return false;
-    }
-    return passes_a(b, h, i, j) && passes_b(b, h, i, j)
-        && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
-}
-// @end
+// @use visible
 
-// @block load_kept
-fn load_kept(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.kept_strides.w;
-    let first = at + d * step;
-    // Lanes beyond the width must be 0 on both sides, so that what lies there never enters.
-    return select(
-        vec4<f32>(),
-        vec4<f32>(kept[first], kept[first + step], kept[first + 2u * step], kept[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(kept dim PADDED w)
 
-// @block load_walked
-fn load_walked(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.walked_strides.w;
-    let first = at + d * step;
-    // Lanes beyond the width must be 0 on both sides, so that what lies there never enters.
-    return select(
-        vec4<f32>(),
-        vec4<f32>(walked[first], walked[first + step], walked[first + 2u * step], walked[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(walked dim PADDED w)
 
-// @block store
+// @block store_weights
 fn store_weights(at: u32, weights: vec4<f32>) {}
+// @end
+
+// @block store_sum
 fn store_sum(at: u32, sum: f32) {
     o[at] = sum;
 }
@@ -185,17 +116,7 @@ fn lse_of(b: u32, h: u32, i: u32) -> f32 {
     return lse[params.lse_offset + dot(params.lse_strides, vec4<u32>(b, h, i, 0u))];
 }
 
-// @block tanh
-// Cephes tanhf: a driver's own tanh may overflow or lose small arguments.
-fn tanh_exact(x: vec4<f32>) -> vec4<f32> {
-    let z = x * x;
-    let small = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
-        + 1.33314422036e-1) * z - 3.33332819422e-1) * z * x + x;
-    let a = min(abs(x), vec4<f32>(20.0));
-    let large = sign(x) * (1.0 - 2.0 / (exp2(a * 2.8853900817779268) + 1.0));
-    return select(large, small, abs(x) < vec4<f32>(0.625));
-}
-// @end
+// @use tanh
 
 const LOG2_E: f32 = 1.4426950408889634;
 // exp of less is 0.
@@ -371,6 +292,11 @@ fn main(
                 for (var c = 0u; c < STEP; c++) {
                     step_lse[c] = lse_of(b, h, min(at + c, params.len_q - 1u));
                 }
+                // @or shared
+                let one = lse_of(b, h, min(at + lane % 4u, params.len_q - 1u));
+                step_lse = vec4<f32>(
+                    subgroupBroadcast(one, 0u), subgroupBroadcast(one, 1u), subgroupBroadcast(one, 2u), subgroupBroadcast(one, 3u),
+                );
                 // @end
             }
         }

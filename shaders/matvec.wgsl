@@ -51,31 +51,9 @@ fn bias_of(o: u32) -> f32 {
 }
 // @end
 
-// @block load_x
-fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.x_strides.z;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_in),
-    );
-}
-// @end
+// @use load(x dim_in false z)
 
-// @block load_w
-fn load_w(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.w_strides.y;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(w[first], w[first + step], w[first + 2u * step], w[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_in),
-    );
-}
-// @end
+// @use load(w dim_in false y)
 
 // The sums of lanes: all products of the first ones first.
 var<workgroup> part: array<f32, PARTS * ROWS * OUTS>;

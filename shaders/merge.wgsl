@@ -44,17 +44,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read_write> o: array<OElem>;
 
-// @block parts
-@group(0) @binding(1) var<storage, read> parts: array<f32>;
-@group(0) @binding(2) var<storage, read> part_lse: array<f32>;
-fn lse_of(s: u32, row: u32, bhi: vec3<u32>) -> f32 {
-    return part_lse[s * params.rows + row];
-}
-fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
-    let first = (s * params.rows + row) * params.row_stride + column;
-    return vec4<f32>(parts[first], parts[first + 1u], parts[first + 2u], parts[first + 3u]);
-}
-// @end
+// @use splits
 
 // @block lse
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
@@ -63,17 +53,7 @@ fn store_lse(at: u32, value: f32) {
 }
 // @end
 
-// @block store_o
-fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
-    // @unroll
-    for (var e = 0u; e < 4u; e++) {
-        let d = d4 * 4u + e;
-        if (d < params.dim) {
-            o[at + d * params.o_strides.w] = value[e];
-        }
-    }
-}
-// @end
+// @use store(o dim false)
 
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;

@@ -53,52 +53,11 @@ fn shift_of(d: u32) -> vec4<f32> {
 }
 // @end
 
-// @block load_x
-fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.x_strides.w;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(x dim false w)
 
-// Those of four neighbours that are fewer than `end` from 0.
-// @block store_four
-fn store_four(at: u32, first: u32, end: u32, value: vec4<f32>) {
-    y[at + first] = value.x;
-    if (first + 1u < end) {
-        y[at + first + 1u] = value.y;
-    }
-    if (first + 2u < end) {
-        y[at + first + 2u] = value.z;
-    }
-    if (first + 3u < end) {
-        y[at + first + 3u] = value.w;
-    }
-}
-// @end
+// @use store_four
 
-// @block join
-var<workgroup> shared_value: array<f32, WORKGROUP>;
-
-fn join_sum(local: u32, x: f32) -> f32 {
-    shared_value[local] = x;
-    for (var step = LANES / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (local % LANES < step) {
-            shared_value[local] += shared_value[local + step];
-        }
-    }
-    workgroupBarrier();
-    let joined = shared_value[local - local % LANES];
-    workgroupBarrier();
-    return joined;
-}
-// @end
+// @use join_sum
 
 // Four neighbours of a row without its mean; 0 behind its end.
 fn centred(at: u32, d4: u32, mean: f32) -> vec4<f32> {

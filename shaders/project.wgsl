@@ -61,46 +61,11 @@ fn bias_of(o: u32) -> vec4<f32> {
 }
 // @end
 
-// @block load_x
-fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.x_strides.z;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_in),
-    );
-}
-// @end
+// @use load(x dim_in PADDED z)
 
-// @block load_w
-fn load_w(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.w_strides.y;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(w[first], w[first + step], w[first + 2u * step], w[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim_in),
-    );
-}
-// @end
+// @use load(w dim_in PADDED y)
 
-// @block y_vector
-fn load_y(at: u32, o: u32) -> vec4<f32> {
-    let here = at + o;
-    return vec4<f32>(y[here], y[here + 1u], y[here + 2u], y[here + 3u]);
-}
-fn store_y(at: u32, o: u32, value: vec4<f32>) {
-    // @unroll
-    for (var e = 0u; e < 4u; e++) {
-        if (o + e < params.dim_out) {
-            y[at + o + e] = value[e];
-        }
-    }
-}
-// @end
+// @use sums
 
 // Where row r, counted over all batch entries, begins.
 fn row_base(row: u32, strides: vec4<u32>) -> u32 {

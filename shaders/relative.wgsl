@@ -30,21 +30,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> y: array<YElem>;
 @group(0) @binding(3) var<storage, read> columns: array<u32>;
 
-// Those of four neighbours that are fewer than `end` from 0.
-// @block store_four
-fn store_four(at: u32, first: u32, end: u32, value: vec4<f32>) {
-    y[at + first] = value.x;
-    if (first + 1u < end) {
-        y[at + first + 1u] = value.y;
-    }
-    if (first + 2u < end) {
-        y[at + first + 2u] = value.z;
-    }
-    if (first + 3u < end) {
-        y[at + first + 3u] = value.w;
-    }
-}
-// @end
+// @use store_four
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

@@ -32,24 +32,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> y: array<YElem>;
 @group(0) @binding(3) var<storage, read> places: array<vec4<u32>>;
 
-// @block load_x
-fn load_x(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.x_strides.w;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(x[first], x[first + step], x[first + 2u * step], x[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(x dim false w)
 
-// @block store_y
-fn store_y(at: u32, d4: u32, value: vec4<f32>) {
-    y[at / 4u + d4] = value;
-}
-// @end
+// @use store_fours
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

@@ -42,17 +42,11 @@ fn store_lse(row: u32, value: f32) {
 }
 // @end
 
-// @block sink
-@group(0) @binding(10) var<storage, read> sink: array<f32>;
-fn sink_of(h: u32) -> f32 {
-    return sink[params.sink_offset + h * params.sink_stride];
-}
-// @end
+// @use sink
 
-// @block join
-var<workgroup> shared_value: array<f32, WORKGROUP>;
-var<workgroup> shared_nan: array<u32, WORKGROUP>;
+// @use join_sum
 
+// @block join_max
 fn join_max(local: u32, x: f32) -> f32 {
     shared_value[local] = x;
     for (var step = LANES / 2u; step > 0u; step /= 2u) {
@@ -66,19 +60,10 @@ fn join_max(local: u32, x: f32) -> f32 {
     workgroupBarrier();
     return joined;
 }
+// @end
 
-fn join_sum(local: u32, x: f32) -> f32 {
-    shared_value[local] = x;
-    for (var step = LANES / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (local % LANES < step) {
-            shared_value[local] += shared_value[local + step];
-        }
-    }
-    workgroupBarrier();
-    return shared_value[local - local % LANES];
-}
-
+// @block join_nan
+var<workgroup> shared_nan: array<u32, WORKGROUP>;
 fn join_nan(local: u32, x: bool) -> bool {
     shared_nan[local] = u32(x);
     for (var step = LANES / 2u; step > 0u; step /= 2u) {

@@ -73,88 +73,21 @@ struct Params {
 @group(0) @binding(2) var<storage, read> v: array<VElem>;
 @group(0) @binding(3) var<storage, read_write> o: array<OElem>;
 
-// @block bands
-@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
-fn band_of(b: u32) -> vec4<i32> {
-    return bands[params.batch_0 + b];
-}
-// @end
+// @use bands
 
-// @block mask_a
-@group(0) @binding(5) var<storage, read> mask_a: array<u32>;
-fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_a_offset + dot(params.mask_a_strides, vec4<u32>(b, h, i, j));
-    return (((mask_a[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_a_keeps != 0u);
-}
-// @end
+// @use mask(a 5)
 
-// @block mask_b
-@group(0) @binding(6) var<storage, read> mask_b: array<u32>;
-fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool {
-    let at = params.mask_b_offset + dot(params.mask_b_strides, vec4<u32>(b, h, i, j));
-    return (((mask_b[at / 4u] >> (8u * (at % 4u))) & 255u) != 0u) == (params.mask_b_keeps != 0u);
-}
-// @end
+// @use mask(b 6)
 
-// @block bias
-@group(0) @binding(7) var<storage, read> bias: array<f32>;
-fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 {
-    return bias[params.bias_offset + dot(params.bias_strides, vec4<u32>(b, h, i, j))];
-}
-// @end
+// @use bias
 
-// @block sink
-@group(0) @binding(10) var<storage, read> sink: array<f32>;
-fn sink_of(h: u32) -> f32 {
-    return sink[params.sink_offset + h * params.sink_stride];
-}
-// @end
+// @use sink
 
-// @block visible
-// Whether query i may see key j, all rules together; a bias of −∞ hides too.
-fn visible(b: u32, h: u32, i: u32, j: u32, band: vec4<i32>) -> bool {
-    let row = i32(i + params.row_0);
-    let key = i32(j + params.key_0);
-    if (u32(key) >= params.ruled_keys) {
-        return true;
-    }
-    if (BANDED && !(key < band.x && key >= row + band.y && key <= row + band.z)) {
-        return false;
-    }
-    return passes_a(b, h, i, j) && passes_b(b, h, i, j)
-        && bitcast<u32>(bias_at(b, h, i, j)) != params.minus_infinity;
-}
-// @end
+// @use visible
 
-// @block load_v
-fn load_v(at: u32, d4: u32) -> vec4<f32> {
-    let d = d4 * 4u;
-    let step = params.v_strides.w;
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(v[first], v[first + step], v[first + 2u * step], v[first + 3u * step]),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim),
-    );
-}
-// @end
+// @use load(v dim true w)
 
-// @block store_o
-fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
-    // @unroll
-    for (var e = 0u; e < 4u; e++) {
-        let d = d4 * 4u + e;
-        if (d < params.dim) {
-            let here = at + d * params.o_strides.w;
-            if (add) {
-                o[here] += value[e];
-            } else {
-                o[here] = value[e];
-            }
-        }
-    }
-}
-// @end
+// @use store(o dim false)
 
 fn not_finite(x: vec4<f32>) -> vec4<bool> {
     return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);

@@ -71,7 +71,7 @@ mod tests {
             let y: Vec<f32> = pollster::block_on(y.read(0..bytes, bytemuck::pod_collect_to_vec)).unwrap();
 
             let number = |name: &str| -> u32 {
-                let source = Kernel::Probe.source();
+                let source = Kernel::Probe.source().unwrap();
                 let line = source.lines().find(|line| line.starts_with(&format!("const {name}:"))).unwrap();
                 line.split(['=', 'u']).nth_back(1).unwrap().trim().parse().unwrap()
             };

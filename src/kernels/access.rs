@@ -79,230 +79,97 @@ pub fn is_wide(layout: &Layout) -> bool {
         && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
 }
 
-/// Four elements of a buffer by one load: `four`.
-fn load_of_four(buffer: &str) -> String {
-    format!("let four = {buffer}[at / 4u + d4];")
-}
-
-/// The same as [`load`] and [`fours`] wrote it, by words of 64 bits: software adapters load word by word, and a word of
-/// 64 bits costs as much as one of 32.
-pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
-    let mut changes = changes.clone();
-    for Read { buffer, alias, .. } in [Q, K, V, X, KEPT, WALKED, GATE, TABLE, W] {
-        let Some(element) = changes.aliases.get_mut(alias) else { continue };
-        let value;
-        (*element, value) = match *element {
-            "vec4<f32>" => (
-                "vec2<u64>",
-                "bitcast<vec4<f32>>(vec4<u32>(u32(words.x), u32(words.x >> 32u), u32(words.y), u32(words.y >> 32u)))",
-            ),
-            "vec2<u32>" => ("u64", "vec2<u32>(u32(words), u32(words >> 32u))"),
-            _ => continue,
-        };
-        let loads = format!("let words = {buffer}[at / 4u + d4];\n    let four = {value};");
-        for body in changes.blocks.values_mut() {
-            *body = body.replace(&load_of_four(buffer), &loads).into();
-        }
-    }
-    changes
-}
-
-/// An operand that kernels read through `load_x(at, d4) -> vec4<f32>`.
+/// A buffer that kernels read: its block and its element type.
 pub struct Read {
-    /// The buffer's name: `x` for `load_x` and `XElem`.
-    pub buffer: &'static str,
-    load: &'static str,
+    block: &'static str,
     alias: &'static str,
-    /// The stride between elements of a row.
-    step: &'static str,
 }
 
 macro_rules! read {
-    ($buffer:literal, $alias:literal, $step:literal) => {
-        Read { buffer: $buffer, load: concat!("load_", $buffer), alias: $alias, step: concat!("params.", $step) }
+    ($buffer:literal, $alias:literal) => {
+        Read { block: concat!("load_", $buffer), alias: $alias }
     };
 }
 
 /// Queries.
-pub const Q: Read = read!("q", "QElem", "q_strides.w");
+pub const Q: Read = read!("q", "QElem");
 /// Keys.
-pub const K: Read = read!("k", "KElem", "k_strides.w");
+pub const K: Read = read!("k", "KElem");
 /// Values.
-pub const V: Read = read!("v", "VElem", "v_strides.w");
-/// The input of a projection, or of a gate.
-pub const X: Read = read!("x", "XElem", "x_strides.z");
+pub const V: Read = read!("v", "VElem");
+/// The rows that a kernel works on.
+pub const X: Read = read!("x", "XElem");
 /// What `inspect.wgsl` keeps in registers.
-pub const KEPT: Read = read!("kept", "KeptElem", "kept_strides.w");
+pub const KEPT: Read = read!("kept", "KeptElem");
 /// What `inspect.wgsl` walks over.
-pub const WALKED: Read = read!("walked", "WalkedElem", "walked_strides.w");
-/// Rows on their way into a cache, or to be normalised.
-pub const ROWS: Read = read!("x", "XElem", "x_strides.w");
+pub const WALKED: Read = read!("walked", "WalkedElem");
 /// What a gate is the sigmoid of.
-pub const GATE: Read = read!("g", "GElem", "g_strides.z");
+pub const GATE: Read = read!("g", "GElem");
 /// A table of positions.
-pub const TABLE: Read = read!("table", "TableElem", "table_strides.y");
+pub const TABLE: Read = read!("table", "TableElem");
 /// The weight of a projection.
-pub const W: Read = read!("w", "WElem", "w_strides.y");
+pub const W: Read = read!("w", "WElem");
+/// Single elements of x; where it is wide, fours of them.
+pub const ELEMENT: Read = Read { block: "element_x", alias: "XElem" };
 
-/// Rewrites how `read` is loaded. `width` is the number of elements of a row; lanes from it on are 0,
-/// which a wide read needs only where `padded` (a WGSL condition) may hold.
-pub fn load(changes: Changes, read: &Read, width: &str, padded: &str, access: Access) -> Changes {
-    if access == Access::NARROW {
-        return changes;
-    }
-    let Read { buffer, load, alias, step } = read;
-    let body = if access.wide {
-        let value = unpacked(access.stored);
-        let four = load_of_four(buffer);
-        format!(
-            "fn {load}(at: u32, d4: u32) -> vec4<f32> {{
-    {four}
-    return select({value}, vec4<f32>(), {padded} && d4 * 4u >= {width});
-}}"
-        )
-    } else {
-        format!(
-            "{}
-fn {load}(at: u32, d4: u32) -> vec4<f32> {{
-    let d = d4 * 4u;
-    let step = {step};
-    let first = at + d * step;
-    return select(
-        vec4<f32>(),
-        vec4<f32>(one_{buffer}(first), one_{buffer}(first + step), one_{buffer}(first + 2u * step), one_{buffer}(first + 3u * step)),
-        vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>({width}),
-    );
-}}",
-            one(buffer, access.stored)
-        )
+/// How `read` is loaded.
+pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {
+    let part = match (access.wide, access.stored) {
+        (true, Dtype::F16) => "load_wide_f16",
+        (true, Dtype::BF16) => "load_wide_bf16",
+        (true, _) => "load_wide",
+        (false, Dtype::F16) => "load_f16",
+        (false, Dtype::BF16) => "load_bf16",
+        (false, _) => return changes,
     };
-    changes.alias(alias, access.element()).block(load, body)
+    changes.alias(read.alias, access.element()).part(read.block, part)
 }
 
-/// `one_x(at) -> f32`: one half of a word.
-fn one(buffer: &str, stored: Dtype) -> String {
-    let value = match stored {
-        Dtype::BF16 => "bitcast<f32>(word << 16u)",
-        _ => "unpack2x16float(word).x",
+/// How a kernel reads single elements of `x`: `element(at) -> f32`; fours of them by `load_x`.
+pub fn element(changes: Changes, access: Access) -> Changes {
+    let part = match (access.wide, access.stored) {
+        (true, _) => return load(changes, &ELEMENT, access),
+        (false, Dtype::F16) => "element_f16",
+        (false, Dtype::BF16) => "element_bf16",
+        (false, _) => return changes,
     };
-    format!(
-        "fn one_{buffer}(at: u32) -> f32 {{
-    let word = {buffer}[at / 2u] >> (16u * (at % 2u));
-    return {value};
-}}"
-    )
+    changes.alias(ELEMENT.alias, access.element()).part(ELEMENT.block, part)
 }
 
-/// Rewrites how a kernel that reads single elements of `x` does so: `element(at) -> f32`.
-pub fn element(changes: Changes, stored: Dtype) -> Changes {
-    match stored {
-        Dtype::F16 | Dtype::BF16 => changes
-            .alias("XElem", "u32")
-            .block("element", format!("{}\nfn element(at: u32) -> f32 {{ return one_x(at); }}", one("x", stored))),
-        _ => changes,
-    }
-}
-
-/// The same for whole fours: `load_x(at, d4) -> vec4<f32>` in the place of `element`.
-pub fn fours(changes: Changes, stored: Dtype) -> Changes {
-    let (four, value) = (load_of_four("x"), unpacked(stored));
-    changes.alias("XElem", Access { wide: true, stored }.element()).block(
-        "element",
-        format!(
-            "fn load_x(at: u32, d4: u32) -> vec4<f32> {{
-    {four}
-    return {value};
-}}"
-        ),
-    )
-}
-
-/// The four elements of a wide read, `four`.
-fn unpacked(stored: Dtype) -> &'static str {
-    match stored {
-        Dtype::F16 => "vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y))",
-        Dtype::BF16 => {
-            "bitcast<vec4<f32>>(vec4<u32>(four.x << 16u, four.x & 0xffff0000u, four.y << 16u, four.y & 0xffff0000u))"
-        }
-        _ => "four",
-    }
-}
-
-/// `pack_four(x) -> vec2<u32>`, to nearest even by bits: what drivers do with `pack2x16float` differs.
-fn pack(stored: Dtype) -> String {
-    let half_bits = match stored {
-        Dtype::BF16 => {
-            "fn half_bits(x: f32) -> u32 {
-    let bits = bitcast<u32>(x);
-    let is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return select((bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u, (bits >> 16u) | 0x40u, is_nan);
-}"
-        }
-        _ => {
-            "fn half_bits(x: f32) -> u32 {
-    let bits = bitcast<u32>(x);
-    let size = bits & 0x7fffffffu;
-    // Below 2^-14 a half counts in steps of 2^-24, as an f32 between 0.5 and 1 does.
-    let small = bitcast<u32>(bitcast<f32>(size) + 0.5) - 0x3f000000u;
-    let normal = (size + 0xfffu + ((size >> 13u) & 1u) - 0x38000000u) >> 13u;
-    var half = select(normal, small, size < 0x38800000u);
-    half = select(half, 0x7c00u, size >= 0x477ff000u);
-    half = select(half, 0x7e00u, size > 0x7f800000u);
-    return half | ((bits >> 16u) & 0x8000u);
-}"
-        }
+/// How `o` is stored: `store_o(at, d4, value, add)`. Halves are stored wide only.
+pub fn store(changes: Changes, access: Access) -> Changes {
+    let part = match access {
+        Access::NARROW => return changes,
+        Access { stored: Dtype::F16, .. } => "store_wide_f16",
+        Access { stored: Dtype::BF16, .. } => "store_wide_bf16",
+        _ => "store_wide",
     };
-    format!(
-        "{half_bits}
-fn pack_four(x: vec4<f32>) -> vec2<u32> {{
-    return vec2<u32>(half_bits(x.x) | (half_bits(x.y) << 16u), half_bits(x.z) | (half_bits(x.w) << 16u));
-}}
-"
-    )
+    changes.alias("OElem", access.element()).part("store_o", part)
 }
 
-/// Rewrites how `o` is stored: `store_o(at, d4, value, add)`, where `whole` is a WGSL condition that
-/// holds when no lane of `d4` lies behind the row's `width` elements. Halves are stored wide only.
-pub fn store(changes: Changes, width: &str, whole: &str, access: Access) -> Changes {
-    if access == Access::NARROW {
-        return changes;
-    }
-    let old = unpacked(access.stored);
-    let (helpers, new) = match access.stored {
-        Dtype::F16 | Dtype::BF16 => (pack(access.stored), "pack_four(sum)"),
-        _ => (String::new(), "sum"),
-    };
-    changes.alias("OElem", access.element()).block(
-        "store_o",
-        format!(
-            "{helpers}fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {{
-    if ({whole} || d4 * 4u < {width}) {{
-        var sum = value;
-        if (add) {{
-            let four = o[at / 4u + d4];
-            sum += {old};
-        }}
-        o[at / 4u + d4] = {new};
-    }}
-}}"
-        ),
-    )
-}
-
-/// Rewrites how whole fours of `y` are stored: `store_y(at, d4, value)`.
+/// How whole fours of `y` are stored.
 pub fn store_fours(changes: Changes, access: Access) -> Changes {
-    match access.stored {
-        Dtype::F16 | Dtype::BF16 => changes.alias("YElem", access.element()).block(
-            "store_y",
-            format!(
-                "{}fn store_y(at: u32, d4: u32, value: vec4<f32>) {{
-    y[at / 4u + d4] = pack_four(value);
-}}",
-                pack(access.stored)
-            ),
-        ),
-        _ => changes,
+    let part = match access.stored {
+        Dtype::F16 => "store_fours_f16",
+        Dtype::BF16 => "store_fours_bf16",
+        _ => return changes,
+    };
+    changes.alias("YElem", access.element()).part("store_fours", part)
+}
+
+/// The same changes with wide loads by words of 64 bits.
+pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
+    let mut changes = changes.clone();
+    for Read { block, alias } in [Q, K, V, X, KEPT, WALKED, GATE, TABLE, W, ELEMENT] {
+        let (element, part) = match changes.parts.get(block) {
+            Some(&"load_wide") => ("vec2<u64>", "load_words"),
+            Some(&"load_wide_f16") => ("u64", "load_words_f16"),
+            Some(&"load_wide_bf16") => ("u64", "load_words_bf16"),
+            _ => continue,
+        };
+        changes = changes.alias(alias, element).part(block, part);
     }
+    changes
 }
 
 /// `/wide` when every operand is read in fours, else the letters of those that are; then the halves.

@@ -1,18 +1,20 @@
 //! From a shader file to the WGSL text of one variant.
 //!
-//! Every file is valid WGSL as it stands. Four marks may be acted on, all of them comments or whole
+//! Every file is valid WGSL as it stands. Five marks may be acted on, all of them comments or whole
 //! lines that stay legal when nobody acts:
 //!
-//! - `const NAME: T = value;`, at the start of a line: the value is replaced.
+//! - `const NAME: T = value;`, a line of its own: the value is replaced.
 //! - `alias NAME = type;`, at the start of a line: the type is replaced.
-//! - `// @block name` … `// @end`: the lines between are replaced by another body.
+//! - `// @block name` … `// @end`: the lines between are replaced by another body: one line, or what stands behind
+//!   `// @or other` before the end.
+//! - `// @use part(x y)`: a block whose body is a file of its own (`parts.rs`).
 //! - `// @unroll` before a `for (var i = 0u; i < N; i++) {` with a constant `N`: the body is written
 //!   out, with `i` replaced by its value. Old drivers (Mesa 22) do not unroll by themselves, and
 //!   registers cannot be indexed by a variable.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use super::parts::compose;
 use crate::error::{Error, Result};
 
 /// What to change in a shader file. Values are WGSL text.
@@ -22,8 +24,12 @@ pub struct Changes {
     pub consts: BTreeMap<&'static str, String>,
     /// Types of `alias` lines.
     pub aliases: BTreeMap<&'static str, &'static str>,
-    /// Bodies of blocks.
-    pub blocks: BTreeMap<&'static str, Cow<'static, str>>,
+    /// Bodies of blocks, one line each.
+    pub blocks: BTreeMap<&'static str, &'static str>,
+    /// Other bodies of blocks, by the names that the file gives them: `// @or name`.
+    pub bodies: BTreeMap<&'static str, &'static str>,
+    /// Other parts than the file names, by block.
+    pub parts: BTreeMap<&'static str, &'static str>,
 }
 
 impl Changes {
@@ -43,8 +49,18 @@ impl Changes {
         self
     }
     /// Another body for a block.
-    pub fn block(mut self, name: &'static str, body: impl Into<Cow<'static, str>>) -> Self {
-        self.blocks.insert(name, body.into());
+    pub fn block(mut self, name: &'static str, body: &'static str) -> Self {
+        self.blocks.insert(name, body);
+        self
+    }
+    /// The body that the file calls `body`.
+    pub fn body(mut self, name: &'static str, body: &'static str) -> Self {
+        self.bodies.insert(name, body);
+        self
+    }
+    /// Another part for a block.
+    pub fn part(mut self, name: &'static str, part: &'static str) -> Self {
+        self.parts.insert(name, part);
         self
     }
 }
@@ -55,8 +71,27 @@ fn fault(file: &str, message: String) -> Error {
 
 /// The text of a variant. A change that names nothing in the file is an error.
 pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String> {
-    let mut unused: Vec<&str> =
-        changes.consts.keys().chain(changes.aliases.keys()).chain(changes.blocks.keys()).copied().collect();
+    let (lines, consts) = changed(file, source, changes)?;
+    let mut out = String::new();
+    unroll(file, &lines, &consts, &mut out)?;
+    Ok(out)
+}
+
+/// The text of a file with its parts as it stands.
+pub fn as_it_stands(file: &str, source: &str) -> Result<String> {
+    let (lines, _) = changed(file, source, &Changes::default())?;
+    Ok(lines.join("\n") + "\n")
+}
+
+/// The lines of a variant, its loops not yet written out, and its constants.
+fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, BTreeMap<String, u64>)> {
+    let source = compose(file, source, changes)?;
+    let mut unused: Vec<&str> = (changes.consts.keys())
+        .chain(changes.aliases.keys())
+        .chain(changes.blocks.keys())
+        .chain(changes.bodies.keys())
+        .copied()
+        .collect();
     let mut lines: Vec<String> = Vec::new();
     let mut consts: BTreeMap<String, u64> = BTreeMap::new();
     let mut skipping = false;
@@ -68,8 +103,16 @@ pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String>
             if let Some(body) = changes.blocks.get(name) {
                 unused.retain(|&n| n != name);
                 lines.extend(body.lines().map(String::from));
-                skipping = true;
             }
+            skipping = changes.blocks.contains_key(name) || changes.bodies.contains_key(name);
+            continue;
+        }
+        if let (Some(body), Some(name)) = (trimmed.strip_prefix("// @or "), open) {
+            let is_chosen = changes.bodies.get(name) == Some(&body);
+            if is_chosen {
+                unused.retain(|&n| n != name);
+            }
+            skipping = !is_chosen;
             continue;
         }
         if trimmed == "// @end" {
@@ -105,38 +148,19 @@ pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String>
     if !unused.is_empty() {
         return Err(fault(file, format!("has no const, alias or block called {}", unused.join(", "))));
     }
-    let mut out = String::new();
-    unroll(file, &lines, &consts, &mut out)?;
-    Ok(out)
+    Ok((lines, consts))
 }
 
-/// The names of a file's blocks with their default bodies.
-pub fn blocks(source: &str) -> BTreeMap<&str, String> {
-    let mut found = BTreeMap::new();
-    let mut open: Option<(&str, String)> = None;
-    for line in source.lines() {
-        if let Some(name) = line.trim().strip_prefix("// @block ") {
-            open = Some((name, String::new()));
-        } else if line.trim() == "// @end" {
-            found.extend(open.take());
-        } else if let Some((_, body)) = &mut open {
-            body.push_str(line);
-            body.push('\n');
-        }
-    }
-    found
-}
-
-/// `(NAME, "const NAME: T")` of a declaration at the start of a line.
+/// `(NAME, "const NAME: T")` of a declaration on a line of its own.
 fn declared<'a>(line: &'a str, keyword: &str, end: char) -> Option<(&'a str, &'a str)> {
-    let rest = line.strip_prefix(keyword)?;
+    let rest = line.trim_start().strip_prefix(keyword)?;
     let (name, _) = rest.split_once(end)?;
     let (head, _) = line.split_once('=')?;
     Some((name.trim(), head.trim_end()))
 }
 
 fn name_of(line: &str) -> String {
-    line.trim_start_matches("const ").split(':').next().unwrap_or_default().trim().to_string()
+    line.trim_start().trim_start_matches("const ").split(':').next().unwrap_or_default().trim().to_string()
 }
 
 fn unroll(file: &str, lines: &[String], consts: &BTreeMap<String, u64>, out: &mut String) -> Result<()> {

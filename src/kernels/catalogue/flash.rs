@@ -88,67 +88,9 @@ pub struct FlashRotary {
     pub interleaved: bool,
 }
 
-/// The rows of Q, halves turned together.
-const QUERY_HALVES_TURNED: &str = "for (var d = 0u; d < PAIRS4; d++) {
-    // @unroll
-    for (var r = 0u; r < ROWS; r++) {
-        let at = u32(i32(query[r] + params.row_0) + band.w) * 2u * PAIRS4 + d;
-        let cosine = angles[at];
-        let sine = angles[at + PAIRS4];
-        let low = load_q(q_base[r], d);
-        let high = load_q(q_base[r], d + PAIRS4);
-        let turned_low = low * cosine - high * sine;
-        let turned_high = high * cosine + low * sine;
-        // @unroll
-        for (var e = 0u; e < PAIRS4; e++) {
-            q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], turned_low, d == e);
-            q_tile[r * DEPTH4 + PAIRS4 + e] = select(q_tile[r * DEPTH4 + PAIRS4 + e], turned_high, d == e);
-        }
-    }
-}";
-
 /// Parts of a row that are loaded or stored between two turns of a loop: few pieces of long code, and few selects.
 fn at_once(count: u32) -> u32 {
     if count.is_multiple_of(2) { 2 } else { 1 }
-}
-
-/// A key's vec4s of a lane, those `apart` loads from each other turned together.
-fn halves_turned(apart: u32) -> String {
-    format!(
-        "var brought = array<vec4<f32>, K_LOADS>();
-// @unroll
-for (var n = 0u; n < K_LOADS; n++) {{
-    brought[n] = load_k(key, k_part[n]);
-}}
-// @unroll
-for (var n = 0u; n < {apart}u; n++) {{
-    let at = position * 2u * PAIRS4 + k_part[n];
-    let cosine = angles[at];
-    let sine = angles[at + PAIRS4];
-    let low = brought[n];
-    let high = brought[n + {apart}u];
-    brought[n] = low * cosine - high * sine;
-    brought[n + {apart}u] = high * cosine + low * sine;
-}}"
-    )
-}
-
-/// What the distances of `rows` neighbouring queries add to 4 · `groups` keys: `rows + 3` values for each four.
-fn relative_runs(rows: u32, groups: u32) -> String {
-    let mut text = String::new();
-    for g in 0..groups {
-        text.push_str(&format!("{{ let first = away(query[{}u], j + {}u, band);\n", rows - 1, 4 * g));
-        for n in 0..(rows + 3).div_ceil(4) {
-            text.push_str(&format!("let x{n} = relative_at(relative_from[0u], first + vec4<i32>({}));\n", 4 * n));
-        }
-        let value = |at: u32| format!("x{}[{}]", at / 4, at % 4);
-        for r in 0..rows {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|e| value(rows - 1 - r + e));
-            text.push_str(&format!("more[{}u] = vec4<f32>({a}, {b}, {c}, {d});\n", r * groups + g));
-        }
-        text.push_str("}\n");
-    }
-    text
 }
 
 /// A variant of `flash.wgsl`, or of `flash_tiled.wgsl`.
@@ -183,10 +125,10 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     let mark = |padded| if padded { "_padded" } else { "" };
     name.push_str(&format!("/keys{keys}/dims{}{}x{}{}", depth4 * 4, mark(padded[0]), cols4 * 4, mark(padded[1])));
     let FlashAccess { q, k, v, o } = access;
-    changes = access::load(changes, &access::Q, "params.dim_k", "PADDED_K", q);
-    changes = access::load(changes, &access::K, "params.dim_k", "PADDED_K", k);
-    changes = access::load(changes, &access::V, "params.dim_v", "PADDED_V", v);
-    changes = access::store(changes, "params.dim_v", "!PADDED_V", o);
+    changes = access::load(changes, &access::Q, q);
+    changes = access::load(changes, &access::K, k);
+    changes = access::load(changes, &access::V, v);
+    changes = access::store(changes, o);
     access::name(&mut name, &[("q", q), ("k", k), ("v", v), ("o", o)]);
     changes = changes.flag("SOFTCAP", softcap);
     if softcap {
@@ -217,7 +159,7 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
             // The rows of an invocation are neighbours: what their distances add overlaps.
             Some(RelativeKind::Fours) if runs => {
                 name.push_str("/runs");
-                changes.block("relative_step", relative_runs(rows, keys.div_ceil(4)))
+                changes.body("relative_step", "runs").number("NEAR", (rows + 3).div_ceil(4))
             }
             Some(_) => changes,
             None => changes.block("relative_step", ""),
@@ -225,60 +167,29 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     }
     match rotary {
         None => {
-            changes = changes.block(
-                "turn",
-                "fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> { return load_q(at, d4); }
-fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> { return load_k(at, d4); }",
-            );
+            changes = changes.part("rotary", "rotary_none");
         }
         Some(FlashRotary { pairs4, interleaved: false }) => {
             name.push_str(&format!("/rotary{}", pairs4 * 8));
             changes = changes.number("PAIRS4", pairs4);
             if !tile.is_tiled() && 2 * pairs4 == depth4 {
-                changes = changes.block("bring_q", QUERY_HALVES_TURNED);
+                changes = changes.body("bring_q", "halves");
             }
             if !tile.is_tiled() && pairs4.is_multiple_of(lanes) {
                 // A lane loads both halves of its pairs.
-                changes = changes
-                    .block("bring_k", halves_turned(pairs4 / lanes))
+                changes = (changes.body("bring_k", "halves").number("APART", pairs4 / lanes))
                     .block("part_k", "mine = brought[d / SHARE];");
             }
         }
         Some(FlashRotary { pairs4, interleaved: true }) => {
             name.push_str(&format!("/rotary{}_interleaved", pairs4 * 4));
-            changes = changes.block(
-                "turn",
-                format!(
-                    "@group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
-fn turned(x: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {{
-    let angle = angles[position * {pairs4}u + min(d4, {pairs4}u - 1u)];
-    let y = x * angle.xxyy + x.yxwz * vec4<f32>(-angle.z, angle.z, -angle.w, angle.w);
-    return select(y, x, vec4<bool>(d4 >= {pairs4}u));
-}}
-fn turned_q(at: u32, d4: u32, position: u32) -> vec4<f32> {{ return turned(load_q(at, d4), d4, position); }}
-fn turned_k(at: u32, d4: u32, position: u32) -> vec4<f32> {{ return turned(load_k(at, d4), d4, position); }}"
-                ),
-            );
+            changes = changes.part("rotary", "rotary_interleaved").number("PAIRS4", pairs4);
         }
     }
     if packed {
-        // Two entries per sequence (where its rows and keys lie, its band and keys per split), then for every
-        // block of rows the sequence and the block in it.
         name.push_str("/packed");
-        changes = changes
-            .block(
-                "bands",
-                "@group(0) @binding(4) var<storage, read> bands: array<vec4<i32>>;
-fn band_of(s: u32) -> vec4<i32> { return bands[2u * s + 1u]; }",
-            )
-            .block(
-                "sequence",
-                "fn sequence_of(block: u32, b: u32) -> Sequence {
-    let at = vec4<u32>(bands[params.batch_0 + block]);
-    let place = vec4<u32>(bands[2u * at.x]);
-    return Sequence(at.x, 0u, at.y, place.x, place.y, place.z, place.w, u32(band_of(at.x).w));
-}",
-            );
+        changes.blocks.remove("bands");
+        changes = changes.part("bands", "bands_packed").part("sequence", "sequence_packed");
     }
     Variant { kernel, changes, name }
 }

@@ -7,135 +7,88 @@ pub use flash::{
 };
 
 use super::access::{self, Access};
-use super::specialise::{Changes, specialise};
+use super::specialise::{Changes, as_it_stands, specialise};
 use crate::error::{Result, value_error};
 use crate::problem::Dtype;
 
-/// A shader file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kernel {
+macro_rules! kernels {
+    ($(#[doc = $doc:literal] $kernel:ident => $file:literal,)*) => {
+        /// A shader file.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Kernel {
+            $(#[doc = $doc] $kernel,)*
+        }
+
+        impl Kernel {
+            /// All kernels.
+            pub const ALL: &[Kernel] = &[$(Kernel::$kernel),*];
+
+            /// The file's name without its ending.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Kernel::$kernel => $file,)*
+                }
+            }
+
+            /// The file's text, its parts named only.
+            fn file(self) -> &'static str {
+                match self {
+                    $(Kernel::$kernel => include_str!(concat!("../../../shaders/", $file, ".wgsl")),)*
+                }
+            }
+        }
+    };
+}
+
+kernels! {
     /// `S = scale · Q·Kᵀ`, softcap, bias, mask.
-    Scores,
+    Scores => "scores",
     /// `P = softmax(S)`, LSE.
-    Softmax,
+    Softmax => "softmax",
     /// `O = P·V`.
-    WeightedSum,
+    WeightedSum => "weighted_sum",
     /// All three in one, without the scores in memory.
-    Flash,
+    Flash => "flash",
     /// The same through tiles in workgroup memory.
-    FlashTiled,
+    FlashTiled => "flash_tiled",
     /// Outputs of splits of the keys joined by their LSE.
-    Merge,
+    Merge => "merge",
     /// Weights, column sums and entropies recomputed from the LSE.
-    Inspect,
+    Inspect => "inspect",
     /// `Y = X·Wᵀ + b`.
-    Project,
+    Project => "project",
     /// The same for few rows of X.
-    Matvec,
+    Matvec => "matvec",
     /// Extra keys behind a projection.
-    Append,
+    Append => "append",
     /// Weights averaged over heads.
-    MeanHeads,
+    MeanHeads => "mean_heads",
     /// Masks, biases and bands as one bias.
-    Fold,
+    Fold => "fold",
     /// A strided view made row-major.
-    Copy,
+    Copy => "copy",
     /// Multiply-adds in registers, to measure an adapter.
-    Probe,
+    Probe => "probe",
     /// Rows written into a cache of keys or values.
-    Scatter,
+    Scatter => "scatter",
     /// What masks leave of tiles of keys.
-    Classify,
+    Classify => "classify",
     /// Pairs of columns turned by their positions.
-    Rotate,
+    Rotate => "rotate",
     /// A table's rows added to embeddings.
-    AddPositions,
+    AddPositions => "add_positions",
     /// Biases by the distance of query and key.
-    Relative,
+    Relative => "relative",
     /// RMSNorm and LayerNorm of rows.
-    Normalise,
+    Normalise => "normalise",
     /// `X · σ(G)`.
-    Gate,
+    Gate => "gate",
 }
 
 impl Kernel {
-    /// All kernels.
-    pub const ALL: [Kernel; 21] = [
-        Kernel::Scores,
-        Kernel::Softmax,
-        Kernel::WeightedSum,
-        Kernel::Flash,
-        Kernel::FlashTiled,
-        Kernel::Merge,
-        Kernel::Inspect,
-        Kernel::Project,
-        Kernel::Matvec,
-        Kernel::Append,
-        Kernel::MeanHeads,
-        Kernel::Fold,
-        Kernel::Copy,
-        Kernel::Probe,
-        Kernel::Scatter,
-        Kernel::Classify,
-        Kernel::Rotate,
-        Kernel::AddPositions,
-        Kernel::Relative,
-        Kernel::Normalise,
-        Kernel::Gate,
-    ];
-
-    /// The file's name without its ending.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kernel::Scores => "scores",
-            Kernel::Softmax => "softmax",
-            Kernel::WeightedSum => "weighted_sum",
-            Kernel::Flash => "flash",
-            Kernel::FlashTiled => "flash_tiled",
-            Kernel::Merge => "merge",
-            Kernel::Inspect => "inspect",
-            Kernel::Project => "project",
-            Kernel::Matvec => "matvec",
-            Kernel::Append => "append",
-            Kernel::MeanHeads => "mean_heads",
-            Kernel::Fold => "fold",
-            Kernel::Copy => "copy",
-            Kernel::Probe => "probe",
-            Kernel::Scatter => "scatter",
-            Kernel::Classify => "classify",
-            Kernel::Rotate => "rotate",
-            Kernel::AddPositions => "add_positions",
-            Kernel::Relative => "relative",
-            Kernel::Normalise => "normalise",
-            Kernel::Gate => "gate",
-        }
-    }
-
-    /// The file's text.
-    pub fn source(self) -> &'static str {
-        match self {
-            Kernel::Scores => include_str!("../../../shaders/scores.wgsl"),
-            Kernel::Softmax => include_str!("../../../shaders/softmax.wgsl"),
-            Kernel::WeightedSum => include_str!("../../../shaders/weighted_sum.wgsl"),
-            Kernel::Flash => include_str!("../../../shaders/flash.wgsl"),
-            Kernel::FlashTiled => include_str!("../../../shaders/flash_tiled.wgsl"),
-            Kernel::Merge => include_str!("../../../shaders/merge.wgsl"),
-            Kernel::Inspect => include_str!("../../../shaders/inspect.wgsl"),
-            Kernel::Project => include_str!("../../../shaders/project.wgsl"),
-            Kernel::Matvec => include_str!("../../../shaders/matvec.wgsl"),
-            Kernel::Append => include_str!("../../../shaders/append.wgsl"),
-            Kernel::MeanHeads => include_str!("../../../shaders/mean_heads.wgsl"),
-            Kernel::Fold => include_str!("../../../shaders/fold.wgsl"),
-            Kernel::Copy => include_str!("../../../shaders/copy.wgsl"),
-            Kernel::Probe => include_str!("../../../shaders/probe.wgsl"),
-            Kernel::Scatter => include_str!("../../../shaders/scatter.wgsl"),
-            Kernel::Classify => include_str!("../../../shaders/classify.wgsl"),
-            Kernel::Rotate => include_str!("../../../shaders/rotate.wgsl"),
-            Kernel::AddPositions => include_str!("../../../shaders/add_positions.wgsl"),
-            Kernel::Relative => include_str!("../../../shaders/relative.wgsl"),
-            Kernel::Normalise => include_str!("../../../shaders/normalise.wgsl"),
-            Kernel::Gate => include_str!("../../../shaders/gate.wgsl"),
-        }
+    /// The file's text with its parts, as it stands.
+    pub fn source(self) -> Result<String> {
+        as_it_stands(self.name(), self.file())
     }
 }
 
@@ -153,7 +106,7 @@ pub struct Variant {
 impl Variant {
     /// The WGSL text as it runs.
     pub fn source(&self) -> Result<String> {
-        specialise(self.kernel.name(), self.kernel.source(), &self.changes)
+        specialise(self.kernel.name(), self.kernel.file(), &self.changes)
     }
 
     /// The same kernel whose wide loads are of words of 64 bits, for devices with `wgpu::Features::SHADER_INT64`:
@@ -164,7 +117,7 @@ impl Variant {
 
     /// True when the text uses subgroup operations.
     pub fn uses_subgroups(&self) -> bool {
-        self.changes.blocks.values().any(|body| body.contains("subgroup"))
+        self.number("SHARE", 1) > 1
     }
 
     /// Invocations per workgroup.
@@ -182,11 +135,11 @@ impl Variant {
     pub fn workgroup_memory(&self) -> u32 {
         let workgroup = self.workgroup_size();
         match self.kernel {
-            Kernel::Softmax if !self.changes.blocks.contains_key("join") => softmax_memory(workgroup),
+            Kernel::Softmax if !self.changes.blocks.contains_key("join_sum") => softmax_memory(workgroup),
             Kernel::FlashTiled => tiled_memory(workgroup),
             // One f32 per product and lanes that add up theirs before.
             Kernel::Matvec => 4 * workgroup / self.number("SHARE", 1) * self.number("ROWS", 1) * self.number("OUTS", 4),
-            Kernel::Normalise if !self.changes.blocks.contains_key("join") => 4 * workgroup,
+            Kernel::Normalise if !self.changes.blocks.contains_key("join_sum") => 4 * workgroup,
             _ => 0,
         }
     }
@@ -255,23 +208,10 @@ impl Rules {
     fn apply_relative(&self, changes: Changes, name: &mut String) -> Changes {
         let changes = changes.flag("RELATIVE", self.relative.is_some());
         match self.relative {
-            None => changes.block(
-                "relative",
-                "fn relative_row(b: u32, h: u32, i: u32) -> u32 { return 0u; }
-fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> { return vec4<f32>(); }",
-            ),
+            None => changes.part("relative", "relative_none"),
             Some(RelativeKind::Slope) => {
                 name.push_str("/alibi");
-                changes.block(
-                    "relative",
-                    "@group(0) @binding(12) var<storage, read> relative: array<u32>;
-fn relative_row(b: u32, h: u32, i: u32) -> u32 {
-    return relative[params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i))];
-}
-fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
-    return bitcast<f32>(row) * -abs(vec4<f32>(distance));
-}",
-                )
+                changes.part("relative", "relative_slope")
             }
             Some(RelativeKind::Table) => {
                 name.push_str("/relative");
@@ -279,17 +219,7 @@ fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
             }
             Some(RelativeKind::Fours) => {
                 name.push_str("/relative4");
-                changes.block(
-                    "relative",
-                    "@group(0) @binding(12) var<storage, read> relative: array<vec4<f32>>;
-fn relative_row(b: u32, h: u32, i: u32) -> u32 {
-    return (params.relative_offset + dot(params.relative_strides.xyz, vec3<u32>(b, h, i))) / 4u;
-}
-fn relative_at(row: u32, distance: vec4<i32>) -> vec4<f32> {
-    let first = clamp(distance.x, params.relative_low - 3, params.relative_high);
-    return params.relative_factor * relative[row + u32(params.relative_high - first)];
-}",
-                )
+                changes.part("relative", "relative_fours")
             }
         }
     }
@@ -346,8 +276,8 @@ pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rul
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded).flag("SOFTCAP", softcap);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    changes = access::load(changes, &access::Q, "params.dim", "PADDED", q);
-    changes = access::load(changes, &access::K, "params.dim", "PADDED", k);
+    changes = access::load(changes, &access::Q, q);
+    changes = access::load(changes, &access::K, k);
     access::name(&mut name, &[("q", q), ("k", k)]);
     if softcap {
         name.push_str("/softcap");
@@ -372,8 +302,8 @@ pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: R
     }
     changes = changes.number("COLS4", tile.depth4).flag("ACCUMULATE", accumulate);
     name.push_str(&format!("/columns{}", tile.depth4 * 4));
-    changes = access::load(changes, &access::V, "params.dim", "true", v);
-    changes = access::store(changes, "params.dim", "false", o);
+    changes = access::load(changes, &access::V, v);
+    changes = access::store(changes, o);
     access::name(&mut name, &[("v", v), ("o", o)]);
     if accumulate {
         name.push_str("/accumulate");
@@ -395,7 +325,7 @@ pub fn classify(rules: Rules) -> Variant {
 /// A variant of `merge.wgsl`.
 pub fn merge(lse: bool, o: Access) -> Variant {
     let mut name = String::from("merge");
-    let mut changes = access::store(Changes::default(), "params.dim", "false", o);
+    let mut changes = access::store(Changes::default(), o);
     access::name(&mut name, &[("o", o)]);
     if lse {
         name.push_str("/lse");
@@ -407,29 +337,7 @@ pub fn merge(lse: bool, o: Access) -> Variant {
 
 /// `merge.wgsl` over two results that lie apart, at any strides.
 pub fn merge_pair() -> Variant {
-    let changes = Changes::default().block(
-        "parts",
-        "@group(0) @binding(1) var<storage, read> out_a: array<f32>;
-@group(0) @binding(2) var<storage, read> lse_a: array<f32>;
-@group(0) @binding(5) var<storage, read> out_b: array<f32>;
-@group(0) @binding(6) var<storage, read> lse_b: array<f32>;
-fn lse_of(s: u32, row: u32, bhi: vec3<u32>) -> f32 {
-    if (s == 0u) {
-        return lse_a[params.a_lse_offset + dot(params.a_lse_strides, bhi)];
-    }
-    return lse_b[params.b_lse_offset + dot(params.b_lse_strides, bhi)];
-}
-fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
-    if (s == 0u) {
-        let step = params.a_strides.w;
-        let at = params.a_offset + dot(params.a_strides.xyz, bhi) + column * step;
-        return vec4<f32>(out_a[at], out_a[at + step], out_a[at + 2u * step], out_a[at + 3u * step]);
-    }
-    let step = params.b_strides.w;
-    let at = params.b_offset + dot(params.b_strides.xyz, bhi) + column * step;
-    return vec4<f32>(out_b[at], out_b[at + step], out_b[at + 2u * step], out_b[at + 3u * step]);
-}",
-    );
+    let changes = Changes::default().part("splits", "pair");
     Variant { kernel: Kernel::Merge, changes, name: "merge/pair".into() }
 }
 
@@ -461,28 +369,20 @@ pub fn inspect(
         Inspection::Entropy => (2, "entropy"),
     };
     let mut name = format!("inspect/{word}");
-    let shared = [
-        ("share", "let y4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);"),
-        (
-            "share_lse",
-            "let one = lse_of(b, h, min(at + lane % 4u, params.len_q - 1u));
-step_lse = vec4<f32>(
-    subgroupBroadcast(one, 0u), subgroupBroadcast(one, 1u), subgroupBroadcast(one, 2u), subgroupBroadcast(one, 3u),
-);",
-        ),
-    ];
+    let shared = [("share", "let y4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared).number("RESULT", result);
+    if tile.share > 1 {
+        changes = changes.body("share_lse", "shared");
+    }
     changes = changes.number("DEPTH4", tile.depth4).number("CHUNKS", chunks).flag("PADDED", padded);
     name.push_str(&format!("/depth{}x{chunks}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    changes = access::load(changes, &access::KEPT, "params.dim", "PADDED", kept);
-    changes = access::load(changes, &access::WALKED, "params.dim", "PADDED", walked);
+    changes = access::load(changes, &access::KEPT, kept);
+    changes = access::load(changes, &access::WALKED, walked);
     access::name(&mut name, &[("x", kept), ("y", walked)]);
     if inspection == Inspection::Weights {
-        changes = changes.alias("OElem", "vec4<f32>").block(
-            "store",
-            "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }
-fn store_sum(at: u32, sum: f32) {}",
-        );
+        changes = (changes.alias("OElem", "vec4<f32>"))
+            .block("store_weights", "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }")
+            .block("store_sum", "fn store_sum(at: u32, sum: f32) {}");
     }
     changes = changes.flag("SOFTCAP", softcap);
     if softcap {
@@ -506,12 +406,9 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Varian
     }
     changes = sink(changes, with_sink, &mut name);
     if lanes == 1 {
-        changes = changes.block(
-            "join",
-            "fn join_max(local: u32, x: f32) -> f32 { return x; }
-fn join_sum(local: u32, x: f32) -> f32 { return x; }
-fn join_nan(local: u32, x: bool) -> bool { return x; }",
-        );
+        changes = (changes.block("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }"))
+            .block("join_max", "fn join_max(local: u32, x: f32) -> f32 { return x; }")
+            .block("join_nan", "fn join_nan(local: u32, x: bool) -> bool { return x; }");
     }
     Variant { kernel: Kernel::Softmax, changes, name }
 }
@@ -531,14 +428,10 @@ pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bia
     changes = changes.number("DEPTH4", tile.depth4).number("LOADS", loads).number("GROUPS", tile.depth4 / loads);
     changes = changes.flag("PADDED", padded);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    changes = access::load(changes, &access::X, "params.dim_in", "PADDED", x);
-    changes = access::load(changes, &access::W, "params.dim_in", "PADDED", w);
+    changes = access::load(changes, &access::X, x);
+    changes = access::load(changes, &access::W, w);
     if wide_y {
-        changes = changes.alias("YElem", "vec4<f32>").block(
-            "y_vector",
-            "fn load_y(at: u32, o: u32) -> vec4<f32> { return y[(at + o) / 4u]; }
-fn store_y(at: u32, o: u32, value: vec4<f32>) { y[(at + o) / 4u] = value; }",
-        );
+        changes = changes.alias("YElem", "vec4<f32>").part("sums", "sums_wide");
     }
     access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
     if !bias {
@@ -573,8 +466,8 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
         changes = changes.number("SHARE", share).block("share", body);
     }
     // No vec4 behind the width is read.
-    changes = access::load(changes, &access::X, "params.dim_in", "false", x);
-    changes = access::load(changes, &access::W, "params.dim_in", "false", w);
+    changes = access::load(changes, &access::X, x);
+    changes = access::load(changes, &access::W, w);
     access::name(&mut name, &[("x", x), ("w", w)]);
     if bias {
         name.push_str("/bias");
@@ -588,7 +481,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
 pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: bool, bias: bool) -> Variant {
     let mut name = format!("normalise/{}/lanes{lanes}x{}", if centred { "layer" } else { "rms" }, workgroup / lanes);
     let changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("CENTRED", centred);
-    let mut changes = access::load(changes, &access::ROWS, "params.dim", "false", x);
+    let mut changes = access::load(changes, &access::X, x);
     if wide_y {
         changes = stored_in_fours(changes);
     }
@@ -599,7 +492,7 @@ pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: b
         changes = changes.block("shift", "fn shift_of(d: u32) -> vec4<f32> { return vec4<f32>(); }");
     }
     if lanes == 1 {
-        changes = changes.block("join", "fn join_sum(local: u32, x: f32) -> f32 { return x; }");
+        changes = changes.block("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }");
     }
     Variant { kernel: Kernel::Normalise, changes, name }
 }
@@ -607,8 +500,8 @@ pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: b
 /// A variant of `gate.wgsl`.
 pub fn gate(x: Access, g: Access, wide_y: bool) -> Variant {
     let mut name = String::from("gate");
-    let changes = access::load(Changes::default(), &access::X, "params.dim", "false", x);
-    let mut changes = access::load(changes, &access::GATE, "params.dim", "false", g);
+    let changes = access::load(Changes::default(), &access::X, x);
+    let mut changes = access::load(changes, &access::GATE, g);
     if wide_y {
         changes = stored_in_fours(changes);
     }
@@ -659,7 +552,7 @@ pub fn fold(source: FoldSource, accumulate: bool) -> Variant {
 pub fn copy(stored: Dtype) -> Variant {
     let mut name = String::from("copy");
     access::name(&mut name, &[("x", Access { wide: false, stored })]);
-    Variant { kernel: Kernel::Copy, changes: access::element(Changes::default(), stored), name }
+    Variant { kernel: Kernel::Copy, changes: access::element(Changes::default(), Access { wide: false, stored }), name }
 }
 
 /// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a
@@ -675,7 +568,7 @@ pub fn probe(workgroup: u32) -> Variant {
 /// A variant of `scatter.wgsl` into a cache that holds `stored`.
 pub fn scatter(x: Access, stored: Dtype) -> Variant {
     let mut name = String::from("scatter");
-    let changes = access::load(Changes::default(), &access::ROWS, "params.dim", "false", x);
+    let changes = access::load(Changes::default(), &access::X, x);
     let y = Access { wide: true, stored };
     access::name(&mut name, &[("x", x), ("y", y)]);
     Variant { kernel: Kernel::Scatter, changes: access::store_fours(changes, y), name }
@@ -703,42 +596,10 @@ pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     let mut name = String::from(if interleaved { "rotate/interleaved" } else { "rotate/half_split" });
     access::name(&mut name, &[("x", x)]);
     let changes = Changes::default().flag("INTERLEAVED", interleaved);
-    let changes = if x.wide {
-        access::fours(changes, x.stored).alias("YElem", "vec4<f32>").alias("AngleElem", "vec4<f32>").block(
-            "turn",
-            "fn turn(x_at: u32, y_at: u32, angle: u32, unit: u32) {
-    let pairs4 = params.pairs / 4u;
-    let is_copied = unit >= pairs4;
-    let is_split = !INTERLEAVED && !is_copied;
-    let d0 = select(2u * unit, unit, is_split);
-    let d1 = select(2u * unit + 1u, unit + pairs4, is_split);
-    let first = load_x(x_at, d0);
-    if (is_copied) {
-        y[y_at / 4u + d0] = first;
-        if (4u * d1 < params.dim) {
-            y[y_at / 4u + d1] = load_x(x_at, d1);
-        }
-        return;
+    let mut changes = access::element(changes, x);
+    if x.wide {
+        changes = changes.alias("YElem", "vec4<f32>").alias("AngleElem", "vec4<f32>").part("turn", "turn_wide");
     }
-    let second = load_x(x_at, d1);
-    let cosine = angles[angle / 4u + unit];
-    let sine = angles[angle / 4u + params.row_stride / 8u + unit];
-    if (INTERLEAVED) {
-        let x0 = vec4<f32>(first.xz, second.xz);
-        let x1 = vec4<f32>(first.yw, second.yw);
-        let y0 = x0 * cosine - x1 * sine;
-        let y1 = x1 * cosine + x0 * sine;
-        y[y_at / 4u + d0] = vec4<f32>(y0.x, y1.x, y0.y, y1.y);
-        y[y_at / 4u + d1] = vec4<f32>(y0.z, y1.z, y0.w, y1.w);
-    } else {
-        y[y_at / 4u + d0] = first * cosine - second * sine;
-        y[y_at / 4u + d1] = second * cosine + first * sine;
-    }
-}",
-        )
-    } else {
-        access::element(changes, x.stored)
-    };
     Variant { kernel: Kernel::Rotate, changes: rows_listed(changes, listed, &mut name), name }
 }
 
@@ -746,8 +607,8 @@ pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
 pub fn add_positions(x: Access, table: Access, wide_y: bool, listed: bool) -> Variant {
     let mut name = String::from("add_positions");
     access::name(&mut name, &[("x", x), ("t", table), ("y", Access { wide: wide_y, ..Access::NARROW })]);
-    let mut changes = access::load(Changes::default(), &access::X, "params.dim", "false", x);
-    changes = access::load(changes, &access::TABLE, "params.dim", "false", table);
+    let mut changes = access::load(Changes::default(), &access::X, x);
+    changes = access::load(changes, &access::TABLE, table);
     if wide_y {
         changes = stored_in_fours(changes);
     }
@@ -964,7 +825,7 @@ pub fn variant_names() -> Vec<String> {
 /// The WGSL of a variant as it runs, or of a file as it stands (`scores.wgsl`).
 pub fn variant_source(name: &str) -> Result<String> {
     if let Some(kernel) = Kernel::ALL.iter().find(|kernel| name.strip_suffix(".wgsl") == Some(kernel.name())) {
-        return Ok(kernel.source().to_string());
+        return kernel.source();
     }
     let mut all = variants();
     match all.iter().position(|variant| variant.name == name) {

@@ -1,0 +1,4 @@
+// @for x
+fn element(at: u32) -> f32 {
+    return x[at];
+}

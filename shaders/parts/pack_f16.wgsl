@@ -1,0 +1,15 @@
+// To nearest even by bits: what drivers do with pack2x16float differs.
+fn half_bits(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    let size = bits & 0x7fffffffu;
+    // Below 2^-14 a half counts in steps of 2^-24, as an f32 between 0.5 and 1 does.
+    let small = bitcast<u32>(bitcast<f32>(size) + 0.5) - 0x3f000000u;
+    let normal = (size + 0xfffu + ((size >> 13u) & 1u) - 0x38000000u) >> 13u;
+    var half = select(normal, small, size < 0x38800000u);
+    half = select(half, 0x7c00u, size >= 0x477ff000u);
+    half = select(half, 0x7e00u, size > 0x7f800000u);
+    return half | ((bits >> 16u) & 0x8000u);
+}
+fn pack_four(x: vec4<f32>) -> vec2<u32> {
+    return vec2<u32>(half_bits(x.x) | (half_bits(x.y) << 16u), half_bits(x.z) | (half_bits(x.w) << 16u));
+}
