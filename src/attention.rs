@@ -107,7 +107,7 @@ pub struct Attention {
 
 /// What the distance of key and query adds to a score.
 #[derive(Clone, Debug)]
-enum Distance {
+pub(crate) enum Distance {
     Alibi(Tensor),
     T5(Tensor, Buckets),
     Shaw(RelativeKeys),
@@ -460,15 +460,33 @@ impl Attention {
             || self.causal_in_cache(counts)?;
         Ok((needs, self.says_align && self.positions.align != Align::BottomRight))
     }
-    /// The softcap and positional rules for one batch entry of `len_k` keys, without masks and biases.
+    /// The softcap and positional rules for one batch entry of `[len_q, len_k]` and the first `heads` heads, without masks
+    /// and biases.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn rules_alone(&self, len_k: usize) -> Attention {
+    pub(crate) fn rules_alone(&self, [len_q, len_k]: [usize; 2], heads: usize) -> Result<Attention> {
+        // Positions that are given one by one are turned by a kernel of their own.
+        let rotary = self.rotary.clone().filter(|(_, given)| given.is_none());
+        let from_the_start = self.positions.align == Align::TopLeft || rotary.is_some() && len_q > len_k;
         let positions = Positions {
-            align: if self.positions.align == Align::TopLeft { Align::TopLeft } else { Align::BottomRight },
+            align: if from_the_start { Align::TopLeft } else { Align::BottomRight },
             key_lengths: self.positions.key_lengths.is_some().then(|| vec![len_k.max(2) - 1]),
             ..self.positions.clone()
         };
-        Attention { softcap: self.softcap, positions, ..Default::default() }
+        let distance = match &self.distance {
+            Some(Distance::Alibi(slopes)) => Some(Distance::Alibi(slopes.narrow(0, 0, heads)?)),
+            Some(Distance::T5(table, buckets)) => Some(Distance::T5(table.narrow(1, 0, heads)?, *buckets)),
+            other => other.clone(),
+        };
+        Ok(Attention { softcap: self.softcap, scale: self.scale, positions, distance, rotary, ..Default::default() })
+    }
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn distance(&self) -> Option<&Distance> {
+        self.distance.as_ref()
+    }
+    /// The rotary by which the kernels turn queries and keys.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn turned_by(&self) -> Option<&Rotary> {
+        self.rotary.as_ref().map(|(rotary, _)| rotary)
     }
     /// Whether the caller gives rotary positions.
     pub(crate) fn turns(&self) -> bool {

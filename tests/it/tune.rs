@@ -4,7 +4,11 @@
 use crate::kit;
 use std::path::Path;
 
-use wgpu_attention::{Align, Attention, Device, Error, Gpu, Mask, Method, Tensor, Tuned, Weights};
+use wgpu_attention::kernels::{Kernel, Variant};
+use wgpu_attention::position::shaw::RelativeKeys;
+use wgpu_attention::position::t5::Buckets;
+use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, alibi};
+use wgpu_attention::{Align, Attention, Device, Error, Gpu, GpuOptions, Mask, Method, Tensor, Tuned, Weights};
 
 fn operands(device: impl Into<Device>, q: [usize; 4], k: [usize; 4]) -> [Tensor; 3] {
     let device = device.into();
@@ -243,6 +247,75 @@ fn halves_masks_biases_windows_and_sinks_are_tuned_too() {
         assert!(tuned.candidates.iter().all(|candidate| candidate.time.is_ok()), "{name}: {tuned:?}");
         // An output of the caller's is written whatever won.
         attention.forward(&q, &q, &q).unwrap().output.download().unwrap();
+    }
+}
+
+/// Calls with every kind of positions, and what the names of their kernels hold.
+fn positional(gpu: &Gpu) -> Vec<(&'static str, Attention, [usize; 4], [usize; 4])> {
+    let device = Device::from(gpu);
+    let plain = || Attention::new().causal(Align::BottomRight);
+    let rotary = |pairing| Rotary::new(&device, &RotaryConfig::new(16).pairing(pairing), 64).unwrap();
+    let table = |shape: &[usize]| {
+        let data: Vec<f32> = (0..shape.iter().product()).map(|n| (n as f32 * 0.7).sin()).collect();
+        Tensor::from_slice(&device, shape, &data).unwrap()
+    };
+    let slopes = Tensor::from_slice(&device, &[4], &alibi::slopes(4).unwrap()).unwrap();
+    let shaw = RelativeKeys::new(&table(&[9, 16]), 5, 3).unwrap();
+    let (q, k) = ([1, 4, 33, 16], [1, 2, 50, 16]);
+    vec![
+        ("/rotary", plain().rotary(rotary(Pairing::HalfSplit)), q, k),
+        ("_interleaved", plain().rotary(rotary(Pairing::Interleaved)), q, k),
+        // More queries than keys, which stand from the start on.
+        ("/rotary", Attention::new().rotary(rotary(Pairing::HalfSplit)), k, [1, 2, 33, 16]),
+        ("/alibi", plain().alibi(slopes), q, k),
+        ("/relative4", plain().t5_bias(table(&[32, 4]), Buckets::new(false)), q, k),
+        ("/relative", plain().relative_keys(shaw).softcap(3.0), q, k),
+    ]
+}
+
+#[test]
+fn self_tests_know_positions() {
+    for (name, gpu) in kit::gpus() {
+        gpu.keep_tuning_in(None);
+        for (word, attention, q, k) in positional(&gpu) {
+            let x = operands(&gpu, q, k);
+            let kernels = kernels(&attention.clone().method(Method::Fused), &x);
+            assert!(kernels[0].contains(word), "{name}: {kernels:?}");
+            let tuned = tune(&attention, &x);
+            assert!(tuned.candidates.len() > 1, "{name}: {tuned:?}");
+            assert!(tuned.candidates.iter().all(|candidate| candidate.time.is_ok()), "{name} {word}: {tuned:?}");
+        }
+    }
+}
+
+/// A driver that gets positions wrong, and nothing else.
+fn broken_positions(variant: &Variant, source: &str) -> Option<String> {
+    let is_fused = matches!(variant.kernel, Kernel::Flash | Kernel::FlashTiled);
+    let broken = (source.replace("-abs(vec4<f32>(distance))", "abs(vec4<f32>(distance))"))
+        .replace("params.relative_factor * ", "2.0 * params.relative_factor * ")
+        .replace("let sine = ", "let sine = 1.01 * ")
+        .replace("angle.xxyy", "angle.zzww");
+    (is_fused && broken != source).then_some(broken)
+}
+
+#[test]
+fn a_kernel_that_gets_positions_wrong_is_never_chosen() {
+    for (index, (name, _)) in kit::gpus().iter().enumerate() {
+        let options =
+            GpuOptions { adapter: Some(index.to_string()), rewrite: Some(broken_positions), ..GpuOptions::default() };
+        let gpu = Gpu::with_options(&options).unwrap();
+        gpu.keep_tuning_in(None);
+        for (word, attention, q, k) in positional(&gpu) {
+            let x = operands(&gpu, q, k);
+            let tuned = tune(&attention, &x);
+            assert_eq!(tuned.winner, Method::ThreePasses, "{name} {word}: {tuned:?}");
+            let (last, cuts) = tuned.candidates.split_last().unwrap();
+            assert!(last.time.is_ok(), "{name} {word}: {tuned:?}");
+            for cut in cuts {
+                let reason = cut.time.as_ref().unwrap_err();
+                assert!(reason.contains("self-test failed"), "{name} {word}: {reason}");
+            }
+        }
     }
 }
 

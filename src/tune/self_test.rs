@@ -1,0 +1,212 @@
+//! What a candidate must get right before it is timed.
+
+use half::{bf16, f16};
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
+
+use crate::attention::{Attention, Distance, Mask, Operands};
+use crate::device::Device;
+use crate::error::{Result, value_error};
+use crate::gpu::Gpu;
+use crate::kernels::Method;
+use crate::position::Rotary;
+use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows};
+use crate::record::Recording;
+use crate::reference::{self, View};
+use crate::tensor::Tensor;
+
+/// A small random call and its true result.
+pub(super) struct Case {
+    attention: Attention,
+    tensors: [Tensor; 3],
+    truth: reference::Outputs,
+    /// Of the output, relative to its largest value.
+    tolerance: f64,
+}
+
+/// Relative error allowed to sums in f32.
+const TOLERANCE: f64 = 1e-5;
+
+impl Case {
+    /// As wide as `problem`, of the same types and kinds of rules; of few rows and keys: the truth is slow.
+    pub fn new(gpu: &Gpu, attention: &Attention, problem: &Problem, operands: &Operands) -> Result<Case> {
+        let mut rng = Pcg64::seed_from_u64(0x7e57);
+        let device = Device::Gpu(gpu.clone());
+        let heads_kv = problem.heads_kv.min(2);
+        let heads_q = heads_kv * problem.group().min(4);
+        let (len_q, len_k) = (problem.len_q.min(24), problem.len_k.min(300));
+        let shapes = [
+            [1, heads_q, len_q, problem.dim_k],
+            [1, heads_kv, len_k, problem.dim_k],
+            [1, heads_kv, len_k, problem.dim_v],
+        ];
+        let mut values = Vec::with_capacity(3);
+        let mut tensors = Vec::with_capacity(3);
+        for (shape, like) in shapes.iter().zip([&operands.q, &operands.k, &operands.v]) {
+            let count = shape.iter().product();
+            let data: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
+            tensors.push(upload(&device, shape, &data, like)?);
+            values.push(data.into_iter().map(f64::from).collect::<Vec<f64>>());
+        }
+        let square = [1, heads_q, len_q, len_k];
+        let count: usize = square.iter().product();
+        let mut attention = attention.rules_alone([len_q, len_k], heads_q)?.lse(true);
+        let mut masks = Vec::new();
+        for like in &operands.masks {
+            let keep = like.meaning() == MaskMeaning::Keep;
+            let mask: Vec<bool> = (0..count).map(|_| rng.random_bool(0.9) == keep).collect();
+            attention = attention.mask(Mask::new(Tensor::from_bools(&device, &square, &mask)?, like.meaning())?);
+            masks.push((mask, like.meaning()));
+        }
+        let mut biases = Vec::new();
+        for like in &operands.biases {
+            let bias: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 2.0 - 1.0)).collect();
+            attention = attention.bias(upload(&device, &square, &bias, like)?);
+            biases.push(bias.into_iter().map(f64::from).collect::<Vec<f64>>());
+        }
+        let sink = operands.sink.as_ref().map(|like| -> Result<Vec<f64>> {
+            let sink: Vec<f32> = (0..heads_q).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
+            attention = attention.clone().sink(upload(&device, &[heads_q], &sink, like)?);
+            Ok(sink.into_iter().map(f64::from).collect())
+        });
+        let sink = sink.transpose()?;
+        let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
+        let [q, k, v] = &tensors;
+        let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v, true)?;
+        let [mut q_layout, mut k_layout] = [&laid.q, &laid.k].map(|x| x.layout().clone());
+        let from_distance = from_distance(&attention, &problem, View { data: &values[0], layout: &q_layout })?;
+        let distance_layout = Layout::contiguous(&square)?;
+        if let Some(rotary) = attention.turned_by() {
+            let first = usize::try_from(problem.band(0).offset).expect("rotary positions begin at 0");
+            for (x, layout, first) in [(0, &mut q_layout, first), (1, &mut k_layout, 0)] {
+                values[x] = rotated(rotary, View { data: &values[x], layout }, first)?;
+                *layout = Layout::contiguous(&shapes[x])?;
+            }
+        }
+        let truth = reference::attention(
+            &problem,
+            &reference::Inputs {
+                q: View { data: &values[0], layout: &q_layout },
+                k: View { data: &values[1], layout: &k_layout },
+                v: View { data: &values[2], layout: laid.v.layout() },
+                masks: (masks.iter().zip(&laid.masks))
+                    .map(|((data, meaning), mask)| {
+                        (View { data: data.as_slice(), layout: mask.tensor().layout() }, *meaning)
+                    })
+                    .collect(),
+                biases: (biases.iter().zip(&laid.biases))
+                    .map(|(data, bias)| View { data: data.as_slice(), layout: bias.layout() })
+                    .chain(from_distance.iter().map(|data| View { data, layout: &distance_layout }))
+                    .collect(),
+                sink: (sink.iter().zip(&laid.sink))
+                    .map(|(data, sink)| View { data: data.as_slice(), layout: sink.layout() })
+                    .next(),
+            },
+        );
+        let half_ulp = match operands.q.dtype() {
+            Dtype::F16 => 1.0 / 2048.0,
+            Dtype::BF16 => 1.0 / 256.0,
+            Dtype::F32 | Dtype::Bool => 0.0,
+        };
+        Ok(Case { attention, tensors, truth, tolerance: half_ulp + TOLERANCE })
+    }
+
+    /// With the LSE and without it: those are two kernels.
+    pub fn check(&self, method: Method) -> Result<()> {
+        let [q, k, v] = &self.tensors;
+        for lse in [true, false] {
+            let attended = self.attention.clone().lse(lse).method(method).forward(q, k, v)?;
+            agree("output", &attended.output.download()?, &self.truth.output, self.tolerance)?;
+            if let Some(lse) = attended.lse {
+                agree("LSE", &lse.download()?, &self.truth.lse, TOLERANCE)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An error unless each value is met within `tolerance` of the largest, and what is not finite exactly.
+fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result<()> {
+    let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f64, |most, x| most.max(x.abs())).max(1e-30);
+    for (n, (&actual, &expected)) in actual.iter().zip(expected).enumerate() {
+        let actual = f64::from(actual);
+        // Not so for NaN.
+        let close = actual == expected || (actual - expected).abs() <= tolerance * largest;
+        if !close {
+            return Err(value_error!("its self-test failed: {what} {n} is {actual} instead of {expected}"));
+        }
+    }
+    Ok(())
+}
+
+/// Values that `like`'s types hold exactly, held as `like` is.
+fn upload(device: &Device, shape: &[usize], data: &[f32], like: &Tensor) -> Result<Tensor> {
+    match like.stored() {
+        Dtype::F16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
+        Dtype::BF16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
+        Dtype::F32 | Dtype::Bool => Tensor::from_slice(device, shape, data)?.with_dtype(like.dtype()),
+    }
+}
+
+fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.download()?.into_iter().map(f64::from).collect())
+}
+
+/// X turned by its positions, of which the first is `first`.
+fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
+    let rotation = rotary.rotation();
+    let angles = in_f64(rotation.table)?;
+    let width = rotation.table.shape()[1];
+    let all = Layout::contiguous(rotation.table.shape())?;
+    let [cos, sin] = [all.narrow(1, 0, rotation.pairs)?, all.narrow(1, width / 2, rotation.pairs)?];
+    let of = |layout| View { data: angles.as_slice(), layout };
+    Ok(reference::rotate(x, of(&cos), of(&sin), rotation.interleaved, &Rows::From(first)))
+}
+
+/// What the distances of keys from queries add: `[1, heads_q, len_q, len_k]`.
+fn from_distance(attention: &Attention, problem: &Problem, q: View<'_>) -> Result<Option<Vec<f64>>> {
+    let Problem { heads_q, len_q, len_k, .. } = *problem;
+    let offset = i64::from(problem.band(0).offset);
+    let scale = f64::from(problem.scale);
+    let added: Box<dyn Fn(usize, usize, i64) -> Result<f64>> = match attention.distance() {
+        None => return Ok(None),
+        Some(Distance::Alibi(slopes)) => {
+            let slopes = in_f64(slopes)?;
+            Box::new(move |h, _, distance| Ok(-slopes[h] * distance.abs() as f64))
+        }
+        Some(Distance::T5(table, buckets)) => {
+            let table = in_f64(table)?;
+            Box::new(move |h, _, distance| Ok(table[buckets.bucket(distance)? * heads_q + h]))
+        }
+        Some(Distance::Shaw(keys)) => {
+            let (table, dim) = (in_f64(keys.table())?, keys.table().shape()[1]);
+            Box::new(move |h, i, distance| {
+                let key = &table[keys.row(distance) * dim..][..dim];
+                Ok(scale * key.iter().enumerate().map(|(d, key)| key * q.at(&[0, h, i, d])).sum::<f64>())
+            })
+        }
+    };
+    let mut all = Vec::with_capacity(heads_q * len_q * len_k);
+    for h in 0..heads_q {
+        for i in 0..len_q {
+            for j in 0..len_k {
+                all.push(added(h, i, j as i64 - i as i64 - offset)?);
+            }
+        }
+    }
+    Ok(Some(all))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn self_tests_can_fail() {
+        assert!(agree("output", &[1.0, f32::NEG_INFINITY], &[1.0, f64::NEG_INFINITY], 1e-5).is_ok());
+        for wrong in [[1.001, 0.0], [f32::NAN, 0.0], [1.0, f32::NAN], [f32::INFINITY, 0.0]] {
+            assert!(agree("output", &wrong, &[1.0, 0.0], 1e-5).is_err(), "{wrong:?}");
+        }
+        assert!(agree("LSE", &[0.0], &[f64::NEG_INFINITY], 1e-5).is_err());
+    }
+}
