@@ -44,7 +44,7 @@ pub struct SuiteArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// How long a case may take, compilation included, before its driver counts as hung
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     time_limit: u64,
     /// Run one case, by the id that a report gives
     #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter"])]

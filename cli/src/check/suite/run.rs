@@ -160,7 +160,8 @@ pub fn run(
                 }
                 Waited::Line(Line::Adapters { .. } | Line::Cases(_) | Line::Observed(_)) => {}
                 Waited::Hung => {
-                    break format!("hung: no answer within {} s{}", limit.as_secs(), worker.complaints());
+                    let seconds = limit.as_secs();
+                    break format!("hung: no answer within {seconds} s (--time-limit){}", worker.complaints());
                 }
                 Waited::Ended(how) => break format!("crashed: {how}"),
             }
