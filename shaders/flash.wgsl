@@ -162,7 +162,7 @@ fn main(
         }
     }
     // @or halves
-    // Halves turned together.
+    // Both halves of a pair rotate together.
     for (var d = 0u; d < PAIRS4; d++) {
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
@@ -249,7 +249,7 @@ fn main(
             let position = min(j + c, len_k - 1u) + params.key_0;
             // @block bring_k
             // @or halves
-            // A key's vec4s of a lane, those APART loads from each other turned together.
+            // A key's vec4s of a lane; those APART loads from each other are pairs and rotate together.
             const APART: u32 = 1u;
             var brought = array<vec4<f32>, K_LOADS>();
             // @unroll

@@ -464,12 +464,15 @@ impl Attention {
     /// and biases.
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn rules_alone(&self, [len_q, len_k]: [usize; 2], heads: usize) -> Result<Attention> {
-        // Positions that are given one by one are turned by a kernel of their own.
+        // Rows whose positions are listed are rotated by a kernel of their own.
         let rotary = self.rotary.clone().filter(|(_, given)| given.is_none());
-        let from_the_start = self.positions.align == Align::TopLeft || rotary.is_some() && len_q > len_k;
+        let key_length = self.positions.key_lengths.is_some().then(|| len_k.max(2) - 1);
+        // Rotary positions begin at 0, so that not more queries than keys can end where the keys do.
+        let top_left =
+            self.positions.align == Align::TopLeft || rotary.is_some() && len_q > key_length.unwrap_or(len_k);
         let positions = Positions {
-            align: if from_the_start { Align::TopLeft } else { Align::BottomRight },
-            key_lengths: self.positions.key_lengths.is_some().then(|| vec![len_k.max(2) - 1]),
+            align: if top_left { Align::TopLeft } else { Align::BottomRight },
+            key_lengths: key_length.map(|len| vec![len]),
             ..self.positions.clone()
         };
         let distance = match &self.distance {
@@ -483,9 +486,9 @@ impl Attention {
     pub(crate) fn distance(&self) -> Option<&Distance> {
         self.distance.as_ref()
     }
-    /// The rotary by which the kernels turn queries and keys.
+    /// The rotary positions of queries and keys.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn turned_by(&self) -> Option<&Rotary> {
+    pub(crate) fn rotary_table(&self) -> Option<&Rotary> {
         self.rotary.as_ref().map(|(rotary, _)| rotary)
     }
     /// Whether the caller gives rotary positions.

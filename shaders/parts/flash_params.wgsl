@@ -7,7 +7,7 @@ struct Params {
     mask_b_strides: vec4<u32>,
     bias_strides: vec4<u32>,
     relative_strides: vec4<u32>,
-    // Valid keys, lowest and highest visible key relative to the query, where query 0 stands.
+    // Valid keys, lowest and highest visible key relative to the query, position of query 0.
     band: vec4<i32>,
     q_offset: u32,
     k_offset: u32,

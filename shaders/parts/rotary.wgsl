@@ -1,4 +1,4 @@
-// Rotary positions: vec4 d4 of a row that stands at `position`, its first `2 · PAIRS4` vec4s turned, each with
+// Rotary positions: vec4 d4 of a row at `position`, its first `2 · PAIRS4` vec4s rotated, each with
 // the one half of them away (half-split pairs). Angles: cosines, then sines, of each position.
 @group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
 const PAIRS4: u32 = 1u;

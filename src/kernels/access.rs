@@ -4,7 +4,7 @@
 //! Halves are unpacked with 32-bit arithmetic everywhere: no adapter needs a feature for it, and where
 //! the feature is there, a word for two halves costs no more than two loads.
 
-use super::specialise::Changes;
+use super::specialise::{Body, Changes};
 use crate::problem::{Dtype, Layout};
 
 /// How a kernel reads or writes one operand.
@@ -118,8 +118,8 @@ pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {
         (true, Dtype::F16) => "load_wide_f16",
         (true, Dtype::BF16) => "load_wide_bf16",
         (true, _) => "load_wide",
-        (false, Dtype::F16) => "load_f16",
-        (false, Dtype::BF16) => "load_bf16",
+        (false, Dtype::F16) => "load_half(f16)",
+        (false, Dtype::BF16) => "load_half(bf16)",
         (false, _) => return changes,
     };
     changes.alias(read.alias, access.element()).part(read.block, part)
@@ -129,8 +129,8 @@ pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {
 pub fn element(changes: Changes, access: Access) -> Changes {
     let part = match (access.wide, access.stored) {
         (true, _) => return load(changes, &ELEMENT, access),
-        (false, Dtype::F16) => "element_f16",
-        (false, Dtype::BF16) => "element_bf16",
+        (false, Dtype::F16) => "element_half(f16)",
+        (false, Dtype::BF16) => "element_half(bf16)",
         (false, _) => return changes,
     };
     changes.alias(ELEMENT.alias, access.element()).part(ELEMENT.block, part)
@@ -150,8 +150,8 @@ pub fn store(changes: Changes, access: Access) -> Changes {
 /// How whole fours of `y` are stored.
 pub fn store_fours(changes: Changes, access: Access) -> Changes {
     let part = match access.stored {
-        Dtype::F16 => "store_fours_f16",
-        Dtype::BF16 => "store_fours_bf16",
+        Dtype::F16 => "store_fours_half(f16)",
+        Dtype::BF16 => "store_fours_half(bf16)",
         _ => return changes,
     };
     changes.alias("YElem", access.element()).part("store_fours", part)
@@ -161,10 +161,10 @@ pub fn store_fours(changes: Changes, access: Access) -> Changes {
 pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
     let mut changes = changes.clone();
     for Read { block, alias } in [Q, K, V, X, KEPT, WALKED, GATE, TABLE, W, ELEMENT] {
-        let (element, part) = match changes.parts.get(block) {
-            Some(&"load_wide") => ("vec2<u64>", "load_words"),
-            Some(&"load_wide_f16") => ("u64", "load_words_f16"),
-            Some(&"load_wide_bf16") => ("u64", "load_words_bf16"),
+        let (element, part) = match changes.blocks.get(block) {
+            Some(Body::Part("load_wide")) => ("vec2<u64>", "load_words"),
+            Some(Body::Part("load_wide_f16")) => ("u64", "load_words_f16"),
+            Some(Body::Part("load_wide_bf16")) => ("u64", "load_words_bf16"),
             _ => continue,
         };
         changes = changes.alias(alias, element).part(block, part);

@@ -17,4 +17,4 @@ pub use catalogue::{Kernel, Variant, variant_names, variant_source};
 pub use class::ShapeClass;
 pub(crate) use class::three_passes_compete;
 pub use plan::{Binding, Cost, Cut, Method, Plan, Slot, Step};
-pub use specialise::{Changes, specialise};
+pub use specialise::{Body, Changes, specialise};

@@ -5,8 +5,8 @@
 //! names is a block of it (`view`, with arguments `view_q`), which [`Changes`] may give another part; parts that parts
 //! name just stand there.
 
-use super::specialise::Changes;
-use crate::error::{Error, Result};
+use super::specialise::{Body, Changes, fault, is_word};
+use crate::error::Result;
 
 macro_rules! parts {
     ($($name:literal)*) => {
@@ -15,47 +15,45 @@ macro_rules! parts {
 }
 
 const PARTS: &[(&str, &str)] = &parts! {
-    "all_seen" "bands" "bands_packed" "bias" "element" "element_bf16" "element_f16" "flash_params" "join_sum" "load"
-    "load_bf16" "load_f16" "load_wide" "load_wide_bf16" "load_wide_f16" "load_words" "load_words_bf16"
-    "load_words_f16" "lse" "mask" "numbers" "one_bf16" "one_f16" "pack_bf16" "pack_f16" "pair" "place" "relative"
-    "relative_fours" "relative_none" "relative_slope" "rotary" "rotary_interleaved" "rotary_none" "row_of" "score"
-    "sequence" "sequence_packed" "sink" "splits" "store" "store_four" "store_fours" "store_fours_bf16"
-    "store_fours_f16" "store_wide" "store_wide_bf16" "store_wide_f16" "sums" "sums_wide" "tanh" "tiles" "turn"
-    "turn_wide" "visible"
+    "all_seen" "bands" "bands_packed" "bias" "element" "element_half" "flash_params" "join_sum" "load" "load_half"
+    "load_wide" "load_wide_bf16" "load_wide_f16" "load_words" "load_words_bf16" "load_words_f16" "lse" "mask"
+    "numbers" "one_bf16" "one_f16" "pack_bf16" "pack_f16" "pair" "place" "relative" "relative_fours" "relative_none"
+    "relative_slope" "rotary" "rotary_interleaved" "rotary_none" "row_of" "score" "sequence" "sequence_packed" "sink"
+    "splits" "store" "store_four" "store_fours" "store_fours_half" "store_wide" "store_wide_bf16" "store_wide_f16"
+    "sums" "sums_wide" "tanh" "tiles" "turn" "turn_wide" "visible"
 };
-
-/// How many parts may name each other in a row.
-const DEEPEST: u32 = 4;
 
 /// The text of a file with that of its parts, as blocks.
 pub(super) fn compose(file: &str, source: &str, changes: &Changes) -> Result<String> {
     let mut out = String::with_capacity(2 * source.len());
-    let mut unused: Vec<&str> = changes.parts.keys().copied().collect();
+    let parts = changes.blocks.iter().filter(|(_, body)| matches!(body, Body::Part(_)));
+    let mut unused: Vec<&str> = parts.map(|(&name, _)| name).collect();
     for line in source.lines() {
         let Some(uses) = line.trim().strip_prefix("// @use ") else {
             out.push_str(line);
             out.push('\n');
             continue;
         };
-        let (name, arguments) = parse(uses);
+        let (name, mut arguments) = parse(uses);
         let key = match arguments.first() {
             Some(first) => format!("{name}_{first}"),
             None => name.to_string(),
         };
         unused.retain(|&one| one != key);
-        let part = changes.parts.get(key.as_str()).copied().unwrap_or(name);
+        let mut part = name;
+        if let Some(Body::Part(other)) = changes.blocks.get(key.as_str()) {
+            let (name, more) = parse(other);
+            part = name;
+            arguments.splice(0..0, more);
+        }
         out.push_str(&format!("// @block {key}\n"));
-        insert(file, part, &arguments, 0, &mut out)?;
+        insert(file, part, &arguments, &mut out)?;
         out.push_str("// @end\n");
     }
     match unused.as_slice() {
         [] => Ok(out),
         names => Err(fault(file, format!("uses no part {}", names.join(", ")))),
     }
-}
-
-fn fault(file: &str, message: String) -> Error {
-    Error::Value(format!("shader {file}: {message}"))
 }
 
 /// `view(q w)`: the name and the arguments.
@@ -66,8 +64,8 @@ fn parse(uses: &str) -> (&str, Vec<&str>) {
     }
 }
 
-fn insert(file: &str, name: &str, arguments: &[&str], depth: u32, out: &mut String) -> Result<()> {
-    let Some(&(_, text)) = PARTS.iter().find(|(part, _)| *part == name).filter(|_| depth < DEEPEST) else {
+fn insert(file: &str, name: &str, arguments: &[&str], out: &mut String) -> Result<()> {
+    let Some(&(_, text)) = PARTS.iter().find(|(part, _)| *part == name) else {
         return Err(fault(file, format!("there is no part {name}")));
     };
     let mut words: Vec<(&str, &str)> = Vec::new();
@@ -86,7 +84,7 @@ fn insert(file: &str, name: &str, arguments: &[&str], depth: u32, out: &mut Stri
         let line = replaced(line, &words);
         if let Some(uses) = line.strip_prefix("// @use ") {
             let (name, arguments) = parse(uses);
-            insert(file, name, &arguments, depth + 1, out)?;
+            insert(file, name, &arguments, out)?;
             continue;
         }
         out.push_str(&line);
@@ -100,23 +98,19 @@ fn replaced(line: &str, words: &[(&str, &str)]) -> String {
     if words.is_empty() {
         return line.to_string();
     }
-    let value = |word: &str| words.iter().find(|(name, _)| *name == word).map(|&(_, value)| value.to_string());
+    let value = |word: &str| words.iter().find(|(name, _)| *name == word).map(|&(_, value)| value);
     let mut out = String::with_capacity(line.len() + 16);
     let mut rest = line;
     while let Some(start) = rest.find(is_word) {
         let end = rest[start..].find(|c| !is_word(c)).map_or(rest.len(), |end| start + end);
         out.push_str(&rest[..start]);
         let word = &rest[start..end];
-        let pieces = || word.split('_').map(|piece| value(piece).unwrap_or_else(|| piece.to_string()));
-        out.push_str(&value(word).unwrap_or_else(|| pieces().collect::<Vec<_>>().join("_")));
+        let pieces: Vec<&str> = word.split('_').map(|piece| value(piece).unwrap_or(piece)).collect();
+        out.push_str(value(word).unwrap_or(&pieces.join("_")));
         rest = &rest[end..];
     }
     out.push_str(rest);
     out
-}
-
-fn is_word(c: char) -> bool {
-    c.is_ascii_alphanumeric() || c == '_'
 }
 
 #[cfg(test)]
@@ -131,7 +125,7 @@ mod tests {
         let wide = Changes::default().part("load_q", "load_wide");
         let text = compose("f", "// @use load(q dim_k !PADDED w)\n", &wide).unwrap();
         assert!(text.contains("let four = q[at / 4u + d4];") && text.contains("!PADDED && d4 * 4u"), "{text}");
-        let halves = Changes::default().part("load_q", "load_f16");
+        let halves = Changes::default().part("load_q", "load_half(f16)");
         let text = compose("f", "// @use load(q dim_k PADDED w)\n", &halves).unwrap();
         assert!(text.contains("fn one_q(at: u32) -> f32"), "{text}");
     }

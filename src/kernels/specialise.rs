@@ -5,8 +5,7 @@
 //!
 //! - `const NAME: T = value;`, a line of its own: the value is replaced.
 //! - `alias NAME = type;`, at the start of a line: the type is replaced.
-//! - `// @block name` … `// @end`: the lines between are replaced by another body: one line, or what stands behind
-//!   `// @or other` before the end.
+//! - `// @block name` … `// @end`: the lines between are replaced by one line, or by the body after `// @or other`.
 //! - `// @use part(x y)`: a block whose body is a file of its own (`parts.rs`).
 //! - `// @unroll` before a `for (var i = 0u; i < N; i++) {` with a constant `N`: the body is written
 //!   out, with `i` replaced by its value. Old drivers (Mesa 22) do not unroll by themselves, and
@@ -24,12 +23,19 @@ pub struct Changes {
     pub consts: BTreeMap<&'static str, String>,
     /// Types of `alias` lines.
     pub aliases: BTreeMap<&'static str, &'static str>,
-    /// Bodies of blocks, one line each.
-    pub blocks: BTreeMap<&'static str, &'static str>,
-    /// Other bodies of blocks, by the names that the file gives them: `// @or name`.
-    pub bodies: BTreeMap<&'static str, &'static str>,
-    /// Other parts than the file names, by block.
-    pub parts: BTreeMap<&'static str, &'static str>,
+    /// What stands in a block.
+    pub blocks: BTreeMap<&'static str, Body>,
+}
+
+/// Another body of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Body {
+    /// This line.
+    Line(&'static str),
+    /// The one behind `// @or` and this name.
+    Or(&'static str),
+    /// This part, `name` or `name(x)`: `x` stands before the arguments of the use.
+    Part(&'static str),
 }
 
 impl Changes {
@@ -48,24 +54,22 @@ impl Changes {
         self.aliases.insert(name, ty);
         self
     }
-    /// Another body for a block.
-    pub fn block(mut self, name: &'static str, body: &'static str) -> Self {
+    /// Another body for a block; the last one counts.
+    pub fn block(mut self, name: &'static str, body: Body) -> Self {
         self.blocks.insert(name, body);
         self
     }
-    /// The body that the file calls `body`.
-    pub fn body(mut self, name: &'static str, body: &'static str) -> Self {
-        self.bodies.insert(name, body);
-        self
+    /// A line for a block.
+    pub fn line(self, name: &'static str, line: &'static str) -> Self {
+        self.block(name, Body::Line(line))
     }
     /// Another part for a block.
-    pub fn part(mut self, name: &'static str, part: &'static str) -> Self {
-        self.parts.insert(name, part);
-        self
+    pub fn part(self, name: &'static str, part: &'static str) -> Self {
+        self.block(name, Body::Part(part))
     }
 }
 
-fn fault(file: &str, message: String) -> Error {
+pub(super) fn fault(file: &str, message: String) -> Error {
     Error::Value(format!("shader {file}: {message}"))
 }
 
@@ -86,12 +90,9 @@ pub fn as_it_stands(file: &str, source: &str) -> Result<String> {
 /// The lines of a variant, its loops not yet written out, and its constants.
 fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, BTreeMap<String, u64>)> {
     let source = compose(file, source, changes)?;
-    let mut unused: Vec<&str> = (changes.consts.keys())
-        .chain(changes.aliases.keys())
-        .chain(changes.blocks.keys())
-        .chain(changes.bodies.keys())
-        .copied()
-        .collect();
+    // Whether parts are used, `compose` has seen.
+    let bodies = changes.blocks.iter().filter(|(_, body)| !matches!(body, Body::Part(_))).map(|(name, _)| name);
+    let mut unused: Vec<&str> = changes.consts.keys().chain(changes.aliases.keys()).chain(bodies).copied().collect();
     let mut lines: Vec<String> = Vec::new();
     let mut consts: BTreeMap<String, u64> = BTreeMap::new();
     let mut skipping = false;
@@ -100,15 +101,17 @@ fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, 
         let trimmed = line.trim();
         if let Some(name) = trimmed.strip_prefix("// @block ") {
             open = Some(name);
-            if let Some(body) = changes.blocks.get(name) {
+            let body = changes.blocks.get(name);
+            if let Some(Body::Line(line)) = body {
                 unused.retain(|&n| n != name);
-                lines.extend(body.lines().map(String::from));
+                lines.push(line.to_string());
             }
-            skipping = changes.blocks.contains_key(name) || changes.bodies.contains_key(name);
+            skipping = matches!(body, Some(Body::Line(_) | Body::Or(_)));
             continue;
         }
         if let (Some(body), Some(name)) = (trimmed.strip_prefix("// @or "), open) {
-            let is_chosen = changes.bodies.get(name) == Some(&body);
+            let is_chosen =
+                changes.blocks.get(name).is_some_and(|chosen| matches!(chosen, Body::Or(or) if *or == body));
             if is_chosen {
                 unused.retain(|&n| n != name);
             }
@@ -216,7 +219,7 @@ fn parse_for(line: &str) -> Option<(&str, &str)> {
     (rest == format!("{variable}++) {{")).then_some((variable, bound))
 }
 
-fn is_word(c: char) -> bool {
+pub(super) fn is_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'
 }
 
@@ -286,7 +289,7 @@ fn main() {
 
     #[test]
     fn every_mark_is_acted_on() {
-        let changes = Changes::default().number("N", 1).alias("Elem", "vec4<f32>").block("body", "fn other() {}");
+        let changes = Changes::default().number("N", 1).alias("Elem", "vec4<f32>").line("body", "fn other() {}");
         let text = specialise("f", FILE, &changes).unwrap();
         assert!(text.contains("const N: u32 = 1u;"));
         assert!(text.contains("alias Elem = vec4<f32>;"));
@@ -300,7 +303,8 @@ fn main() {
         for changes in [
             Changes::default().number("K", 1),
             Changes::default().alias("Other", "f32"),
-            Changes::default().block("nobody", ""),
+            Changes::default().line("nobody", ""),
+            Changes::default().block("body", Body::Or("nobody")),
         ] {
             assert!(specialise("f", FILE, &changes).is_err());
         }

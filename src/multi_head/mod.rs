@@ -249,7 +249,7 @@ impl MultiHeadAttention {
     pub fn parameter_count(&self) -> usize {
         self.config.parameter_count().expect("checked when the layer was made")
     }
-    /// Appends a key and value of zeros to every sequence, or not; an error where the layer has norms of queries and keys.
+    /// Appends a key and value of zeros to every sequence, or not. A layer with norms of queries and keys cannot.
     pub fn with_zero_attn(mut self, yes: bool) -> Result<Self> {
         self.config.add_zero_attn = yes;
         self.config.check()?;

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use safetensors::tensor::{Metadata, TensorInfo};
+
 use super::StateDict;
 #[cfg(not(target_arch = "wasm32"))]
-use crate::error::{Error, Result};
+use crate::error::Error;
 
 /// What a file that is not safetensors is by its first bytes, and the way out.
 pub(super) fn what_it_is(bytes: &[u8]) -> Option<&'static str> {
@@ -37,8 +39,40 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes[..bytes.len().min(4096)].windows(part.len()).any(|window| window == part)
 }
 
+/// The longest header that safetensors allows.
+const LONGEST: u64 = 100_000_000;
+
+/// The length of the header of a file of `length` bytes that begins with `start`.
+pub(super) fn header_len(start: &[u8], length: u64) -> Result<usize, String> {
+    let Some(header_len) = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) else {
+        return Err("it is shorter than 8 bytes".into());
+    };
+    if header_len > LONGEST || header_len + 8 > length {
+        return Err(format!("its header would be {header_len} bytes long"));
+    }
+    Ok(header_len as usize)
+}
+
+/// What a header says of the tensors in the `data_len` bytes behind it. Offsets, shapes and types agree.
+pub(super) fn tensors(header: &[u8], data_len: u64) -> Result<Metadata, String> {
+    let Entries(mut entries) = serde_json::from_slice(header).map_err(|error| error.to_string())?;
+    let about = entries.remove("__metadata__").map(serde_json::from_value).transpose();
+    let about = about.map_err(|error| format!("__metadata__: {error}"))?;
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, entry) in entries {
+        let info: TensorInfo = serde_json::from_value(entry).map_err(|error| format!("{name}: {error}"))?;
+        tensors.push((name, info));
+    }
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    let metadata = Metadata::new(about, tensors).map_err(|error| error.to_string())?;
+    match metadata.data_len() as u64 {
+        taken if taken == data_len => Ok(metadata),
+        taken => Err(format!("its tensors take {taken} bytes of the {data_len} behind its header")),
+    }
+}
+
 /// The entries of a header. A name that stands there twice would be one tensor or the other.
-pub(super) struct Entries(BTreeMap<String, serde_json::Value>);
+struct Entries(BTreeMap<String, serde_json::Value>);
 
 impl<'de> serde::Deserialize<'de> for Entries {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Entries, D::Error> {
@@ -62,15 +96,6 @@ impl<'de> serde::Deserialize<'de> for Entries {
     }
 }
 
-impl Entries {
-    /// Those of a whole file; `None` where it is too short for one.
-    pub(super) fn of_file(bytes: &[u8]) -> Option<serde_json::Result<Entries>> {
-        let (length, rest) = bytes.split_first_chunk()?;
-        let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
-        Some(serde_json::from_slice(header))
-    }
-}
-
 #[cfg(not(target_arch = "wasm32"))]
 mod open {
     use std::collections::{BTreeMap, BTreeSet};
@@ -78,13 +103,10 @@ mod open {
     use std::io::{Read, Seek, SeekFrom};
     use std::path::Path;
 
-    use safetensors::tensor::{Metadata, TensorInfo};
-
     use super::super::{NOT_OPENED, Unread};
-    use super::{Entries, Error, Result, StateDict, what_it_is};
+    use super::{Error, LONGEST, StateDict, header_len, tensors, what_it_is};
+    use crate::error::Result;
 
-    /// The longest header that safetensors allows, and the longest index read here.
-    const LONGEST: u64 = 100_000_000;
     /// The files of a model's folder, in the order in which they are looked for.
     const USUAL: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
@@ -197,37 +219,19 @@ mod open {
                 let is = what_it_is(&start).map(|is| format!("; {is}")).unwrap_or_default();
                 failed(path, format!("not a valid safetensors file ({length} bytes): {why}{is}"))
             };
-            let Some(header_len) = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) else {
-                return Err(invalid("it is shorter than 8 bytes".into()));
-            };
-            if header_len > LONGEST || header_len + 8 > length {
-                return Err(invalid(format!("its header would be {header_len} bytes long")));
-            }
-            let mut header = vec![0; header_len as usize];
+            let header_len = header_len(&start, length).map_err(invalid)?;
+            let mut header = vec![0; header_len];
             file.seek(SeekFrom::Start(8)).map_err(io)?;
             file.read_exact(&mut header).map_err(io)?;
-            let Entries(mut entries) = serde_json::from_slice(&header).map_err(|error| invalid(error.to_string()))?;
-            entries.remove("__metadata__");
-            let names = entries.keys().cloned().collect();
-            let mut tensors = Vec::with_capacity(entries.len());
-            for (name, entry) in entries {
-                let info: TensorInfo =
-                    serde_json::from_value(entry).map_err(|error| invalid(format!("{name}: {error}")))?;
-                tensors.push((name, info));
-            }
-            tensors.sort_by_key(|(_, info)| info.data_offsets);
-            // Checks that offsets, shapes and types agree.
-            let metadata = Metadata::new(None, tensors).map_err(|error| invalid(error.to_string()))?;
-            let data_len = metadata.data_len() as u64;
-            if data_len.checked_add(8 + header_len) != Some(length) {
-                return Err(invalid(format!("its tensors take {data_len} bytes behind a header of {header_len}")));
-            }
+            let data_start = 8 + header_len as u64;
+            let metadata = tensors(&header, length - data_start).map_err(invalid)?;
+            let names = metadata.tensors().into_keys().collect();
             for (name, info) in metadata.tensors() {
                 let mut data = None;
                 if choice(&name) == Wanted::Values {
                     let (first, end) = info.data_offsets;
                     let mut bytes = vec![0; end - first];
-                    file.seek(SeekFrom::Start(8 + header_len + first as u64)).map_err(io)?;
+                    file.seek(SeekFrom::Start(data_start + first as u64)).map_err(io)?;
                     file.read_exact(&mut bytes).map_err(io)?;
                     data = Some(bytes);
                 }

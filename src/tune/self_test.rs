@@ -76,7 +76,7 @@ impl Case {
         let [mut q_layout, mut k_layout] = [&laid.q, &laid.k].map(|x| x.layout().clone());
         let from_distance = from_distance(&attention, &problem, View { data: &values[0], layout: &q_layout })?;
         let distance_layout = Layout::contiguous(&square)?;
-        if let Some(rotary) = attention.turned_by() {
+        if let Some(rotary) = attention.rotary_table() {
             let first = usize::try_from(problem.band(0).offset).expect("rotary positions begin at 0");
             for (x, layout, first) in [(0, &mut q_layout, first), (1, &mut k_layout, 0)] {
                 values[x] = rotated(rotary, View { data: &values[x], layout }, first)?;
@@ -152,7 +152,7 @@ fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.download()?.into_iter().map(f64::from).collect())
 }
 
-/// X turned by its positions, of which the first is `first`.
+/// X rotated by its positions, which begin at `first`.
 fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
     let rotation = rotary.rotation();
     let angles = in_f64(rotation.table)?;

@@ -259,16 +259,21 @@ fn positional(gpu: &Gpu) -> Vec<(&'static str, Attention, [usize; 4], [usize; 4]
         let data: Vec<f32> = (0..shape.iter().product()).map(|n| (n as f32 * 0.7).sin()).collect();
         Tensor::from_slice(&device, shape, &data).unwrap()
     };
-    let slopes = Tensor::from_slice(&device, &[4], &alibi::slopes(4).unwrap()).unwrap();
+    let slopes = Tensor::from_slice(&device, &[8], &alibi::slopes(8).unwrap()).unwrap();
     let shaw = RelativeKeys::new(&table(&[9, 16]), 5, 3).unwrap();
+    let short = Attention::new().causal(Align::Offset(0)).key_lengths(vec![15]).rotary(rotary(Pairing::HalfSplit));
     let (q, k) = ([1, 4, 33, 16], [1, 2, 50, 16]);
+    // More heads than a self-test has.
+    let (wide_q, wide_k) = ([1, 8, 33, 16], [1, 4, 50, 16]);
     vec![
         ("/rotary", plain().rotary(rotary(Pairing::HalfSplit)), q, k),
         ("_interleaved", plain().rotary(rotary(Pairing::Interleaved)), q, k),
         // More queries than keys, which stand from the start on.
         ("/rotary", Attention::new().rotary(rotary(Pairing::HalfSplit)), k, [1, 2, 33, 16]),
-        ("/alibi", plain().alibi(slopes), q, k),
-        ("/relative4", plain().t5_bias(table(&[32, 4]), Buckets::new(false)), q, k),
+        // As many queries as keys, of which not all count.
+        ("/rotary", short, [1, 2, 16, 16], [1, 2, 16, 16]),
+        ("/alibi", plain().alibi(slopes), wide_q, wide_k),
+        ("/relative4", plain().t5_bias(table(&[32, 8]), Buckets::new(false)), wide_q, wide_k),
         ("/relative", plain().relative_keys(shaw).softcap(3.0), q, k),
     ]
 }

@@ -1,6 +1,6 @@
 //! Variants of the fused kernels.
 
-use super::{CLASS_TILE, Changes, Kernel, RelativeKind, Rules, Tile, Variant, share, sink};
+use super::{Body, CLASS_TILE, Changes, Kernel, RelativeKind, Rules, Tile, Variant, share, sink};
 use crate::kernels::access::{self, Access};
 
 /// Rows per invocation of `flash_tiled.wgsl`.
@@ -134,24 +134,24 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     if softcap {
         name.push_str("/softcap");
     } else {
-        changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
+        changes = changes.line("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
     }
     if lse {
         name.push_str("/lse");
     } else {
-        changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
+        changes = changes.line("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
     changes = rules.apply_relative(changes, &mut name);
     if !tiles {
-        changes = changes.block("tiles", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
+        changes = changes.line("tiles", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
     } else {
         name.push_str("/tiles");
         changes = changes.number("TILE", CLASS_TILE);
     }
     // A bias is added where nothing is hidden too.
     if !tiles || rules.bias {
-        changes = changes.block("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
+        changes = changes.line("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
     if !tile.is_tiled() {
@@ -159,10 +159,10 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
             // The rows of an invocation are neighbours: what their distances add overlaps.
             Some(RelativeKind::Fours) if runs => {
                 name.push_str("/runs");
-                changes.body("relative_step", "runs").number("NEAR", (rows + 3).div_ceil(4))
+                changes.block("relative_step", Body::Or("runs")).number("NEAR", (rows + 3).div_ceil(4))
             }
             Some(_) => changes,
-            None => changes.block("relative_step", ""),
+            None => changes.line("relative_step", ""),
         };
     }
     match rotary {
@@ -173,12 +173,12 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
             name.push_str(&format!("/rotary{}", pairs4 * 8));
             changes = changes.number("PAIRS4", pairs4);
             if !tile.is_tiled() && 2 * pairs4 == depth4 {
-                changes = changes.body("bring_q", "halves");
+                changes = changes.block("bring_q", Body::Or("halves"));
             }
             if !tile.is_tiled() && pairs4.is_multiple_of(lanes) {
                 // A lane loads both halves of its pairs.
-                changes = (changes.body("bring_k", "halves").number("APART", pairs4 / lanes))
-                    .block("part_k", "mine = brought[d / SHARE];");
+                changes = (changes.block("bring_k", Body::Or("halves")).number("APART", pairs4 / lanes))
+                    .line("part_k", "mine = brought[d / SHARE];");
             }
         }
         Some(FlashRotary { pairs4, interleaved: true }) => {
@@ -188,7 +188,6 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     }
     if packed {
         name.push_str("/packed");
-        changes.blocks.remove("bands");
         changes = changes.part("bands", "bands_packed").part("sequence", "sequence_packed");
     }
     Variant { kernel, changes, name }

@@ -7,7 +7,7 @@ pub use flash::{
 };
 
 use super::access::{self, Access};
-use super::specialise::{Changes, as_it_stands, specialise};
+use super::specialise::{Body, Changes, as_it_stands, specialise};
 use crate::error::{Result, value_error};
 use crate::problem::Dtype;
 
@@ -196,7 +196,7 @@ impl Rules {
         if self.bands {
             name.push_str("/bands");
         } else {
-            changes = changes.block("bands", "fn band_of(b: u32) -> vec4<i32> { return params.band; }");
+            changes = changes.line("bands", "fn band_of(b: u32) -> vec4<i32> { return params.band; }");
             if self.banded {
                 name.push_str("/band");
             }
@@ -227,10 +227,10 @@ impl Rules {
     /// Masks and bias alone.
     fn apply_lists(&self, mut changes: Changes, name: &mut String) -> Changes {
         if self.masks < 1 {
-            changes = changes.block("mask_a", "fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
+            changes = changes.line("mask_a", "fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
         }
         if self.masks < 2 {
-            changes = changes.block("mask_b", "fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
+            changes = changes.line("mask_b", "fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
         }
         match self.masks {
             0 => {}
@@ -240,7 +240,7 @@ impl Rules {
         if self.bias {
             name.push_str("/bias");
         } else {
-            changes = changes.block("bias", "fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 { return 0.0; }");
+            changes = changes.line("bias", "fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 { return 0.0; }");
         }
         changes
     }
@@ -252,7 +252,7 @@ fn sink(changes: Changes, given: bool, name: &mut String) -> Changes {
         name.push_str("/sink");
         return changes.flag("SINK", true);
     }
-    changes.flag("SINK", false).block("sink", "fn sink_of(h: u32) -> f32 { return 0.0; }")
+    changes.flag("SINK", false).line("sink", "fn sink_of(h: u32) -> f32 { return 0.0; }")
 }
 
 const LANE_BUILTIN: &str = "    @builtin(subgroup_invocation_id) subgroup_lane: u32,";
@@ -265,8 +265,8 @@ fn share(changes: Changes, tile: Tile, name: &mut String, blocks: &[(&'static st
         return changes;
     }
     name.push_str(&format!("/subgroup{}", tile.share));
-    let changes = changes.block("lane_builtin", LANE_BUILTIN).block("lane", LANE);
-    blocks.iter().fold(changes, |changes, &(name, statement)| changes.block(name, statement))
+    let changes = changes.line("lane_builtin", LANE_BUILTIN).line("lane", LANE);
+    blocks.iter().fold(changes, |changes, &(name, statement)| changes.line(name, statement))
 }
 
 /// A variant of `scores.wgsl`. `stage`: 0 scaled, 1 after the softcap, 2 after bias and mask.
@@ -282,7 +282,7 @@ pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rul
     if softcap {
         name.push_str("/softcap");
     } else {
-        changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
+        changes = changes.line("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
     }
     changes = rules.apply(changes, &mut name).number("STAGE", stage);
     changes = rules.apply_relative(changes, &mut name);
@@ -298,7 +298,7 @@ pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: R
     let shared = [("share", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     if tile.share > 1 {
-        changes = changes.block("any_not_finite", "let careful = subgroupAny(any(found));");
+        changes = changes.line("any_not_finite", "let careful = subgroupAny(any(found));");
     }
     changes = changes.number("COLS4", tile.depth4).flag("ACCUMULATE", accumulate);
     name.push_str(&format!("/columns{}", tile.depth4 * 4));
@@ -330,7 +330,7 @@ pub fn merge(lse: bool, o: Access) -> Variant {
     if lse {
         name.push_str("/lse");
     } else {
-        changes = changes.block("lse", "fn store_lse(at: u32, value: f32) {}");
+        changes = changes.line("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     Variant { kernel: Kernel::Merge, changes, name }
 }
@@ -372,7 +372,7 @@ pub fn inspect(
     let shared = [("share", "let y4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared).number("RESULT", result);
     if tile.share > 1 {
-        changes = changes.body("share_lse", "shared");
+        changes = changes.block("share_lse", Body::Or("shared"));
     }
     changes = changes.number("DEPTH4", tile.depth4).number("CHUNKS", chunks).flag("PADDED", padded);
     name.push_str(&format!("/depth{}x{chunks}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
@@ -381,14 +381,14 @@ pub fn inspect(
     access::name(&mut name, &[("x", kept), ("y", walked)]);
     if inspection == Inspection::Weights {
         changes = (changes.alias("OElem", "vec4<f32>"))
-            .block("store_weights", "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }")
-            .block("store_sum", "fn store_sum(at: u32, sum: f32) {}");
+            .line("store_weights", "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }")
+            .line("store_sum", "fn store_sum(at: u32, sum: f32) {}");
     }
     changes = changes.flag("SOFTCAP", softcap);
     if softcap {
         name.push_str("/softcap");
     } else {
-        changes = changes.block("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
+        changes = changes.line("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
     }
     changes = rules.apply(changes, &mut name);
     changes = rules.apply_relative(changes, &mut name);
@@ -402,13 +402,13 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Varian
     if lse {
         name.push_str("/lse");
     } else {
-        changes = changes.block("lse", "fn store_lse(row: u32, value: f32) {}");
+        changes = changes.line("lse", "fn store_lse(row: u32, value: f32) {}");
     }
     changes = sink(changes, with_sink, &mut name);
     if lanes == 1 {
-        changes = (changes.block("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }"))
-            .block("join_max", "fn join_max(local: u32, x: f32) -> f32 { return x; }")
-            .block("join_nan", "fn join_nan(local: u32, x: bool) -> bool { return x; }");
+        changes = (changes.line("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }"))
+            .line("join_max", "fn join_max(local: u32, x: f32) -> f32 { return x; }")
+            .line("join_nan", "fn join_nan(local: u32, x: bool) -> bool { return x; }");
     }
     Variant { kernel: Kernel::Softmax, changes, name }
 }
@@ -435,7 +435,7 @@ pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bia
     }
     access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
     if !bias {
-        changes = changes.block("bias", "fn bias_of(o: u32) -> vec4<f32> { return vec4<f32>(); }");
+        changes = changes.line("bias", "fn bias_of(o: u32) -> vec4<f32> { return vec4<f32>(); }");
     } else {
         name.push_str("/bias");
     }
@@ -463,7 +463,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
     if share > 1 {
         name.push_str(&format!("/subgroup{share}"));
         let body = "fn sum_of_lanes(x: f32) -> f32 { return subgroupAdd(x); }";
-        changes = changes.number("SHARE", share).block("share", body);
+        changes = changes.number("SHARE", share).line("share", body);
     }
     // No vec4 behind the width is read.
     changes = access::load(changes, &access::X, x);
@@ -472,7 +472,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
     if bias {
         name.push_str("/bias");
     } else {
-        changes = changes.block("bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
+        changes = changes.line("bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
     }
     Variant { kernel: Kernel::Matvec, changes, name }
 }
@@ -489,10 +489,10 @@ pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: b
     if bias {
         name.push_str("/bias");
     } else {
-        changes = changes.block("shift", "fn shift_of(d: u32) -> vec4<f32> { return vec4<f32>(); }");
+        changes = changes.line("shift", "fn shift_of(d: u32) -> vec4<f32> { return vec4<f32>(); }");
     }
     if lanes == 1 {
-        changes = changes.block("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }");
+        changes = changes.line("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }");
     }
     Variant { kernel: Kernel::Normalise, changes, name }
 }
@@ -514,7 +514,7 @@ pub fn append(zeros: bool) -> Variant {
     if !zeros {
         return Variant { kernel: Kernel::Append, changes: Changes::default(), name: "append".into() };
     }
-    let changes = Changes::default().block("row", "fn value_of(d: u32) -> f32 { return 0.0; }");
+    let changes = Changes::default().line("row", "fn value_of(d: u32) -> f32 { return 0.0; }");
     Variant { kernel: Kernel::Append, changes, name: "append/zeros".into() }
 }
 
@@ -580,12 +580,12 @@ fn rows_listed(changes: Changes, listed: bool, name: &mut String) -> Changes {
         name.push_str("/rows");
         return changes;
     }
-    changes.block("row_of", "fn row_of(b: u32, i: u32) -> u32 { return params.row_0 + i; }")
+    changes.line("row_of", "fn row_of(b: u32, i: u32) -> u32 { return params.row_0 + i; }")
 }
 
 /// Whole fours of `y`.
 fn stored_in_fours(changes: Changes) -> Changes {
-    changes.alias("YElem", "vec4<f32>").block(
+    changes.alias("YElem", "vec4<f32>").line(
         "store_four",
         "fn store_four(at: u32, first: u32, end: u32, value: vec4<f32>) { y[(at + first) / 4u] = value; }",
     )

@@ -1,5 +1,5 @@
-// @for view width padded w
-// @use one_bf16(view)
+// @for half view width padded w
+// @use one_half(view)
 fn load_view(at: u32, d4: u32) -> vec4<f32> {
     let d = d4 * 4u;
     let step = params.view_strides.w;

@@ -1,5 +1,5 @@
-// @for x
-// @use one_bf16(x)
+// @for half x
+// @use one_half(x)
 fn element(at: u32) -> f32 {
     return one_x(at);
 }
