@@ -5,7 +5,6 @@
 // outside and the sum is stored, so that no compiler can leave anything out. Per invocation and round
 // 2 · CHAINS · LINKS operations.
 
-const WORKGROUP: u32 = 64u;
 const CHAINS: u32 = 9u;
 const LINKS: u32 = 32u;
 
@@ -16,19 +15,11 @@ struct Params {
     workgroups: u32,
 }
 
-@group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read_write> y: array<f32>;
 
-@compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) workgroups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-) {
-    let index = workgroup.y * workgroups.x + workgroup.x;
-    if (index >= params.workgroups) {
-        return;
-    }
+// @use each_workgroup
+
+fn run(index: u32, local: u32, lane: u32) {
     var x: array<f32, CHAINS>;
     // @unroll
     for (var c = 0u; c < CHAINS; c++) {

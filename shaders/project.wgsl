@@ -2,11 +2,10 @@
 // X [b, l, in]   W [out, in]   b [out]   Y [b, l, out]
 //
 // The projections of Vaswani et al. 2017, section 3.2.2, in PyTorch's convention for W. Each
-// invocation keeps ROWS rows of X in registers and walks over the outputs OUTS at a time; with
+// invocation keeps ROWS rows of X in registers and goes through the outputs OUTS at a time; with
 // subgroups, SHARE lanes load different parts of W and hand them round. The input width is summed in
 // chunks of DEPTH4 · 4 through Y.
 
-const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 4u;
 const OUTS: u32 = 4u;
 const DEPTH4: u32 = 4u;
@@ -14,80 +13,13 @@ const LOADS: u32 = 1u;
 // DEPTH4 / LOADS
 const GROUPS: u32 = 4u;
 const SHARE: u32 = 1u;
-const PADDED: bool = true;
 
 const_assert OUTS == 4u;
 const_assert LOADS * GROUPS == DEPTH4;
 
-alias XElem = f32;
-alias WElem = f32;
-alias YElem = f32;
+// @use projection, load_four, store_four
 
-struct Params {
-    // Batch, row, column.
-    x_strides: vec4<u32>,
-    w_strides: vec4<u32>,
-    y_strides: vec4<u32>,
-    x_offset: u32,
-    w_offset: u32,
-    y_offset: u32,
-    bias_offset: u32,
-    bias_stride: u32,
-    rows: u32,
-    len: u32,
-    dim_in: u32,
-    dim_out: u32,
-    // Chunks of the width: before the last of this dispatch, in all, the first of this dispatch.
-    chunks: u32,
-    row_blocks: u32,
-    out_blocks: u32,
-    outs_per_block: u32,
-    workgroups: u32,
-    all_chunks: u32,
-    chunk_0: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<XElem>;
-@group(0) @binding(2) var<storage, read> w: array<WElem>;
-@group(0) @binding(3) var<storage, read_write> y: array<YElem>;
-
-// @block bias
-@group(0) @binding(4) var<storage, read> bias: array<f32>;
-fn bias_of(o: u32) -> vec4<f32> {
-    let at = params.bias_offset + o * params.bias_stride;
-    let step = params.bias_stride;
-    return vec4<f32>(bias[at], bias[at + step], bias[at + 2u * step], bias[at + 3u * step]);
-}
-// @end
-
-// @use load(x dim_in PADDED z)
-
-// @use load(w dim_in PADDED y)
-
-// @use sums
-
-// Where row r, counted over all batch entries, begins.
-fn row_base(row: u32, strides: vec4<u32>) -> u32 {
-    let r = min(row, params.rows - 1u);
-    return (r / params.len) * strides.x + (r % params.len) * strides.y;
-}
-
-@compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) workgroups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-    // @block lane_builtin
-    // @end
-) {
-    // @block lane
-    let lane = 0u;
-    // @end
-    let index = workgroup.y * workgroups.x + workgroup.x;
-    if (index >= params.workgroups) {
-        return;
-    }
+fn run(index: u32, local: u32, lane: u32) {
     let out_block = index % params.out_blocks;
     let row_block = index / params.out_blocks;
     let row = (row_block * WORKGROUP + local) * ROWS;
@@ -99,8 +31,8 @@ fn main(
     var y_base: array<u32, ROWS>;
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
-        x_base[r] = params.x_offset + row_base(row + r, params.x_strides);
-        y_base[r] = params.y_offset + row_base(row + r, params.y_strides);
+        x_base[r] = row_base(params.x, row + r);
+        y_base[r] = row_base(params.y, row + r);
     }
 
     // A bound that is more than a parameter: see README.md.
@@ -129,22 +61,22 @@ fn main(
             if (chunk > 0u) {
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
-                    sum[r] = load_y(y_base[r], j);
+                    sum[r] = load_four(y_base[r], j);
                 }
             }
-            var mine = vec4<f32>();
+            var loaded = vec4<f32>();
             // Not written out: a loop that fits the instruction cache is faster, and compiles sooner.
             for (var c = 0u; c < OUTS; c++) {
                 let out = min(j + c, params.dim_out - 1u);
-                let w_base = params.w_offset + out * params.w_strides.x;
+                let w_base = params.w.offset + out * params.w.strides.z;
                 var part = array<f32, ROWS>();
                 // @unroll
                 for (var d = 0u; d < DEPTH4; d++) {
                     if (d % SHARE == 0u) {
-                        mine = load_w(w_base, chunk * DEPTH4 + min(d + lane, DEPTH4 - 1u));
+                        loaded = load_w(w_base, chunk * DEPTH4 + min(d + lane, DEPTH4 - 1u));
                     }
                     // @block share
-                    let w4 = mine;
+                    let w4 = loaded;
                     // @end
                     // @unroll
                     for (var r = 0u; r < ROWS; r++) {
@@ -159,12 +91,12 @@ fn main(
             }
             var bias4 = vec4<f32>();
             if (last) {
-                bias4 = bias_of(j);
+                bias4 = vec4<f32>(bias_of(j), bias_of(j + 1u), bias_of(j + 2u), bias_of(j + 3u));
             }
             // @unroll
             for (var r = 0u; r < ROWS; r++) {
                 if (row + r < params.rows) {
-                    store_y(y_base[r], j, sum[r] + bias4);
+                    store_four(y_base[r], j, params.dim_out, sum[r] + bias4);
                 }
             }
         }

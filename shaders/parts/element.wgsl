@@ -1,4 +1,4 @@
-// @for x
-fn element(at: u32) -> f32 {
-    return x[at];
+// @for view
+fn element_view(at: u32) -> f32 {
+    return view[at];
 }

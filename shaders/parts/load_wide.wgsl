@@ -1,5 +1,5 @@
-// @for view width padded w
+// @for unpack view width padded
+// @use unpack
 fn load_view(at: u32, d4: u32) -> vec4<f32> {
-    let four = view[at / 4u + d4];
-    return select(four, vec4<f32>(), padded && d4 * 4u >= params.width);
+    return select(unpack(view[at / 4u + d4]), vec4<f32>(), padded && d4 * 4u >= params.width);
 }

@@ -1,20 +1,18 @@
-@group(0) @binding(1) var<storage, read> out_a: array<f32>;
-@group(0) @binding(2) var<storage, read> lse_a: array<f32>;
-@group(0) @binding(5) var<storage, read> out_b: array<f32>;
-@group(0) @binding(6) var<storage, read> lse_b: array<f32>;
-fn lse_of(s: u32, row: u32, bhi: vec3<u32>) -> f32 {
+// The parts of merge.wgsl, two that lie apart.
+@group(0) @binding(1) var<storage, read> a: array<f32>;
+@group(0) @binding(2) var<storage, read> a_lse: array<f32>;
+@group(0) @binding(5) var<storage, read> b: array<f32>;
+@group(0) @binding(6) var<storage, read> b_lse: array<f32>;
+// @use load(a dim false), load(b dim false)
+fn lse_of(s: u32, row: u32, axes: vec3<u32>) -> f32 {
     if (s == 0u) {
-        return lse_a[params.a_lse_offset + dot(params.a_lse_strides, bhi)];
+        return a_lse[row_at(params.a_lse, axes)];
     }
-    return lse_b[params.b_lse_offset + dot(params.b_lse_strides, bhi)];
+    return b_lse[row_at(params.b_lse, axes)];
 }
-fn part_of(s: u32, row: u32, bhi: vec3<u32>, column: u32) -> vec4<f32> {
+fn part_of(s: u32, row: u32, axes: vec3<u32>, column: u32) -> vec4<f32> {
     if (s == 0u) {
-        let step = params.a_strides.w;
-        let at = params.a_offset + dot(params.a_strides.xyz, bhi) + column * step;
-        return vec4<f32>(out_a[at], out_a[at + step], out_a[at + 2u * step], out_a[at + 3u * step]);
+        return load_a(row_at(params.a, axes), column / 4u);
     }
-    let step = params.b_strides.w;
-    let at = params.b_offset + dot(params.b_strides.xyz, bhi) + column * step;
-    return vec4<f32>(out_b[at], out_b[at + step], out_b[at + 2u * step], out_b[at + 3u * step]);
+    return load_b(row_at(params.b, axes), column / 4u);
 }

@@ -1,49 +1,49 @@
+// The score of a pair, the only place: scale, softcap, what its distance adds, biases, masks, in this order.
+// @use rules, relative, tanh
+
+const SOFTCAP: bool = true;
+// True with a bias by distance.
+const RELATIVE: bool = true;
+
 struct Scores {
     x: vec4<f32>,
-    // False for what is no key, may not be seen, or is −∞.
+    // False for what is no pair, is hidden, or is −∞.
     seen: vec4<bool>,
 }
 
-// The distances of keys j, j + 1, … from query i.
-fn away(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
-    return vec4<i32>(0, 1, 2, 3) + vec4<i32>(i32(j + params.key_0) - i32(i + params.row_0) - band.w);
+fn four_from(first: u32) -> vec4<u32> {
+    return vec4<u32>(first) + vec4<u32>(0u, 1u, 2u, 3u);
 }
 
-// Scores of keys j, j + 1, …; `more` is what their distances add.
-fn finish(sum: vec4<f32>, b: u32, h: u32, i: u32, j: u32, end: u32, band: vec4<i32>, listed: bool, more: vec4<f32>) -> Scores {
-    let step = vec4<u32>(0u, 1u, 2u, 3u);
-    var x = sum * params.scale;
+// The distances of keys j, j + 1, … from query i.
+fn distances(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
+    return vec4<i32>(0, 1, 2, 3)
+        + vec4<i32>(i32(j + params.slice.key_0) - i32(i + params.slice.row_0) - band.w);
+}
+
+// Of four queries i and keys j from their products; `by_distance` is what their distances add.
+fn scores_of(
+    product: vec4<f32>,
+    by_distance: vec4<f32>,
+    b: u32,
+    h: u32,
+    i: vec4<u32>,
+    j: vec4<u32>,
+    band: vec4<i32>,
+    masked: bool,
+    is_pair: vec4<bool>,
+) -> Scores {
+    var x = product * params.rules.scale;
     if (SOFTCAP) {
         let is_nan = (bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
-        x = select(params.softcap * tanh_exact(x / params.softcap), x, is_nan);
+        x = select(params.rules.softcap * tanh_exact(x / params.rules.softcap), x, is_nan);
     }
-    var seen = (vec4<u32>(j) + step < vec4<u32>(end)) & (step < vec4<u32>(KEYS));
-    let key = vec4<i32>(vec4<u32>(j + params.key_0) + step);
-    if (BANDED) {
-        let row = vec4<i32>(i32(i + params.row_0));
-        let inside = (key < vec4<i32>(band.x)) & (key >= row + vec4<i32>(band.y)) & (key <= row + vec4<i32>(band.z));
-        seen = seen & (inside | (key >= vec4<i32>(i32(params.ruled_keys))));
-    }
+    let rule = rule_of(b, h, i, j, band, masked);
     if (RELATIVE) {
-        x += select(more, vec4<f32>(), key >= vec4<i32>(i32(params.ruled_keys)));
+        x += select(vec4<f32>(), by_distance, rule.maskable);
     }
-    if (LISTED && listed) {
-        // @unroll
-        for (var c = 0u; c < 4u; c++) {
-            if (c < KEYS) {
-                let ruled = u32(key[c]) < params.ruled_keys;
-                let bias = bias_at(b, h, i, j + c);
-                let passes = passes_a(b, h, i, j + c) & passes_b(b, h, i, j + c)
-                    & (bitcast<u32>(bias) != params.minus_infinity);
-                x[c] = select(x[c], x[c] + bias, ruled);
-                seen[c] = seen[c] & (passes | !ruled);
-            }
-        }
+    if (MASKED && masked) {
+        x += rule.bias;
     }
-    return Scores(x, seen & (bitcast<vec4<u32>>(x) != vec4<u32>(params.minus_infinity)));
-}
-
-// exp(x − peak) of what is seen; the floor keeps −∞ out of exp2, which some drivers get wrong.
-fn weigh(scores: Scores, peak: f32) -> vec4<f32> {
-    return select(vec4<f32>(), exp2(max((scores.x - peak) * LOG2_E, vec4<f32>(-200.0))), scores.seen);
+    return Scores(x, is_pair & rule.seen & (bitcast<vec4<u32>>(x) != vec4<u32>(params.minus_infinity)));
 }

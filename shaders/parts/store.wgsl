@@ -4,7 +4,7 @@ fn store_o(at: u32, d4: u32, value: vec4<f32>, add: bool) {
     for (var e = 0u; e < 4u; e++) {
         let d = d4 * 4u + e;
         if (d < params.dim) {
-            let here = at + d * params.o_strides.w;
+            let here = at + d * params.o.strides.w;
             if (add) {
                 o[here] += value[e];
             } else {

@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use super::buffers::GpuBuffer;
 use super::run::{Recording, buffer_of, declared_bindings};
 use crate::attention::Attended;
-use crate::error::{Error, Result, shape_error};
+use crate::error::{Error, Result, shape_error, value_error};
 use crate::problem::{Dtype, Layout};
 
 /// A planned call with its WGSL, its buffers and its dispatches, from [`Attention::export`](crate::Attention::export).
@@ -211,18 +211,22 @@ impl Recording {
         for bound in &self.steps {
             let variant = &bound.step.variant;
             let mut wgsl = self.gpu.rewritten(variant)?;
-            let kinds: BTreeMap<_, _> = declared_bindings(&wgsl).collect();
+            let declared: BTreeMap<String, (u32, wgpu::BufferBindingType)> =
+                declared_bindings(&wgsl).map(|one| (one.name.to_string(), (one.number, one.kind))).collect();
             if variant.uses_subgroups() {
                 // The adapter may be naga's, which refuses the line.
                 wgsl.insert_str(0, "enable subgroups;\n");
                 features = vec!["subgroups"];
             }
             let mut bindings = Vec::new();
-            for &(binding, ref part) in &bound.parts {
-                let kind = match kinds.get(&binding) {
-                    Some(wgpu::BufferBindingType::Uniform) => BindingKind::Uniform,
-                    Some(wgpu::BufferBindingType::Storage { read_only: true }) => BindingKind::Read,
-                    _ => BindingKind::ReadWrite,
+            for &(name, ref part) in &bound.parts {
+                let Some(&(binding, kind)) = declared.get(name) else {
+                    return Err(value_error!("{} has no buffer {name}", variant.name));
+                };
+                let kind = match kind {
+                    wgpu::BufferBindingType::Uniform => BindingKind::Uniform,
+                    wgpu::BufferBindingType::Storage { read_only: true } => BindingKind::Read,
+                    wgpu::BufferBindingType::Storage { .. } => BindingKind::ReadWrite,
                 };
                 // An empty part is bound as the whole buffer.
                 let size = match (part.size, &part.buffer) {

@@ -1,5 +1,6 @@
 //! Compiling variants and executing plans.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,19 +22,29 @@ use crate::tensor::{Storage, Tensor};
 pub struct Pipeline {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
+    /// The number of each variable.
+    numbers: HashMap<String, u32>,
 }
 
-/// The bindings a WGSL text declares: number, and whether it is only read.
-pub(super) fn declared_bindings(source: &str) -> impl Iterator<Item = (u32, wgpu::BufferBindingType)> + '_ {
+/// A buffer that a WGSL text declares.
+pub(super) struct Declared<'a> {
+    pub name: &'a str,
+    pub number: u32,
+    pub kind: wgpu::BufferBindingType,
+}
+
+/// The buffers that a WGSL text declares.
+pub(super) fn declared_bindings(source: &str) -> impl Iterator<Item = Declared<'_>> {
     source.lines().filter_map(|line| {
-        let rest = line.strip_prefix("@group(0) @binding(")?;
-        let (number, rest) = rest.split_once(')')?;
-        let kind = if rest.contains("var<uniform>") {
+        let (number, rest) = line.strip_prefix("@group(0) @binding(")?.split_once(')')?;
+        let (space, rest) = rest.split_once('>')?;
+        let (name, _) = rest.split_once(':')?;
+        let kind = if space.ends_with("uniform") {
             wgpu::BufferBindingType::Uniform
         } else {
-            wgpu::BufferBindingType::Storage { read_only: rest.contains("var<storage, read>") }
+            wgpu::BufferBindingType::Storage { read_only: !space.ends_with("read_write") }
         };
-        Some((number.parse().ok()?, kind))
+        Some(Declared { name: name.trim(), number: number.parse().ok()?, kind })
     })
 }
 
@@ -77,10 +88,10 @@ impl Gpu {
             source: wgpu::ShaderSource::Wgsl(source.into()),
         });
         let entries: Vec<_> = declared_bindings(source)
-            .map(|(binding, ty)| wgpu::BindGroupLayoutEntry {
-                binding,
+            .map(|Declared { number, kind, .. }| wgpu::BindGroupLayoutEntry {
+                binding: number,
                 visibility: wgpu::ShaderStages::COMPUTE,
-                ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+                ty: wgpu::BindingType::Buffer { ty: kind, has_dynamic_offset: false, min_binding_size: None },
                 count: None,
             })
             .collect();
@@ -102,7 +113,8 @@ impl Gpu {
             },
             cache: None,
         });
-        Pipeline { pipeline, layout }
+        let numbers = declared_bindings(source).map(|one| (one.name.to_string(), one.number)).collect();
+        Pipeline { pipeline, layout, numbers }
     }
 }
 
@@ -188,7 +200,7 @@ pub(super) struct Bound {
     pub step: Step,
     why: Arc<str>,
     /// The uniform block first.
-    pub parts: Vec<(u32, Part)>,
+    pub parts: Vec<(&'static str, Part)>,
 }
 
 /// Steps on one adapter, to run in one compute pass.
@@ -292,7 +304,7 @@ impl Recording {
         let rows = self.constant(bytemuck::cast_slice(&plan.rows));
         let why: Arc<str> = plan.why.into();
         for step in plan.steps {
-            let mut parts = vec![(0, self.constant(&step.params))];
+            let mut parts = vec![("params", self.constant(&step.params))];
             for binding in &step.bindings {
                 let table = |part: &Part| Part { buffer: part.buffer.clone(), ..*part };
                 let part = match binding.slot {
@@ -314,7 +326,7 @@ impl Recording {
                         Part { buffer: Some(buffer), offset, size }
                     }
                 };
-                parts.push((binding.binding, part));
+                parts.push((binding.name, part));
             }
             self.steps.push(Bound { step, why: why.clone(), parts });
         }
@@ -799,8 +811,9 @@ impl Recording {
 
     fn bind_group(&self, pipeline: &Pipeline, bound: &Bound, parameters: Option<&GpuBuffer>) -> wgpu::BindGroup {
         let entries: Vec<_> = (bound.parts.iter())
-            .map(|&(binding, ref part)| wgpu::BindGroupEntry {
-                binding,
+            .map(|&(name, ref part)| wgpu::BindGroupEntry {
+                // One that is not declared is refused by wgpu, with the kernel's name.
+                binding: pipeline.numbers.get(name).copied().unwrap_or(u32::MAX),
                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
                     buffer: part.buffer.as_ref().or(parameters).expect("allocated where there are any").raw(),
                     offset: part.offset,

@@ -79,15 +79,16 @@ pub fn is_wide(layout: &Layout) -> bool {
         && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
 }
 
-/// A buffer that kernels read: its block and its element type.
+/// A buffer that kernels read: the blocks that load four and one of its elements, and its element type.
 pub struct Read {
-    block: &'static str,
+    four: &'static str,
+    one: &'static str,
     alias: &'static str,
 }
 
 macro_rules! read {
     ($buffer:literal, $alias:literal) => {
-        Read { block: concat!("load_", $buffer), alias: $alias }
+        Read { four: concat!("load_", $buffer), one: concat!("element_", $buffer), alias: $alias }
     };
 }
 
@@ -100,49 +101,38 @@ pub const V: Read = read!("v", "VElem");
 /// The rows that a kernel works on.
 pub const X: Read = read!("x", "XElem");
 /// What `inspect.wgsl` keeps in registers.
-pub const KEPT: Read = read!("kept", "KeptElem");
-/// What `inspect.wgsl` walks over.
-pub const WALKED: Read = read!("walked", "WalkedElem");
+pub const OUTER: Read = read!("outer", "OuterElem");
+/// What `inspect.wgsl` goes through.
+pub const INNER: Read = read!("inner", "InnerElem");
 /// What a gate is the sigmoid of.
 pub const GATE: Read = read!("g", "GElem");
 /// A table of positions.
 pub const TABLE: Read = read!("table", "TableElem");
 /// The weight of a projection.
 pub const W: Read = read!("w", "WElem");
-/// Single elements of x; where it is wide, fours of them.
-pub const ELEMENT: Read = Read { block: "element_x", alias: "XElem" };
+
+const READS: [Read; 9] = [Q, K, V, X, OUTER, INNER, GATE, TABLE, W];
 
 /// How `read` is loaded.
 pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {
-    let part = match (access.wide, access.stored) {
-        (true, Dtype::F16) => "load_wide_f16",
-        (true, Dtype::BF16) => "load_wide_bf16",
-        (true, _) => "load_wide",
-        (false, Dtype::F16) => "load_half(f16)",
-        (false, Dtype::BF16) => "load_half(bf16)",
+    let (block, part) = match (access.wide, access.stored) {
+        (true, Dtype::F16) => (read.four, "load_wide(of_f16)"),
+        (true, Dtype::BF16) => (read.four, "load_wide(of_bf16)"),
+        (true, _) => (read.four, "load_wide(of_f32)"),
+        (false, Dtype::F16) => (read.one, "element_f16"),
+        (false, Dtype::BF16) => (read.one, "element_bf16"),
         (false, _) => return changes,
     };
-    changes.alias(read.alias, access.element()).part(read.block, part)
-}
-
-/// How a kernel reads single elements of `x`: `element(at) -> f32`; fours of them by `load_x`.
-pub fn element(changes: Changes, access: Access) -> Changes {
-    let part = match (access.wide, access.stored) {
-        (true, _) => return load(changes, &ELEMENT, access),
-        (false, Dtype::F16) => "element_half(f16)",
-        (false, Dtype::BF16) => "element_half(bf16)",
-        (false, _) => return changes,
-    };
-    changes.alias(ELEMENT.alias, access.element()).part(ELEMENT.block, part)
+    changes.alias(read.alias, access.element()).part(block, part)
 }
 
 /// How `o` is stored: `store_o(at, d4, value, add)`. Halves are stored wide only.
 pub fn store(changes: Changes, access: Access) -> Changes {
     let part = match access {
         Access::NARROW => return changes,
-        Access { stored: Dtype::F16, .. } => "store_wide_f16",
-        Access { stored: Dtype::BF16, .. } => "store_wide_bf16",
-        _ => "store_wide",
+        Access { stored: Dtype::F16, .. } => "store_wide(of_f16 to_f16)",
+        Access { stored: Dtype::BF16, .. } => "store_wide(of_bf16 to_bf16)",
+        _ => "store_wide(of_f32 to_f32)",
     };
     changes.alias("OElem", access.element()).part("store_o", part)
 }
@@ -150,24 +140,24 @@ pub fn store(changes: Changes, access: Access) -> Changes {
 /// How whole fours of `y` are stored.
 pub fn store_fours(changes: Changes, access: Access) -> Changes {
     let part = match access.stored {
-        Dtype::F16 => "store_fours_half(f16)",
-        Dtype::BF16 => "store_fours_half(bf16)",
+        Dtype::F16 => "store_fours(y to_f16)",
+        Dtype::BF16 => "store_fours(y to_bf16)",
         _ => return changes,
     };
-    changes.alias("YElem", access.element()).part("store_fours", part)
+    changes.alias("YElem", access.element()).part("store_fours_y", part)
 }
 
 /// The same changes with wide loads by words of 64 bits.
 pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
     let mut changes = changes.clone();
-    for Read { block, alias } in [Q, K, V, X, KEPT, WALKED, GATE, TABLE, W, ELEMENT] {
-        let (element, part) = match changes.blocks.get(block) {
-            Some(Body::Part("load_wide")) => ("vec2<u64>", "load_words"),
-            Some(Body::Part("load_wide_f16")) => ("u64", "load_words_f16"),
-            Some(Body::Part("load_wide_bf16")) => ("u64", "load_words_bf16"),
+    for Read { four, alias, .. } in READS {
+        let (element, part) = match changes.blocks.get(four) {
+            Some(Body::Part("load_wide(of_f32)")) => ("vec2<u64>", "load_wide(of_f32_words)"),
+            Some(Body::Part("load_wide(of_f16)")) => ("u64", "load_wide(of_f16_words)"),
+            Some(Body::Part("load_wide(of_bf16)")) => ("u64", "load_wide(of_bf16_words)"),
             _ => continue,
         };
-        changes = changes.alias(alias, element).part(block, part);
+        changes = changes.alias(alias, element).part(four, part);
     }
     changes
 }

@@ -3,54 +3,108 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::plan::Window;
+use crate::problem::Layout;
+
+/// The name, offset and size of every number of a block, members of nested structs behind a dot.
+pub type Fields = Vec<(String, usize, usize)>;
+
+/// What may stand in a uniform block.
+pub trait Member {
+    /// Adds its fields, which begin at `offset`.
+    fn list(name: &str, offset: usize, to: &mut Fields);
+}
+
+macro_rules! numbers {
+    ($($ty:ty),*) => {
+        $(impl Member for $ty {
+            fn list(name: &str, offset: usize, to: &mut Fields) {
+                to.push((name.into(), offset, size_of::<$ty>()));
+            }
+        })*
+    };
+}
+numbers!(u32, i32, f32, [u32; 4], [i32; 4]);
+
 macro_rules! params {
     ($(#[$doc:meta])* $name:ident { $($field:ident : $ty:ty),* $(,)? }) => {
+        params!($(#[$doc])* $name { $($field: $ty),* } 0);
+    };
+    // What is nested ends in words that no shader reads, so that it is a multiple of 16 bytes.
+    ($(#[$doc:meta])* $name:ident { $($field:ident : $ty:ty),* $(,)? } $padding:literal) => {
         $(#[$doc])*
         #[allow(missing_docs)]
         #[repr(C)]
         #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
         pub struct $name {
-            $(pub $field: $ty),*
+            $(pub $field: $ty,)*
+            pub padding: [u32; $padding],
         }
 
-        impl $name {
-            /// Name, offset and size of each field.
-            pub fn fields() -> Vec<(&'static str, usize, usize)> {
-                vec![$((stringify!($field), std::mem::offset_of!($name, $field), std::mem::size_of::<$ty>())),*]
+        impl Member for $name {
+            fn list(name: &str, offset: usize, to: &mut Fields) {
+                $({
+                    let path = if name.is_empty() { stringify!($field).into() } else { format!("{name}.{}", stringify!($field)) };
+                    <$ty>::list(&path, offset + std::mem::offset_of!($name, $field), to);
+                })*
             }
         }
     };
 }
 
 params! {
-    /// `scores.wgsl`
-    Scores {
-        q_strides: [u32; 4],
-        k_strides: [u32; 4],
-        s_strides: [u32; 4],
-        mask_a_strides: [u32; 4],
-        mask_b_strides: [u32; 4],
-        bias_strides: [u32; 4],
-        relative_strides: [u32; 4],
+    /// A strided operand: three axes of rows, and the axis of a row.
+    View { strides: [u32; 4], offset: u32 } 3
+}
+
+params! {
+    /// A boolean mask.
+    Mask { view: View, keeps: u32 } 3
+}
+
+params! {
+    /// A bias by distance.
+    Relative { strides: [u32; 4], offset: u32, low: i32, high: i32, factor: f32 }
+}
+
+params! {
+    /// What hides keys, and what is added to scores: `parts/rules.wgsl`.
+    Rules {
         band: [i32; 4],
-        q_offset: u32,
-        k_offset: u32,
-        s_offset: u32,
-        mask_a_offset: u32,
-        mask_b_offset: u32,
-        bias_offset: u32,
-        mask_a_keeps: u32,
-        mask_b_keeps: u32,
+        mask_a: Mask,
+        mask_b: Mask,
+        bias: View,
+        relative: Relative,
+        scale: f32,
+        softcap: f32,
+        maskable_keys: u32,
+    } 1
+}
+
+params! {
+    /// The part of a call that a dispatch works on.
+    Slice {
         batch_0: u32,
         head_0: u32,
         head_kv_0: u32,
         row_0: u32,
         key_0: u32,
         heads: u32,
+        heads_kv: u32,
         group: u32,
         len_q: u32,
         len_k: u32,
-        ruled_keys: u32,
+    } 2
+}
+
+params! {
+    /// `scores.wgsl`
+    Scores {
+        q: View,
+        k: View,
+        s: View,
+        rules: Rules,
+        slice: Slice,
         dim: u32,
         chunks: u32,
         row_blocks: u32,
@@ -58,189 +112,90 @@ params! {
         keys_per_block: u32,
         workgroups: u32,
         minus_infinity: u32,
-        scale: f32,
-        softcap: f32,
-        pad: u32,
-        relative_offset: u32,
-        relative_low: i32,
-        relative_high: i32,
-        relative_factor: f32,
     }
 }
 
 params! {
     /// `weighted_sum.wgsl`
     WeightedSum {
-        p_strides: [u32; 4],
-        v_strides: [u32; 4],
-        o_strides: [u32; 4],
-        mask_a_strides: [u32; 4],
-        mask_b_strides: [u32; 4],
-        bias_strides: [u32; 4],
-        band: [i32; 4],
-        p_offset: u32,
-        v_offset: u32,
-        o_offset: u32,
-        mask_a_offset: u32,
-        mask_b_offset: u32,
-        bias_offset: u32,
-        mask_a_keeps: u32,
-        mask_b_keeps: u32,
-        batch_0: u32,
-        head_0: u32,
-        head_kv_0: u32,
-        row_0: u32,
-        key_0: u32,
-        heads: u32,
-        group: u32,
-        len_q: u32,
-        len_k: u32,
-        ruled_keys: u32,
+        p: View,
+        v: View,
+        o: View,
+        rules: Rules,
+        slice: Slice,
         dim: u32,
         row_blocks: u32,
         column_blocks: u32,
+        sink_offset: u32,
+        sink_stride: u32,
         workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
-        sink_offset: u32,
-        sink_stride: u32,
-        pad_0: u32,
-        pad_1: u32,
     }
 }
 
 params! {
-    /// `flash.wgsl`
+    /// `flash.wgsl`, `flash_tiled.wgsl`
     Flash {
-        q_strides: [u32; 4],
-        k_strides: [u32; 4],
-        v_strides: [u32; 4],
-        o_strides: [u32; 4],
-        mask_a_strides: [u32; 4],
-        mask_b_strides: [u32; 4],
-        bias_strides: [u32; 4],
-        relative_strides: [u32; 4],
-        band: [i32; 4],
-        q_offset: u32,
-        k_offset: u32,
-        v_offset: u32,
-        o_offset: u32,
-        mask_a_offset: u32,
-        mask_b_offset: u32,
-        bias_offset: u32,
-        mask_a_keeps: u32,
-        mask_b_keeps: u32,
-        batch_0: u32,
-        row_0: u32,
-        key_0: u32,
-        heads_kv: u32,
-        group: u32,
-        len_q: u32,
-        len_k: u32,
-        ruled_keys: u32,
+        q: View,
+        k: View,
+        v: View,
+        o: View,
+        lse: View,
+        block_mask: View,
+        rules: Rules,
+        slice: Slice,
         dim_k: u32,
         dim_v: u32,
         row_blocks: u32,
         splits: u32,
         keys_per_split: u32,
         o_split_stride: u32,
-        lse_offset: u32,
-        lse_strides: [u32; 3],
+        sink_offset: u32,
+        sink_stride: u32,
         workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
-        scale: f32,
-        softcap: f32,
-        tile_batch_stride: u32,
-        tile_head_stride: u32,
-        tiles: u32,
-        sink_stride: u32,
-        relative_offset: u32,
-        relative_low: i32,
-        relative_high: i32,
-        relative_factor: f32,
-        sink_offset: u32,
-        pad_0: u32,
-        pad_1: u32,
-        pad_2: u32,
     }
 }
 
 params! {
     /// `merge.wgsl`
     Merge {
-        o_strides: [u32; 4],
-        lse_strides: [u32; 3],
-        lse_offset: u32,
-        o_offset: u32,
+        o: View,
+        lse: View,
+        a: View,
+        b: View,
+        a_lse: View,
+        b_lse: View,
         heads: u32,
-        len_q: u32,
+        len: u32,
         rows: u32,
         splits: u32,
         dim: u32,
         row_stride: u32,
         total: u32,
-        workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
-        a_offset: u32,
-        b_offset: u32,
-        pad_0: u32,
-        pad_1: u32,
-        pad_2: u32,
-        a_strides: [u32; 4],
-        b_strides: [u32; 4],
-        a_lse_strides: [u32; 3],
-        a_lse_offset: u32,
-        b_lse_strides: [u32; 3],
-        b_lse_offset: u32,
     }
 }
 
 params! {
     /// `inspect.wgsl`
     Inspect {
-        kept_strides: [u32; 4],
-        walked_strides: [u32; 4],
-        out_strides: [u32; 4],
-        lse_strides: [u32; 4],
-        mask_a_strides: [u32; 4],
-        mask_b_strides: [u32; 4],
-        bias_strides: [u32; 4],
-        relative_strides: [u32; 4],
-        band: [i32; 4],
-        kept_offset: u32,
-        walked_offset: u32,
-        out_offset: u32,
-        lse_offset: u32,
-        mask_a_offset: u32,
-        mask_b_offset: u32,
-        bias_offset: u32,
-        mask_a_keeps: u32,
-        mask_b_keeps: u32,
-        batch_0: u32,
-        head_0: u32,
-        head_kv_0: u32,
-        row_0: u32,
-        key_0: u32,
-        heads: u32,
-        group: u32,
-        len_q: u32,
-        len_k: u32,
-        ruled_keys: u32,
+        outer: View,
+        inner: View,
+        o: View,
+        lse: View,
+        rules: Rules,
+        slice: Slice,
         dim: u32,
-        kept_blocks: u32,
+        outer_blocks: u32,
         splits: u32,
         split_rows: u32,
         workgroups: u32,
         minus_infinity: u32,
         not_a_number: u32,
-        scale: f32,
-        softcap: f32,
-        relative_offset: u32,
-        relative_low: i32,
-        relative_high: i32,
-        relative_factor: f32,
     }
 }
 
@@ -263,143 +218,73 @@ params! {
 }
 
 params! {
-    /// `project.wgsl`
+    /// `project.wgsl`, `matvec.wgsl`
     Project {
-        x_strides: [u32; 4],
-        w_strides: [u32; 4],
-        y_strides: [u32; 4],
-        x_offset: u32,
-        w_offset: u32,
-        y_offset: u32,
-        bias_offset: u32,
-        bias_stride: u32,
+        x: View,
+        y: View,
+        w: View,
+        bias: View,
         rows: u32,
         len: u32,
         dim_in: u32,
         dim_out: u32,
         chunks: u32,
+        all_chunks: u32,
+        chunk_0: u32,
         row_blocks: u32,
         out_blocks: u32,
         outs_per_block: u32,
         workgroups: u32,
-        all_chunks: u32,
-        chunk_0: u32,
     }
 }
 
 params! {
     /// `append.wgsl`
-    Append {
-        y_offset: u32,
-        y_batch_stride: u32,
-        row_offset: u32,
-        row_stride: u32,
-        width: u32,
-        batch: u32,
-        workgroups: u32,
-        pad: u32,
-    }
+    Append { y_offset: u32, y_batch_stride: u32, row_offset: u32, row_stride: u32, width: u32, total: u32 }
 }
 
 params! {
     /// `mean_heads.wgsl`
-    MeanHeads {
-        p_strides: [u32; 4],
-        a_strides: [u32; 4],
-        p_offset4: u32,
-        a_offset4: u32,
-        heads: u32,
-        len_q: u32,
-        width4: u32,
-        total: u32,
-        workgroups: u32,
-        factor: f32,
-    }
+    MeanHeads { p: View, a: View, heads: u32, len_q: u32, width4: u32, total: u32, factor: f32 }
 }
 
 params! {
-    /// `fold.wgsl`
-    Fold {
-        source_strides: [u32; 4],
+    /// `combine_biases.wgsl`
+    CombineBiases {
+        source: View,
         shape: [u32; 4],
-        source_offset: u32,
         keeps: u32,
         total: u32,
-        workgroups: u32,
         minus_infinity: u32,
         row_0: u32,
         key_0: u32,
-        pad: u32,
     }
 }
 
 params! {
     /// `copy.wgsl`
-    Copy {
-        x_strides: [u32; 4],
-        shape: [u32; 4],
-        x_offset: u32,
-        y_offset: u32,
-        y_row_stride: u32,
-        total: u32,
-        workgroups: u32,
-        fill: u32,
-        pad_0: u32,
-        pad_1: u32,
-    }
+    Copy { x: View, shape: [u32; 4], y_offset: u32, y_row_stride: u32, total: u32, fill: u32 }
 }
 
 params! {
     /// `probe.wgsl`
-    Probe {
-        factor: f32,
-        summand: f32,
-        rounds: u32,
-        workgroups: u32,
-    }
+    Probe { factor: f32, summand: f32, rounds: u32, workgroups: u32 }
 }
 
 params! {
     /// `scatter.wgsl`
-    Scatter {
-        x_strides: [u32; 4],
-        y_strides: [u32; 4],
-        x_offset: u32,
-        y_offset: u32,
-        heads: u32,
-        len: u32,
-        dim: u32,
-        rows: u32,
-        place_0: u32,
-        total: u32,
-        workgroups: u32,
-        pad_0: u32,
-        pad_1: u32,
-        pad_2: u32,
-    }
+    Scatter { x: View, y: View, heads: u32, len: u32, dim: u32, rows: u32, place_0: u32, total: u32 }
 }
 
 params! {
-    /// `classify.wgsl`
-    Classify {
-        mask_a_strides: [u32; 4],
-        mask_b_strides: [u32; 4],
-        bias_strides: [u32; 4],
-        mask_a_offset: u32,
-        mask_b_offset: u32,
-        bias_offset: u32,
-        mask_a_keeps: u32,
-        mask_b_keeps: u32,
-        heads_kv: u32,
-        group: u32,
-        len_q: u32,
-        len_k: u32,
-        ruled_keys: u32,
+    /// `block_mask.wgsl`
+    BlockMask {
+        rules: Rules,
+        slice: Slice,
         rows_per_block: u32,
         row_blocks: u32,
-        tiles: u32,
+        key_blocks: u32,
         total: u32,
-        workgroups: u32,
         minus_infinity: u32,
     }
 }
@@ -407,10 +292,8 @@ params! {
 params! {
     /// `rotate.wgsl`
     Rotate {
-        x_strides: [u32; 4],
-        y_strides: [u32; 4],
-        x_offset: u32,
-        y_offset: u32,
+        x: View,
+        y: View,
         angles_offset: u32,
         row_stride: u32,
         pairs: u32,
@@ -421,61 +304,45 @@ params! {
         row_0: u32,
         rows_batch_stride: u32,
         total: u32,
-        workgroups: u32,
-        pad_0: u32,
-        pad_1: u32,
-        pad_2: u32,
     }
 }
 
 params! {
     /// `add_positions.wgsl`
     AddPositions {
-        x_strides: [u32; 3],
-        x_offset: u32,
-        table_strides: [u32; 2],
-        table_offset: u32,
+        x: View,
+        table: View,
         y_offset: u32,
+        heads: u32,
         len: u32,
         dim: u32,
         row_0: u32,
         rows_batch_stride: u32,
         total: u32,
-        workgroups: u32,
-        pad_0: u32,
-        pad_1: u32,
     }
 }
 
 params! {
     /// `relative.wgsl`
-    Relative {
-        x_strides: [u32; 4],
-        x_offset: u32,
+    RelativeBias {
+        x: View,
         y_offset: u32,
         heads: u32,
-        len_q: u32,
+        len: u32,
         len_k: u32,
         distance_0: u32,
         total: u32,
-        workgroups: u32,
         factor: f32,
-        pad_0: u32,
-        pad_1: u32,
-        pad_2: u32,
     }
 }
 
 params! {
     /// `normalise.wgsl`
     Normalise {
-        x_strides: [u32; 4],
-        x_offset: u32,
+        x: View,
+        w: View,
+        bias: View,
         y_offset: u32,
-        w_offset: u32,
-        w_stride: u32,
-        bias_offset: u32,
-        bias_stride: u32,
         heads: u32,
         len: u32,
         dim: u32,
@@ -487,18 +354,28 @@ params! {
 
 params! {
     /// `gate.wgsl`
-    Gate {
-        x_strides: [u32; 3],
-        x_offset: u32,
-        g_strides: [u32; 3],
-        g_offset: u32,
-        y_offset: u32,
-        len: u32,
-        dim: u32,
-        total: u32,
-        workgroups: u32,
-        not_a_number: u32,
-        pad_0: u32,
-        pad_1: u32,
+    Gate { x: View, g: View, y_offset: u32, heads: u32, len: u32, dim: u32, total: u32, not_a_number: u32 }
+}
+
+impl View {
+    /// A part of an operand, its axes the last ones of four; an operand `[b, i, d]` has one head.
+    pub(super) fn new(layout: &Layout, at: Window) -> View {
+        let mut strides = [0; 4];
+        let axes: &[usize] = match layout.rank() {
+            1 => &[3],
+            2 => &[2, 3],
+            3 => &[0, 2, 3],
+            _ => &[0, 1, 2, 3],
+        };
+        for ((&axis, &stride), &len) in axes.iter().zip(layout.strides()).zip(layout.shape()) {
+            // The stride of an axis of length 1 may be anything and is not used, but rows are read in fours, beyond
+            // their end too.
+            strides[axis] = if len > 1 || axis == 3 { stride as u32 } else { 0 };
+        }
+        View::strided(strides, at.first)
+    }
+
+    pub(super) fn strided(strides: [u32; 4], offset: u64) -> View {
+        View { strides, offset: offset as u32, ..View::default() }
     }
 }

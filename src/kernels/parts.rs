@@ -1,9 +1,11 @@
 //! Kernels are put together from `shaders/NAME.wgsl` and the parts that it names.
 //!
-//! `// @use view(q)` stands for the text of `shaders/parts/view.wgsl`. A part whose first line is `// @for x y` has
-//! its words `x` and `y` (whole ones, and those between underscores) replaced by the arguments. A part that a kernel
-//! names is a block of it (`view`, with arguments `view_q`), which [`Changes`] may give another part; parts that parts
-//! name just stand there.
+//! `// @use load(q), view` stands for the text of `shaders/parts/load.wgsl` and `view.wgsl`. A part whose first line is
+//! `// @for x y` has its words `x` and `y` (whole ones, and those between underscores) replaced by the arguments. A
+//! part is a block (`view`, with arguments `load_q`), which [`Changes`] may give another part or a line. Parts use
+//! parts; one that is used twice stands once.
+
+use std::collections::BTreeSet;
 
 use super::specialise::{Body, Changes, fault, is_word};
 use crate::error::Result;
@@ -15,44 +17,86 @@ macro_rules! parts {
 }
 
 const PARTS: &[(&str, &str)] = &parts! {
-    "all_seen" "bands" "bands_packed" "bias" "element" "element_half" "flash_params" "join_sum" "load" "load_half"
-    "load_wide" "load_wide_bf16" "load_wide_f16" "load_words" "load_words_bf16" "load_words_f16" "lse" "mask"
-    "numbers" "one_bf16" "one_f16" "pack_bf16" "pack_f16" "pair" "place" "relative" "relative_fours" "relative_none"
-    "relative_slope" "rotary" "rotary_interleaved" "rotary_none" "row_of" "score" "sequence" "sequence_packed" "sink"
-    "splits" "store" "store_four" "store_fours" "store_fours_half" "store_wide" "store_wide_bf16" "store_wide_f16"
-    "sums" "sums_wide" "tanh" "tiles" "turn" "turn_wide" "visible"
+    "add_bias" "axes" "bands" "bands_packed" "bias" "block_is_full" "block_mask" "each_element" "each_workgroup"
+    "element" "element_bf16" "element_f16" "fused" "join" "load" "load_four" "load_wide" "lse" "mask" "not_finite"
+    "of_bf16" "of_bf16_words" "of_f16" "of_f16_words" "of_f32" "of_f32_words" "pair" "projection" "relative"
+    "relative_fours" "relative_none" "relative_slope" "rotary" "rotary_interleaved" "rotary_none" "rotate_unit"
+    "rotate_unit_wide" "row_of" "rules" "score" "sequence" "sequence_packed" "shared_value" "shift" "sink"
+    "softmax_row" "splits" "store" "store_four" "store_fours" "store_wide" "tanh" "to_bf16" "to_f16" "to_f32" "view"
 };
 
 /// The text of a file with that of its parts, as blocks.
 pub(super) fn compose(file: &str, source: &str, changes: &Changes) -> Result<String> {
-    let mut out = String::with_capacity(2 * source.len());
+    let mut composer = Composer { file, changes, used: BTreeSet::new(), out: String::with_capacity(4 * source.len()) };
+    composer.lines(source, &[])?;
     let parts = changes.blocks.iter().filter(|(_, body)| matches!(body, Body::Part(_)));
-    let mut unused: Vec<&str> = parts.map(|(&name, _)| name).collect();
-    for line in source.lines() {
-        let Some(uses) = line.trim().strip_prefix("// @use ") else {
-            out.push_str(line);
-            out.push('\n');
-            continue;
-        };
+    let unused: Vec<&str> = parts.map(|(&name, _)| name).filter(|&name| !composer.used.contains(name)).collect();
+    match unused.as_slice() {
+        [] => Ok(composer.out),
+        names => Err(fault(file, format!("uses no part {}", names.join(", ")))),
+    }
+}
+
+struct Composer<'a> {
+    file: &'a str,
+    changes: &'a Changes,
+    /// Blocks that stand there already: what several parts use stands once.
+    used: BTreeSet<String>,
+    out: String,
+}
+
+impl Composer<'_> {
+    /// Lines of a file or a part, with `words` replaced.
+    fn lines(&mut self, text: &str, words: &[(&str, &str)]) -> Result<()> {
+        for line in text.lines().filter(|line| !line.starts_with("// @for ")) {
+            let line = replaced(line, words);
+            match line.strip_prefix("// @use ") {
+                Some(uses) => uses.split(", ").try_for_each(|one| self.block(one))?,
+                None => {
+                    self.out.push_str(&line);
+                    self.out.push('\n');
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What stands for `view(q w)`, as a block.
+    fn block(&mut self, uses: &str) -> Result<()> {
         let (name, mut arguments) = parse(uses);
         let key = match arguments.first() {
             Some(first) => format!("{name}_{first}"),
             None => name.to_string(),
         };
-        unused.retain(|&one| one != key);
-        let mut part = name;
-        if let Some(Body::Part(other)) = changes.blocks.get(key.as_str()) {
-            let (name, more) = parse(other);
-            part = name;
-            arguments.splice(0..0, more);
+        if !self.used.insert(key.clone()) {
+            return Ok(());
         }
-        out.push_str(&format!("// @block {key}\n"));
-        insert(file, part, &arguments, &mut out)?;
-        out.push_str("// @end\n");
+        self.out.push_str(&format!("// @block {key}\n"));
+        match self.changes.blocks.get(key.as_str()) {
+            Some(Body::Line(_)) => {}
+            Some(Body::Part(other)) => {
+                let (name, first) = parse(other);
+                arguments.splice(0..0, first);
+                self.part(name, &arguments)?;
+            }
+            _ => self.part(name, &arguments)?,
+        }
+        self.out.push_str("// @end\n");
+        Ok(())
     }
-    match unused.as_slice() {
-        [] => Ok(out),
-        names => Err(fault(file, format!("uses no part {}", names.join(", ")))),
+
+    fn part(&mut self, name: &str, arguments: &[&str]) -> Result<()> {
+        let Some(&(_, text)) = PARTS.iter().find(|(part, _)| *part == name) else {
+            return Err(fault(self.file, format!("there is no part {name}")));
+        };
+        let names = text.lines().find_map(|line| line.strip_prefix("// @for ")).unwrap_or_default();
+        let words: Vec<&str> = names.split_whitespace().collect();
+        if arguments.len() < words.len() {
+            let message = format!("part {name} takes {}, not {}", words.join(", "), arguments.join(", "));
+            return Err(fault(self.file, message));
+        }
+        let words: Vec<(&str, &str)> = words.into_iter().zip(arguments.iter().copied()).collect();
+        self.lines(text, &words)
     }
 }
 
@@ -62,35 +106,6 @@ fn parse(uses: &str) -> (&str, Vec<&str>) {
         Some((name, arguments)) => (name, arguments.split(' ').collect()),
         None => (uses, Vec::new()),
     }
-}
-
-fn insert(file: &str, name: &str, arguments: &[&str], out: &mut String) -> Result<()> {
-    let Some(&(_, text)) = PARTS.iter().find(|(part, _)| *part == name) else {
-        return Err(fault(file, format!("there is no part {name}")));
-    };
-    let mut words: Vec<(&str, &str)> = Vec::new();
-    for line in text.lines() {
-        if let Some(names) = line.strip_prefix("// @for ") {
-            let names: Vec<&str> = names.split(' ').collect();
-            if arguments.len() < names.len() {
-                return Err(fault(
-                    file,
-                    format!("part {name} takes {}, not {}", names.join(", "), arguments.join(", ")),
-                ));
-            }
-            words = names.into_iter().zip(arguments.iter().copied()).collect();
-            continue;
-        }
-        let line = replaced(line, &words);
-        if let Some(uses) = line.strip_prefix("// @use ") {
-            let (name, arguments) = parse(uses);
-            insert(file, name, &arguments, out)?;
-            continue;
-        }
-        out.push_str(&line);
-        out.push('\n');
-    }
-    Ok(())
 }
 
 /// A line with words replaced, and parts of words between underscores.
@@ -119,15 +134,15 @@ mod tests {
 
     #[test]
     fn a_part_takes_the_words_of_its_use() {
-        let text = compose("f", "// @use load(q dim_k PADDED_K w)\n", &Changes::default()).unwrap();
-        assert!(text.starts_with("// @block load_q\nfn load_q(at: u32, d4: u32)"), "{text}");
-        assert!(text.contains("let step = params.q_strides.w;") && text.contains("vec4<u32>(params.dim_k)"), "{text}");
-        let wide = Changes::default().part("load_q", "load_wide");
-        let text = compose("f", "// @use load(q dim_k !PADDED w)\n", &wide).unwrap();
-        assert!(text.contains("let four = q[at / 4u + d4];") && text.contains("!PADDED && d4 * 4u"), "{text}");
-        let halves = Changes::default().part("load_q", "load_half(f16)");
-        let text = compose("f", "// @use load(q dim_k PADDED w)\n", &halves).unwrap();
-        assert!(text.contains("fn one_q(at: u32) -> f32"), "{text}");
+        let text = compose("f", "// @use load(q dim_k PADDED_K)\n", &Changes::default()).unwrap();
+        assert!(text.starts_with("// @block load_q\n") && text.contains("fn load_q(at: u32, d4: u32)"), "{text}");
+        assert!(text.contains("let step = params.q.strides.w;") && text.contains("vec4<u32>(params.dim_k)"), "{text}");
+        let wide = Changes::default().part("load_q", "load_wide(of_f16)");
+        let text = compose("f", "// @use load(q dim_k !PADDED)\n", &wide).unwrap();
+        assert!(text.contains("of_f16(q[at / 4u + d4])") && text.contains("!PADDED && d4 * 4u"), "{text}");
+        let halves = Changes::default().part("element_q", "element_f16");
+        let text = compose("f", "// @use load(q dim_k PADDED)\n", &halves).unwrap();
+        assert!(text.contains("fn element_q(at: u32) -> f32") && text.contains("unpack2x16float"), "{text}");
     }
 
     #[test]
@@ -135,7 +150,7 @@ mod tests {
         for source in ["// @use nobody\n", "// @use load(q)\n", "// @use load\n"] {
             assert!(compose("f", source, &Changes::default()).is_err(), "{source}");
         }
-        assert!(compose("f", "", &Changes::default().part("load_q", "load_wide")).is_err());
+        assert!(compose("f", "", &Changes::default().part("load_q", "load_wide(of_f32)")).is_err());
     }
 
     #[test]

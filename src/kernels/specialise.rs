@@ -5,8 +5,9 @@
 //!
 //! - `const NAME: T = value;`, a line of its own: the value is replaced.
 //! - `alias NAME = type;`, at the start of a line: the type is replaced.
-//! - `// @block name` … `// @end`: the lines between are replaced by one line, or by the body after `// @or other`.
-//! - `// @use part(x y)`: a block whose body is a file of its own (`parts.rs`).
+//! - `// @block name` … `// @end`: the lines between are replaced by one line, or by the body after `// @or other`;
+//!   blocks may stand in blocks.
+//! - `// @use part(x y), other`: blocks whose bodies are files of their own (`parts.rs`).
 //! - `// @unroll` before a `for (var i = 0u; i < N; i++) {` with a constant `N`: the body is written
 //!   out, with `i` replaced by its value. Old drivers (Mesa 22) do not unroll by themselves, and
 //!   registers cannot be indexed by a variable.
@@ -95,37 +96,36 @@ fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, 
     let mut unused: Vec<&str> = changes.consts.keys().chain(changes.aliases.keys()).chain(bodies).copied().collect();
     let mut lines: Vec<String> = Vec::new();
     let mut consts: BTreeMap<String, u64> = BTreeMap::new();
-    let mut skipping = false;
-    let mut open: Option<&str> = None;
+    // Open blocks, each within the one before, and whether their lines are left out.
+    let mut open: Vec<(&str, bool)> = Vec::new();
     for line in source.lines() {
         let trimmed = line.trim();
         if let Some(name) = trimmed.strip_prefix("// @block ") {
-            open = Some(name);
-            let body = changes.blocks.get(name);
+            let is_left_out = open.iter().any(|&(_, left_out)| left_out);
+            let body = changes.blocks.get(name).filter(|_| !is_left_out);
             if let Some(Body::Line(line)) = body {
                 unused.retain(|&n| n != name);
                 lines.push(line.to_string());
             }
-            skipping = matches!(body, Some(Body::Line(_) | Body::Or(_)));
+            open.push((name, is_left_out || matches!(body, Some(Body::Line(_) | Body::Or(_)))));
             continue;
         }
-        if let (Some(body), Some(name)) = (trimmed.strip_prefix("// @or "), open) {
+        if let (Some(body), Some((name, left_out))) = (trimmed.strip_prefix("// @or "), open.last_mut()) {
             let is_chosen =
-                changes.blocks.get(name).is_some_and(|chosen| matches!(chosen, Body::Or(or) if *or == body));
+                changes.blocks.get(*name).is_some_and(|chosen| matches!(chosen, Body::Or(or) if *or == body));
             if is_chosen {
-                unused.retain(|&n| n != name);
+                unused.retain(|n| n != name);
             }
-            skipping = !is_chosen;
+            *left_out = !is_chosen;
             continue;
         }
         if trimmed == "// @end" {
-            if open.take().is_none() {
+            if open.pop().is_none() {
                 return Err(fault(file, "`// @end` without a block".into()));
             }
-            skipping = false;
             continue;
         }
-        if skipping {
+        if open.iter().any(|&(_, left_out)| left_out) {
             continue;
         }
         let mut line = line.to_string();
@@ -145,7 +145,7 @@ fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, 
         }
         lines.push(line);
     }
-    if let Some(name) = open {
+    if let Some((name, _)) = open.last() {
         return Err(fault(file, format!("block {name} has no `// @end`")));
     }
     if !unused.is_empty() {

@@ -60,11 +60,11 @@ fn not_finite(columns: u64) -> Turns {
     Turns { before: 1, each: 1 + counted(SPAN) + counted(columns * (1 + counted(SPAN / AT_ONCE))), step: SPAN }
 }
 
-/// Of `flash.wgsl` and `flash_tiled.wgsl`, by keys of a split; `tiles`: classes of tiles are looked at.
-pub fn flash(tile: FlashTile, tiles: bool) -> Turns {
+/// Of `flash.wgsl` and `flash_tiled.wgsl`, by keys of a split; `block_mask`: a block mask is looked at.
+pub fn flash(tile: FlashTile, block_mask: bool) -> Turns {
     let [depth4, cols4] = [tile.depth4, tile.cols4].map(u64::from);
-    // The next tile: a look each step, a turn for each that is passed over, whose steps are saved.
-    let next = 1 + u64::from(tiles);
+    // The next block: a look each step, a turn for each that is passed over, whose steps are saved.
+    let next = 1 + u64::from(block_mask);
     if !tile.is_tiled() {
         // Parts of Q in, of O out; with rotary positions a loop of fewer.
         let before = counted(depth4) + counted(cols4) + 2 * next;
@@ -145,5 +145,5 @@ pub fn probe() -> Turns {
     Turns { before: 1, each: 1, step: 1 }
 }
 
-/// Of a kernel without a loop over any length, `classify.wgsl`'s over its 32 keys the longest.
+/// Of a kernel without a loop over any length, `block_mask.wgsl`'s over its 32 keys the longest.
 pub const FEW: u64 = 64;

@@ -145,10 +145,10 @@ fn tiles_that_masks_hide_are_passed_over() {
             }
         }
         let made = gpu.kernels();
-        for part in ["classify/mask", "classify/bias"] {
+        for part in ["block_mask/mask", "block_mask/bias"] {
             assert!(made.iter().any(|kernel| kernel.starts_with(part)), "{name}: {made:?}");
         }
-        assert!(made.iter().any(|kernel| kernel.contains("/mask/tiles")), "{name}: {made:?}");
+        assert!(made.iter().any(|kernel| kernel.contains("/mask/block_mask")), "{name}: {made:?}");
     }
 }
 

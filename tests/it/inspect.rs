@@ -415,7 +415,7 @@ fn long_calls_are_cut_to_every_limit() {
                 }
                 if name.starts_with("inspect/entropy") {
                     let params: &wgpu_attention::kernels::params::Inspect = bytemuck::from_bytes(&step.params);
-                    pairs += u64::from(params.heads) * u64::from(params.len_q) * u64::from(params.len_k);
+                    pairs += u64::from(params.slice.heads) * u64::from(params.slice.len_q) * u64::from(params.slice.len_k);
                 }
                 step.variant.source().unwrap();
             }

@@ -180,9 +180,9 @@ fn what_cannot_fit_is_refused_with_the_numbers() {
 fn rules_that_do_not_fit_are_folded_into_one_bias() {
     let four = Capabilities { max_storage_buffers: 4, ..Capabilities::webgpu_minimum() };
     let folded = plan([2, 4, 9, 8], [2, 4, 9, 8], 1, 1, &four).unwrap();
-    assert!(folded.steps.iter().any(|step| step.variant.name.starts_with("fold/")));
+    assert!(folded.steps.iter().any(|step| step.variant.name.starts_with("combine_biases/")));
     let direct = plan([2, 4, 9, 8], [2, 4, 9, 8], 2, 1, &Capabilities::webgpu_minimum()).unwrap();
-    assert!(!direct.steps.iter().any(|step| step.variant.name.starts_with("fold/")));
+    assert!(!direct.steps.iter().any(|step| step.variant.name.starts_with("combine_biases/")));
     assert!(direct.steps.iter().any(|step| step.bindings.iter().any(|b| b.slot == Slot::Mask(1))));
 }
 
@@ -269,12 +269,12 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
             for step in plan.steps.iter().filter(|step| step.variant.name.starts_with("flash")) {
                 let params: &params::Flash = bytemuck::from_bytes(&step.params);
                 // Batch 1, one query head per key head.
-                let rows = f64::from(params.heads_kv * params.group) * f64::from(params.len_q);
-                let flop = rows * f64::from(params.len_k) * 2.0 * 128.0;
+                let rows = f64::from(params.slice.heads_kv * params.slice.group) * f64::from(params.slice.len_q);
+                let flop = rows * f64::from(params.slice.len_k) * 2.0 * 128.0;
                 // A dispatch cannot be interrupted: a second of a software adapter's time, before masking.
                 let most = if class == AdapterClass::Cpu { 20e9 } else { 1e12 };
                 assert!(flop <= most, "{what}: {flop:e} FLOP in one dispatch");
-                pairs += rows * f64::from(params.len_k);
+                pairs += rows * f64::from(params.slice.len_k);
             }
             // Nothing left out, nothing twice.
             assert_eq!(pairs, heads as f64 * len_q as f64 * 65_536.0, "{what}");

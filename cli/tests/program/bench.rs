@@ -115,7 +115,7 @@ fn positions_and_masks_are_timed_inside_and_stored() {
             "shaw" => "/relative",
             "rotary-interleaved" => "/rotary8_interleaved",
             "rotary" => "/rotary8",
-            "mask" => "/mask/tiles",
+            "mask" => "/mask/block_mask",
             other => other,
         };
         assert!(kernels.contains(inside), "{shape}: {kernels}");

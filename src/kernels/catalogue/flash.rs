@@ -1,6 +1,6 @@
 //! Variants of the fused kernels.
 
-use super::{Body, CLASS_TILE, Changes, Kernel, RelativeKind, Rules, Tile, Variant, share, sink};
+use super::{Body, MASK_BLOCK, Changes, Kernel, RelativeKind, Rules, Tile, Variant, share, sink};
 use crate::kernels::access::{self, Access};
 
 /// Rows per invocation of `flash_tiled.wgsl`.
@@ -69,22 +69,22 @@ pub struct FlashOptions {
     pub lse: bool,
     /// What hides keys.
     pub rules: Rules,
-    /// Whether tiles of keys were classed by what masks leave of them.
-    pub tiles: bool,
+    /// Whether it is known what masks leave of blocks of keys.
+    pub block_mask: bool,
     /// Whether sequences of any lengths lie one behind another.
     pub packed: bool,
-    /// Whether queries and keys are turned by their positions.
+    /// Whether queries and keys are rotated by their positions.
     pub rotary: Option<FlashRotary>,
     /// Whether the rows of an invocation are neighbouring queries of one head.
-    pub runs: bool,
+    pub neighbours: bool,
 }
 
-/// How `flash.wgsl` turns rows.
+/// How `flash.wgsl` rotates rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashRotary {
     /// vec4s of cosines, as many of sines, per position; interleaved, vec4s of two of each.
     pub pairs4: u32,
-    /// Whether neighbouring columns turn together; else those half of the turned ones apart.
+    /// Whether neighbouring columns are a pair; else those half of the rotated ones apart.
     pub interleaved: bool,
 }
 
@@ -95,13 +95,13 @@ fn at_once(count: u32) -> u32 {
 
 /// A variant of `flash.wgsl`, or of `flash_tiled.wgsl`.
 pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
-    let FlashOptions { padded, softcap, lse, rules, tiles, packed, rotary, runs } = options;
+    let FlashOptions { padded, softcap, lse, rules, block_mask, packed, rotary, neighbours } = options;
     let kernel = if tile.is_tiled() { Kernel::FlashTiled } else { Kernel::Flash };
     let mut name = String::from(kernel.name());
     let shared = [
-        ("share_k", "let k4 = subgroupBroadcast(mine, d % SHARE);"),
-        ("share_v", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);"),
-        ("any_not_finite", "let careful = subgroupAny(any(found));"),
+        ("share_k", "let k4 = subgroupBroadcast(loaded, d % SHARE);"),
+        ("share_v", "let v4 = subgroupBroadcast(loaded, (d * KEYS + c) % SHARE);"),
+        ("any_not_finite", "let any_not_finite = subgroupAny(any(has_not_finite));"),
     ];
     let FlashTile { workgroup, rows, keys, share: lanes, depth4, cols4 } = tile;
     let mut changes = if tile.is_tiled() {
@@ -115,6 +115,7 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     } else {
         share(Changes::default(), Tile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared)
             .number("KEYS", keys)
+            .number("PAIRS", keys.min(4))
             .number("GROUPS", keys.div_ceil(4))
             .number("K_LOADS", depth4.div_ceil(lanes))
             .number("Q_LOADS", at_once(depth4))
@@ -141,28 +142,28 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     } else {
         changes = changes.line("lse", "fn store_lse(at: u32, value: f32) {}");
     }
-    changes = rules.apply(changes, &mut name).flag("LISTED", rules.masks > 0 || rules.bias);
+    changes = rules.apply(changes, &mut name);
     changes = rules.apply_relative(changes, &mut name);
-    if !tiles {
-        changes = changes.line("tiles", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
+    if !block_mask {
+        changes = changes.line("block_mask", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
     } else {
-        name.push_str("/tiles");
-        changes = changes.number("TILE", CLASS_TILE);
+        name.push_str("/block_mask");
+        changes = changes.number("BLOCK", MASK_BLOCK);
     }
     // A bias is added where nothing is hidden too.
-    if !tiles || rules.bias {
-        changes = changes.line("all_seen", "fn all_seen(row: u32, j: u32) -> bool { return false; }");
+    if !block_mask || rules.bias {
+        changes = changes.line("block_is_full", "fn block_is_full(row: u32, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
     if !tile.is_tiled() {
         changes = match rules.relative {
             // The rows of an invocation are neighbours: what their distances add overlaps.
-            Some(RelativeKind::Fours) if runs => {
-                name.push_str("/runs");
-                changes.block("relative_step", Body::Or("runs")).number("NEAR", (rows + 3).div_ceil(4))
+            Some(RelativeKind::Fours) if neighbours => {
+                name.push_str("/neighbours");
+                changes.block("by_distance", Body::Or("neighbours")).number("NEAR", (rows + 3).div_ceil(4))
             }
             Some(_) => changes,
-            None => changes.line("relative_step", ""),
+            None => changes.line("by_distance", ""),
         };
     }
     match rotary {
@@ -173,12 +174,12 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
             name.push_str(&format!("/rotary{}", pairs4 * 8));
             changes = changes.number("PAIRS4", pairs4);
             if !tile.is_tiled() && 2 * pairs4 == depth4 {
-                changes = changes.block("bring_q", Body::Or("halves"));
+                changes = changes.block("load_rows", Body::Or("halves"));
             }
             if !tile.is_tiled() && pairs4.is_multiple_of(lanes) {
                 // A lane loads both halves of its pairs.
-                changes = (changes.block("bring_k", Body::Or("halves")).number("APART", pairs4 / lanes))
-                    .line("part_k", "mine = brought[d / SHARE];");
+                changes = (changes.block("load_key", Body::Or("halves")).number("APART", pairs4 / lanes))
+                    .line("part_k", "loaded = parts[d / SHARE];");
             }
         }
         Some(FlashRotary { pairs4, interleaved: true }) => {

@@ -7,12 +7,13 @@ pub use flash::{
 };
 
 use super::access::{self, Access};
+use super::params::{self, Fields, Member};
 use super::specialise::{Body, Changes, as_it_stands, specialise};
 use crate::error::{Result, value_error};
 use crate::problem::Dtype;
 
 macro_rules! kernels {
-    ($(#[doc = $doc:literal] $kernel:ident => $file:literal,)*) => {
+    ($(#[doc = $doc:literal] $kernel:ident($params:ident) => $file:literal,)*) => {
         /// A shader file.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Kernel {
@@ -36,53 +37,62 @@ macro_rules! kernels {
                     $(Kernel::$kernel => include_str!(concat!("../../../shaders/", $file, ".wgsl")),)*
                 }
             }
+
+            /// The fields of the uniform block that planning fills.
+            pub fn params(self) -> Fields {
+                let mut fields = Fields::new();
+                match self {
+                    $(Kernel::$kernel => params::$params::list("", 0, &mut fields),)*
+                }
+                fields
+            }
         }
     };
 }
 
 kernels! {
     /// `S = scale · Q·Kᵀ`, softcap, bias, mask.
-    Scores => "scores",
+    Scores(Scores) => "scores",
     /// `P = softmax(S)`, LSE.
-    Softmax => "softmax",
+    Softmax(Softmax) => "softmax",
     /// `O = P·V`.
-    WeightedSum => "weighted_sum",
+    WeightedSum(WeightedSum) => "weighted_sum",
     /// All three in one, without the scores in memory.
-    Flash => "flash",
+    Flash(Flash) => "flash",
     /// The same through tiles in workgroup memory.
-    FlashTiled => "flash_tiled",
+    FlashTiled(Flash) => "flash_tiled",
     /// Outputs of splits of the keys joined by their LSE.
-    Merge => "merge",
+    Merge(Merge) => "merge",
     /// Weights, column sums and entropies recomputed from the LSE.
-    Inspect => "inspect",
+    Inspect(Inspect) => "inspect",
     /// `Y = X·Wᵀ + b`.
-    Project => "project",
+    Project(Project) => "project",
     /// The same for few rows of X.
-    Matvec => "matvec",
+    Matvec(Project) => "matvec",
     /// Extra keys behind a projection.
-    Append => "append",
+    Append(Append) => "append",
     /// Weights averaged over heads.
-    MeanHeads => "mean_heads",
+    MeanHeads(MeanHeads) => "mean_heads",
     /// Masks, biases and bands as one bias.
-    Fold => "fold",
+    CombineBiases(CombineBiases) => "combine_biases",
     /// A strided view made row-major.
-    Copy => "copy",
+    Copy(Copy) => "copy",
     /// Multiply-adds in registers, to measure an adapter.
-    Probe => "probe",
+    Probe(Probe) => "probe",
     /// Rows written into a cache of keys or values.
-    Scatter => "scatter",
-    /// What masks leave of tiles of keys.
-    Classify => "classify",
-    /// Pairs of columns turned by their positions.
-    Rotate => "rotate",
+    Scatter(Scatter) => "scatter",
+    /// What masks leave of blocks of keys.
+    BlockMask(BlockMask) => "block_mask",
+    /// Pairs of columns rotated by their positions.
+    Rotate(Rotate) => "rotate",
     /// A table's rows added to embeddings.
-    AddPositions => "add_positions",
+    AddPositions(AddPositions) => "add_positions",
     /// Biases by the distance of query and key.
-    Relative => "relative",
+    Relative(RelativeBias) => "relative",
     /// RMSNorm and LayerNorm of rows.
-    Normalise => "normalise",
+    Normalise(Normalise) => "normalise",
     /// `X · σ(G)`.
-    Gate => "gate",
+    Gate(Gate) => "gate",
 }
 
 impl Kernel {
@@ -196,7 +206,7 @@ impl Rules {
         if self.bands {
             name.push_str("/bands");
         } else {
-            changes = changes.line("bands", "fn band_of(b: u32) -> vec4<i32> { return params.band; }");
+            changes = changes.line("bands", "fn band_of(b: u32) -> vec4<i32> { return params.rules.band; }");
             if self.banded {
                 name.push_str("/band");
             }
@@ -232,6 +242,7 @@ impl Rules {
         if self.masks < 2 {
             changes = changes.line("mask_b", "fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
         }
+        changes = changes.flag("MASKED", self.masks > 0 || self.bias);
         match self.masks {
             0 => {}
             1 => name.push_str("/mask"),
@@ -270,9 +281,11 @@ fn share(changes: Changes, tile: Tile, name: &mut String, blocks: &[(&'static st
 }
 
 /// A variant of `scores.wgsl`. `stage`: 0 scaled, 1 after the softcap, 2 after bias and mask.
-pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rules: Rules, stage: u32) -> Variant {
+pub fn scores(tile: Tile, [q, k]: [Access; 2], padded: bool, softcap: bool, rules: Rules, stage: u32) -> Variant {
+    // Rules come last.
+    let (softcap, rules) = (softcap && stage > 0, if stage < 2 { Rules::default() } else { rules });
     let mut name = String::from("scores");
-    let shared = [("share", "let k4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
+    let shared = [("share", "let k4 = subgroupBroadcast(loaded, (c * DEPTH4 + d) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     changes = changes.number("DEPTH4", tile.depth4).flag("PADDED", padded).flag("SOFTCAP", softcap);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
@@ -284,7 +297,7 @@ pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rul
     } else {
         changes = changes.line("tanh", "fn tanh_exact(x: vec4<f32>) -> vec4<f32> { return x; }");
     }
-    changes = rules.apply(changes, &mut name).number("STAGE", stage);
+    changes = rules.apply(changes, &mut name);
     changes = rules.apply_relative(changes, &mut name);
     if stage < 2 {
         name.push_str(&format!("/stage{stage}"));
@@ -295,10 +308,10 @@ pub fn scores(tile: Tile, q: Access, k: Access, padded: bool, softcap: bool, rul
 /// A variant of `weighted_sum.wgsl`; `tile.depth4` counts columns.
 pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: Rules) -> Variant {
     let mut name = String::from("weighted_sum");
-    let shared = [("share", "let v4 = subgroupBroadcast(mine, (d * KEYS + c) % SHARE);")];
+    let shared = [("share", "let v4 = subgroupBroadcast(loaded, (d * KEYS + c) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     if tile.share > 1 {
-        changes = changes.line("any_not_finite", "let careful = subgroupAny(any(found));");
+        changes = changes.line("any_not_finite", "let any_not_finite = subgroupAny(any(has_not_finite));");
     }
     changes = changes.number("COLS4", tile.depth4).flag("ACCUMULATE", accumulate);
     name.push_str(&format!("/columns{}", tile.depth4 * 4));
@@ -312,14 +325,15 @@ pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: R
     Variant { kernel: Kernel::WeightedSum, changes, name }
 }
 
-/// Keys of a tile that `classify.wgsl` classes.
-pub const CLASS_TILE: u32 = 32;
+/// Keys of a block of `block_mask.wgsl`.
+pub const MASK_BLOCK: u32 = 32;
 
-/// A variant of `classify.wgsl`.
-pub fn classify(rules: Rules) -> Variant {
-    let mut name = String::from("classify");
-    let changes = rules.apply_lists(Changes::default(), &mut name).number("TILE", CLASS_TILE);
-    Variant { kernel: Kernel::Classify, changes, name }
+/// A variant of `block_mask.wgsl`: masks and bias alone.
+pub fn block_mask(rules: Rules) -> Variant {
+    let mut name = String::from("block_mask");
+    let lists = Rules { masks: rules.masks, bias: rules.bias, ..Rules::default() };
+    let changes = lists.apply(Changes::default(), &mut name).number("BLOCK", MASK_BLOCK);
+    Variant { kernel: Kernel::BlockMask, changes, name }
 }
 
 /// A variant of `merge.wgsl`.
@@ -352,13 +366,13 @@ pub enum Inspection {
     Entropy,
 }
 
-/// A variant of `inspect.wgsl`; a head is read in `chunks` of the tile's depth. Column sums keep the keys
-/// in registers and walk over the queries, the others keep the queries.
+/// A variant of `inspect.wgsl`; a head is read in `chunks` of the tile's depth. Keys are the
+/// outer operand of column sums, queries that of the others.
 pub fn inspect(
     inspection: Inspection,
     tile: Tile,
     chunks: u32,
-    [kept, walked]: [Access; 2],
+    [outer, inner]: [Access; 2],
     padded: bool,
     softcap: bool,
     rules: Rules,
@@ -369,16 +383,16 @@ pub fn inspect(
         Inspection::Entropy => (2, "entropy"),
     };
     let mut name = format!("inspect/{word}");
-    let shared = [("share", "let y4 = subgroupBroadcast(mine, (c * DEPTH4 + d) % SHARE);")];
+    let shared = [("share", "let y4 = subgroupBroadcast(loaded, (c * DEPTH4 + d) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared).number("RESULT", result);
     if tile.share > 1 {
         changes = changes.block("share_lse", Body::Or("shared"));
     }
     changes = changes.number("DEPTH4", tile.depth4).number("CHUNKS", chunks).flag("PADDED", padded);
     name.push_str(&format!("/depth{}x{chunks}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    changes = access::load(changes, &access::KEPT, kept);
-    changes = access::load(changes, &access::WALKED, walked);
-    access::name(&mut name, &[("x", kept), ("y", walked)]);
+    changes = access::load(changes, &access::OUTER, outer);
+    changes = access::load(changes, &access::INNER, inner);
+    access::name(&mut name, &[("x", outer), ("y", inner)]);
     if inspection == Inspection::Weights {
         changes = (changes.alias("OElem", "vec4<f32>"))
             .line("store_weights", "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }")
@@ -402,26 +416,25 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Varian
     if lse {
         name.push_str("/lse");
     } else {
-        changes = changes.line("lse", "fn store_lse(row: u32, value: f32) {}");
+        changes = changes.line("lse", "fn store_lse(at: u32, value: f32) {}");
     }
     changes = sink(changes, with_sink, &mut name);
     if lanes == 1 {
         changes = (changes.line("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }"))
-            .line("join_max", "fn join_max(local: u32, x: f32) -> f32 { return x; }")
-            .line("join_nan", "fn join_nan(local: u32, x: bool) -> bool { return x; }");
+            .line("join_largest", "fn join_largest(local: u32, x: f32) -> f32 { return x; }");
     }
     Variant { kernel: Kernel::Softmax, changes, name }
 }
 
-/// Bytes of workgroup memory of `softmax.wgsl` where lanes share a row: one f32 and one u32 per invocation.
+/// Bytes of workgroup memory of `softmax.wgsl` where lanes share a row: one f32 per invocation.
 pub const fn softmax_memory(workgroup: u32) -> u32 {
-    8 * workgroup
+    4 * workgroup
 }
 
 /// A variant of `project.wgsl`.
 pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
     let mut name = String::from("project");
-    let shared = [("share", "let w4 = subgroupBroadcast(mine, d % SHARE);")];
+    let shared = [("share", "let w4 = subgroupBroadcast(loaded, d % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
     // A few loads at a time, as many as divide the depth.
     let loads = [4, 2, 1].into_iter().find(|n| tile.depth4.is_multiple_of(*n)).unwrap_or(1);
@@ -431,11 +444,12 @@ pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bia
     changes = access::load(changes, &access::X, x);
     changes = access::load(changes, &access::W, w);
     if wide_y {
-        changes = changes.alias("YElem", "vec4<f32>").part("sums", "sums_wide");
+        changes = stored_in_fours(changes)
+            .line("load_four", "fn load_four(at: u32, first: u32) -> vec4<f32> { return y[(at + first) / 4u]; }");
     }
     access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
     if !bias {
-        changes = changes.line("bias", "fn bias_of(o: u32) -> vec4<f32> { return vec4<f32>(); }");
+        changes = changes.line("add_bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
     } else {
         name.push_str("/bias");
     }
@@ -466,13 +480,13 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
         changes = changes.number("SHARE", share).line("share", body);
     }
     // No vec4 behind the width is read.
-    changes = access::load(changes, &access::X, x);
+    changes = access::load(changes.flag("PADDED", false), &access::X, x);
     changes = access::load(changes, &access::W, w);
     access::name(&mut name, &[("x", x), ("w", w)]);
     if bias {
         name.push_str("/bias");
     } else {
-        changes = changes.line("bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
+        changes = changes.line("add_bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
     }
     Variant { kernel: Kernel::Matvec, changes, name }
 }
@@ -489,7 +503,7 @@ pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: b
     if bias {
         name.push_str("/bias");
     } else {
-        changes = changes.line("shift", "fn shift_of(d: u32) -> vec4<f32> { return vec4<f32>(); }");
+        changes = changes.line("shift", "fn shift_of(d4: u32) -> vec4<f32> { return vec4<f32>(); }");
     }
     if lanes == 1 {
         changes = changes.line("join_sum", "fn join_sum(local: u32, x: f32) -> f32 { return x; }");
@@ -525,9 +539,9 @@ pub fn mean_heads(accumulate: bool) -> Variant {
     Variant { kernel: Kernel::MeanHeads, changes, name: name.into() }
 }
 
-/// What `fold.wgsl` reads.
+/// What `combine_biases.wgsl` reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FoldSource {
+pub enum BiasSource {
     /// An additive bias.
     Bias,
     /// A boolean mask.
@@ -536,23 +550,23 @@ pub enum FoldSource {
     Bands,
 }
 
-/// A variant of `fold.wgsl`.
-pub fn fold(source: FoldSource, accumulate: bool) -> Variant {
+/// A variant of `combine_biases.wgsl`.
+pub fn combine_biases(source: BiasSource, accumulate: bool) -> Variant {
     let (number, word) = match source {
-        FoldSource::Bias => (0, "bias"),
-        FoldSource::Mask => (1, "mask"),
-        FoldSource::Bands => (2, "bands"),
+        BiasSource::Bias => (0, "bias"),
+        BiasSource::Mask => (1, "mask"),
+        BiasSource::Bands => (2, "bands"),
     };
     let changes = Changes::default().number("SOURCE", number).flag("ACCUMULATE", accumulate);
-    let name = format!("fold/{word}{}", if accumulate { "/accumulate" } else { "" });
-    Variant { kernel: Kernel::Fold, changes, name }
+    let name = format!("combine_biases/{word}{}", if accumulate { "/accumulate" } else { "" });
+    Variant { kernel: Kernel::CombineBiases, changes, name }
 }
 
 /// `copy.wgsl` from a buffer that holds `stored`.
 pub fn copy(stored: Dtype) -> Variant {
     let mut name = String::from("copy");
     access::name(&mut name, &[("x", Access { wide: false, stored })]);
-    Variant { kernel: Kernel::Copy, changes: access::element(Changes::default(), Access { wide: false, stored }), name }
+    Variant { kernel: Kernel::Copy, changes: access::load(Changes::default(), &access::X, Access { wide: false, stored }), name }
 }
 
 /// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a
@@ -596,9 +610,10 @@ pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     let mut name = String::from(if interleaved { "rotate/interleaved" } else { "rotate/half_split" });
     access::name(&mut name, &[("x", x)]);
     let changes = Changes::default().flag("INTERLEAVED", interleaved);
-    let mut changes = access::element(changes, x);
+    let mut changes = access::load(changes, &access::X, x);
     if x.wide {
-        changes = changes.alias("YElem", "vec4<f32>").alias("AngleElem", "vec4<f32>").part("turn", "turn_wide");
+        changes = (changes.alias("YElem", "vec4<f32>").alias("AngleElem", "vec4<f32>"))
+            .part("rotate_unit", "rotate_unit_wide");
     }
     Variant { kernel: Kernel::Rotate, changes: rows_listed(changes, listed, &mut name), name }
 }
@@ -651,7 +666,7 @@ pub fn variants() -> Vec<Variant> {
                     if rows < 4 && rules != Rules::default() {
                         continue;
                     }
-                    all.push(scores(tile, access, access, !is_wide, rules.masks == 1, rules, 2));
+                    all.push(scores(tile, [access; 2], !is_wide, rules.masks == 1, rules, 2));
                     all.push(weighted_sum(tile, access, access, false, rules));
                 }
                 all.push(project(tile, access, access, is_wide, !is_wide, is_wide));
@@ -659,10 +674,10 @@ pub fn variants() -> Vec<Variant> {
             if rows == 4 {
                 let (f16, bf16) = (halves(Dtype::F16), halves(Dtype::BF16));
                 let plain = Rules::default();
-                all.push(scores(tile, wide, narrow, true, true, plain, 0));
-                all.push(scores(tile, narrow, wide, true, true, plain, 1));
-                all.push(scores(tile, f16[0], bf16[1], true, false, plain, 2));
-                all.push(scores(tile, bf16[0], f16[1], true, false, plain, 2));
+                all.push(scores(tile, [wide, narrow], true, true, plain, 0));
+                all.push(scores(tile, [narrow, wide], true, true, plain, 1));
+                all.push(scores(tile, [f16[0], bf16[1]], true, false, plain, 2));
+                all.push(scores(tile, [bf16[0], f16[1]], true, false, plain, 2));
                 all.push(weighted_sum(tile, narrow, wide, true, plain));
                 all.push(weighted_sum(tile, wide, narrow, true, plain));
                 all.extend([wide, narrow].map(|o| weighted_sum(tile, narrow, o, false, with_sink)));
@@ -701,7 +716,7 @@ pub fn variants() -> Vec<Variant> {
                     let options = FlashOptions { padded: [n == 2; 2], softcap: n == 2, lse, rules, ..plain };
                     all.push(flash(tile, access, options));
                     if lse && (rules.masks > 0 || rules.bias) {
-                        all.push(flash(tile, access, FlashOptions { tiles: true, ..options }));
+                        all.push(flash(tile, access, FlashOptions { block_mask: true, ..options }));
                     }
                 }
             }
@@ -724,7 +739,7 @@ pub fn variants() -> Vec<Variant> {
                 all.push(flash(tile, all_wide, FlashOptions { rotary, rules: banded, ..plain }));
             }
             let by_distance = Rules { relative: Some(RelativeKind::Fours), ..Rules::default() };
-            all.push(flash(tile, all_wide, FlashOptions { rules: by_distance, runs: true, ..plain }));
+            all.push(flash(tile, all_wide, FlashOptions { rules: by_distance, neighbours: true, ..plain }));
             // Seven buffers with the LSE and a mask.
             all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));
             all.push(flash(
@@ -789,9 +804,9 @@ pub fn variants() -> Vec<Variant> {
     all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
     all.extend([probe(8), probe(64)]);
-    all.extend(rules.into_iter().filter(|rules| rules.masks > 0 || rules.bias).map(classify));
-    for source in [FoldSource::Bias, FoldSource::Mask, FoldSource::Bands] {
-        all.extend([fold(source, false), fold(source, true)]);
+    all.extend(rules.into_iter().filter(|rules| rules.masks > 0 || rules.bias).map(block_mask));
+    for source in [BiasSource::Bias, BiasSource::Mask, BiasSource::Bands] {
+        all.extend([combine_biases(source, false), combine_biases(source, true)]);
     }
     for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
         for x in halves(stored) {

@@ -8,17 +8,19 @@ use std::ops::Range;
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, Inspection, Tile};
-use super::super::{params, turns};
-use super::call::{Call, Slices, most_groups};
+use super::super::params::{self, View};
+use super::super::turns;
+use super::call::{Call, Sizes, most_groups};
+use super::slice::{Part, halving, slice, window};
 use super::{
-    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RelativeOperand, Slot,
-    check_buffer, padded_bytes, rows_padded, strides_used, strides4, tile_within, window,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, RelativeOperand, Slot, Window,
+    check_buffer, padded_bytes, rows_padded, tile_within,
 };
 use crate::error::{INSTEAD_OF_INSPECTED, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
 
-/// Rows walked over before a sum is handed on, at least, and most pieces of a sum. Chosen by lengths alone:
-/// the sums of a row are cut the same way whatever else is chosen.
+/// Inner rows of a piece of a sum, at least, and most pieces of a sum. Chosen by lengths alone: the sums of a row are
+/// split the same way whatever else is chosen.
 const LEAST_SPLIT: usize = 512;
 const MOST_SPLITS: usize = 16;
 /// Rows of a longer piece would lose digits.
@@ -84,7 +86,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
     let runs = runs(operands.heads);
     planner.plan.scratch = vec![16; 2];
     let mut sweeps = Vec::new();
-    for (inspection, slot, what, layout, walked) in [
+    for (inspection, slot, what, layout, inner) in [
         (Inspection::Weights, Slot::Weights, "the weights", planner.plan.weights.clone(), len_k),
         (Inspection::ColumnSums, Slot::ColumnSums, "the column sums", planner.plan.column_sums.clone(), rows),
         (Inspection::Entropy, Slot::Entropy, "the entropies", planner.plan.entropy.clone(), len_k),
@@ -95,24 +97,25 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         if layout.is_empty() {
             continue;
         }
-        if walked == 0 {
+        if inner == 0 {
             // Sums of nothing.
             planner.fill(slot, (padded_bytes(&layout, Dtype::F32) / 4) as usize, 0)?;
             continue;
         }
         let most_heads = runs.iter().map(|(_, run)| run.count).max().unwrap_or(0);
-        let slices = Slices { batch, heads: most_heads, rows, keys: len_k };
-        let sweep = Sweep { call: &call, operands, inspection, slot, layout, slices, adapter }.cut();
-        for (n, bytes) in sweep.scratch()?.into_iter().enumerate() {
+        let sizes = [batch, most_heads, rows, len_k];
+        let sweep = Sweep { call: &call, operands, inspection, slot, layout, sizes, adapter }.sliced();
+        for (n, bytes) in sweep.scratch(sweep.sizes)?.into_iter().enumerate() {
             check_buffer(adapter, "working memory", bytes)?;
             planner.plan.scratch[n] = planner.plan.scratch[n].max(bytes);
         }
         sweeps.push(sweep);
     }
     for sweep in &sweeps {
-        for b in Part::all(batch, sweep.slices.batch) {
+        let [batch_size, heads, ..] = sweep.sizes;
+        for b in Part::all(batch, batch_size) {
             for &(first, run) in &runs {
-                for n in Part::all(run.count, sweep.slices.heads) {
+                for n in Part::all(run.count, heads) {
                     let h = Part { start: run.start + n.start, count: n.count };
                     sweep.rows(&mut planner, b, h, first + n.start)?;
                 }
@@ -141,7 +144,7 @@ struct Sweep<'a> {
     inspection: Inspection,
     slot: Slot,
     layout: Layout,
-    slices: Slices,
+    sizes: Sizes,
     adapter: &'a Capabilities,
 }
 
@@ -150,50 +153,39 @@ impl<'a> Sweep<'a> {
         self.inspection == Inspection::ColumnSums
     }
 
-    /// What is kept in registers and what is walked over, of queries and keys.
-    fn turn<T>(&self, query: T, key: T) -> (T, T) {
+    /// The outer and the inner one of queries and keys.
+    fn outer_inner<T>(&self, query: T, key: T) -> (T, T) {
         if self.by_key() { (key, query) } else { (query, key) }
     }
 
     /// With the largest slices whose bindings fit and whose dispatches take less than a second.
-    fn cut(mut self) -> Sweep<'a> {
+    fn sliced(mut self) -> Sweep<'a> {
         let adapter = self.adapter;
-        let most_work = adapter.dispatch_operations();
-        loop {
-            let Slices { batch, heads, rows, keys } = self.slices;
-            let work = 2.0 * self.call.problem.dim_k as f64 * (batch * heads) as f64 * rows as f64 * keys as f64;
-            let fits = self.largest_binding() <= adapter.max_binding;
-            if fits && work <= most_work {
-                return self;
-            }
-            // What is walked over is cut where it is too large itself, whatever is kept: so are the sums.
-            let (_, walked_operand) = self.turn(self.operands.q, self.operands.k);
-            let whole = [1, 1, self.counts().1, self.call.problem.dim_k];
-            let walked_fits = self.binding_size(&walked_operand, &whole) <= adapter.max_binding;
-            let by_key = self.by_key();
-            let Slices { batch, heads, rows, keys } = &mut self.slices;
-            let (kept, walked) = if by_key { (keys, rows) } else { (rows, keys) };
-            // Parts of four leave every result aligned.
-            if *batch > 1 {
-                *batch = batch.div_ceil(2);
-            } else if *heads > 1 {
-                *heads = heads.div_ceil(2);
-            } else if *kept > 32 && walked_fits {
-                *kept = kept.div_ceil(2).next_multiple_of(32);
-            } else if fits && walked_fits {
-                // No sum is cut for time alone.
-                return self;
-            } else if *walked > 64 {
-                *walked = walked.div_ceil(2).next_multiple_of(64);
-            } else if *kept > 4 {
-                *kept = kept.div_ceil(2).next_multiple_of(4);
-            } else if *walked > 4 {
-                *walked = walked.div_ceil(2).next_multiple_of(4);
-            } else {
-                // Nothing left to cut; the step itself is refused with the numbers.
-                return self;
-            }
-        }
+        let dim = self.call.problem.dim_k;
+        let (outer, inner) = self.outer_inner(2, 3);
+        // Inner rows that do not fit whatever is outer come first: so it is with the sums.
+        let (_, inner_operand) = self.outer_inner(self.operands.q, self.operands.k);
+        let inner_fits =
+            |&[rows]: &[usize; 1]| self.call.binding_size(&inner_operand, &[1, 1, rows], 4) <= adapter.max_binding;
+        let order = [halving(0, 64, 64), halving(0, 4, 4)];
+        [self.sizes[inner]] = slice([self.sizes[inner]], &order, 0, inner_fits, |_| true).0;
+
+        let fits = |sizes: &Sizes| self.largest_binding(*sizes) <= adapter.max_binding;
+        let is_short = |sizes: &Sizes| {
+            2.0 * dim as f64 * sizes.iter().map(|&n| n as f64).product::<f64>() <= adapter.dispatch_operations()
+        };
+        // Parts of four leave every result aligned. No sum is cut for time alone. Where nothing is left to slice, the
+        // step itself is refused with the numbers.
+        let order = [
+            halving(0, 1, 1),
+            halving(1, 1, 1),
+            halving(outer, 32, 32),
+            halving(inner, 64, 64),
+            halving(outer, 4, 4),
+            halving(inner, 4, 4),
+        ];
+        self.sizes = slice(self.sizes, &order, 3, fits, is_short).0;
+        self
     }
 
     /// Pieces of a sum over `len` rows, and rows per piece.
@@ -208,113 +200,102 @@ impl<'a> Sweep<'a> {
         self.call.problem.dim_k.div_ceil(4).div_ceil(self.tile().depth4 as usize).max(1)
     }
 
-    /// The parts of the kept and the walked axis: kept rows, walked rows.
-    fn counts(&self) -> (usize, usize) {
-        self.turn(self.slices.rows, self.slices.keys)
+    /// Outer and inner rows of a slice.
+    fn counts(&self, [_, _, rows, keys]: Sizes) -> (usize, usize) {
+        self.outer_inner(rows, keys)
     }
 
     /// Whether the sums of a slice are parts of a whole, to be joined.
-    fn joins(&self) -> bool {
-        let (_, walked) = self.counts();
-        let (_, whole) = self.turn(self.operands.queries.len(), self.call.problem.len_k);
-        self.inspection != Inspection::Weights && (walked < whole || self.splits(walked).0 > 1)
+    fn joins(&self, inner: usize) -> bool {
+        let (_, whole) = self.outer_inner(self.operands.queries.len(), self.call.problem.len_k);
+        self.inspection != Inspection::Weights && (inner < whole || self.splits(inner).0 > 1)
     }
 
-    /// The shape of the parts of a sum: split, batch, head, kept row.
-    fn partial(&self, batch: usize, heads: usize, kept: usize, splits: usize) -> [usize; 4] {
-        [splits, batch, heads, kept.next_multiple_of(4)]
+    /// The shape of the parts of a sum: split, batch, head, outer row.
+    fn partial(&self, batch: usize, heads: usize, outer: usize, splits: usize) -> [usize; 4] {
+        [splits, batch, heads, outer.next_multiple_of(4)]
     }
 
-    /// Bytes of working memory: partial sums and folded rules.
-    fn scratch(&self) -> Result<[u64; 2]> {
-        let Slices { batch, heads, .. } = self.slices;
-        let (kept, walked) = self.counts();
-        let shape = if self.joins() { self.partial(batch, heads, kept, self.splits(walked).0) } else { [0; 4] };
-        let folded = if self.call.fold_rules { self.call.folded_shape(self.slices) } else { [0; 4] };
-        let bytes = |shape: [usize; 4]| Ok(((checked_len(&shape)? * 4) as u64).next_multiple_of(16).max(16));
-        Ok([bytes(shape)?, bytes(folded)?])
-    }
-
-    fn binding_size(&self, layout: &Layout, counts: &[usize]) -> u64 {
-        let parts: Vec<Part> = counts.iter().map(|&count| Part { start: 0, count }).collect();
-        // The start of a later slice may lie anywhere within the alignment.
-        window(layout, &parts, 4, self.call.align).size.saturating_add(self.call.align)
+    /// Bytes of working memory: partial sums and combined rules.
+    fn scratch(&self, sizes: Sizes) -> Result<[u64; 2]> {
+        let (outer, inner) = self.counts(sizes);
+        let shape =
+            if self.joins(inner) { self.partial(sizes[0], sizes[1], outer, self.splits(inner).0) } else { [0; 4] };
+        let partial = ((checked_len(&shape)? * 4) as u64).next_multiple_of(16).max(16);
+        Ok([partial, self.call.combined_bytes(sizes)?])
     }
 
     /// Bytes of the largest binding of any step.
-    fn largest_binding(&self) -> u64 {
-        let Slices { batch, heads, rows, keys } = self.slices;
-        let (kept, _) = self.counts();
+    fn largest_binding(&self, sizes: Sizes) -> u64 {
+        let [batch, heads, rows, keys] = sizes;
+        let (outer, _) = self.counts(sizes);
         let result = match self.inspection {
-            Inspection::Weights => self.binding_size(&self.layout, &[batch, heads, rows, keys]),
-            _ => self.binding_size(&self.layout, &[batch, heads, kept]),
+            Inspection::Weights => self.call.binding_size(&self.layout, &[batch, heads, rows, keys], 4),
+            _ => self.call.binding_size(&self.layout, &[batch, heads, outer], 4),
         };
-        let partial = self.scratch().map_or(u64::MAX, |[partial, _]| partial);
-        let lse = self.binding_size(self.operands.lse, &[batch, heads, rows]);
+        let partial = self.scratch(sizes).map_or(u64::MAX, |[partial, _]| partial);
+        let lse = self.call.binding_size(self.operands.lse, &[batch, heads, rows], 4);
         // Chosen heads may begin anywhere in a group.
-        let Problem { heads_kv, dim_k, .. } = *self.call.problem;
-        let heads_kv = most_groups(heads, self.call.problem.group()).min(heads_kv);
-        let k = self.binding_size(&self.operands.k, &[batch, heads_kv, keys, dim_k]);
-        self.call.largest_operand(self.slices).max(result).max(partial).max(lse).max(k)
+        let heads_kv = most_groups(heads, self.call.problem.group()).min(self.call.problem.heads_kv);
+        let k = self.call.binding_size(&self.operands.k, &[batch, heads_kv, keys], 4);
+        self.call.largest_operand(sizes).max(result).max(partial).max(lse).max(k)
     }
 
     /// All rows of some heads; `n` is their place in the results.
     fn rows(&self, planner: &mut Planner<'_>, b: Part, h: Part, n: usize) -> Result<()> {
-        let queries = &self.operands.queries;
-        let (kept_count, walked_count) = self.counts();
-        let (kept_len, walked_len) = self.turn(queries.len(), self.call.problem.len_k);
-        for kept in Part::all(kept_len, kept_count) {
-            for walked in Part::all(walked_len, walked_count) {
-                self.slice(planner, [b, h, Part { start: n, count: h.count }], kept, walked)?;
+        let (outer_count, inner_count) = self.counts(self.sizes);
+        let (outer_len, inner_len) = self.outer_inner(self.operands.queries.len(), self.call.problem.len_k);
+        for outer in Part::all(outer_len, outer_count) {
+            for inner in Part::all(inner_len, inner_count) {
+                self.slice(planner, [b, h, Part { start: n, count: h.count }], outer, inner)?;
             }
         }
         Ok(())
     }
 
     /// One slice: batch, heads and their place in the results; parts of the chosen queries and of the keys.
-    fn slice(&self, planner: &mut Planner<'_>, [b, h, n]: [Part; 3], kept: Part, walked: Part) -> Result<()> {
+    fn slice(&self, planner: &mut Planner<'_>, [b, h, n]: [Part; 3], outer: Part, inner: Part) -> Result<()> {
         let Call { problem, rules, align, .. } = *self.call;
         let InspectOperands { q, k, lse, queries, .. } = self.operands;
-        let (i, j) = self.turn(kept, walked);
+        let (i, j) = self.outer_inner(outer, inner);
         let i = Part { start: queries.start + i.start, count: i.count };
-        let head_kv = h.grouped(problem.group());
-        let every = Part { start: 0, count: problem.dim_k };
-        let q_at = window(q, &[b, h, i, every], q.element(), align);
-        let k_at = window(k, &[b, head_kv, j, every], k.element(), align);
-        let lse_at = window(lse, &[b, h, i], 4, align);
-        let bound = self.call.bind_rules(planner, [b, h, i], j, self.slices)?;
+        let at = [b, h, i];
+        let q_at = self.call.window(*q, &at);
+        let k_at = self.call.window(*k, &[b, h.grouped(problem.group()), j]);
+        let lse_at = window(lse, &at, 4, align);
+        let bound = self.call.bind_rules(planner, at, j, self.sizes)?;
 
-        let (splits, split_rows) = self.splits(walked.count);
-        let joins = self.joins();
+        let (splits, split_rows) = self.splits(inner.count);
+        let joins = self.joins(self.counts(self.sizes).1);
         // The result, or parts of it.
-        let part = Layout::contiguous(&self.partial(b.count, h.count, kept.count, splits))?;
+        let part = Layout::contiguous(&self.partial(b.count, h.count, outer.count, splits))?;
         let result_at = match self.inspection {
-            Inspection::Weights => window(&self.layout, &[b, n, kept, walked], 4, align),
-            _ => window(&self.layout, &[b, n, kept], 4, align),
+            Inspection::Weights => window(&self.layout, &[b, n, outer, inner], 4, align),
+            _ => window(&self.layout, &[b, n, outer], 4, align),
         };
-        let result = Binding { binding: 3, slot: self.slot, offset: result_at.offset, size: result_at.size };
-        let partial = Binding { binding: 3, slot: Slot::Scratch(0), offset: 0, size: planner.plan.scratch[0] };
-        let mut out_strides = strides4(&self.layout);
-        if joins {
-            let strides = strides4(&part);
-            out_strides = [strides[1], strides[2], 1, strides[0]];
-        } else if self.inspection != Inspection::Weights {
-            (out_strides[2], out_strides[3]) = (1, 0);
-        }
+        let result = Binding::new("o", self.slot, result_at);
+        let partial = Binding::whole("o", Slot::Scratch(0), planner.plan.scratch[0]);
+        let from = View::new(&part, Window::default()).strides;
+        let [to_batch, to_head, to_row] = [0, 1, 2].map(|axis| self.layout.strides()[axis] as u32);
+        let o = match self.inspection {
+            Inspection::Weights => View::strided([to_batch, to_head, to_row, 1], result_at.first),
+            _ if joins => View::strided([from[1], from[2], 1, from[0]], 0),
+            _ => View::strided([to_batch, to_head, 1, 0], result_at.first),
+        };
 
         let (tile, chunks) = (self.tile(), self.chunks());
         let dim4 = problem.dim_k.div_ceil(4);
-        let kept_blocks = kept.count.div_ceil((tile.workgroup * tile.rows) as usize);
-        let ((kept_operand, kept_at), (walked_operand, walked_at)) = self.turn((*q, q_at), (*k, k_at));
-        let (kept_slot, walked_slot) = self.turn(Slot::Q, Slot::K);
+        let outer_blocks = outer.count.div_ceil((tile.workgroup * tile.rows) as usize);
+        let ((outer_operand, outer_at), (inner_operand, inner_at)) = self.outer_inner((*q, q_at), (*k, k_at));
+        let (outer_slot, inner_slot) = self.outer_inner(Slot::Q, Slot::K);
         let mut bindings = vec![
-            Binding { binding: 1, slot: kept_slot, offset: kept_at.offset, size: kept_at.size },
-            Binding { binding: 2, slot: walked_slot, offset: walked_at.offset, size: walked_at.size },
+            Binding::new("outer", outer_slot, outer_at),
+            Binding::new("inner", inner_slot, inner_at),
             if joins { partial } else { result },
-            Binding { binding: 8, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size },
+            Binding::new("lse", Slot::Lse, lse_at),
         ];
         bindings.extend(&bound.bindings);
-        let pairs = (b.count * h.count) as f64 * kept.count as f64 * walked.count as f64;
+        let pairs = (b.count * h.count) as f64 * outer.count as f64 * inner.count as f64;
         let cost =
             Cost { turns: turns::inspect(chunks).of(split_rows), operations: pairs * 2.0 * problem.dim_k as f64 };
         planner.push_costly(
@@ -322,84 +303,58 @@ impl<'a> Sweep<'a> {
                 self.inspection,
                 tile,
                 chunks as u32,
-                [kept_operand.access(), walked_operand.access()],
+                [outer_operand.access(), inner_operand.access()],
                 chunks * tile.depth4 as usize != dim4,
                 problem.softcap.is_some(),
                 rules,
             ),
-            (b.count * h.count) as u64 * kept_blocks as u64 * splits as u64,
+            (b.count * h.count) as u64 * outer_blocks as u64 * splits as u64,
             cost,
             |workgroups| params::Inspect {
-                kept_strides: strides_used(&kept_operand),
-                walked_strides: strides_used(&walked_operand),
-                out_strides,
-                lse_strides: strides4(lse),
-                band: self.call.band(),
-                kept_offset: kept_at.first as u32,
-                walked_offset: walked_at.first as u32,
-                out_offset: if joins { 0 } else { result_at.first as u32 },
-                lse_offset: lse_at.first as u32,
-                batch_0: if problem.bands.len() > 1 { b.start as u32 } else { 0 },
-                head_0: h.start as u32,
-                head_kv_0: head_kv.start as u32,
-                row_0: i.start as u32,
-                key_0: j.start as u32,
-                heads: h.count as u32,
-                group: problem.group() as u32,
-                len_q: i.count as u32,
-                len_k: j.count as u32,
-                ruled_keys: problem.ruled_keys() as u32,
+                outer: View::new(&outer_operand, outer_at),
+                inner: View::new(&inner_operand, inner_at),
+                o,
+                lse: View::new(&lse.unsqueeze(3).expect("three axes"), lse_at),
+                rules: self.call.rules(&bound),
+                slice: self.call.slice(at, j),
                 dim: problem.dim_k as u32,
-                kept_blocks: kept_blocks as u32,
+                outer_blocks: outer_blocks as u32,
                 splits: splits as u32,
                 split_rows: split_rows as u32,
                 workgroups,
                 minus_infinity: MINUS_INFINITY,
                 not_a_number: NOT_A_NUMBER,
-                scale: problem.scale,
-                softcap: problem.softcap.unwrap_or(1.0),
-                ..(&bound).into()
+                ..Default::default()
             },
             bindings,
         )?;
         if !joins {
             return Ok(());
         }
-        let width4 = kept.count.div_ceil(4);
-        let total = (b.count * h.count * width4) as u64;
-        let by_4 = |strides: [u32; 3]| [strides[0] / 4, strides[1] / 4, strides[2] / 4, 0];
-        let (from, to) = (strides4(&part), strides4(&self.layout));
+        let width4 = outer.count.div_ceil(4);
         // The splits stand where mean_heads has its heads, the heads where it has its rows.
-        let cost = Cost { turns: turns::mean_heads().of(splits), operations: total as f64 * 8.0 * splits as f64 };
-        planner.push_costly(
-            catalogue::mean_heads(walked.start > 0),
-            total.div_ceil(64),
-            cost,
-            |workgroups| params::MeanHeads {
-                p_strides: by_4([from[1], from[0], from[2]]),
-                a_strides: by_4([to[0], 0, to[1]]),
-                p_offset4: 0,
-                a_offset4: (result_at.first / 4) as u32,
-                heads: splits as u32,
-                len_q: h.count as u32,
-                width4: width4 as u32,
-                total: total as u32,
-                workgroups,
-                factor: 1.0,
-            },
-            vec![Binding { binding: 1, ..partial }, Binding { binding: 2, ..result }],
-        )
+        let params = params::MeanHeads {
+            p: View::strided([from[1] / 4, from[0] / 4, from[2] / 4, 1], 0),
+            a: View::strided([to_batch / 4, 0, to_head / 4, 1], result_at.first / 4),
+            heads: splits as u32,
+            len_q: h.count as u32,
+            width4: width4 as u32,
+            total: (b.count * h.count * width4) as u32,
+            factor: 1.0,
+            ..Default::default()
+        };
+        planner.mean_heads(params, inner.start > 0, Binding { name: "p", ..partial }, Binding { name: "a", ..result })
     }
 
     /// By the lengths of the call, not of what is chosen: every choice runs the same compiled kernel.
     fn tile(&self) -> Tile {
-        let (kept, _) = self.turn(self.call.problem.len_q, self.call.problem.len_k);
+        let (outer, _) = self.outer_inner(self.call.problem.len_q, self.call.problem.len_k);
         // vec4s that an invocation keeps: more spill, and take seconds to compile on a software adapter.
         let most = match self.adapter.class {
             AdapterClass::Cpu => 128,
             AdapterClass::Gpu => 32,
         };
-        let mut tile = tile_within(self.adapter, kept, self.call.problem.dim_k.div_ceil(4), most as usize);
+        let mut tile = tile_within(self.adapter, outer, self.call.problem.dim_k.div_ceil(4), most as usize);
         while tile.rows > 1 && tile.rows * tile.depth4 > most {
             tile.rows /= 2;
         }

@@ -1,30 +1,30 @@
 //! From a call to its steps: which variants run, over which parts of which buffers. Plain data,
 //! printable, testable on made-up adapters.
 //!
-//! Work that is larger than a limit is cut into slices: first along the batch, then heads, then query
-//! rows, then keys, so that every binding and every dispatch fits.
+//! Work that is larger than a limit is sliced (`slice.rs`), so that every binding and every dispatch fits.
 
 mod call;
-mod flash;
+mod fused;
 mod gate;
 mod inspect;
 mod merge;
 mod normalise;
-mod passes;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
 mod relative;
 mod rows;
 mod scatter;
+mod slice;
 mod softmax;
+mod unfused;
 
-pub use flash::{Cut, packed};
+pub use fused::{Cut, packed};
 pub use gate::gate;
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use normalise::{MOST_NORMALISED, normalise};
-pub use passes::attention;
+
 #[cfg(not(target_arch = "wasm32"))]
 pub use probe::probe;
 pub use project::project;
@@ -32,6 +32,7 @@ pub use relative::relative;
 pub use rows::{add_positions, rotate};
 pub use scatter::scatter;
 pub use softmax::{softmax, widen};
+pub use unfused::attention;
 
 use bytemuck::Pod;
 
@@ -39,6 +40,7 @@ use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
 use super::catalogue::{RelativeKind, Tile, Variant};
 use super::turns;
+use slice::{Part, window};
 use crate::error::{Error, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, ScoreStage};
 
@@ -88,14 +90,30 @@ pub enum Slot {
 /// A part of a buffer bound to a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Binding {
-    /// The `@binding` number.
-    pub binding: u32,
+    /// The variable in the kernel.
+    pub name: &'static str,
     /// The buffer.
     pub slot: Slot,
     /// First byte, a multiple of the adapter's offset alignment.
     pub offset: u64,
     /// Bytes, a multiple of 16; a smaller buffer's end bounds it.
     pub size: u64,
+}
+
+impl Binding {
+    fn new(name: &'static str, slot: Slot, at: Window) -> Binding {
+        Binding { name, slot, offset: at.offset, size: at.size }
+    }
+
+    /// A buffer from its start on.
+    fn whole(name: &'static str, slot: Slot, size: u64) -> Binding {
+        Binding { name, slot, offset: 0, size }
+    }
+
+    /// One that is never read.
+    fn nothing(name: &'static str) -> Binding {
+        Binding::whole(name, Slot::Scratch(0), 16)
+    }
 }
 
 /// One dispatch.
@@ -229,63 +247,13 @@ pub enum Method {
 
 const MINUS_INFINITY: u32 = 0xff80_0000;
 const NOT_A_NUMBER: u32 = 0x7fc0_0000;
-/// A binding that is never read.
-const NOTHING: Binding = Binding { binding: 1, slot: Slot::Scratch(0), offset: 0, size: 16 };
-
-/// `count` entries of an axis from `start` on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part {
-    start: usize,
-    count: usize,
-}
-
-impl Part {
-    /// `total` cut into parts of at most `size`.
-    fn all(total: usize, size: usize) -> impl Iterator<Item = Part> {
-        let size = size.max(1);
-        (0..total.div_ceil(size)).map(move |n| Part { start: n * size, count: size.min(total - n * size) })
-    }
-
-    /// The part of another axis that `each` of these entries share one of.
-    fn grouped(self, each: usize) -> Part {
-        let start = self.start / each;
-        Part { start, count: (self.start + self.count).div_ceil(each) - start }
-    }
-
-    /// Cut off at `end`.
-    fn within(self, end: usize) -> Part {
-        let start = self.start.min(end);
-        Part { start, count: (self.start + self.count).min(end) - start }
-    }
-}
 
 /// A part of a strided operand as a binding: bytes, and where element 0 of the part lies in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Window {
-    offset: u64,
-    size: u64,
-    first: u64,
-}
-
-fn window(layout: &Layout, parts: &[Part], element: u64, alignment: u64) -> Window {
-    let mut start = layout.offset() as u64;
-    let mut extent = 1u64;
-    for (part, &stride) in parts.iter().zip(layout.strides()) {
-        start += part.start as u64 * stride as u64;
-        extent += part.count.saturating_sub(1) as u64 * stride as u64;
-    }
-    let offset = start * element / alignment * alignment;
-    let first = start - offset / element;
-    Window { offset, size: ((first + extent) * element).next_multiple_of(16), first }
-}
-
-fn strides4(layout: &Layout) -> [u32; 4] {
-    let mut out = [0; 4];
-    for (to, (&stride, &n)) in out.iter_mut().zip(layout.strides().iter().zip(layout.shape())) {
-        // The stride of an axis of length 1 is never used, and may be anything.
-        *to = if n > 1 { stride as u32 } else { 0 };
-    }
-    out
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Window {
+    pub offset: u64,
+    pub size: u64,
+    pub first: u64,
 }
 
 fn rows_padded(shape: &[usize]) -> Result<Layout> {
@@ -306,17 +274,21 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// Adds a step of a kernel that waits for memory and loops over no length.
-    fn push<P: Pod>(
-        &mut self,
-        variant: Variant,
-        workgroups: u64,
-        params: impl FnOnce(u32) -> P,
-        bindings: Vec<Binding>,
-    ) -> Result<()> {
-        let invocations = workgroups as f64 * f64::from(variant.workgroup_size());
-        let cost = Cost { turns: turns::FEW, operations: 16.0 * invocations };
-        self.push_costly(variant, workgroups, cost, params, bindings)
+    /// Adds a step of `total` invocations that wait for memory and loop over no length.
+    fn push<P: Pod>(&mut self, variant: Variant, total: u64, params: P, bindings: Vec<Binding>) -> Result<()> {
+        let workgroup = u64::from(variant.workgroup_size());
+        let cost = Cost { turns: turns::FEW, operations: 16.0 * total as f64 };
+        self.push_costly(variant, total.div_ceil(workgroup), cost, |_| params, bindings)
+    }
+
+    /// Slices of the first three axes of some operands, each with the bytes of an element, whose bindings fit.
+    fn slices_of(&self, sizes: [usize; 3], operands: &[(&Layout, u64)]) -> [usize; 3] {
+        slice::slices_of(sizes, operands, self.adapter.offset_alignment, self.adapter.max_binding)
+    }
+
+    /// A part of an operand: see [`slice::window`].
+    fn window(&self, layout: &Layout, parts: &[Part], element: u64) -> Window {
+        window(layout, parts, element, self.adapter.offset_alignment)
     }
 
     /// Adds a step, or refuses it with the numbers.
@@ -437,11 +409,4 @@ pub(crate) fn check_buffer(adapter: &Capabilities, what: &str, needed: u64) -> R
         Some(memory) if needed > memory => Err(too_large("the memory", memory)),
         _ => Ok(()),
     }
-}
-
-/// Strides for an operand whose last axis is walked in fours, beyond its end too.
-fn strides_used(layout: &Layout) -> [u32; 4] {
-    let mut out = strides4(layout);
-    out[3] = layout.strides()[3] as u32;
-    out
 }

@@ -2,8 +2,10 @@
 
 use super::super::access::{Operand, is_wide};
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::{catalogue, params, turns};
-use super::{Binding, Cost, Part, Plan, Planner, Slot, check_buffer, padded_bytes, strides_used, window};
+use super::super::params::{self, View};
+use super::super::{catalogue, turns};
+use super::slice::Part;
+use super::{Binding, Cost, Plan, Planner, Slot, check_buffer, padded_bytes};
 use crate::error::{Result, shape_error};
 use crate::problem::{Dtype, Layout};
 
@@ -36,53 +38,47 @@ pub fn normalise(
         (AdapterClass::Cpu, ..=65_536) | (AdapterClass::Gpu, ..=256) => (64, 8),
         _ => (64, 64),
     };
-    let align = adapter.offset_alignment;
-    let every = Part { start: 0, count: dim };
-    let vector = |layout: &Layout| (window(layout, &[every], 4, align), layout.strides()[0] as u32);
-    let (weight_at, w_stride) = vector(weight);
-    let bias_at = bias.map(vector);
-    let size = planner.slices([a_len, b_len, c_len], |[a, b, c]| {
-        let parts = [a, b, c, every];
-        window(&x, &parts, x.element(), 1).size.max(window(&y, &parts, 4, 1).size)
-    });
-    for a in Part::all(a_len, size[0]) {
-        for b in Part::all(b_len, size[1]) {
-            for c in Part::all(c_len, size[2]) {
-                let parts = [a, b, c, every];
-                let (from, to) = (window(&x, &parts, x.element(), align), window(&y, &parts, 4, align));
-                let rows = a.count as u64 * b.count as u64 * c.count as u64;
-                let mut bindings = vec![
-                    Binding { binding: 1, slot: Slot::Q, offset: from.offset, size: from.size },
-                    Binding { binding: 2, slot: Slot::Output, offset: to.offset, size: to.size },
-                    Binding { binding: 3, slot: Slot::K, offset: weight_at.offset, size: weight_at.size },
-                ];
-                if let Some((at, _)) = bias_at {
-                    bindings.push(Binding { binding: 4, slot: Slot::Bias(0), offset: at.offset, size: at.size });
-                }
-                let cost = Cost { turns: turns::normalise(lanes).of(dim), operations: rows as f64 * dim as f64 * 8.0 };
-                planner.push_costly(
-                    catalogue::normalise(workgroup, lanes, x.access(), is_wide(&y), centred, bias.is_some()),
-                    rows.div_ceil(u64::from(workgroup / lanes)),
-                    cost,
-                    |workgroups| params::Normalise {
-                        x_strides: strides_used(&x),
-                        x_offset: from.first as u32,
-                        y_offset: to.first as u32,
-                        w_offset: weight_at.first as u32,
-                        w_stride,
-                        bias_offset: bias_at.map_or(0, |(at, _)| at.first as u32),
-                        bias_stride: bias_at.map_or(0, |(_, stride)| stride),
-                        heads: b.count as u32,
-                        len: c.count as u32,
-                        dim: dim as u32,
-                        rows: rows as u32,
-                        workgroups,
-                        epsilon,
-                    },
-                    bindings,
-                )?;
-            }
+    let vector = |layout: &Layout| {
+        let at = planner.window(layout, &[], 4);
+        (View::new(layout, at), at)
+    };
+    let (w, w_at) = vector(weight);
+    let bias = bias.map(vector);
+    let variant = catalogue::normalise(workgroup, lanes, x.access(), is_wide(&y), centred, bias.is_some());
+    let axes = [a_len, b_len, c_len];
+    let sizes = planner.slices_of(axes, &[(&x, x.element()), (&y, 4)]);
+    for at in Part::grid(axes, sizes) {
+        let (x_at, y_at) = (planner.window(&x, &at, x.element()), planner.window(&y, &at, 4));
+        let [a, b, c] = at.map(|part| part.count);
+        let rows = (a * b * c) as u64;
+        let mut bindings = vec![
+            Binding::new("x", Slot::Q, x_at),
+            Binding::new("y", Slot::Output, y_at),
+            Binding::new("w", Slot::K, w_at),
+        ];
+        if let Some((_, at)) = bias {
+            bindings.push(Binding::new("bias", Slot::Bias(0), at));
         }
+        let cost = Cost { turns: turns::normalise(lanes).of(dim), operations: rows as f64 * dim as f64 * 8.0 };
+        planner.push_costly(
+            variant.clone(),
+            rows.div_ceil(u64::from(workgroup / lanes)),
+            cost,
+            |workgroups| params::Normalise {
+                x: View::new(&x, x_at),
+                w,
+                bias: bias.map_or(View::default(), |(view, _)| view),
+                y_offset: y_at.first as u32,
+                heads: b as u32,
+                len: c as u32,
+                dim: dim as u32,
+                rows: rows as u32,
+                workgroups,
+                epsilon,
+                ..Default::default()
+            },
+            bindings,
+        )?;
     }
     Ok(planner.plan)
 }

@@ -22,8 +22,8 @@ pub fn probe(rounds: u32, adapter: &Capabilities) -> Result<(Plan, u64, f64)> {
         catalogue::probe(workgroup as u32),
         workgroups,
         Cost { turns: turns::probe().of(at_once as usize), operations },
-        |workgroups| params::Probe { factor: 0.999, summand: 0.001, rounds: at_once, workgroups },
-        vec![Binding { binding: 1, slot: Slot::Output, offset: 0, size: bytes }],
+        |workgroups| params::Probe { factor: 0.999, summand: 0.001, rounds: at_once, workgroups, ..Default::default() },
+        vec![Binding::whole("y", Slot::Output, bytes)],
     )?;
     Ok((planner.plan, bytes, operations))
 }

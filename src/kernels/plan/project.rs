@@ -3,8 +3,10 @@
 use super::super::access::{Access, Operand};
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, MatvecTile, Tile};
-use super::super::{params, turns};
-use super::{Binding, Cost, Part, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation, window};
+use super::super::params::{self, View};
+use super::super::turns;
+use super::slice::{Part, halving, slice, window};
+use super::{Binding, Cost, Plan, Planner, Slot, check_buffer, padded_bytes, rows_per_invocation};
 use crate::error::{Result, shape_error};
 use crate::problem::{Dtype, Layout};
 
@@ -38,96 +40,69 @@ pub fn project(
     let y = Layout::contiguous(&[batch, len + extra.len(), dim_out])?;
     check_buffer(adapter, "a projection", padded_bytes(&y, Dtype::F32))?;
     let mut planner = Planner { adapter, plan: Plan::default() };
-    let align = adapter.offset_alignment;
-    let mut size = [batch, len, dim_out];
-    let every_in = Part { start: 0, count: dim_in };
-    loop {
-        let [b, l, o] = size.map(|count| Part { start: 0, count });
-        let largest = window(&x, &[b, l, every_in], x.element(), align)
-            .size
-            .max(window(&w, &[o, every_in], w.element(), align).size)
-            .max(window(&y, &[b, l, o], 4, align).size)
-            + align;
-        let work = 2.0 * (size[0] * size[1]) as f64 * size[2] as f64 * dim_in as f64;
-        let is_short = work <= adapter.dispatch_operations();
-        if largest <= adapter.max_binding && is_short || size == [1, 1, 1] || batch * len * dim_out == 0 {
-            break;
+    let fits = |layout: &Layout, counts: &[usize], element| {
+        let parts: Vec<Part> = counts.iter().copied().map(Part::whole).collect();
+        window(layout, &parts, element, 1).size + adapter.offset_alignment <= adapter.max_binding
+    };
+    let halve_outputs = [halving(0, 4, 4), halving(0, 1, 1)];
+    // Outputs whose weights do not fit come first.
+    let ([outs], _) = slice([dim_out], &halve_outputs, 0, |&[o]| fits(&w, &[o], w.element()), |_| true);
+    let all_fit = |&[b, l, o]: &[usize; 3]| fits(&x, &[b, l], x.element()) && fits(&y, &[b, l, o], 4);
+    let is_short = |&[b, l, o]: &[usize; 3]| {
+        2.0 * (b * l) as f64 * o as f64 * dim_in as f64 <= adapter.dispatch_operations()
+    };
+    let order = [halving(0, 1, 1), halving(1, 1, 1), halving(2, 4, 4), halving(2, 1, 1)];
+    let (sizes, _) = slice([batch, len, outs], &order, 4, all_fit, is_short);
+    for [b, l, o] in Part::grid([batch, len, dim_out], sizes) {
+        let x_at = planner.window(&x, &[b, l], x.element());
+        let w_at = planner.window(&w, &[o], w.element());
+        let y_at = planner.window(&y, &[b, l, o], 4);
+        let mut bindings = vec![
+            Binding::new("x", Slot::Q, x_at),
+            Binding::new("w", Slot::K, w_at),
+            Binding::new("y", Slot::Output, y_at),
+        ];
+        let mut params = params::Project {
+            x: View::new(&x, x_at),
+            y: View::new(&y, y_at),
+            w: View::new(&w, w_at),
+            rows: (b.count * l.count) as u32,
+            len: l.count as u32,
+            dim_in: dim_in as u32,
+            dim_out: o.count as u32,
+            ..Default::default()
+        };
+        if let Some(layout) = bias {
+            let at = planner.window(layout, &[o], 4);
+            params.bias = View::new(layout, at);
+            bindings.push(Binding::new("bias", Slot::Bias(0), at));
         }
-        let w_too_large = window(&w, &[o, every_in], w.element(), align).size + align > adapter.max_binding;
-        let axis = if w_too_large && size[2] > 1 { 2 } else { (0..3).find(|&axis| size[axis] > 1).unwrap_or(2) };
-        size[axis] = size[axis].div_ceil(2);
-        if axis == 2 && size[2] > 4 {
-            size[2] = size[2].next_multiple_of(4);
-        }
-    }
-    for b in Part::all(batch, size[0]) {
-        for l in Part::all(len, size[1]) {
-            for o in Part::all(dim_out, size[2]) {
-                let x_at = window(&x, &[b, l, every_in], x.element(), align);
-                let w_at = window(&w, &[o, every_in], w.element(), align);
-                let y_at = window(&y, &[b, l, o], 4, align);
-                let mut bindings = vec![
-                    Binding { binding: 1, slot: Slot::Q, offset: x_at.offset, size: x_at.size },
-                    Binding { binding: 2, slot: Slot::K, offset: w_at.offset, size: w_at.size },
-                    Binding { binding: 3, slot: Slot::Output, offset: y_at.offset, size: y_at.size },
-                ];
-                let mut bias_at = (0, 0);
-                if let Some(layout) = bias {
-                    let at = window(layout, &[o], 4, align);
-                    bias_at = (at.first as u32, layout.strides()[0] as u32);
-                    bindings.push(Binding { binding: 4, slot: Slot::Bias(0), offset: at.offset, size: at.size });
-                }
-                let stride = |layout: &Layout, axis: usize| layout.strides()[axis] as u32;
-                let params = params::Project {
-                    x_strides: [stride(&x, 0), stride(&x, 1), stride(&x, 2), 0],
-                    w_strides: [stride(&w, 0), stride(&w, 1), 0, 0],
-                    y_strides: [stride(&y, 0), stride(&y, 1), 1, 0],
-                    x_offset: x_at.first as u32,
-                    w_offset: w_at.first as u32,
-                    y_offset: y_at.first as u32,
-                    bias_offset: bias_at.0,
-                    bias_stride: bias_at.1,
-                    rows: (b.count * l.count) as u32,
-                    len: l.count as u32,
-                    dim_in: dim_in as u32,
-                    dim_out: o.count as u32,
-                    ..Default::default()
-                };
-                let access = [x.access(), w.access()];
-                if len <= FEW_ROWS {
-                    planner.few_rows(params, access, bindings)?;
-                } else {
-                    let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
-                    planner.many_rows(params, access, wide_y, bindings)?;
-                }
-            }
+        let access = [x.access(), w.access()];
+        if len <= FEW_ROWS {
+            planner.few_rows(params, access, bindings)?;
+        } else {
+            let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
+            planner.many_rows(params, access, wide_y, bindings)?;
         }
     }
     for (n, row) in extra.iter().enumerate() {
-        for b in Part::all(batch, size[0]) {
-            let at = window(&y, &[b, Part { start: len + n, count: 1 }, Part { start: 0, count: dim_out }], 4, align);
-            let mut bindings = vec![Binding { binding: 1, slot: Slot::Output, offset: at.offset, size: at.size }];
-            let mut row_at = (0, 0);
+        for b in Part::all(batch, sizes[0]) {
+            let y_at = planner.window(&y, &[b, Part { start: len + n, count: 1 }], 4);
+            let mut bindings = vec![Binding::new("y", Slot::Output, y_at)];
+            let total = b.count as u64 * dim_out as u64;
+            let mut params = params::Append {
+                y_offset: y_at.first as u32,
+                y_batch_stride: y.strides()[0] as u32,
+                width: dim_out as u32,
+                total: total as u32,
+                ..Default::default()
+            };
             if let Some(layout) = row {
-                let at = window(layout, &[Part { start: 0, count: dim_out }], 4, align);
-                row_at = (at.first as u32, layout.strides()[0] as u32);
-                bindings.push(Binding { binding: 2, slot: Slot::Bias(1 + n), offset: at.offset, size: at.size });
+                let at = planner.window(layout, &[], 4);
+                (params.row_offset, params.row_stride) = (at.first as u32, layout.strides()[0] as u32);
+                bindings.push(Binding::new("row", Slot::Bias(1 + n), at));
             }
-            planner.push(
-                catalogue::append(row.is_none()),
-                (b.count as u64 * dim_out as u64).div_ceil(64),
-                |workgroups| params::Append {
-                    y_offset: at.first as u32,
-                    y_batch_stride: y.strides()[0] as u32,
-                    row_offset: row_at.0,
-                    row_stride: row_at.1,
-                    width: dim_out as u32,
-                    batch: b.count as u32,
-                    workgroups,
-                    pad: 0,
-                },
-                bindings,
-            )?;
+            planner.push(catalogue::append(row.is_none()), total, params, bindings)?;
         }
     }
     Ok(planner.plan)

@@ -1,14 +1,15 @@
-//! What tokens get by their position: pairs of columns turned, rows of a table added.
+//! What tokens get by their position: pairs of columns rotated, rows of a table added.
 
 use super::super::access::{Access, Operand, is_wide};
 use super::super::capabilities::Capabilities;
 use super::super::catalogue;
-use super::super::params;
-use super::{Binding, Part, Plan, Planner, Slot, Window, check_buffer, padded_bytes, strides_used, window};
+use super::super::params::{self, View};
+use super::slice::Part;
+use super::{Binding, Plan, Planner, Slot, Window, check_buffer, padded_bytes};
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, Rows};
 
-/// Turns X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K),
+/// Rotates X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K),
 /// `pairs` of them, neighbours where interleaved.
 pub fn rotate(
     x: Operand<'_>,
@@ -25,47 +26,32 @@ pub fn rotate(
         return Ok(planner.plan);
     }
     let wide = is_wide(&x) && is_wide(y) && is_wide(table) && pairs.is_multiple_of(4);
-    let access = Access { wide, stored: x.stored };
     let units = if wide { pairs / 4 + (dim - 2 * pairs).div_ceil(8) } else { dim.div_ceil(2) };
-    let table = planner.table(table.into(), rows, len)?;
-    let every = Part { start: 0, count: dim };
-    let size = planner.slices([batch, heads, len], |[b, h, i]| {
-        let parts = [b, h, i, every];
-        window(&x, &parts, x.element(), 1).size.max(window(y, &parts, 4, 1).size)
-    });
-    for b in Part::all(batch, size[0]) {
-        for h in Part::all(heads, size[1]) {
-            for i in Part::all(len, size[2]) {
-                let parts = [b, h, i, every];
-                let align = adapter.offset_alignment;
-                let (from, to) = (window(&x, &parts, x.element(), align), window(y, &parts, 4, align));
-                let total = b.count as u64 * h.count as u64 * i.count as u64 * units as u64;
-                let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
-                planner.push(
-                    catalogue::rotate(access, interleaved, table.listed),
-                    total.div_ceil(64),
-                    |workgroups| params::Rotate {
-                        x_strides: strides_used(&x),
-                        y_strides: strides_used(y),
-                        x_offset: from.first as u32,
-                        y_offset: to.first as u32,
-                        angles_offset: table.at.first as u32,
-                        row_stride: table.width as u32,
-                        pairs: pairs as u32,
-                        dim: dim as u32,
-                        units: units as u32,
-                        heads: h.count as u32,
-                        len: i.count as u32,
-                        row_0,
-                        rows_batch_stride,
-                        total: total as u32,
-                        workgroups,
-                        ..Default::default()
-                    },
-                    table.bindings(from, to),
-                )?;
-            }
-        }
+    let table = planner.table(table.into(), rows, len);
+    let variant = catalogue::rotate(Access { wide, stored: x.stored }, interleaved, table.listed);
+    let axes = [batch, heads, len];
+    let sizes = planner.slices_of(axes, &[(&x, x.element()), (y, 4)]);
+    for at in Part::grid(axes, sizes) {
+        let (x_at, y_at) = (planner.window(&x, &at, x.element()), planner.window(y, &at, 4));
+        let [b, h, i] = at;
+        let total = (b.count * h.count * i.count * units) as u64;
+        let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
+        let params = params::Rotate {
+            x: View::new(&x, x_at),
+            y: View::new(y, y_at),
+            angles_offset: table.at.first as u32,
+            row_stride: table.width as u32,
+            pairs: pairs as u32,
+            dim: dim as u32,
+            units: units as u32,
+            heads: h.count as u32,
+            len: i.count as u32,
+            row_0,
+            rows_batch_stride,
+            total: total as u32,
+            ..Default::default()
+        };
+        planner.push(variant.clone(), total, params, table.bindings("angles", x_at, y_at))?;
     }
     Ok(planner.plan)
 }
@@ -73,47 +59,38 @@ pub fn rotate(
 /// Adds rows of `table` `[row, d]` (K) to X `[b, i, d]` (Q), both of any strides: Y, row-major (Output, f32).
 pub fn add_positions(x: Operand<'_>, table: Operand<'_>, rows: &Rows, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
-    let y = Layout::contiguous(x.shape())?;
-    check_buffer(adapter, "embeddings", padded_bytes(&y, Dtype::F32))?;
     let &[batch, len, dim] = x.shape() else { unreachable!("three axes") };
+    // One head.
+    let x_layout = x.unsqueeze(1)?;
+    let y = Layout::contiguous(x_layout.shape())?;
+    check_buffer(adapter, "embeddings", padded_bytes(&y, Dtype::F32))?;
     if x.is_empty() {
         return Ok(planner.plan);
     }
-    let strides = [table.strides()[0] as u32, table.strides()[1] as u32];
-    let variant = |listed| catalogue::add_positions(x.access(), table.access(), is_wide(&y), listed);
-    let table = planner.table(table, rows, len)?;
-    let every = Part { start: 0, count: dim };
-    let size = planner.slices([batch, 1, len], |[b, _, i]| {
-        let parts = [b, i, every];
-        window(&x, &parts, x.element(), 1).size.max(window(&y, &parts, 4, 1).size)
-    });
-    for b in Part::all(batch, size[0]) {
-        for i in Part::all(len, size[2]) {
-            let parts = [b, i, every];
-            let align = adapter.offset_alignment;
-            let (from, to) = (window(&x, &parts, x.element(), align), window(&y, &parts, 4, align));
-            let total = b.count as u64 * i.count as u64 * dim.div_ceil(4) as u64;
-            let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
-            planner.push(
-                variant(table.listed),
-                total.div_ceil(64),
-                |workgroups| params::AddPositions {
-                    x_strides: [0, 1, 2].map(|axis| x.strides()[axis] as u32),
-                    x_offset: from.first as u32,
-                    table_strides: strides,
-                    table_offset: table.at.first as u32,
-                    y_offset: to.first as u32,
-                    len: i.count as u32,
-                    dim: dim as u32,
-                    row_0,
-                    rows_batch_stride,
-                    total: total as u32,
-                    workgroups,
-                    ..Default::default()
-                },
-                table.bindings(from, to),
-            )?;
-        }
+    let table_layout = table.layout;
+    let access = [x.access(), table.access()];
+    let table = planner.table(table, rows, len);
+    let variant = catalogue::add_positions(access[0], access[1], is_wide(&y), table.listed);
+    let axes = [batch, 1, len];
+    let sizes = planner.slices_of(axes, &[(&x_layout, x.element()), (&y, 4)]);
+    for at in Part::grid(axes, sizes) {
+        let (x_at, y_at) = (planner.window(&x_layout, &at, x.element()), planner.window(&y, &at, 4));
+        let [b, _, i] = at;
+        let total = b.count as u64 * i.count as u64 * dim.div_ceil(4) as u64;
+        let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
+        let params = params::AddPositions {
+            x: View::new(&x_layout, x_at),
+            table: View::new(table_layout, table.at),
+            y_offset: y_at.first as u32,
+            heads: 1,
+            len: i.count as u32,
+            dim: dim as u32,
+            row_0,
+            rows_batch_stride,
+            total: total as u32,
+            ..Default::default()
+        };
+        planner.push(variant.clone(), total, params, table.bindings("table", x_at, y_at))?;
     }
     Ok(planner.plan)
 }
@@ -138,47 +115,32 @@ impl Table {
         }
     }
 
-    fn bindings(&self, from: Window, to: Window) -> Vec<Binding> {
+    fn bindings(&self, table: &'static str, x: Window, y: Window) -> Vec<Binding> {
         let mut bindings = vec![
-            Binding { binding: 1, slot: Slot::Q, offset: from.offset, size: from.size },
-            Binding { binding: 2, slot: Slot::Output, offset: to.offset, size: to.size },
-            Binding { binding: 3, slot: Slot::K, offset: self.at.offset, size: self.at.size },
+            Binding::new("x", Slot::Q, x),
+            Binding::new("y", Slot::Output, y),
+            Binding::new(table, Slot::K, self.at),
         ];
         if self.listed {
-            bindings.push(Binding { binding: 4, slot: Slot::Rows, offset: 0, size: self.list_bytes });
+            bindings.push(Binding::whole("rows", Slot::Rows, self.list_bytes));
         }
         bindings
     }
 }
 
 impl Planner<'_> {
-    fn table(&mut self, table: Operand<'_>, rows: &Rows, len: usize) -> Result<Table> {
+    fn table(&mut self, table: Operand<'_>, rows: &Rows, len: usize) -> Table {
         let used = rows.range(len);
-        let width = table.shape()[1];
-        let parts = [Part { start: used.start, count: used.len() }, Part { start: 0, count: width }];
         if let Rows::Each { rows, .. } = rows {
             self.plan.rows = rows.iter().map(|row| row - used.start as u32).collect();
         }
         let list_bytes = (self.plan.rows.len() as u64 * 4).next_multiple_of(16);
-        Ok(Table {
-            at: window(&table, &parts, table.element(), self.adapter.offset_alignment),
-            width,
+        Table {
+            at: self.window(&table, &[Part { start: used.start, count: used.len() }], table.element()),
+            width: table.shape()[1],
             first: used.start,
             listed: list_bytes > 0,
             list_bytes,
-        })
-    }
-
-    /// How many of each of three axes a step may take so that its bindings, as `largest` says, fit. An axis is cut
-    /// only where those before it are cut to one: a slice of a row-major result is one run.
-    pub(super) fn slices(&self, mut size: [usize; 3], largest: impl Fn([Part; 3]) -> u64) -> [usize; 3] {
-        while let Some(axis) = (0..3).find(|&axis| size[axis] > 1) {
-            let bytes = largest(size.map(|count| Part { start: 0, count }));
-            if bytes + self.adapter.offset_alignment <= self.adapter.max_binding {
-                break;
-            }
-            size[axis] = size[axis].div_ceil(2);
         }
-        size
     }
 }

@@ -2,10 +2,11 @@
 
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::{catalogue, params, turns};
+use super::super::params::{self, View};
+use super::super::{catalogue, turns};
+use super::slice::Part;
 use super::{
-    Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Part, Plan, Planner, Slot, Window, check_buffer, padded_bytes,
-    rows_padded, strides4, window,
+    Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Plan, Planner, Slot, Window, check_buffer, padded_bytes, rows_padded,
 };
 use crate::error::Result;
 use crate::problem::{Dtype, Layout};
@@ -18,7 +19,7 @@ pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     check_buffer(adapter, "the softmax", padded_bytes(&out, Dtype::F32))?;
     let width4 = x.shape()[3].div_ceil(4) as u32;
     planner.rows_copied(x, &out, width4 * 4, |planner, rows, to| {
-        let bindings = vec![Binding { binding: 1, slot: Slot::Output, offset: to.offset, size: to.size }];
+        let bindings = vec![Binding::new("s", Slot::Output, to)];
         let params = params::Softmax { rows: rows as u32, width4, ..Default::default() };
         planner.softmax_rows(params, to, [false, false], bindings)
     })?;
@@ -98,48 +99,25 @@ impl Planner<'_> {
         if x.is_empty() {
             return Ok(());
         }
-        let align = self.adapter.offset_alignment;
-        let mut size = [x.shape()[0], x.shape()[1], x.shape()[2]];
-        let every = Part { start: 0, count: x.shape()[3] };
-        let parts = |at: [Part; 3]| [at[0], at[1], at[2], every];
-        while let Some(axis) = (0..3).find(|&axis| size[axis] > 1) {
-            let at = parts(size.map(|count| Part { start: 0, count }));
-            let largest = window(&x, &at, x.element(), align).size.max(window(out, &at, 4, align).size);
-            if largest + align <= self.adapter.max_binding {
-                break;
-            }
-            size[axis] = size[axis].div_ceil(2);
-        }
-        for a in Part::all(x.shape()[0], size[0]) {
-            for b in Part::all(x.shape()[1], size[1]) {
-                for c in Part::all(x.shape()[2], size[2]) {
-                    let at = parts([a, b, c]);
-                    let (from, to) = (window(&x, &at, x.element(), align), window(out, &at, 4, align));
-                    let rows = a.count * b.count * c.count;
-                    let total = rows as u64 * u64::from(width);
-                    self.push(
-                        catalogue::copy(x.stored),
-                        total.div_ceil(64),
-                        |workgroups| params::Copy {
-                            x_strides: strides4(&x),
-                            shape: at.map(|part| part.count as u32),
-                            x_offset: from.first as u32,
-                            y_offset: to.first as u32,
-                            y_row_stride: width,
-                            total: total as u32,
-                            workgroups,
-                            fill: MINUS_INFINITY,
-                            pad_0: 0,
-                            pad_1: 0,
-                        },
-                        vec![
-                            Binding { binding: 1, slot: Slot::Q, offset: from.offset, size: from.size },
-                            Binding { binding: 2, slot: Slot::Output, offset: to.offset, size: to.size },
-                        ],
-                    )?;
-                    then(self, rows, to)?;
-                }
-            }
+        let &[a_len, b_len, c_len, dim] = x.shape() else { unreachable!("four axes") };
+        let axes = [a_len, b_len, c_len];
+        let sizes = self.slices_of(axes, &[(&x, x.element()), (out, 4)]);
+        for at in Part::grid(axes, sizes) {
+            let (x_at, y_at) = (self.window(&x, &at, x.element()), self.window(out, &at, 4));
+            let [a, b, c] = at.map(|part| part.count);
+            let total = (a * b * c) as u64 * u64::from(width);
+            let params = params::Copy {
+                x: View::new(&x, x_at),
+                shape: [a, b, c, dim].map(|n| n as u32),
+                y_offset: y_at.first as u32,
+                y_row_stride: width,
+                total: total as u32,
+                fill: MINUS_INFINITY,
+                ..Default::default()
+            };
+            let bindings = vec![Binding::new("x", Slot::Q, x_at), Binding::new("y", Slot::Output, y_at)];
+            self.push(catalogue::copy(x.stored), total, params, bindings)?;
+            then(self, a * b * c, y_at)?;
         }
         Ok(())
     }

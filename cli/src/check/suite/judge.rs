@@ -183,7 +183,7 @@ fn tell(result: &mut CaseResult, trace: &[Traced]) {
     }
     result.why = trace.iter().map(|one| &one.why).find(|why| !why.is_empty()).cloned();
     // Of the kernel that computes, not of one that prepares.
-    let prepares = |kernel| matches!(kernel, Kernel::Classify | Kernel::Copy | Kernel::Fold | Kernel::Rotate);
+    let prepares = |kernel| matches!(kernel, Kernel::BlockMask | Kernel::Copy | Kernel::CombineBiases | Kernel::Rotate);
     let main = trace.iter().find(|one| !prepares(one.variant.kernel)).or(trace.first());
     result.workgroup = main.map(|one| one.variant.workgroup_size());
 }

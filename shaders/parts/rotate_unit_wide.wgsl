@@ -1,5 +1,6 @@
-// As turn.wgsl, four columns at a time.
-fn turn(x_at: u32, y_at: u32, angle: u32, unit: u32) {
+// @use load(x dim false)
+// As rotate_unit.wgsl, four columns at a time.
+fn rotate_unit(x_at: u32, y_at: u32, angle: u32, unit: u32) {
     let pairs4 = params.pairs / 4u;
     let is_copied = unit >= pairs4;
     let is_split = !INTERLEAVED && !is_copied;

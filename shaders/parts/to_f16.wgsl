@@ -1,5 +1,5 @@
 // To nearest even by bits: what drivers do with pack2x16float differs.
-fn half_bits(x: f32) -> u32 {
+fn f16_bits(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
     let size = bits & 0x7fffffffu;
     // Below 2^-14 a half counts in steps of 2^-24, as an f32 between 0.5 and 1 does.
@@ -10,6 +10,6 @@ fn half_bits(x: f32) -> u32 {
     half = select(half, 0x7e00u, size > 0x7f800000u);
     return half | ((bits >> 16u) & 0x8000u);
 }
-fn pack_four(x: vec4<f32>) -> vec2<u32> {
-    return vec2<u32>(half_bits(x.x) | (half_bits(x.y) << 16u), half_bits(x.z) | (half_bits(x.w) << 16u));
+fn to_f16(x: vec4<f32>) -> vec2<u32> {
+    return vec2<u32>(f16_bits(x.x) | (f16_bits(x.y) << 16u), f16_bits(x.z) | (f16_bits(x.w) << 16u));
 }

@@ -1,5 +1,5 @@
 // @for view
-fn one_view(at: u32) -> f32 {
+fn element_view(at: u32) -> f32 {
     let word = view[at / 2u] >> (16u * (at % 2u));
     return unpack2x16float(word).x;
 }

@@ -1,11 +1,12 @@
-var<workgroup> shared_value: array<f32, WORKGROUP>;
-
+// @for sum
+// @use shared_value
+// What `join_two_sum` makes of the values of all lanes of a row.
 fn join_sum(local: u32, x: f32) -> f32 {
     shared_value[local] = x;
     for (var step = LANES / 2u; step > 0u; step /= 2u) {
         workgroupBarrier();
         if (local % LANES < step) {
-            shared_value[local] += shared_value[local + step];
+            shared_value[local] = join_two_sum(shared_value[local], shared_value[local + step]);
         }
     }
     workgroupBarrier();

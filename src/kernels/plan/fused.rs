@@ -3,11 +3,13 @@
 use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashRotary, FlashTile};
-use super::super::{params, turns};
-use super::call::{BoundRules, Call, Slices};
+use super::super::params::{self, View};
+use super::super::turns;
+use super::call::{BoundRules, Call, Sizes};
+use super::slice::{Part, halving, slice, window};
 use super::{
-    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Part, Plan, Planner, RotaryOperand, Slot,
-    check_buffer, rows_per_invocation, strides_used, window,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, RotaryOperand, Slot, Window,
+    check_buffer, rows_per_invocation,
 };
 use crate::error::{Error, Result, value_error};
 use crate::problem::{Layout, Problem, Sequence, checked_len};
@@ -96,7 +98,7 @@ struct Fused<'a> {
     call: Call<'a>,
     adapter: &'a Capabilities,
     tile: FlashTile,
-    slices: Slices,
+    sizes: Sizes,
     /// Pieces of the keys, each with its own output, and keys per piece; of packed sequences the most.
     splits: usize,
     keys_per_split: usize,
@@ -104,8 +106,8 @@ struct Fused<'a> {
     long_split: usize,
     /// Of a ragged batch; empty where every entry of the batch is as long.
     sequences: &'a [Sequence],
-    /// Whether tiles of keys are classed by what masks and biases leave of them.
-    tiles: bool,
+    /// Whether it is found out first what masks and biases leave of blocks of keys.
+    block_mask: bool,
     rotary: Option<FlashRotary>,
 }
 
@@ -176,67 +178,54 @@ impl<'a> Fused<'a> {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
         call.check_relative(adapter).map_err(|error| error.to_string())?;
-        if rotary.is_some() && call.fold_bands {
-            return Err("folded bands do not say where each query stands".into());
+        if rotary.is_some() && call.combine_bands {
+            return Err("combined bands do not say where each query stands".into());
         }
         let spare = adapter.max_storage_buffers.min(7) - (others + call.rules.buffers());
         let mut fused = Fused {
-            tiles: spare > 0 && hides_tiles(&call, tile),
+            block_mask: spare > 0 && hides_blocks(&call, tile),
             rotary,
             call,
             adapter,
             tile,
-            slices: Slices { batch, heads: heads_q, rows: len_q, keys: len_k },
+            sizes: [batch, heads_q, len_q, len_k],
             splits,
             keys_per_split,
             long_split,
             sequences,
         };
         if !sequences.is_empty() {
-            let (bytes, most) = (fused.largest_binding(), adapter.max_binding);
+            let (bytes, most) = (fused.largest_binding_of(fused.sizes), adapter.max_binding);
             if bytes > most {
                 return Err(format!("a binding of {bytes} bytes is larger than {most}"));
             }
             return Ok(fused);
         }
+        let fits = |sizes: &Sizes| fused.largest_binding_of(*sizes) <= adapter.max_binding;
+        let is_short = |sizes: &Sizes| {
+            let pairs = sizes.iter().map(|&n| n as f64).product::<f64>();
+            pairs * fused.per_pair() <= adapter.dispatch_operations() && fused.partial_bytes(*sizes) <= MOST_PARTIAL
+        };
         let group = problem.group();
-        let most_work = adapter.dispatch_operations();
-        loop {
-            let Slices { batch, heads, rows, .. } = fused.slices;
-            let pairs = batch as f64 * heads as f64 * rows as f64 * len_k as f64;
-            let fits = fused.largest_binding() <= adapter.max_binding;
-            if fits && pairs * fused.per_pair() <= most_work && fused.partial_bytes() <= MOST_PARTIAL {
-                break;
-            }
-            let slices = &mut fused.slices;
-            if batch > 1 {
-                slices.batch = batch.div_ceil(2);
-            } else if heads > group {
-                slices.heads = (heads / group).div_ceil(2) * group;
-            } else if rows > 32 {
-                slices.rows = rows.div_ceil(2).next_multiple_of(32);
-            } else if fits {
-                break;
-            } else if rows > 1 {
-                slices.rows = rows.div_ceil(2);
-            } else {
-                return Err(format!("a binding of {} bytes is too large", fused.largest_binding()));
-            }
+        let order = [halving(0, 1, 1), halving(1, group, group), halving(2, 32, 32), halving(2, 1, 1)];
+        let (sizes, fit) = slice(fused.sizes, &order, 3, fits, is_short);
+        if !fit {
+            return Err(format!("a binding of {} bytes is too large", fused.largest_binding_of(sizes)));
         }
-        // One invocation per row and tile must be countable too.
+        fused.sizes = sizes;
+        // One invocation per row and block of keys must be countable too.
         let countable = |bytes: u64| bytes / 4 * tile.block_rows() as u64 <= u64::from(u32::MAX);
-        fused.tiles &= fused.class_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding && countable(bytes));
+        fused.block_mask &= fused.mask_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding && countable(bytes));
         Ok(fused)
     }
 
-    /// Bytes of the largest binding of any step.
-    fn largest_binding(&self) -> u64 {
-        self.call.largest_operand(self.slices).max(self.partial_bytes())
+    /// Bytes of the largest binding of any step at these sizes.
+    fn largest_binding_of(&self, sizes: Sizes) -> u64 {
+        self.call.largest_operand(sizes).max(self.partial_bytes(sizes))
     }
 
     /// Bytes of the outputs of the splits of a slice.
-    fn partial_bytes(&self) -> u64 {
-        let Slices { batch, heads, rows, .. } = self.slices;
+    fn partial_bytes(&self, [batch, heads, rows, _]: Sizes) -> u64 {
         split_bytes(self.call.problem, self.splits, [batch, heads, rows])
     }
 
@@ -244,39 +233,32 @@ impl<'a> Fused<'a> {
         let Problem { batch, heads_q, len_q, dim_v, .. } = *self.call.problem;
         let mut planner = Planner { adapter: self.adapter, plan: Plan::default() };
         planner.plan.bands = self.call.band_table();
-        // Partial outputs, folded rules, partial LSE, classes of tiles.
-        let mut scratch = vec![16; 4];
-        if self.call.fold_rules {
-            let folded = checked_len(&self.call.folded_shape(self.slices))?;
-            scratch[1] = ((folded * 4) as u64).next_multiple_of(16).max(16);
-        }
+        let [batch_size, heads, rows, _] = self.sizes;
+        // Partial outputs, combined rules, partial LSE, block mask.
+        let mut scratch = vec![16, self.call.combined_bytes(self.sizes)?, 16, 16];
         if self.splits > 1 {
-            let rows = checked_len(&[self.splits, self.slices.batch, self.slices.heads, self.slices.rows])?;
+            let rows = checked_len(&[self.splits, batch_size, heads, rows])?;
             scratch[0] = checked_len(&[rows, dim_v.next_multiple_of(4)])? as u64 * 4;
             scratch[2] = (rows as u64 * 4).next_multiple_of(16);
         }
-        if self.tiles {
-            scratch[3] = self.class_bytes()?;
+        if self.block_mask {
+            scratch[3] = self.mask_bytes()?;
         }
         for &bytes in &scratch {
             check_buffer(self.adapter, "working memory", bytes)?;
         }
         planner.plan.scratch = scratch;
         if !self.sequences.is_empty() {
-            let whole = [batch, heads_q, len_q].map(|count| Part { start: 0, count });
+            let whole = [batch, heads_q, len_q].map(Part::whole);
             for blocks in self.plan_sequences(&mut planner.plan.bands) {
                 self.attend(&mut planner, whole, Some(blocks))?;
             }
             self.join(&mut planner, whole)?;
             return Ok(planner.plan);
         }
-        for b in Part::all(batch, self.slices.batch) {
-            for h in Part::all(heads_q, self.slices.heads) {
-                for i in Part::all(len_q, self.slices.rows) {
-                    self.attend(&mut planner, [b, h, i], None)?;
-                    self.join(&mut planner, [b, h, i])?;
-                }
-            }
+        for at in Part::grid([batch, heads_q, len_q], [batch_size, heads, rows]) {
+            self.attend(&mut planner, at, None)?;
+            self.join(&mut planner, at)?;
         }
         Ok(planner.plan)
     }
@@ -328,272 +310,208 @@ impl<'a> Fused<'a> {
         (self.call.problem.group() * len_q).div_ceil(self.tile.block_rows())
     }
 
-    /// Tiles of keys per block of rows.
-    fn class_tiles(&self) -> usize {
-        self.call.problem.len_k.div_ceil(catalogue::CLASS_TILE as usize)
+    /// Blocks of keys per block of rows.
+    fn key_blocks(&self) -> usize {
+        self.call.problem.len_k.div_ceil(catalogue::MASK_BLOCK as usize)
     }
 
-    /// Bytes of the classes of a slice's tiles.
-    fn class_bytes(&self) -> Result<u64> {
-        let Slices { batch, heads, rows, .. } = self.slices;
-        let [batch, heads] = self.classed(batch, heads.div_ceil(self.call.problem.group()));
-        let entries = checked_len(&[batch, heads, self.row_blocks(rows), self.class_tiles()])?;
+    /// Bytes of the block mask of a slice.
+    fn mask_bytes(&self) -> Result<u64> {
+        let [batch, heads, rows, _] = self.sizes;
+        let [batch, heads] = self.masked_apart(batch, heads.div_ceil(self.call.problem.group()));
+        let entries = checked_len(&[batch, heads, self.row_blocks(rows), self.key_blocks()])?;
         Ok((entries as u64 * 4).next_multiple_of(16))
     }
 
-    /// Entries of the batch and heads of the keys that are classed: one for all where no rule tells them apart.
-    fn classed(&self, batch: usize, heads_kv: usize) -> [usize; 2] {
+    /// Entries of the batch and heads of the keys that have a block mask: one for all where no rule tells them apart.
+    fn masked_apart(&self, batch: usize, heads_kv: usize) -> [usize; 2] {
         let differs = |axis| self.call.lists().any(|layout| layout.strides()[axis] != 0 && layout.shape()[axis] > 1);
         [if differs(0) { batch } else { 1 }, if differs(1) { heads_kv } else { 1 }]
     }
 
-    /// Classes the tiles of a slice by what the bound rules leave of them; gives the strides of batch and head.
-    fn classify(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3], bound: &BoundRules) -> Result<[u32; 2]> {
+    /// Finds out what the bound rules leave of blocks of keys; gives where that stands by batch, head and rows.
+    fn plan_block_mask(&self, planner: &mut Planner<'_>, at: [Part; 3], bound: &BoundRules) -> Result<View> {
         let Call { problem, rules, .. } = self.call;
+        let [b, h, i] = at;
         let group = problem.group();
-        let [batch, heads] = self.classed(b.count, h.grouped(group).count);
-        let (row_blocks, tiles) = (self.row_blocks(i.count), self.class_tiles());
+        let [batch, heads] = self.masked_apart(b.count, h.grouped(group).count);
+        let (row_blocks, key_blocks) = (self.row_blocks(i.count), self.key_blocks());
         let rows_per_block = self.tile.block_rows();
-        let entries = checked_len(&[batch, heads, row_blocks, tiles])?;
+        let entries = checked_len(&[batch, heads, row_blocks, key_blocks])?;
         let total = checked_len(&[entries, rows_per_block])?;
-        let size = planner.plan.scratch[3];
         planner.fill(Slot::Scratch(3), entries, 0)?;
-        let mut bindings = vec![Binding { binding: 3, slot: Slot::Scratch(3), offset: 0, size }];
+        let mut bindings = vec![Binding::whole("blocks", Slot::Scratch(3), planner.plan.scratch[3])];
         bindings.extend(bound.bindings.iter().filter(|one| !matches!(one.slot, Slot::Bands | Slot::Relative)));
         planner.push(
-            catalogue::classify(rules),
-            (total as u64).div_ceil(64),
-            |workgroups| params::Classify {
-                heads_kv: heads as u32,
-                group: group as u32,
-                len_q: i.count as u32,
-                len_k: problem.len_k as u32,
-                ruled_keys: problem.ruled_keys() as u32,
+            catalogue::block_mask(rules),
+            total as u64,
+            params::BlockMask {
+                rules: self.call.rules(bound),
+                slice: params::Slice { heads_kv: heads as u32, ..self.call.slice(at, Part::whole(problem.len_k)) },
                 rows_per_block: rows_per_block as u32,
                 row_blocks: row_blocks as u32,
-                tiles: tiles as u32,
+                key_blocks: key_blocks as u32,
                 total: total as u32,
-                workgroups,
                 minus_infinity: MINUS_INFINITY,
-                ..bound.into()
+                ..Default::default()
             },
             bindings,
         )?;
-        let per_head = (row_blocks * tiles) as u32;
-        Ok([if batch > 1 { heads as u32 * per_head } else { 0 }, if heads > 1 { per_head } else { 0 }])
+        let layout = Layout::contiguous(&[batch, heads, row_blocks, key_blocks])?;
+        Ok(View::new(&layout, Window::default()))
     }
 
     /// The fused kernel over a slice, or over some blocks of rows of the packed sequences.
     fn attend(&self, planner: &mut Planner<'_>, at: [Part; 3], blocks: Option<Blocks>) -> Result<()> {
         let Call { problem, operands, rules, align, .. } = self.call;
         let [b, h, i] = at;
-        let group = problem.group();
-        let head_kv = h.grouped(group);
-        let every = |dim| Part { start: 0, count: dim };
-        let j = every(problem.len_k);
-        let q = window(&operands.q, &[b, h, i, every(problem.dim_k)], operands.q.element(), align);
-        let k = window(&operands.k, &[b, head_kv, j, every(problem.dim_k)], operands.k.element(), align);
-        let v = window(&operands.v, &[b, head_kv, j, every(problem.dim_v)], operands.v.element(), align);
-        let o = window(&operands.output, &[b, h, i, every(problem.dim_v)], operands.output.element(), align);
-        let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
-        let lse_at = window(&lse, &[b, h, i], 4, align);
-        let bound = self.call.bind_rules(planner, at, j, self.slices)?;
-
-        let classes = if self.tiles { self.classify(planner, at, &bound)? } else { [0; 2] };
-
+        let head_kv = h.grouped(problem.group());
+        let j = Part::whole(problem.len_k);
+        let q_at = self.call.window(operands.q, &at);
+        let [k_at, v_at] = [operands.k, operands.v].map(|x| self.call.window(x, &[b, head_kv, j]));
+        let bound = self.call.bind_rules(planner, at, j, self.sizes)?;
+        let block_mask = match self.block_mask {
+            true => self.plan_block_mask(planner, at, &bound)?,
+            false => View::default(),
+        };
+        let mut bindings = vec![
+            Binding::new("q", Slot::Q, q_at),
+            Binding::new("k", Slot::K, k_at),
+            Binding::new("v", Slot::V, v_at),
+        ];
         let split = self.splits > 1;
         let rows = b.count * h.count * i.count;
-        // Where a split writes: row-major, apart from the others.
+        // Where a split writes: row-major, apart from the others, rows padded to whole vec4s.
         let row_stride = problem.dim_v.next_multiple_of(4);
-        let part = Layout::contiguous(&[b.count, h.count, i.count, row_stride])?.narrow(3, 0, problem.dim_v)?;
-        let to = if split { &part } else { operands.output.layout };
-        let mut bindings = vec![
-            Binding { binding: 1, slot: Slot::Q, offset: q.offset, size: q.size },
-            Binding { binding: 2, slot: Slot::K, offset: k.offset, size: k.size },
-            Binding { binding: 8, slot: Slot::V, offset: v.offset, size: v.size },
-        ];
+        let (o, o_access, lse);
         if split {
-            let sizes = [0, 2].map(|n| planner.plan.scratch[n]);
-            bindings.push(Binding { binding: 3, slot: Slot::Scratch(0), offset: 0, size: sizes[0] });
-            bindings.push(Binding { binding: 9, slot: Slot::Scratch(2), offset: 0, size: sizes[1] });
+            let part = Layout::contiguous(&[b.count, h.count, i.count, row_stride])?;
+            (o, o_access) = (View::new(&part, Window::default()), Access { wide: row_stride == problem.dim_v, ..Access::WIDE });
+            lse = View::strided([(h.count * i.count) as u32, i.count as u32, 1, rows as u32], 0);
+            bindings.push(Binding::whole("o", Slot::Scratch(0), planner.plan.scratch[0]));
+            bindings.push(Binding::whole("lse", Slot::Scratch(2), planner.plan.scratch[2]));
         } else {
-            bindings.push(Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size });
+            let o_at = self.call.window(operands.output, &at);
+            (o, o_access) = (View::new(&operands.output, o_at), operands.output.access());
+            let (layout, lse_at) = self.call.lse(&at)?;
+            lse = View::new(&layout.unsqueeze(3)?, lse_at);
+            bindings.push(Binding::new("o", Slot::Output, o_at));
             if operands.lse {
-                bindings.push(Binding { binding: 9, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
+                bindings.push(Binding::new("lse", Slot::Lse, lse_at));
             }
         }
         bindings.extend(&bound.bindings);
         let [sink_offset, sink_stride] = self.call.bind_sink(&mut bindings, h);
-        let row_blocks = match blocks {
-            Some(blocks) => blocks.part.count,
-            None => self.row_blocks(i.count),
-        };
         if let Some(rotary) = &operands.rotary {
-            let every = rotary.table.shape().iter().map(|&count| Part { start: 0, count }).collect::<Vec<_>>();
-            let at = window(rotary.table, &every, 4, align);
-            bindings.push(Binding { binding: 13, slot: Slot::Angles, offset: at.offset, size: at.size });
+            bindings.push(Binding::new("angles", Slot::Angles, window(rotary.table, &[], 4, align)));
         }
-        if self.tiles {
-            let size = planner.plan.scratch[3];
-            bindings.push(Binding { binding: 11, slot: Slot::Scratch(3), offset: 0, size });
+        if self.block_mask {
+            bindings.push(Binding::whole("block_mask", Slot::Scratch(3), planner.plan.scratch[3]));
         }
-        if blocks.is_some() {
-            let size = planner.plan.bands.len() as u64 * 16;
-            bindings.push(Binding { binding: 4, slot: Slot::Bands, offset: 0, size });
-        }
-        let access = FlashAccess {
-            q: operands.q.access(),
-            k: operands.k.access(),
-            v: operands.v.access(),
-            // Rows of a split are padded to whole vec4s.
-            o: if split {
-                Access { wide: problem.dim_v.is_multiple_of(4), ..Access::WIDE }
-            } else {
-                operands.output.access()
-            },
-        };
-        let padded = [self.tile.depth4 as usize * 4 != problem.dim_k, self.tile.cols4 as usize * 4 != problem.dim_v];
-        let lse_strides = if split {
-            [(h.count * i.count) as u32, i.count as u32, rows as u32]
-        } else {
-            [lse.strides()[0] as u32, lse.strides()[1] as u32, 0]
-        };
+        let mut slice = self.call.slice(at, j);
+        let mut rule_params = self.call.rules(&bound);
+        let mut row_blocks = self.row_blocks(i.count);
         let pairs = (b.count * h.count) as f64 * i.count as f64 * problem.len_k as f64;
-        let operations = pairs * self.per_pair();
-        let cost = Cost {
-            turns: turns::flash(self.tile, self.tiles).of(self.keys_per_split),
-            operations: blocks.map_or(operations, |blocks| blocks.operations),
+        let mut operations = pairs * self.per_pair();
+        if let Some(Blocks { part, operations: of_blocks }) = blocks {
+            bindings.push(Binding::whole("bands", Slot::Bands, planner.plan.bands.len() as u64 * 16));
+            (row_blocks, operations) = (part.count, of_blocks);
+            slice.batch_0 = part.start as u32;
+            // Every key of a packed sequence is under its band.
+            rule_params.maskable_keys = i32::MAX as u32;
+        }
+        let access = FlashAccess { q: operands.q.access(), k: operands.k.access(), v: operands.v.access(), o: o_access };
+        let padded = [self.tile.depth4 as usize * 4 != problem.dim_k, self.tile.cols4 as usize * 4 != problem.dim_v];
+        let options = FlashOptions {
+            padded,
+            softcap: problem.softcap.is_some(),
+            lse: operands.lse || split,
+            rules,
+            block_mask: self.block_mask,
+            rotary: self.rotary,
+            neighbours: i.count.is_multiple_of(self.tile.rows as usize),
+            packed: blocks.is_some(),
         };
         planner.push_costly(
-            catalogue::flash(
-                self.tile,
-                access,
-                FlashOptions {
-                    padded,
-                    softcap: problem.softcap.is_some(),
-                    lse: operands.lse || split,
-                    rules,
-                    tiles: self.tiles,
-                    rotary: self.rotary,
-                    runs: i.count.is_multiple_of(self.tile.rows as usize),
-                    packed: blocks.is_some(),
-                },
-            ),
+            catalogue::flash(self.tile, access, options),
             (b.count * head_kv.count * row_blocks * self.splits) as u64,
-            cost,
+            Cost { turns: turns::flash(self.tile, self.block_mask).of(self.keys_per_split), operations },
             |workgroups| params::Flash {
-                q_strides: strides_used(&operands.q),
-                k_strides: strides_used(&operands.k),
-                v_strides: strides_used(&operands.v),
-                o_strides: strides_used(to),
-                band: self.call.band(),
-                q_offset: q.first as u32,
-                k_offset: k.first as u32,
-                v_offset: v.first as u32,
-                o_offset: if split { 0 } else { o.first as u32 },
-                batch_0: match blocks {
-                    Some(blocks) => blocks.part.start as u32,
-                    None if problem.bands.len() > 1 => b.start as u32,
-                    None => 0,
-                },
-                row_0: i.start as u32,
-                key_0: 0,
-                heads_kv: head_kv.count as u32,
-                group: group as u32,
-                len_q: i.count as u32,
-                len_k: problem.len_k as u32,
-                // Every key of a packed sequence is ruled by its band.
-                ruled_keys: if blocks.is_some() { i32::MAX as u32 } else { problem.ruled_keys() as u32 },
+                q: View::new(&operands.q, q_at),
+                k: View::new(&operands.k, k_at),
+                v: View::new(&operands.v, v_at),
+                o,
+                lse,
+                block_mask,
+                rules: rule_params,
+                slice,
                 dim_k: problem.dim_k as u32,
                 dim_v: problem.dim_v as u32,
                 row_blocks: row_blocks as u32,
                 splits: self.splits as u32,
                 keys_per_split: self.keys_per_split as u32,
                 o_split_stride: (rows * row_stride) as u32,
-                lse_offset: if split { 0 } else { lse_at.first as u32 },
-                lse_strides,
+                sink_offset,
+                sink_stride,
                 workgroups,
                 minus_infinity: MINUS_INFINITY,
                 not_a_number: NOT_A_NUMBER,
-                scale: problem.scale,
-                softcap: problem.softcap.unwrap_or(1.0),
-                tile_batch_stride: classes[0],
-                tile_head_stride: classes[1],
-                tiles: self.class_tiles() as u32,
-                sink_stride,
-                sink_offset,
-                ..(&bound).into()
+                ..Default::default()
             },
             bindings,
         )
     }
 
     /// Joins the splits of a slice.
-    fn join(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3]) -> Result<()> {
+    fn join(&self, planner: &mut Planner<'_>, at: [Part; 3]) -> Result<()> {
         if self.splits == 1 {
             return Ok(());
         }
-        let Call { problem, operands, align, .. } = self.call;
-        let every = Part { start: 0, count: problem.dim_v };
-        let o = window(&operands.output, &[b, h, i, every], operands.output.element(), align);
-        let lse = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
-        let lse_at = window(&lse, &[b, h, i], 4, align);
+        let Call { problem, operands, .. } = self.call;
+        let [b, h, i] = at;
+        let o_at = self.call.window(operands.output, &at);
+        let (lse, lse_at) = self.call.lse(&at)?;
         let rows = b.count * h.count * i.count;
-        let row_stride = problem.dim_v.next_multiple_of(4);
-        let total = rows as u64 * problem.dim_v.div_ceil(4) as u64;
-        let sizes = [0, 2].map(|n| planner.plan.scratch[n]);
         let mut bindings = vec![
-            Binding { binding: 1, slot: Slot::Scratch(0), offset: 0, size: sizes[0] },
-            Binding { binding: 2, slot: Slot::Scratch(2), offset: 0, size: sizes[1] },
-            Binding { binding: 3, slot: Slot::Output, offset: o.offset, size: o.size },
+            Binding::whole("parts", Slot::Scratch(0), planner.plan.scratch[0]),
+            Binding::whole("part_lse", Slot::Scratch(2), planner.plan.scratch[2]),
+            Binding::new("o", Slot::Output, o_at),
         ];
         if operands.lse {
-            bindings.push(Binding { binding: 4, slot: Slot::Lse, offset: lse_at.offset, size: lse_at.size });
+            bindings.push(Binding::new("lse", Slot::Lse, lse_at));
         }
-        let cost = Cost { turns: turns::merge().of(self.splits), operations: total as f64 * 16.0 * self.splits as f64 };
-        planner.push_costly(
-            catalogue::merge(operands.lse, operands.output.access()),
-            total.div_ceil(64),
-            cost,
-            |workgroups| params::Merge {
-                o_strides: strides_used(&operands.output),
-                o_offset: o.first as u32,
-                lse_offset: lse_at.first as u32,
-                heads: h.count as u32,
-                len_q: i.count as u32,
-                rows: rows as u32,
-                splits: self.splits as u32,
-                dim: problem.dim_v as u32,
-                row_stride: row_stride as u32,
-                total: total as u32,
-                workgroups,
-                minus_infinity: MINUS_INFINITY,
-                not_a_number: NOT_A_NUMBER,
-                lse_strides: [lse.strides()[0] as u32, lse.strides()[1] as u32, 1],
-                ..Default::default()
-            },
-            bindings,
-        )
+        let params = params::Merge {
+            o: View::new(&operands.output, o_at),
+            lse: View::new(&lse.unsqueeze(3)?, lse_at),
+            heads: h.count as u32,
+            len: i.count as u32,
+            rows: rows as u32,
+            splits: self.splits as u32,
+            dim: problem.dim_v as u32,
+            row_stride: problem.dim_v.next_multiple_of(4) as u32,
+            ..Default::default()
+        };
+        planner.merge(catalogue::merge(operands.lse, operands.output.access()), params, bindings)
     }
 }
 
-/// How the kernel turns rows, if it can: in whole vec4s.
+/// How the kernel rotates rows, if it can: in whole vec4s.
 fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Result<FlashRotary, String> {
     let (each, vec4s) = if rotary.interleaved { (2, 1) } else { (4, 2) };
     let pairs4 = (rotary.pairs / each) as u32;
     if !rotary.pairs.is_multiple_of(each) || rotary.table.offset() != 0 || vec4s * pairs4 > tile.depth4 {
-        return Err(format!("{} pairs of columns that turn are not whole vec4s", rotary.pairs));
+        return Err(format!("{} pairs of columns to rotate are not whole vec4s", rotary.pairs));
     }
     Ok(FlashRotary { pairs4, interleaved: rotary.interleaved })
 }
 
-/// Whether it may pay to class tiles of keys: masks and biases are read once more for it, and less often where
-/// heads share them.
-fn hides_tiles(call: &Call<'_>, tile: FlashTile) -> bool {
+/// Whether it may pay to find out what masks and biases leave of blocks of keys: they are read once more for it, and
+/// less often where heads share them.
+fn hides_blocks(call: &Call<'_>, tile: FlashTile) -> bool {
     let shared = call.problem.heads_q > 1 && call.lists().all(|layout| layout.strides()[1] == 0);
     let few_rows = call.problem.group() * call.problem.len_q < tile.workgroup as usize;
     let masked = !call.operands.masks.is_empty() || !call.operands.biases.is_empty() && (shared || few_rows);
-    masked && call.problem.ruled_keys() > catalogue::CLASS_TILE as usize
+    masked && call.problem.ruled_keys() > catalogue::MASK_BLOCK as usize
 }
 
 /// Bytes of the outputs of splits, rows padded to whole vec4s; none where there is but one split.
@@ -617,7 +535,7 @@ fn key_splits(
         AdapterClass::Gpu => 512,
     };
     let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
-    // With or without classes of tiles a row is split alike.
+    // With or without a block mask a row is split alike.
     let longest = if len_k > MOST_SPLIT { long_split } else { MOST_SPLIT };
     let longest = turns::flash(tile, true).longest(adapter.loop_turns()).min(longest) / 32 * 32;
     let splits = splits.max(len_k.div_ceil(longest.max(32)));

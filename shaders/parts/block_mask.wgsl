@@ -1,0 +1,11 @@
+// What masks and biases leave of a block of keys: block_mask.wgsl.
+const BLOCK: u32 = 32u;
+@group(0) @binding(11) var<storage, read> block_mask: array<u32>;
+// The first key from j on whose block any row may see.
+fn next_key(row: u32, j: u32, end: u32) -> u32 {
+    var next = j;
+    while (next < end && block_mask[row + next / BLOCK] == 2u) {
+        next = (next / BLOCK + 1u) * BLOCK;
+    }
+    return next;
+}

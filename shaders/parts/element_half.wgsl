@@ -1,5 +1,0 @@
-// @for half x
-// @use one_half(x)
-fn element(at: u32) -> f32 {
-    return one_x(at);
-}

@@ -1,5 +1,0 @@
-// @for view width padded w
-fn load_view(at: u32, d4: u32) -> vec4<f32> {
-    let four = view[at / 4u + d4];
-    return select(vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y)), vec4<f32>(), padded && d4 * 4u >= params.width);
-}

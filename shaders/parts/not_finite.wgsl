@@ -1,0 +1,65 @@
+// 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: a sum over keys takes a
+// value that is not finite as 0; where there was one, the terms that a row may see are added at the end.
+
+// Keys whose values are looked at together.
+const SPAN: u32 = 32u;
+
+fn not_finite(x: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
+
+// What values that are not finite add to the first `rows` of some rows. A weight is above 0, so that it is the values
+// alone. Few turns of loops for each key: some drivers count them (src/kernels/turns.rs). Bounds that no compiler
+// knows: written out, this rare part would take longer than all the rest.
+fn add_not_finite(
+    b: u32,
+    heads: array<u32, ROWS>,
+    queries: array<u32, ROWS>,
+    o_bases: array<u32, ROWS>,
+    rows: u32,
+    band: vec4<i32>,
+    v_base: u32,
+    keys: vec2<u32>,
+    // The first vec4 of a row, the one behind the last, how many steps lie between two.
+    columns: vec3<u32>,
+) {
+    var head = heads;
+    var query = queries;
+    var o_base = o_bases;
+    for (var j = keys.x; j < keys.y; j += SPAN) {
+        // A bit for each key that a row sees.
+        var sees = array<u32, ROWS>();
+        for (var c = 0u; c < SPAN; c += PAIRS) {
+            let step = vec4<u32>(0u, 1u, 2u, 3u);
+            let key = vec4<u32>(j + c) + step;
+            let is_key = (key < vec4<u32>(keys.y)) & (step < vec4<u32>(PAIRS));
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                let seen = rule_of(b, head[r], vec4<u32>(query[r]), key, band, true).seen & is_key;
+                let bits = select(vec4<u32>(), vec4<u32>(1u, 2u, 4u, 8u), seen & vec4<bool>(r < rows));
+                sees[r] |= (bits.x | bits.y | bits.z | bits.w) << c;
+            }
+        }
+        for (var d = columns.x; d < columns.y; d += columns.z) {
+            var term = array<vec4<f32>, ROWS>();
+            for (var first = 0u; first < SPAN; first += 4u) {
+                // @unroll
+                for (var n = 0u; n < 4u; n++) {
+                    let c = first + n;
+                    let value = load_v(v_base + min(j + c, keys.y - 1u) * params.v.strides.z, d);
+                    let term_of_key = select(vec4<f32>(), value, not_finite(value));
+                    // @unroll
+                    for (var r = 0u; r < ROWS; r++) {
+                        term[r] += select(vec4<f32>(), term_of_key, vec4<bool>(((sees[r] >> c) & 1u) != 0u));
+                    }
+                }
+            }
+            // @unroll
+            for (var r = 0u; r < ROWS; r++) {
+                if (any(not_finite(term[r]))) {
+                    store_o(o_base[r], d, term[r], true);
+                }
+            }
+        }
+    }
+}

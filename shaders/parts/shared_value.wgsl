@@ -1,0 +1,1 @@
+var<workgroup> shared_value: array<f32, WORKGROUP>;
