@@ -6,7 +6,7 @@ use serde_json::Value;
 use wgpu_attention::{Device, Dtype, Tensor};
 
 use super::compare::{Comparison, compare, largest_finite};
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 use crate::files::{self, TensorFile};

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use wgpu_attention::{Attention, Device, Method};
+use wgpu_attention::Method;
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::{case, jax, keras, onnx, report, suite, torch, transformers};
+use super::compute::compute;
+use super::stop::Stop;
+use super::{case, report, suite};
 use crate::error::{Error, Result, fail, usage};
 use crate::files::{self, json_number as number};
 use crate::progress::Bar;
@@ -114,29 +116,6 @@ enum Outcome {
     Skipped(String),
     /// The case could not be read or computed.
     Broken(String),
-}
-
-/// Why a case gives no comparisons.
-pub enum Stop {
-    Skip(String),
-    Error(Error),
-}
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Stop {
-        Stop::Error(error)
-    }
-}
-impl From<wgpu_attention::Error> for Stop {
-    fn from(error: wgpu_attention::Error) -> Stop {
-        match error {
-            // Not what this method does, or a feature or limit that the adapter lacks.
-            wgpu_attention::Error::Method { .. }
-            | wgpu_attention::Error::Unsupported { .. }
-            | wgpu_attention::Error::TooLarge { .. } => Stop::Skip(error.to_string()),
-            _ => Stop::Error(error.into()),
-        }
-    }
 }
 
 #[derive(Clone, Copy, Default)]
@@ -332,39 +311,6 @@ impl Way<'_> {
             "outputs": outputs,
         })
     }
-}
-
-/// A case computed on a device by a method, against its answers.
-pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
-    let attention = Attention::new().method(method);
-    let all = match case.op() {
-        "Attention" => onnx::attention(case, device, attention),
-        "sdpa" => torch::sdpa(case, device, attention),
-        "varlen" => torch::varlen(case, device, attention),
-        "mha" => torch::mha(case, device, attention),
-        "keras.MultiHeadAttention" => keras::multi_head_attention(case, device, attention),
-        "keras.GroupQueryAttention" => keras::group_query_attention(case, device, attention),
-        "jax.nn.dot_product_attention" => jax::dot_product_attention(case, device, attention),
-        "sink_attention" => transformers::sink_attention(case, device, attention),
-        "shaw_relative_key" => transformers::shaw_relative_key(case, device, attention),
-        "llama_attention" => transformers::llama_attention(case, device, attention),
-        op if method != Method::Auto => Err(Stop::Skip(format!("the op {op} has no methods"))),
-        "Softmax" => onnx::softmax(case, device),
-        "TensorScatter" => onnx::tensor_scatter(case, device),
-        "RotaryEmbedding" => onnx::rotary_embedding(case, device),
-        "alibi_slopes" => transformers::alibi_slopes(case),
-        "sinusoidal" => transformers::sinusoidal(case, device),
-        "sinusoidal_t2t" => transformers::sinusoidal_t2t(case),
-        "t5_bucket" => transformers::t5_bucket(case),
-        "t5_bias" => transformers::t5_bias(case, device),
-        "rope_half_split" => transformers::rope_half_split(case, device),
-        "rope_interleaved" => transformers::rope_interleaved(case, device),
-        other => Err(Stop::Skip(format!("the op {other} is not known"))),
-    }?;
-    if all.is_empty() {
-        return Err(Stop::Error(Error::Failed("the case expects no output".into())));
-    }
-    Ok(all)
 }
 
 /// The cases of a folder.

@@ -5,10 +5,10 @@ use wgpu_attention::{Align, Attention, Device, Mask, Tensor, Weights};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::folder::Stop;
 use super::signature::{
     Arguments, Bits, MASKED_SCORE, OUTPUT, RESIDUAL, WEIGHTS, expects, hold, mean_where_nothing_is_seen,
 };
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 

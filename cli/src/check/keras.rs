@@ -5,8 +5,8 @@ use wgpu_attention::{Align, Attention, Device, KerasKernels, Mask, MultiHeadAtte
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::folder::Stop;
 use super::signature::{Arguments, Bits, OUTPUT, WEIGHTS, expects, hold, mean_where_nothing_is_seen};
+use super::stop::Stop;
 use crate::array::Array;
 use crate::error::{Result, fail};
 

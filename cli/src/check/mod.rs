@@ -2,13 +2,15 @@
 
 pub mod case;
 pub mod compare;
+pub mod compute;
 mod dawn;
-pub mod folder;
+mod folder;
 mod jax;
 mod keras;
 mod onnx;
 pub mod report;
 mod signature;
+mod stop;
 mod suite;
 mod torch;
 mod transformers;

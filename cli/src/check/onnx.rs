@@ -8,7 +8,7 @@ use wgpu_attention::{
 
 use super::case::{Case, as_float, as_int};
 use super::compare::Comparison;
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 

@@ -7,7 +7,7 @@ use wgpu_attention::{Attention, Device, Dtype, Layout, Mask, Tensor};
 
 use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
 use super::compare::{Comparison, difference};
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 

@@ -4,7 +4,7 @@ use wgpu_attention::{Align, Attention, Device, HostTensor, Mask, MultiHeadAttent
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::Array;
 use crate::error::{Error, Result};
 

@@ -10,7 +10,7 @@ use wgpu_attention::{Align, Attention, Device, Tensor, Weights, project};
 
 use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
 use super::compare::{Comparison, largest_difference, largest_finite};
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 

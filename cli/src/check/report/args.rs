@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Report, file, html, junit, markdown, table};
+use super::data::Report;
+use super::{file, html, junit, markdown, table};
 use crate::error::{Error, Result, usage};
 use crate::files;
 

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
+use super::data::{Adapter, CaseResult, Observed, Report, Status, Tally, short, visible};
 use super::table::groups;
-use super::{Adapter, CaseResult, Report, Status, Tally, short, visible};
 
 /// An NMSE below is rounding, however much it grew.
 const NOISE: f64 = 1e-14;
@@ -168,7 +168,7 @@ fn device(old: &Adapter, new: &Adapter) -> Vec<String> {
     }
     for b in &new.observed {
         if let Some(a) = old.observed.iter().find(|a| a.workgroup == b.workgroup && *a != b) {
-            let of = |seen: &super::Observed| match seen.subgroup {
+            let of = |seen: &Observed| match seen.subgroup {
                 Some(size) => format!("{} invocations in subgroups of {size}", seen.invocations),
                 None => format!("{} invocations", seen.invocations),
             };

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Output, Report, visible};
+use super::data::{Output, Report, visible};
 use crate::error::Result;
 use crate::files::{self, json_number as number};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use quick_junit::{NonSuccessKind, Property, TestCase, TestCaseStatus, TestSuite, XmlString};
 
-use super::{Adapter, CaseResult, Report, Status, visible};
+use super::data::{Adapter, CaseResult, Report, Status, visible};
 use crate::error::{Error, Result};
 use crate::files;
 

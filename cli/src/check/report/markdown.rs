@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 
-use super::{CaseResult, Report, Tally, visible};
+use super::data::{CaseResult, Report, Tally, visible};
 
 /// A row per op; `long`: per op, variant and storage type.
 pub fn text(report: &Report, long: bool) -> String {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-use super::{CaseResult, Report, Status, Tally, short, visible, worst};
+use super::data::{CaseResult, Report, Status, Tally, short, visible, worst};
 
 /// Groups of failing results that are shown.
 const MOST_GROUPS: usize = 20;

@@ -11,9 +11,10 @@ use super::messages::{self, Message};
 use super::plan::{self, Item, Work};
 use crate::check::case::Case;
 use crate::check::compare::{Comparison, compare, difference, largest_finite, ulp};
+use crate::check::compute::compute;
 use crate::check::dawn::DawnResult;
-use crate::check::folder::{self, Stop};
 use crate::check::report::{CaseResult, Output, Status};
+use crate::check::stop::Stop;
 
 /// The largest normalised mean square error of f32 results; llama.cpp allows 5e-4 for its flash attention.
 pub const NMSE: f64 = 1e-10;
@@ -234,10 +235,10 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
             Work::Golden(name) => {
                 let case = Case::parse(name.clone(), plan::golden(name)?)?;
                 result.storage = case.storage().to_string();
-                let (first, trace) = traced(device, || folder::compute(&case, device, item.method));
+                let (first, trace) = traced(device, || compute(&case, device, item.method));
                 seconds = start.elapsed().as_secs_f64();
                 tell(&mut result, &trace);
-                Ok(judged(&first?, &folder::compute(&case, device, item.method)?, case.storage()))
+                Ok(judged(&first?, &compute(&case, device, item.method)?, case.storage()))
             }
         }
     };

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use super::args::SuiteArgs;
 use super::known::Issues;
+use super::on_dawn;
 use super::plan::Selection;
 use super::worker::{Line, Order, Place, Waited, Worker};
-use super::{SuiteArgs, on_dawn};
 use crate::check::report::{Adapter, CaseResult};
 use crate::error::{Error, Result, fail, usage};
 use crate::progress::Bar;
