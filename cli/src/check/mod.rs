@@ -1,10 +1,10 @@
 //! `attn check`: whether attention comes out right.
 
+mod args;
 pub mod case;
 pub mod compare;
 pub mod compute;
 mod dawn;
-mod folder;
 mod jax;
 mod keras;
 mod onnx;
@@ -15,4 +15,4 @@ mod suite;
 mod torch;
 mod transformers;
 
-pub use folder::{CheckArgs, check};
+pub use args::{CheckArgs, check};

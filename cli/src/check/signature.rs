@@ -338,7 +338,7 @@ pub fn hold(
     if !unknown.is_empty() {
         let note = format!("the case's {} is not known: computed without", unknown.join(", "));
         for one in &mut all {
-            one.reason.get_or_insert_with(|| note.clone());
+            one.note = Some(note.clone());
         }
     }
     Ok(all)

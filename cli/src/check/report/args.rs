@@ -37,11 +37,6 @@ impl Forms {
         all.into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?)))
     }
 
-    /// The first form asked for that is not JSON.
-    pub fn beyond_json(&self) -> Option<&'static str> {
-        self.files().map(|(name, _)| name).find(|&name| name != "--json")
-    }
-
     /// Refuses a file whose folder is not there, and one file for two forms, before the work is done.
     pub fn check_folders(&self) -> Result<()> {
         for (at, (name, path)) in self.files().enumerate() {

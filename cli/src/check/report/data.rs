@@ -21,7 +21,10 @@ pub struct Report {
     pub naga: String,
     /// `quick`, `full`, or `chosen` where filters left cases out.
     pub suite: String,
-    /// What the random cases were drawn from.
+    /// The folder that the cases are from, where it is not the suite's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folder: Option<String>,
+    /// What the random cases were drawn from; 0 for those of a folder.
     pub seed: u64,
     /// When it began: RFC 3339, UTC.
     pub date: String,
@@ -103,7 +106,7 @@ pub struct CaseResult {
     pub adapter: usize,
     /// Names the case with its storage type and variant; the same in every run, and what `--repro` takes.
     pub id: String,
-    /// `attention`, `softmax` and so on.
+    /// `attention`, `softmax` and so on; of a folder's case what the case says.
     pub op: String,
     /// Which kernels were asked for: `auto`, `three passes`, a cut such as `rows4x64/keys4`.
     pub variant: String,
@@ -116,6 +119,9 @@ pub struct CaseResult {
     /// Why it failed or was skipped, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What of the case is not known, where it was computed without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub outputs: Vec<Output>,
     /// Whether a second run gave the same bits.
@@ -238,10 +244,23 @@ impl Report {
         self.results.iter().filter(move |result| result.adapter == at)
     }
 
+    /// Which cases there are, in words, fit to be printed.
+    pub fn cases(&self) -> String {
+        match &self.folder {
+            Some(folder) if self.suite == "full" => format!("all cases of {}", visible(folder)),
+            Some(folder) => format!("{} cases of {}", visible(&self.suite), visible(folder)),
+            None => format!("{} suite, seed {}", visible(&self.suite), self.seed),
+        }
+    }
+
     /// The line for a shell that runs the case again. An adapter goes by its backend and name: the name alone may mean
     /// another backend's.
     pub fn repro(&self, result: &CaseResult) -> String {
         let adapter = &self.adapters[result.adapter];
+        let check = match &self.folder {
+            Some(folder) => format!("attn check {}", quoted(folder)),
+            None => "attn check".into(),
+        };
         if adapter.backend.starts_with("Dawn") {
             return format!("attn check --dawn --adapter 0 --repro {}", quoted(&result.id));
         }
@@ -251,7 +270,7 @@ impl Report {
             backend if adapter.name.is_empty() => backend.to_lowercase(),
             backend => format!("{}:{}", backend.to_lowercase(), adapter.name),
         };
-        format!("attn check --adapter {} --repro {}", quoted(&which), quoted(&result.id))
+        format!("{check} --adapter {} --repro {}", quoted(&which), quoted(&result.id))
     }
 }
 

@@ -63,11 +63,13 @@ struct Changed<'a> {
 pub fn diff(old: &Report, new: &Report) -> Diff {
     let mut text = String::new();
     let mut regressed = false;
+    let folder = |of: &Report| of.folder.clone().unwrap_or("none".into());
     for (name, a, b) in [
         ("attn", &old.version, &new.version),
         ("wgpu", &old.wgpu, &new.wgpu),
         ("naga", &old.naga, &new.naga),
         ("suite", &old.suite, &new.suite),
+        ("folder", &folder(old), &folder(new)),
         ("seed", &old.seed.to_string(), &new.seed.to_string()),
         ("host", &old.host, &new.host),
     ] {
@@ -235,7 +237,7 @@ fn cases<'a>(
 
 /// An id without its variant.
 fn case(result: &CaseResult) -> &str {
-    result.id.split('@').next().unwrap_or_default()
+    result.id.rsplit_once('@').map_or(result.id.as_str(), |(case, _)| case)
 }
 
 /// The first output whose NMSE grew.

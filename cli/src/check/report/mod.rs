@@ -6,8 +6,10 @@ mod diff;
 pub mod file;
 mod html;
 mod junit;
+mod lines;
 mod markdown;
 mod table;
 
 pub use args::{Forms, diff, print, show};
 pub use data::{Adapter, CaseResult, Observed, Output, Report, SCHEMA, Status, Tally, quoted};
+pub use lines::lines;

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::faults::Fault;
-use super::plan::{self, Selection};
+use super::folder::Folder;
+use super::plan::Selection;
+use super::variant::parse_variant;
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Suite")]
@@ -29,7 +31,7 @@ pub struct SuiteArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub time_limit: u64,
     /// Run one case, by the id that a report gives
-    #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter"])]
+    #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter", "methods", "verbose"])]
     pub repro: Option<String>,
     /// Make the case of --repro as small as it still fails, and print all that a bug report needs
     #[arg(long, requires = "repro", conflicts_with = "dawn")]
@@ -48,32 +50,35 @@ pub struct SuiteArgs {
     pub worker: Option<String>,
 }
 
-fn parse_variant(text: &str) -> Result<String, String> {
-    text.parse().map(plan::variant).map_err(|error: wgpu_attention::Error| error.to_string())
+/// What is asked for besides.
+pub struct Wanted<'a> {
+    pub filter: Option<&'a str>,
+    pub adapter: Option<&'a str>,
+    /// Instead of the suite.
+    pub folder: Option<Folder>,
+    /// A line for every case of the folder.
+    pub verbose: bool,
 }
 
 impl SuiteArgs {
-    pub fn selection(&self, filter: Option<&str>) -> Selection {
+    pub fn selection(&self, wanted: &Wanted<'_>) -> Selection {
         Selection {
             quick: self.quick,
             seed: self.seed,
             ops: self.ops.clone(),
             variants: self.variants.clone(),
-            filter: filter.map(str::to_string),
+            filter: wanted.filter.map(str::to_string),
+            folder: wanted.folder.clone(),
             only: None,
         }
     }
 
-    /// Whether any option is given that a check of a folder does not take.
-    pub fn any(&self) -> Option<&'static str> {
+    /// The first option given that makes no sense for a folder of cases.
+    pub fn only_without_a_folder(&self) -> Option<&'static str> {
         let given = [
             ("--quick", self.quick),
             ("--op", !self.ops.is_empty()),
             ("--variant", !self.variants.is_empty()),
-            ("--list", self.list),
-            ("--repro", self.repro.is_some()),
-            ("--known-issues", self.known_issues.is_some()),
-            ("--plant", self.plant.is_some()),
             ("--dawn", self.dawn),
         ];
         given.into_iter().find_map(|(name, given)| given.then_some(name))

@@ -9,6 +9,7 @@ use wgpu_attention_conformance::{self as conformance, Case as Drawn, Expected, G
 
 use super::messages::{self, Message};
 use super::plan::{self, Item, Work};
+use super::variant::variant;
 use crate::check::case::Case;
 use crate::check::compare::{Comparison, compare, difference, largest_finite, ulp};
 use crate::check::compute::compute;
@@ -86,6 +87,8 @@ struct Judged {
     outputs: Vec<Output>,
     /// What no number tells.
     reason: Option<String>,
+    /// What the case was computed without.
+    note: Option<String>,
     same_bits: Option<bool>,
 }
 
@@ -99,7 +102,7 @@ impl Judged {
 
 fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Result<Judged, Stop> {
     let truth = case.truth();
-    let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: None };
+    let mut judged = Judged { outputs: Vec::new(), reason: None, note: None, same_bits: None };
     if results.len() != truth.len() {
         judged.reason = Some(format!("{} results instead of {}", results.len(), truth.len()));
     }
@@ -116,9 +119,11 @@ fn judged(comparisons: &[Comparison], again: &[Comparison], dtype: Dtype) -> Jud
     // An LSE and scores may stay f32.
     let rounded = |one: &Comparison| if one.fits.contains(&dtype) { dtype } else { Dtype::F32 };
     let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY, 0.0, rounded(one))).collect();
-    let reason = comparisons.iter().find_map(|one| one.reason.clone());
+    let told = |one: &Comparison| Some(format!("{} against {}: {}", one.output, one.against, one.reason.as_ref()?));
+    let reason = comparisons.iter().find_map(told);
+    let note = comparisons.iter().find_map(|one| one.note.clone());
     let bits = |of: &[Comparison]| of.iter().map(|one| one.fingerprint).collect::<Vec<_>>();
-    Judged { outputs, reason, same_bits: Some(bits(comparisons) == bits(again)) }
+    Judged { outputs, reason, note, same_bits: Some(bits(comparisons) == bits(again)) }
 }
 
 /// What Dawn made of a plan against the truth of the case that it was made from.
@@ -133,7 +138,7 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
         Err(reason) => result.reason = Some(reason.clone()),
         Ok(outputs) => {
             let truth = case.truth();
-            let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: Some(found.same_bits) };
+            let mut judged = Judged { outputs: Vec::new(), reason: None, note: None, same_bits: Some(found.same_bits) };
             for expected in &truth {
                 let Some(output) = outputs.iter().find(|output| output.name == expected.name) else {
                     judged.reason = Some(format!("there is no {}", expected.name));
@@ -162,7 +167,7 @@ pub fn stopped(item: &Item, stop: &Stop) -> CaseResult {
 
 /// What the numbers come to.
 fn conclude(result: &mut CaseResult, judged: Judged) {
-    result.same_bits = judged.same_bits;
+    (result.same_bits, result.note) = (judged.same_bits, judged.note);
     let bad = judged.outputs.iter().find(|one| !one.ok).map(Output::complaint);
     let bits = (judged.same_bits == Some(false)).then(|| "a second run gave other bits".to_string());
     result.reason = judged.reason.or(bad).or(bits);
@@ -195,14 +200,16 @@ pub fn blank(item: &Item) -> CaseResult {
         adapter: 0,
         id: item.id(),
         op: item.op().into(),
-        variant: plan::variant(item.method),
+        variant: variant(item.method),
         storage: match &item.work {
             Work::Drawn(case) => case.storage.to_string(),
             Work::Golden(_) => Dtype::F32.to_string(),
+            Work::File(file) => file.storage.clone(),
         },
         status: Status::Failed,
         issue: None,
         reason: None,
+        note: None,
         outputs: Vec::new(),
         same_bits: None,
         kernels: Vec::new(),
@@ -232,8 +239,12 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
                 tell(&mut result, &trace);
                 drawn(case, device, item.method, first?)
             }
-            Work::Golden(name) => {
-                let case = Case::parse(name.clone(), plan::golden(name)?)?;
+            Work::Golden(_) | Work::File(_) => {
+                let case = match &item.work {
+                    Work::Golden(name) => Case::parse(name.clone(), plan::golden(name)?)?,
+                    Work::File(file) => Case::read(&file.path)?,
+                    Work::Drawn(_) => unreachable!("another arm"),
+                };
                 result.storage = case.storage().to_string();
                 let (first, trace) = traced(device, || compute(&case, device, item.method));
                 seconds = start.elapsed().as_secs_f64();

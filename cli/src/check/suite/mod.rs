@@ -1,7 +1,8 @@
-//! `attn check` without a folder: the suite that the program carries, on every adapter.
+//! What `attn check` runs: the suite that the program carries, on every adapter, or a folder of cases.
 
 mod args;
 mod faults;
+mod folder;
 mod judge;
 mod known;
 mod messages;
@@ -10,17 +11,20 @@ mod on_dawn;
 mod plan;
 mod run;
 mod shrink;
+mod variant;
 mod worker;
 
 use std::time::Duration;
 
-use super::report::{self, CaseResult, Report, Status, Tally};
+use super::report::{self, Adapter, CaseResult, Report, Status, Tally};
 use crate::error::{Error, Result, fail, usage};
 use known::Issues;
-use plan::{Item, Selection, Work};
+use plan::{Selection, Work};
 use worker::{Line, Order, Place, Waited, Worker};
 
-pub use args::SuiteArgs;
+pub use args::{SuiteArgs, Wanted};
+pub use folder::Folder;
+pub use variant::parse_method;
 pub use worker::work;
 
 /// A version out of the lock file that the program was built with.
@@ -40,12 +44,12 @@ fn check_ops(ops: &[String]) -> Result<()> {
 }
 
 /// Runs the suite; gives the report and whether all is well.
-fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<Report> {
+fn suite(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Report> {
     let issues = Issues::read(args.known_issues.as_deref())?;
-    let selection = args.selection(filter);
+    let selection = args.selection(wanted);
     check_ops(&args.ops)?;
     let limit = Duration::from_secs(args.time_limit);
-    let (mut places, broken) = run::places(adapter, args)?;
+    let (mut places, broken) = places(args, wanted)?;
     if args.dawn {
         on_dawn::dawn(limit)?;
         places.push(run::dawn(&places)?);
@@ -53,7 +57,7 @@ fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Resul
     if places == [Place::Cpu] && args.plant.is_some_and(|fault| fault.rewrite().is_some()) {
         usage!("--plant breaks kernels of adapters; the CPU backend has none");
     }
-    let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
+    let chosen = !(args.ops.is_empty() && args.variants.is_empty() && wanted.filter.is_none());
     let mut report = Report {
         schema: report::SCHEMA.into(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -67,14 +71,19 @@ fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Resul
             "full"
         }
         .into(),
-        seed: args.seed,
+        folder: wanted.folder.as_ref().map(|folder| folder.dir.display().to_string()),
+        seed: if wanted.folder.is_some() { 0 } else { args.seed },
         date: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         host: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         adapters: broken,
         results: Vec::new(),
     };
+    let several = places.len() > 1;
     for place in places {
-        let (adapter, results) = run::run(&place, args, &selection, &issues)?;
+        let (adapter, results) = run::run(&place, args, &selection, &issues, |adapter, result| match &wanted.folder {
+            Some(_) => report::lines(result, several.then_some(adapter), wanted.verbose),
+            None => Vec::new(),
+        })?;
         let at = report.adapters.len();
         report.adapters.push(adapter);
         report.results.extend(results.into_iter().map(|result| CaseResult { adapter: at, ..result }));
@@ -85,22 +94,42 @@ fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Resul
     Ok(report)
 }
 
+/// Where cases run, and the adapters whose driver fell when they were looked for.
+fn places(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<(Vec<Place>, Vec<Adapter>)> {
+    match &wanted.folder {
+        Some(folder) => {
+            // What is wrong with the folder is told before anything runs.
+            folder.names(wanted.filter)?;
+            run::folder_places(wanted.adapter, args)
+        }
+        None => run::places(wanted.adapter, args),
+    }
+}
+
+/// Where a single case runs.
+fn one_place(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Place> {
+    match &wanted.folder {
+        Some(_) => Ok(places(args, wanted)?.0.swap_remove(0)),
+        None => run::one_place(wanted.adapter, args),
+    }
+}
+
 /// One case.
-fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
-    let item = Item::parse(id)?;
+fn repro(id: &str, args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<bool> {
+    let item = args.selection(wanted).item(id)?;
     // A file that cannot be read is known before anything runs.
     let issues = Issues::read(args.known_issues.as_deref())?;
     let limit = Duration::from_secs(args.time_limit);
-    if adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
+    if wanted.adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
         usage!("--repro runs on one adapter");
     }
-    let mut place = run::one_place(adapter, args)?;
+    let mut place = one_place(args, wanted)?;
     if args.dawn {
         on_dawn::dawn(limit)?;
         place = run::dawn(&[place])?;
     }
-    let selection = Selection { only: Some(item.id()), ..Selection::default() };
-    let (ran, results) = run::run(&place, args, &selection, &issues)?;
+    let selection = Selection { only: Some(item.id()), folder: wanted.folder.clone(), ..Selection::default() };
+    let (ran, results) = run::run(&place, args, &selection, &issues, |_, _| Vec::new())?;
     let Some(result) = results.first() else {
         match ran.ended {
             Some(how) => fail!("{place}: {how}"),
@@ -113,7 +142,7 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
         print(result, &place);
         if args.shrink {
             let why = match (&item.work, result.status) {
-                (Work::Golden(_), Status::Failed) => "it is a case of other people",
+                (Work::Golden(_) | Work::File(_), Status::Failed) => "it is a case of other people",
                 (Work::Drawn(_), Status::Failed) => "it brings its process down",
                 _ => "it does not fail",
             };
@@ -132,7 +161,9 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
 
 fn print(result: &CaseResult, place: &Place) {
     anstream::println!("{}: {} on {place}", result.status.word(), result.id);
-    for (what, text) in [("why", &result.reason), ("issue", &result.issue), ("kernels because", &result.why)] {
+    for (what, text) in
+        [("why", &result.reason), ("note", &result.note), ("issue", &result.issue), ("kernels because", &result.why)]
+    {
         if let Some(text) = text {
             anstream::println!("  {what}: {text}");
         }
@@ -166,19 +197,14 @@ fn print(result: &CaseResult, place: &Place) {
 }
 
 /// Whether all is well.
-pub fn check(
-    args: &SuiteArgs,
-    filter: Option<&str>,
-    adapter: Option<&str>,
-    finish: impl FnOnce(&Report) -> Result<()>,
-) -> Result<bool> {
+pub fn check(args: &SuiteArgs, wanted: &Wanted<'_>, finish: impl FnOnce(&Report) -> Result<()>) -> Result<bool> {
     if let Some(id) = &args.repro {
-        return repro(id, args, adapter);
+        return repro(id, args, wanted);
     }
     if args.list {
         check_ops(&args.ops)?;
         let limit = Duration::from_secs(args.time_limit);
-        let order = Order::Cases { on: run::one_place(adapter, args)?, selection: args.selection(filter) };
+        let order = Order::Cases { on: one_place(args, wanted)?, selection: args.selection(wanted) };
         match Worker::start(&order)?.wait(limit) {
             Waited::Line(Line::Cases(ids)) => ids.iter().for_each(|id| anstream::println!("{id}")),
             Waited::Line(Line::Refused(reason)) => fail!("the device does not open: {reason}"),
@@ -188,7 +214,7 @@ pub fn check(
         }
         return Ok(true);
     }
-    let report = suite(args, filter, adapter)?;
+    let report = suite(args, wanted)?;
     finish(&report)?;
     let tally = Tally::of(&report.results);
     Ok(tally.is_good() && report.adapters.iter().all(|adapter| adapter.ended.is_none()))
