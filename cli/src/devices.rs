@@ -1,12 +1,12 @@
 //! `attn devices`: what this machine has, and what would run there.
 
 use clap::Args;
-use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 use wgpu_attention::wgpu::Features;
 use wgpu_attention::{AdapterSummary, Attention, Device, Gpu, GpuOptions, Tensor};
 
 use crate::error::{Error, Result};
+use crate::table::table;
 use crate::target::{self, backend_name};
 
 #[derive(Args, Debug)]
@@ -79,8 +79,7 @@ fn same(gpu: &Gpu, adapter: &AdapterSummary) -> bool {
 }
 
 fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool, threads: usize) {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     table.set_header(["", "adapter", "subgroups", "features", "limits", "kernels"]);
     for (adapter, names) in opened {
         let AdapterSummary { index, info, limits, features } = adapter;

@@ -1,7 +1,6 @@
 //! `attn tune`: which kernels are fastest here, kept for calls to come.
 
 use clap::Args;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use wgpu_attention::problem::Problem;
 use wgpu_attention::{Align, Attention, Method, Tuned};
 
@@ -10,6 +9,7 @@ use crate::bench::measure::{check_memory, noise};
 use crate::bench::shape::Shape;
 use crate::error::{Result, usage};
 use crate::progress::Spinner;
+use crate::table::{align_right, table};
 use crate::target::{self, Target};
 
 #[derive(Args, Debug)]
@@ -102,8 +102,7 @@ fn tune_shape(shape: &Shape, target: &Target, dry_run: bool) -> Result<Tuned> {
 
 fn print(target: &Target, results: &[(&Shape, Result<Tuned>)]) {
     anstream::println!("{}", target.label());
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     table.set_header(["shape", "candidate", "best ms", "of the default", "result"]);
     for (shape, tuned) in results {
         match tuned {
@@ -116,11 +115,7 @@ fn print(target: &Target, results: &[(&Shape, Result<Tuned>)]) {
             Ok(tuned) => rows(shape, tuned).into_iter().for_each(|row| _ = table.add_row(row)),
         }
     }
-    for column in 2..4 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    align_right(&mut table, 2..4);
     anstream::println!("{table}");
 }
 

@@ -6,7 +6,7 @@ use super::case::Case;
 use super::compare::Comparison;
 use super::stop::Stop;
 use super::{jax, keras, onnx, torch, transformers};
-use crate::error::Error;
+use crate::error::fail;
 
 /// A case computed on a device by a method, against its answers.
 pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
@@ -36,7 +36,7 @@ pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Compa
         other => Err(Stop::Skip(format!("the op {other} is not known"))),
     }?;
     if all.is_empty() {
-        return Err(Stop::Error(Error::Failed("the case expects no output".into())));
+        fail!("the case expects no output");
     }
     Ok(all)
 }

@@ -177,9 +177,11 @@ impl AttentionPlot {
             None => known,
         };
         let given_keys = self.key_tokens.as_deref().map(read_tokens).transpose()?;
-        let fit = |what: &str, tokens: &Vec<String>, len: usize| match tokens.len() == len {
-            true => Ok(()),
-            false => fail!("{} tokens for {len} {what}; one each is needed", tokens.len()),
+        let fit = |what: &str, tokens: &Vec<String>, len: usize| -> Result<()> {
+            match tokens.len() == len {
+                true => Ok(()),
+                false => fail!("{} tokens for {len} {what}; one each is needed", tokens.len()),
+            }
         };
         let numbers = |len: usize| (0..len).map(|n| n.to_string()).collect::<Vec<_>>();
         if let Some(keys) = &given_keys {
@@ -211,8 +213,7 @@ impl AttentionPlot {
             usage!("--mask says what a mask means, but there is no --attn-mask");
         }
         let (q, k) = (files::read_named(q)?, files::read_named(k)?);
-        let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
-        let (mask, bias) = (read(&self.attn_mask)?, read(&self.bias)?);
+        let (mask, bias) = (files::read_optional(&self.attn_mask)?, files::read_optional(&self.bias)?);
         let target = target::target(adapter)?;
         target.announce();
         let device = &target.device;

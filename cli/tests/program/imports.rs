@@ -11,7 +11,7 @@ fn sources(folder: &Path, module: &Module, all: &mut BTreeMap<Module, String>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_str().unwrap().to_string();
-        let inner = [module.as_slice(), &[name.clone()]].concat();
+        let inner = [module.as_slice(), std::slice::from_ref(&name)].concat();
         if path.is_dir() {
             sources(&path, &inner, all);
         } else if path.extension().is_some_and(|ending| ending == "rs") {
@@ -120,7 +120,7 @@ fn way_back(start: &str, uses: &BTreeMap<String, BTreeSet<String>>) -> Option<Ve
     let (mut open, mut seen) = (vec![vec![start.to_string()]], BTreeSet::new());
     while let Some(way) = open.pop() {
         for next in uses.get(way.last()?).into_iter().flatten() {
-            let longer = [way.as_slice(), &[next.clone()]].concat();
+            let longer = [way.as_slice(), std::slice::from_ref(next)].concat();
             if next == start {
                 return Some(longer);
             }

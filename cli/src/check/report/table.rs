@@ -2,16 +2,14 @@
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-
 use super::data::{CaseResult, Report, Status, Tally, short, visible, worst};
+use crate::table::{align_right, table};
 
 /// Groups of failing results that are shown.
 const MOST_GROUPS: usize = 20;
 
 pub fn text(report: &Report) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     let all = Tally::of(&report.results);
     let number = |x: Option<f64>| x.map_or("–".into(), short);
     // What there is none of anywhere takes no column: eighty characters are few.
@@ -43,11 +41,7 @@ pub fn text(report: &Report) -> String {
         }
     }
     table.set_header(&header);
-    for column in 1..header.len() {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    align_right(&mut table, 1..header.len());
     let mut out = format!("{table}\n");
     for adapter in &report.adapters {
         if let Some(ended) = &adapter.ended {
