@@ -7,7 +7,7 @@ use wgpu_attention::{AdapterSummary, Attention, Device, Gpu, GpuOptions, Tensor}
 
 use crate::error::{Error, Result};
 use crate::table::table;
-use crate::target::{self, backend_name};
+use crate::target::{self, backend_name, driver_name};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -87,7 +87,7 @@ fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool,
             FEATURES.iter().filter(|(_, bit)| features.contains(*bit)).map(|(name, _)| *name).collect();
         table.add_row([
             index.to_string(),
-            format!("{}\n{}, {}\n{} {}", info.name, backend_name(info.backend), kind(info), info.driver, info.driver_info),
+            format!("{}\n{}, {}\n{}", info.name, backend_name(info.backend), kind(info), driver_name(info)),
             if features.contains(Features::SUBGROUP) {
                 format!("{}–{}", info.subgroup_min_size, info.subgroup_max_size)
             } else {

@@ -1,11 +1,10 @@
 //! `attn tune`: which kernels are fastest here, kept for calls to come.
 
 use clap::Args;
-use wgpu_attention::problem::Problem;
 use wgpu_attention::{Align, Attention, Method, Tuned};
 
 use crate::bench::digits;
-use crate::bench::measure::{check_memory, noise};
+use crate::bench::measure::{check_memory, operands};
 use crate::bench::shape::Shape;
 use crate::error::{Result, usage};
 use crate::progress::Spinner;
@@ -89,10 +88,7 @@ fn tune_shape(shape: &Shape, target: &Target, dry_run: bool) -> Result<Tuned> {
     let device = &target.device;
     let _spinner = Spinner::start(format!("{} on {}", shape.name, device.name()));
     check_memory(shape, device, false)?;
-    let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = shape.problem;
-    let q = noise(device, &[batch, heads_q, len_q, dim_k], 1)?;
-    let k = noise(device, &[batch, heads_kv, len_k, dim_k], 2)?;
-    let v = noise(device, &[batch, heads_kv, len_k, dim_v], 3)?;
+    let [q, k, v] = operands(shape, device)?;
     let mut attention = Attention::new();
     if shape.causal {
         attention = attention.causal(Align::BottomRight);

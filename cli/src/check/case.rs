@@ -62,11 +62,7 @@ impl Case {
     }
     /// False when missing.
     pub fn flag(&self, key: &str) -> Result<bool> {
-        match &self.json[key] {
-            Value::Null => Ok(false),
-            Value::Bool(flag) => Ok(*flag),
-            other => fail!("the case's \"{key}\" is {other}; true or false is needed"),
-        }
+        as_flag(key, &self.json[key], false)
     }
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         as_float(key, &self.json[key])
@@ -200,6 +196,15 @@ pub fn add_mask(
     match mask.is_bool() {
         true => Ok(attention.mask(meaning(mask.upload_bools(name, device)?)?)),
         false => Ok(attention.bias(mask.upload(name, device)?)),
+    }
+}
+
+/// True or false; `default` when missing.
+pub fn as_flag(name: &str, value: &Value, default: bool) -> Result<bool> {
+    match value {
+        Value::Null => Ok(default),
+        Value::Bool(flag) => Ok(*flag),
+        other => fail!("the case's \"{name}\" is {other}; true or false is needed"),
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use wgpu_attention::{Align, Attention, Device, Dtype, Layout, Mask, Tensor};
 
-use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
+use super::case::{Case, F32_SUMS, F32_ULPS, as_flag, as_float, as_int, held};
 use super::compare::{Comparison, difference};
 use super::stop::Stop;
 use crate::array::{Array, Values};
@@ -98,11 +98,7 @@ impl Arguments {
         self.values.get(key).unwrap_or(&Value::Null)
     }
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        match self.get(key) {
-            Value::Null => Ok(default),
-            Value::Bool(flag) => Ok(*flag),
-            other => fail!("the case's \"{key}\" is {other}; true or false is needed"),
-        }
+        as_flag(key, self.get(key), default)
     }
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         as_float(key, self.get(key))

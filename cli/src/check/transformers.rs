@@ -8,7 +8,7 @@ use wgpu_attention::position::{
 };
 use wgpu_attention::{Align, Attention, Device, Tensor, Weights, project};
 
-use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
+use super::case::{Case, F32_SUMS, F32_ULPS, as_flag, as_float, as_int, held};
 use super::compare::{Comparison, largest_difference, largest_finite};
 use super::stop::Stop;
 use crate::array::{Array, Values};
@@ -196,18 +196,13 @@ fn rotary_config(case: &Case) -> Result<RotaryConfig, Stop> {
         "dynamic" => RotaryScaling::DynamicNtk { factor: need("factor")?, original_len: max_len()? },
         "yarn" => {
             let yarn = Yarn::new(stretch()?, original_len()?);
-            let truncate = match &parameters["truncate"] {
-                serde_json::Value::Null => true,
-                serde_json::Value::Bool(truncate) => *truncate,
-                other => fail!("\"truncate\" is {other}; true or false is needed"),
-            };
             RotaryScaling::Yarn(Yarn {
                 beta_fast: float("beta_fast")?.unwrap_or(yarn.beta_fast),
                 beta_slow: float("beta_slow")?.unwrap_or(yarn.beta_slow),
                 attention_factor: float("attention_factor")?,
                 mscale: float("mscale")?,
                 mscale_all_dim: float("mscale_all_dim")?,
-                truncate,
+                truncate: as_flag("truncate", &parameters["truncate"], true)?,
                 ..yarn
             })
         }

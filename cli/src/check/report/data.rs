@@ -73,10 +73,11 @@ pub struct Observed {
     pub subgroup: Option<u32>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     Passed,
+    #[default]
     Failed,
     /// Not computed: a feature or limit is missing, or the variant does not do this.
     Skipped,
@@ -100,7 +101,7 @@ impl Status {
 }
 
 /// One case on one adapter.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CaseResult {
     /// Index into [`Report::adapters`].
     pub adapter: usize,

@@ -65,23 +65,11 @@ mod tests {
             ..Output::default()
         };
         CaseResult {
-            adapter: 0,
             id: "a@auto".into(),
-            op: "sdpa".into(),
-            variant: "auto".into(),
-            storage: "f32".into(),
             status,
-            issue: None,
             reason: reason.map(str::to_string),
-            note: None,
             outputs: outputs.iter().map(output).collect(),
-            same_bits: None,
-            kernels: Vec::new(),
-            why: None,
-            messages: Vec::new(),
-            workgroup: None,
-            subgroup: None,
-            milliseconds: 1.0,
+            ..CaseResult::default()
         }
     }
 

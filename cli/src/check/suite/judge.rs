@@ -83,6 +83,7 @@ pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
 }
 
 /// What a case gave.
+#[derive(Default)]
 struct Judged {
     outputs: Vec<Output>,
     /// What no number tells.
@@ -102,7 +103,7 @@ impl Judged {
 
 fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Result<Judged, Stop> {
     let truth = case.truth();
-    let mut judged = Judged { outputs: Vec::new(), reason: None, note: None, same_bits: None };
+    let mut judged = Judged::default();
     if results.len() != truth.len() {
         judged.reason = Some(format!("{} results instead of {}", results.len(), truth.len()));
     }
@@ -138,7 +139,7 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
         Err(reason) => result.reason = Some(reason.clone()),
         Ok(outputs) => {
             let truth = case.truth();
-            let mut judged = Judged { outputs: Vec::new(), reason: None, note: None, same_bits: Some(found.same_bits) };
+            let mut judged = Judged { same_bits: Some(found.same_bits), ..Judged::default() };
             for expected in &truth {
                 let Some(output) = outputs.iter().find(|output| output.name == expected.name) else {
                     judged.reason = Some(format!("there is no {}", expected.name));
@@ -194,30 +195,20 @@ fn tell(result: &mut CaseResult, trace: &[Traced]) {
     result.workgroup = main.map(|one| one.variant.workgroup_size());
 }
 
-/// The result of an item before it has run.
+/// The result of an item before it has run: a failure.
 pub fn blank(item: &Item) -> CaseResult {
+    let storage = match &item.work {
+        Work::Drawn(case) => case.storage.to_string(),
+        Work::Golden(_) => Dtype::F32.to_string(),
+        Work::File(file) => file.storage.clone(),
+    };
     CaseResult {
-        adapter: 0,
         id: item.id(),
         op: item.op().into(),
         variant: variant(item.method),
-        storage: match &item.work {
-            Work::Drawn(case) => case.storage.to_string(),
-            Work::Golden(_) => Dtype::F32.to_string(),
-            Work::File(file) => file.storage.clone(),
-        },
+        storage,
         status: Status::Failed,
-        issue: None,
-        reason: None,
-        note: None,
-        outputs: Vec::new(),
-        same_bits: None,
-        kernels: Vec::new(),
-        why: None,
-        messages: Vec::new(),
-        workgroup: None,
-        subgroup: None,
-        milliseconds: 0.0,
+        ..CaseResult::default()
     }
 }
 

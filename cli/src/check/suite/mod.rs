@@ -98,7 +98,10 @@ fn suite(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Report> {
 fn places(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<(Vec<Place>, Vec<Adapter>)> {
     match &wanted.folder {
         Some(folder) => {
-            // What is wrong with the folder is told before anything runs.
+            // What is wrong with the folder is told before anything runs. Reports and workers are given its name as text.
+            if folder.dir.to_str().is_none() {
+                usage!("the name of the folder {} is not UTF-8", folder.dir.display());
+            }
             folder.names(wanted.filter)?;
             run::folder_places(wanted.adapter, args)
         }
