@@ -20,12 +20,10 @@ pub fn parse_method(text: &str) -> Result<String, String> {
     if text == "all" { Ok(text.into()) } else { parse_variant(text) }
 }
 
-/// A case's name and its method out of an id; what is computed by itself needs no method.
+/// A case's name and its method out of an id; `auto` where it names none.
 pub fn parse_id(id: &str) -> Result<(&str, Method), String> {
     // The name of a file may hold any character.
     let (name, method) = id.rsplit_once('@').unwrap_or((id, "auto"));
-    match method.parse() {
-        Ok(method) => Ok((name, method)),
-        Err(error) => Err(format!("{id}: {}", wgpu_attention::Error::to_string(&error))),
-    }
+    let method = method.parse().map_err(|error: wgpu_attention::Error| format!("{id}: {error}"))?;
+    Ok((name, method))
 }
