@@ -1,13 +1,13 @@
 //! `attn devices`: what this machine has, and what would run there.
 
 use clap::Args;
-use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 use wgpu_attention::wgpu::Features;
 use wgpu_attention::{AdapterSummary, Attention, Device, Gpu, GpuOptions, Tensor};
 
 use crate::error::{Error, Result};
-use crate::target::{self, backend_name};
+use crate::table::table;
+use crate::target::{self, backend_name, driver_name};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -79,8 +79,7 @@ fn same(gpu: &Gpu, adapter: &AdapterSummary) -> bool {
 }
 
 fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool, threads: usize) {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     table.set_header(["", "adapter", "subgroups", "features", "limits", "kernels"]);
     for (adapter, names) in opened {
         let AdapterSummary { index, info, limits, features } = adapter;
@@ -88,7 +87,7 @@ fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool,
             FEATURES.iter().filter(|(_, bit)| features.contains(*bit)).map(|(name, _)| *name).collect();
         table.add_row([
             index.to_string(),
-            format!("{}\n{}, {}\n{} {}", info.name, backend_name(info.backend), kind(info), info.driver, info.driver_info),
+            format!("{}\n{}, {}\n{}", info.name, backend_name(info.backend), kind(info), driver_name(info)),
             if features.contains(Features::SUBGROUP) {
                 format!("{}–{}", info.subgroup_min_size, info.subgroup_max_size)
             } else {

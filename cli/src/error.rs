@@ -41,7 +41,7 @@ impl From<wgpu_attention::Error> for Error {
 
 /// `Err` of a failure, formatted.
 macro_rules! fail {
-    ($($arg:tt)*) => { return Err($crate::error::Error::Failed(format!($($arg)*))) };
+    ($($arg:tt)*) => { return Err($crate::error::Error::Failed(format!($($arg)*)).into()) };
 }
 /// `Err` of a wrong call, formatted.
 macro_rules! usage {

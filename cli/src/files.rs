@@ -29,6 +29,11 @@ enum Source {
     Arrays(BTreeMap<String, Array>),
 }
 
+/// [`read_named`], where a file is given.
+pub fn read_optional(text: &Option<String>) -> Result<Option<Array>> {
+    text.as_ref().map(|text| read_named(text)).transpose()
+}
+
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     if path.is_dir() {
         fail!("{} is a folder; a file is needed", path.display());

@@ -7,7 +7,7 @@ use std::path::Path;
 use wgpu_attention::{Device, Method};
 use wgpu_attention_conformance::refused;
 
-use crate::check::{case::Case, folder, report};
+use crate::check::{case::Case, compute::compute, report};
 use crate::files::TensorFile;
 
 /// The small cases of a folder of the project's.
@@ -29,7 +29,7 @@ fn cases_read_and_computed() {
             count,
             |bytes| {
                 let case = Case::parse("changed".into(), bytes.to_vec());
-                case.is_ok_and(|case| folder::compute(&case, &Device::Cpu, Method::Auto).is_ok())
+                case.is_ok_and(|case| compute(&case, &Device::Cpu, Method::Auto).is_ok())
             },
         );
     }

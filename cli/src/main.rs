@@ -19,6 +19,7 @@ mod progress;
 mod recognise;
 mod run;
 mod shader;
+mod table;
 mod target;
 mod tune;
 

@@ -136,10 +136,13 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     }
     let state =
         StateDict::open_layer(&args.weights, &args.prefix).map_err(|error| files::explain(&args.weights, error))?;
-    let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
     let query = files::read_named(&args.query)?;
-    let (key, value) = (read(&args.key)?, read(&args.value)?);
-    let (attn_mask, key_padding, bias) = (read(&args.attn_mask)?, read(&args.key_padding)?, read(&args.bias)?);
+    let (key, value) = (files::read_optional(&args.key)?, files::read_optional(&args.value)?);
+    let [attn_mask, key_padding, bias] = [
+        files::read_optional(&args.attn_mask)?,
+        files::read_optional(&args.key_padding)?,
+        files::read_optional(&args.bias)?,
+    ];
 
     let is_float = key_padding.as_ref().is_some_and(Array::is_float);
     if args.attention.mask.is_some() && attn_mask.is_none() && is_float {

@@ -21,8 +21,7 @@ impl Target {
         match self.device.gpu() {
             Some(gpu) => {
                 let info = gpu.info();
-                let driver = format!("{} {}", info.driver, info.driver_info);
-                match driver.trim() {
+                match driver_name(info).as_str() {
                     "" => format!("{} ({})", info.name, backend_name(info.backend)),
                     driver => format!("{} ({}, {driver})", info.name, backend_name(info.backend)),
                 }
@@ -37,6 +36,11 @@ impl Target {
             anstream::eprintln!("{notice}");
         }
     }
+}
+
+/// Name and version of the driver; empty where unknown.
+pub fn driver_name(info: &wgpu_attention::wgpu::AdapterInfo) -> String {
+    format!("{} {}", info.driver, info.driver_info).trim().to_string()
 }
 
 pub fn backend_name(backend: wgpu_attention::wgpu::Backend) -> &'static str {

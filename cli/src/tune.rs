@@ -1,15 +1,14 @@
 //! `attn tune`: which kernels are fastest here, kept for calls to come.
 
 use clap::Args;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use wgpu_attention::problem::Problem;
 use wgpu_attention::{Align, Attention, Method, Tuned};
 
 use crate::bench::digits;
-use crate::bench::measure::{check_memory, noise};
+use crate::bench::measure::{check_memory, operands};
 use crate::bench::shape::Shape;
 use crate::error::{Result, usage};
 use crate::progress::Spinner;
+use crate::table::{align_right, table};
 use crate::target::{self, Target};
 
 #[derive(Args, Debug)]
@@ -89,10 +88,7 @@ fn tune_shape(shape: &Shape, target: &Target, dry_run: bool) -> Result<Tuned> {
     let device = &target.device;
     let _spinner = Spinner::start(format!("{} on {}", shape.name, device.name()));
     check_memory(shape, device, false)?;
-    let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = shape.problem;
-    let q = noise(device, &[batch, heads_q, len_q, dim_k], 1)?;
-    let k = noise(device, &[batch, heads_kv, len_k, dim_k], 2)?;
-    let v = noise(device, &[batch, heads_kv, len_k, dim_v], 3)?;
+    let [q, k, v] = operands(shape, device)?;
     let mut attention = Attention::new();
     if shape.causal {
         attention = attention.causal(Align::BottomRight);
@@ -102,8 +98,7 @@ fn tune_shape(shape: &Shape, target: &Target, dry_run: bool) -> Result<Tuned> {
 
 fn print(target: &Target, results: &[(&Shape, Result<Tuned>)]) {
     anstream::println!("{}", target.label());
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     table.set_header(["shape", "candidate", "best ms", "of the default", "result"]);
     for (shape, tuned) in results {
         match tuned {
@@ -116,11 +111,7 @@ fn print(target: &Target, results: &[(&Shape, Result<Tuned>)]) {
             Ok(tuned) => rows(shape, tuned).into_iter().for_each(|row| _ = table.add_row(row)),
         }
     }
-    for column in 2..4 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    align_right(&mut table, 2..4);
     anstream::println!("{table}");
 }
 

@@ -39,6 +39,16 @@ pub struct Times {
     pub kernels: Vec<String>,
 }
 
+/// Queries, keys and values of a shape.
+pub fn operands(shape: &Shape, device: &Device) -> Result<[Tensor; 3]> {
+    let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = shape.problem;
+    Ok([
+        noise(device, &[batch, heads_q, len_q, dim_k], 1)?,
+        noise(device, &[batch, heads_kv, len_k, dim_k], 2)?,
+        noise(device, &[batch, heads_kv, len_k, dim_v], 3)?,
+    ])
+}
+
 /// A call with its operands on the device.
 enum Prepared {
     Attention { attention: Attention, operands: Box<[Tensor; 3]> },
@@ -48,7 +58,7 @@ enum Prepared {
 
 impl Prepared {
     fn new(shape: &Shape, device: &Device, method: Method, weights: Weights) -> Result<Prepared> {
-        let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = shape.problem;
+        let Problem { batch, heads_q, len_q, .. } = shape.problem;
         let mut attention = Attention::new().method(method).weights(weights);
         if shape.causal {
             attention = attention.causal(Align::BottomRight);
@@ -57,12 +67,7 @@ impl Prepared {
             attention = with_extra(attention, shape, extra, device)?;
         }
         Ok(match shape.work {
-            Work::Attention => {
-                let q = noise(device, &[batch, heads_q, len_q, dim_k], 1)?;
-                let k = noise(device, &[batch, heads_kv, len_k, dim_k], 2)?;
-                let v = noise(device, &[batch, heads_kv, len_k, dim_v], 3)?;
-                Prepared::Attention { attention, operands: Box::new([q, k, v]) }
-            }
+            Work::Attention => Prepared::Attention { attention, operands: Box::new(operands(shape, device)?) },
             Work::Layer => {
                 let config = MultiHeadConfig::new(shape.width(), heads_q)?;
                 let layer = Box::new(MultiHeadAttention::new(device, config, 1)?);
@@ -194,7 +199,7 @@ fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device
 }
 
 /// Even numbers between −1 and 1, the same in every run.
-pub fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
+fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
     let mut state = seed;
     let data: Vec<f32> = (0..shape.iter().product())
         .map(|_| {

@@ -7,7 +7,6 @@ pub mod shape;
 use std::path::PathBuf;
 
 use clap::Args;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde_json::json;
 use wgpu_attention::{Method, Weights};
 
@@ -15,7 +14,8 @@ use crate::error::{Result, usage};
 use crate::files;
 use crate::picture;
 use crate::progress::Spinner;
-use crate::target::{self, Target, backend_name};
+use crate::table::{align_right, table};
+use crate::target::{self, Target, backend_name, driver_name};
 use measure::{Effort, Times, measure};
 use plot::{Line, Plot};
 use shape::{Shape, Work};
@@ -169,7 +169,7 @@ impl Row<'_> {
             "calls": self.shape.calls,
             "adapter": target.device.name(),
             "backend": info.map_or("cpu", |info| backend_name(info.backend)),
-            "driver": info.map(|info| format!("{} {}", info.driver, info.driver_info).trim().to_string()),
+            "driver": info.map(driver_name),
             "method": self.method.map(method_name),
             "weights": self.weights,
             "kernel": times.map(Row::kernel),
@@ -319,8 +319,7 @@ fn rows<'a>(
 fn print_table(target: &Target, rows: &[Row<'_>]) {
     let Some(first) = rows.first() else { return };
     anstream::println!("{}; multiply-add ceiling {} GFLOP/s", target.label(), digits(first.ceiling / 1e9));
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     table.set_header([
         "shape",
         "method",
@@ -336,11 +335,7 @@ fn print_table(target: &Target, rows: &[Row<'_>]) {
     for row in rows {
         table.add_row(row.cells());
     }
-    for column in 2..9 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    align_right(&mut table, 2..9);
     anstream::println!("{table}\n");
 }
 

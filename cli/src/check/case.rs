@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use serde_json::Value;
-use wgpu_attention::{Device, Dtype, Tensor};
+use wgpu_attention::{Attention, Device, Dtype, Mask, Tensor};
 
 use super::compare::{Comparison, compare, largest_finite};
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 use crate::files::{self, TensorFile};
@@ -62,11 +62,7 @@ impl Case {
     }
     /// False when missing.
     pub fn flag(&self, key: &str) -> Result<bool> {
-        match &self.json[key] {
-            Value::Null => Ok(false),
-            Value::Bool(flag) => Ok(*flag),
-            other => fail!("the case's \"{key}\" is {other}; true or false is needed"),
-        }
+        as_flag(key, &self.json[key], false)
     }
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         as_float(key, &self.json[key])
@@ -87,6 +83,11 @@ impl Case {
     }
     pub fn upload(&self, name: &str, device: &Device) -> Result<Tensor> {
         self.input(name)?.upload(name, device)
+    }
+
+    /// The inputs `q`, `k` and `v`.
+    pub fn operands(&self, device: &Device) -> Result<[Tensor; 3]> {
+        Ok([self.upload("q", device)?, self.upload("k", device)?, self.upload("v", device)?])
     }
 
     /// Tensors whose name starts with `prefix`, without it.
@@ -117,12 +118,12 @@ impl Case {
     pub fn against_onnx(&self, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
         let mut all = Vec::new();
         let (Some(rtol), Some(atol)) = (self.float("rtol")?, self.float("atol")?) else {
-            return Err(Error::Failed("the case gives no rtol and atol".into()).into());
+            fail!("the case gives no rtol and atol");
         };
         let expected = self.with_prefix("out.")?;
         let listed = self.json["outputs"].as_object().into_iter().flat_map(|outputs| outputs.keys());
         if let Some(name) = listed.into_iter().find(|name| expected.iter().all(|(have, _)| have != *name)) {
-            return Err(Error::Failed(format!("the file holds no out.{name}, which the case lists")).into());
+            fail!("the file holds no out.{name}, which the case lists");
         }
         for (name, expected) in &expected {
             let Some((_, got)) = results.iter().find(|(have, _)| have == name) else {
@@ -181,6 +182,29 @@ impl Case {
         };
         let errors = torch.to_f64().into_iter().zip(truth).map(|(a, b)| (a - b).abs());
         Ok(Some(errors.filter(|error| error.is_finite()).fold(0.0, f64::max)))
+    }
+}
+
+/// Adds a mask: of bools with what true means in it, or of numbers, which are a bias.
+pub fn add_mask(
+    attention: Attention,
+    name: &str,
+    mask: &Array,
+    meaning: fn(Tensor) -> Result<Mask, wgpu_attention::Error>,
+    device: &Device,
+) -> Result<Attention, Stop> {
+    match mask.is_bool() {
+        true => Ok(attention.mask(meaning(mask.upload_bools(name, device)?)?)),
+        false => Ok(attention.bias(mask.upload(name, device)?)),
+    }
+}
+
+/// True or false; `default` when missing.
+pub fn as_flag(name: &str, value: &Value, default: bool) -> Result<bool> {
+    match value {
+        Value::Null => Ok(default),
+        Value::Bool(flag) => Ok(*flag),
+        other => fail!("the case's \"{name}\" is {other}; true or false is needed"),
     }
 }
 

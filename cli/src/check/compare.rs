@@ -26,6 +26,8 @@ pub struct Comparison {
     pub worst: Option<Worst>,
     /// Why the elements could not be compared.
     pub reason: Option<String>,
+    /// What of the case is not known, where the result was computed without.
+    pub note: Option<String>,
     pub stats: Stats,
     /// The narrow types that hold every value.
     pub fits: Vec<Dtype>,
@@ -129,6 +131,7 @@ pub fn compare(
         ok: false,
         worst: None,
         reason: Some(reason),
+        note: None,
         stats: Stats::default(),
         fits: Vec::new(),
         fingerprint,
@@ -165,7 +168,7 @@ pub fn compare(
         allowed,
     });
     let stats = Stats::of(got, expected);
-    Comparison { output: output.into(), against, ok, worst, reason: None, stats, fits, fingerprint }
+    Comparison { output: output.into(), against, ok, worst, reason: None, note: None, stats, fits, fingerprint }
 }
 
 fn unravel(mut at: usize, shape: &[usize]) -> Vec<usize> {

@@ -1,16 +1,16 @@
 //! Cases of JAX: `jax.nn.dot_product_attention`.
 
 use serde_json::Value;
-use wgpu_attention::{Align, Attention, Device, Mask, Tensor, Weights};
+use wgpu_attention::{Attention, Device, Mask, Tensor, Weights};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::folder::Stop;
 use super::signature::{
-    Arguments, Bits, MASKED_SCORE, OUTPUT, RESIDUAL, WEIGHTS, expects, hold, mean_where_nothing_is_seen,
+    Arguments, Bits, Inputs, MASKED_SCORE, Near, OUTPUT, RESIDUAL, WEIGHTS, expects, hold, mean_where_nothing_is_seen,
 };
+use super::stop::Stop;
 use crate::array::{Array, Values};
-use crate::error::{Error, Result, fail};
+use crate::error::{Result, fail};
 
 const ARGUMENTS: [&str; 7] = [
     "scale",
@@ -32,22 +32,9 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
         Value::String(name) if ["xla", "cudnn"].contains(&name.as_str()) => {}
         other => return Err(Stop::Skip(format!("the implementation {other} is not known"))),
     }
-    let mut used = Vec::new();
-    let mut find = |names: &[&str]| -> Result<Option<Array>> {
-        for name in names {
-            if let Some(array) = case.optional(name)? {
-                used.push(format!("in.{name}"));
-                return Ok(Some(array));
-            }
-        }
-        Ok(None)
-    };
-    let mut operands = Vec::new();
-    for names in [["query", "q"], ["key", "k"], ["value", "v"]] {
-        let Some(array) = find(&names)? else { return Err(Error::Failed(format!("no tensor in.{}", names[0])).into()) };
-        operands.push(array.upload(names[0], device)?);
-    }
-    let [q, k, v]: [Tensor; 3] = operands.try_into().expect("three operands");
+    let mut inputs = Inputs::new(case);
+    let mut operand = |names: [&str; 2]| inputs.need(&names)?.upload(names[0], device);
+    let (q, k, v) = (operand(["query", "q"])?, operand(["key", "k"])?, operand(["value", "v"])?);
     let rank = q.shape().len();
     let heads_first = |name: &str, x: &Tensor| -> Result<Tensor> {
         match x.shape().len() {
@@ -64,20 +51,18 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
     if let Some(scale) = arguments.float("scale")? {
         attention = attention.scale(scale as f32);
     }
-    if let Some(bias) = find(&["bias"])? {
+    if let Some(bias) = inputs.find(&["bias"])? {
         attention = attention.bias(bias.upload("bias", device)?);
     }
-    let mask = match find(&["mask"])? {
+    let mask = match inputs.find(&["mask"])? {
         None => None,
         Some(mask) if mask.is_float() => {
-            return Err(
-                Error::Failed("the mask holds floats; JAX takes booleans there, and floats as bias".into()).into()
-            );
+            fail!("the mask holds floats; JAX takes booleans there, and floats as bias");
         }
         Some(mask) => Some(Bits::of("mask", &mask)?),
     };
     let mut lengths = |name: &str, most: usize| -> Result<Option<Vec<usize>>> {
-        let lengths = match find(&[name])? {
+        let lengths = match inputs.find(&[name])? {
             Some(array) => Some(array.lengths(name)?),
             None => arguments.counts(name)?,
         };
@@ -95,21 +80,16 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
         Some(&[both]) => Some((both, both)),
         Some(&[left, right]) => Some((left, right)),
         Some(other) => {
-            return Err(Error::Failed(format!("local_window_size {other:?} must be one number or two")).into());
+            fail!("local_window_size {other:?} must be one number or two");
         }
     };
-    let causal = arguments.flag("is_causal", false)?;
+    let near = Near { causal: arguments.flag("is_causal", false)?, window };
 
     // What each query sees, but for its own length.
-    let (left, right) = window.unwrap_or((usize::MAX, usize::MAX));
-    let near = |i: usize, j: usize| (!causal || j <= i) && i <= j.saturating_add(left) && j <= i.saturating_add(right);
-    let mut seen = Bits::of_positions(len_q, len_k, near)?;
-    if let Some(lengths) = &key_lengths {
-        seen = seen.and(&Bits::of_lengths(lengths, len_k)?.expand(2)?.expand(3)?)?;
-    }
-    if let Some(mask) = &mask {
-        seen = seen.and(mask)?;
-    }
+    let of_lengths = |lengths: &Vec<usize>| Bits::of_lengths(lengths, len_k)?.expand(2)?.expand(3);
+    let of_lengths = key_lengths.as_ref().map(of_lengths).transpose()?;
+    let masks = [near.bits(len_q, len_k)?, of_lengths, mask.clone()];
+    let seen = Bits::every(masks.into_iter().flatten())?.unwrap_or(Bits::all(4));
     let seen = seen.broadcast("the mask", &[batch, heads, len_q, len_k])?;
     if seen.sees_nothing_somewhere() {
         attention = mean_where_nothing_is_seen(attention, &seen, device)?;
@@ -120,12 +100,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
         if let Some(lengths) = key_lengths {
             attention = attention.key_lengths(lengths);
         }
-        if causal {
-            attention = attention.causal(Align::TopLeft);
-        }
-        if let Some((left, right)) = window {
-            attention = attention.window(Some(left), Some(right));
-        }
+        attention = near.rules(attention);
     }
     if let Some(lengths) = query_lengths {
         attention = attention.query_lengths(lengths);
@@ -146,5 +121,5 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
     if let Some(weights) = attended.weights {
         answers.push((WEIGHTS, Array::download(&unbatched(weights)?)?));
     }
-    hold(case, q.dtype(), &arguments.unknown, &used, &answers)
+    hold(case, q.dtype(), &arguments.unknown, &inputs.used, &answers)
 }

@@ -1,12 +1,12 @@
 //! Cases of Keras's layers: `MultiHeadAttention` and `GroupQueryAttention`.
 
 use wgpu_attention::problem::checked_len;
-use wgpu_attention::{Align, Attention, Device, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, Weights};
+use wgpu_attention::{Attention, Device, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, Weights};
 
 use super::case::Case;
 use super::compare::Comparison;
-use super::folder::Stop;
-use super::signature::{Arguments, Bits, OUTPUT, WEIGHTS, expects, hold, mean_where_nothing_is_seen};
+use super::signature::{Arguments, Bits, Inputs, Near, OUTPUT, WEIGHTS, expects, hold, mean_where_nothing_is_seen};
+use super::stop::Stop;
 use crate::array::Array;
 use crate::error::{Result, fail};
 
@@ -111,32 +111,20 @@ struct Call {
     /// Axes that attention is over, and the others but for the last.
     axes: Vec<usize>,
     free: Vec<usize>,
-    causal: bool,
-    window: Option<usize>,
+    near: Near,
     /// Full names of the tensors above.
     used: Vec<String>,
 }
 
 impl Call {
     fn of(case: &Case, arguments: Arguments) -> Result<Call> {
-        let mut used = Vec::new();
-        let mut find = |names: &[&str]| -> Result<Option<Array>> {
-            for name in names {
-                if let Some(array) = case.optional(name)? {
-                    used.push(format!("in.{name}"));
-                    return Ok(Some(array));
-                }
-            }
-            Ok(None)
-        };
-        let Some(query) = find(&["query", "q", "x"])? else { fail!("no tensor in.query") };
+        let mut inputs = Inputs::new(case);
+        let query = inputs.need(&["query", "q", "x"])?;
         // Self-attention may give its one input once.
-        let value = find(&["value", "v"])?.unwrap_or_else(|| query.clone());
-        let key = find(&["key", "k"])?;
-        let mut mask =
-            |name: &str| -> Result<Option<Bits>> { find(&[name])?.map(|array| Bits::of(name, &array)).transpose() };
-        let (query_mask, attention_mask) = (mask("query_mask")?, mask("attention_mask")?);
-        let key_masks = [mask("value_mask")?, mask("key_mask")?].into_iter().flatten().collect();
+        let value = inputs.find(&["value", "v"])?.unwrap_or_else(|| query.clone());
+        let key = inputs.find(&["key", "k"])?;
+        let (query_mask, attention_mask) = (inputs.bits("query_mask")?, inputs.bits("attention_mask")?);
+        let key_masks = [inputs.bits("value_mask")?, inputs.bits("key_mask")?].into_iter().flatten().collect();
         let rank = query.shape().len();
         for (name, shape) in [("value", Some(value.shape())), ("key", key.as_ref().map(Array::shape))] {
             if rank < 3 || shape.is_some_and(|shape| shape.len() != rank) {
@@ -159,10 +147,11 @@ impl Call {
             }
         };
         let free = (0..rank - 1).filter(|axis| !axes.contains(axis)).collect();
-        let (causal, window) = (arguments.flag("use_causal_mask", false)?, arguments.count("sliding_window")?);
-        if window == Some(0) {
-            fail!("\"sliding_window\" is 0; it counts the query's own key");
-        }
+        let causal = arguments.flag("use_causal_mask", false)?;
+        let window = match arguments.count("sliding_window")? {
+            Some(0) => fail!("\"sliding_window\" is 0; it counts the query's own key"),
+            window => window.map(|window| (window - 1, window - 1)),
+        };
         Ok(Call {
             arguments,
             query,
@@ -173,9 +162,8 @@ impl Call {
             attention_mask,
             axes,
             free,
-            causal,
-            window,
-            used,
+            near: Near { causal, window },
+            used: inputs.used,
         })
     }
 
@@ -217,26 +205,13 @@ impl Call {
             masks.push(mask.clone().expand(2)?);
         }
         // Causal masks and windows count along axis 1, whatever axes attention is over.
-        let (len_q, len_k) = (self.query.shape()[1], self.value.shape()[1]);
-        if self.causal {
-            masks.push(Bits::of_positions(len_q, len_k, |i, j| j <= i)?);
-        }
-        if let Some(window) = self.window {
-            masks.push(Bits::of_positions(len_q, len_k, |i, j| i.abs_diff(j) < window)?);
-        }
+        masks.extend(self.near.bits(self.query.shape()[1], self.value.shape()[1])?);
         masks.extend(self.attention_mask.clone());
         let free = Call::lengths(&self.query, &self.free);
         let shape: Vec<usize> =
             free.iter().copied().chain([heads]).chain(lens_q.clone()).chain(lens_k.clone()).collect();
-        let mut all: Option<Bits> = None;
-        for mask in masks {
-            all = Some(match all {
-                None => mask,
-                Some(before) => before.and(&mask)?,
-            });
-        }
         let folded = [checked_len(&free)?, heads, checked_len(&lens_q)?, checked_len(&lens_k)?];
-        let mut all = all.unwrap_or(Bits::of_lengths(&[1], 1)?.with_rank(shape.len()));
+        let mut all = Bits::every(masks)?.unwrap_or(Bits::all(shape.len()));
         // The axis of heads, and others that are missing, stand before those of queries and keys.
         while all.shape.len() < shape.len() {
             all = all.expand(2 * self.axes.len() + 1)?;
@@ -267,13 +242,7 @@ impl Call {
             }
             attention = attention.mask(Mask::keep(mask.upload(device)?)?);
         }
-        if self.causal {
-            attention = attention.causal(Align::TopLeft);
-        }
-        if let Some(window) = self.window {
-            attention = attention.window(Some(window - 1), Some(window - 1));
-        }
-        Ok(attention)
+        Ok(self.near.rules(attention))
     }
 
     fn compute(

@@ -1,16 +1,18 @@
 //! `attn check`: whether attention comes out right.
 
+mod args;
 pub mod case;
 pub mod compare;
+pub mod compute;
 mod dawn;
-pub mod folder;
 mod jax;
 mod keras;
 mod onnx;
 pub mod report;
 mod signature;
+mod stop;
 mod suite;
 mod torch;
 mod transformers;
 
-pub use folder::{CheckArgs, check};
+pub use args::{CheckArgs, check};

@@ -6,14 +6,22 @@ use wgpu_attention::{
     Align, Attention, Device, HostTensor, KvCache, KvCacheConfig, Mask, ScatterMode, ScoreStage, Tensor,
 };
 
-use super::case::{Case, as_float, as_int};
+use super::case::{Case, add_mask, as_float, as_int};
 use super::compare::Comparison;
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 
 fn attribute<'a>(case: &'a Case, name: &str) -> &'a Value {
     &case.get("attributes")[name]
+}
+/// An attribute that this program does not know changes the answer: better no answer.
+fn expect_attributes(case: &Case, known: &[&str]) -> Result<(), Stop> {
+    let given = case.get("attributes").as_object();
+    match given.and_then(|all| all.keys().find(|name| !known.contains(&name.as_str()))) {
+        None => Ok(()),
+        Some(odd) => Err(Stop::Skip(format!("the attribute {odd} is not known"))),
+    }
 }
 fn int(case: &Case, name: &str) -> Result<Option<i64>> {
     as_int(name, attribute(case, name))
@@ -48,10 +56,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
         "softmax_precision",
     ];
     case.expect_inputs(&INPUTS)?;
-    let given = case.get("attributes").as_object();
-    if let Some(odd) = given.and_then(|all| all.keys().find(|name| !ATTRIBUTES.contains(&name.as_str()))) {
-        return Err(Stop::Skip(format!("the attribute {odd} is not known")));
-    }
+    expect_attributes(case, &ATTRIBUTES)?;
     let q_in = case.upload("Q", device)?;
     let is_flat = q_in.shape().len() == 3;
     let q = four_axes(case, "q_num_heads", q_in)?;
@@ -68,7 +73,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
         (k, v) = (cache.keys()?.with_dtype(k.dtype())?, cache.values()?.with_dtype(v.dtype())?);
     }
     let (Some(&len_q), Some(&len_k)) = (q.shape().get(2), k.shape().get(2)) else {
-        return Err(stop("Q and K must have three or four axes"));
+        fail!("Q and K must have three or four axes");
     };
 
     // Where queries stand: behind the past, or at the end of the valid keys.
@@ -89,11 +94,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
     }
     if let Some(mask) = case.optional("attn_mask")? {
         let mask = pad_keys(&mask, len_k)?;
-        attention = if mask.is_bool() {
-            attention.mask(Mask::keep(mask.upload_bools("attn_mask", device)?)?)
-        } else {
-            attention.bias(mask.upload("attn_mask", device)?)
-        };
+        attention = add_mask(attention, "attn_mask", &mask, Mask::keep, device)?;
     }
     let stage = match int(case, "qk_matmul_output_mode")?.unwrap_or(0) {
         0 => ScoreStage::Scaled,
@@ -108,7 +109,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
     let mut output = attended.output;
     if is_flat {
         // Back to [batch, len, heads * dim].
-        let [b, h, s, d] = *output.shape() else { return Err(stop("the output must have four axes")) };
+        let [b, h, s, d] = *output.shape() else { fail!("the output must have four axes") };
         let array = Array::download(&output.permute(&[0, 2, 1, 3])?)?;
         output = Array::from_floats(&[b, s, h * d], array.to_f32(), output.dtype())?.upload("Y", device)?;
     }
@@ -121,10 +122,6 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
         results.push(("qk_matmul_output", Array::download(scores)?));
     }
     case.against_onnx(&results)
-}
-
-fn stop(message: &str) -> Stop {
-    Stop::Error(crate::error::Error::Failed(message.into()))
 }
 
 /// `[batch, len, heads * dim]` as `[batch, heads, len, dim]`; four axes stay.
@@ -222,11 +219,7 @@ pub fn softmax(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
 /// RotaryEmbedding of opset 23, with the caches it is given.
 pub fn rotary_embedding(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["X", "cos_cache", "sin_cache", "position_ids"])?;
-    let given = case.get("attributes").as_object();
-    const ATTRIBUTES: [&str; 3] = ["interleaved", "num_heads", "rotary_embedding_dim"];
-    if let Some(odd) = given.and_then(|all| all.keys().find(|name| !ATTRIBUTES.contains(&name.as_str()))) {
-        return Err(Stop::Skip(format!("the attribute {odd} is not known")));
-    }
+    expect_attributes(case, &["interleaved", "num_heads", "rotary_embedding_dim"])?;
     let x_in = case.upload("X", device)?;
     let x = four_axes(case, "num_heads", x_in.clone())?;
     let (cos, sin) = (case.input("cos_cache")?, case.input("sin_cache")?);
@@ -235,13 +228,13 @@ pub fn rotary_embedding(case: &Case, device: &Device) -> Result<Vec<Comparison>,
         Some(ids) => ids.lengths("position_ids")?,
         None => (0..cos.shape().iter().rev().skip(1).product()).collect(),
     };
-    let Some(&pairs) = cos.shape().last() else { return Err(stop("cos_cache needs at least one axis")) };
+    let Some(&pairs) = cos.shape().last() else { fail!("cos_cache needs at least one axis") };
     let width = match int(case, "rotary_embedding_dim")?.unwrap_or(0) {
         0 => x.shape().last().copied().unwrap_or(0),
         width => usize::try_from(width).unwrap_or(0),
     };
     if width != 2 * pairs {
-        return Err(stop(&format!("a cos_cache of {pairs} pairs does not fit a rotary dimension of {width}")));
+        fail!("a cos_cache of {pairs} pairs does not fit a rotary dimension of {width}");
     }
     let rows = |cache: &Array| {
         HostTensor::new(&[cache.values().len() / pairs.max(1), pairs], cache.to_f32()).map_err(Stop::from)

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use serde_json::Value;
-use wgpu_attention::{Attention, Device, Dtype, Layout, Mask, Tensor};
+use wgpu_attention::{Align, Attention, Device, Dtype, Layout, Mask, Tensor};
 
-use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
+use super::case::{Case, F32_SUMS, F32_ULPS, as_flag, as_float, as_int, held};
 use super::compare::{Comparison, difference};
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 
@@ -98,11 +98,7 @@ impl Arguments {
         self.values.get(key).unwrap_or(&Value::Null)
     }
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        match self.get(key) {
-            Value::Null => Ok(default),
-            Value::Bool(flag) => Ok(*flag),
-            other => fail!("the case's \"{key}\" is {other}; true or false is needed"),
-        }
+        as_flag(key, self.get(key), default)
     }
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         as_float(key, self.get(key))
@@ -146,6 +142,71 @@ fn is_about(key: &str, value: &Value) -> bool {
     ABOUT.contains(&key) || is_letters || endings.iter().any(|end| key.ends_with(end)) || value.is_string()
 }
 
+/// The tensors of a call, as they are looked for.
+pub struct Inputs<'a> {
+    case: &'a Case,
+    /// The full names of those that were found.
+    pub used: Vec<String>,
+}
+
+impl<'a> Inputs<'a> {
+    pub fn new(case: &'a Case) -> Inputs<'a> {
+        Inputs { case, used: Vec::new() }
+    }
+
+    /// The first that is there of these names.
+    pub fn find(&mut self, names: &[&str]) -> Result<Option<Array>> {
+        for name in names {
+            if let Some(array) = self.case.optional(name)? {
+                self.used.push(format!("in.{name}"));
+                return Ok(Some(array));
+            }
+        }
+        Ok(None)
+    }
+    pub fn need(&mut self, names: &[&str]) -> Result<Array> {
+        match self.find(names)? {
+            Some(array) => Ok(array),
+            None => fail!("no tensor in.{}", names[0]),
+        }
+    }
+    /// A mask of that name.
+    pub fn bits(&mut self, name: &str) -> Result<Option<Bits>> {
+        self.find(&[name])?.map(|array| Bits::of(name, &array)).transpose()
+    }
+}
+
+/// What positions say of who sees whom, counted from the first query and the first key.
+#[derive(Clone, Copy, Default)]
+pub struct Near {
+    pub causal: bool,
+    /// So many keys to the left of a query's own and to the right.
+    pub window: Option<(usize, usize)>,
+}
+
+impl Near {
+    /// Written out; none where everybody sees everything.
+    pub fn bits(&self, len_q: usize, len_k: usize) -> Result<Option<Bits>> {
+        if !self.causal && self.window.is_none() {
+            return Ok(None);
+        }
+        let (left, right) = self.window.unwrap_or((usize::MAX, usize::MAX));
+        let sees = |i: usize, j: usize| i <= j.saturating_add(left) && j <= i.saturating_add(right);
+        Bits::of_positions(len_q, len_k, |i, j| (!self.causal || j <= i) && sees(i, j)).map(Some)
+    }
+
+    /// As the library's own rules.
+    pub fn rules(&self, mut attention: Attention) -> Attention {
+        if self.causal {
+            attention = attention.causal(Align::TopLeft);
+        }
+        if let Some((left, right)) = self.window {
+            attention = attention.window(Some(left), Some(right));
+        }
+        attention
+    }
+}
+
 /// Booleans that broadcast as NumPy does it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bits {
@@ -170,7 +231,7 @@ impl Bits {
     }
 
     /// One entry per query and key, `[1, len_q, len_k]`.
-    pub fn of_positions(len_q: usize, len_k: usize, keeps: impl Fn(usize, usize) -> bool) -> Result<Bits> {
+    fn of_positions(len_q: usize, len_k: usize, keeps: impl Fn(usize, usize) -> bool) -> Result<Bits> {
         room(&[len_q, len_k])?;
         let data = (0..len_q).flat_map(|i| (0..len_k).map(move |j| (i, j))).map(|(i, j)| keeps(i, j)).collect();
         Ok(Bits { shape: vec![1, len_q, len_k], data })
@@ -193,7 +254,7 @@ impl Bits {
     }
 
     /// Axes of length 1 before all others, up to `rank`.
-    pub fn with_rank(mut self, rank: usize) -> Bits {
+    fn with_rank(mut self, rank: usize) -> Bits {
         while self.shape.len() < rank {
             self.shape.insert(0, 1);
         }
@@ -208,7 +269,19 @@ impl Bits {
         Ok(Bits { shape: shape.to_vec(), data: layout.positions().map(|at| self.data[at]).collect() })
     }
 
-    pub fn and(&self, other: &Bits) -> Result<Bits> {
+    /// True where all of the masks are, if there are any.
+    pub fn every(masks: impl IntoIterator<Item = Bits>) -> Result<Option<Bits>> {
+        let mut masks = masks.into_iter();
+        let Some(first) = masks.next() else { return Ok(None) };
+        masks.try_fold(first, |all, mask| all.and(&mask)).map(Some)
+    }
+
+    /// One entry, true, with that many axes: it hides nothing.
+    pub fn all(rank: usize) -> Bits {
+        Bits { shape: vec![1; rank], data: vec![true] }
+    }
+
+    fn and(&self, other: &Bits) -> Result<Bits> {
         let rank = self.shape.len().max(other.shape.len());
         let (a, b) = (self.clone().with_rank(rank), other.clone().with_rank(rank));
         let shape: Vec<usize> = a.shape.iter().zip(&b.shape).map(|(&a, &b)| if a == 1 { b } else { a }).collect();
@@ -338,7 +411,7 @@ pub fn hold(
     if !unknown.is_empty() {
         let note = format!("the case's {} is not known: computed without", unknown.join(", "));
         for one in &mut all {
-            one.reason.get_or_insert_with(|| note.clone());
+            one.note = Some(note.clone());
         }
     }
     Ok(all)

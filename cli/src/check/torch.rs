@@ -1,24 +1,20 @@
 //! Cases of PyTorch's attention.
 
-use wgpu_attention::{Align, Attention, Device, HostTensor, Mask, MultiHeadAttention, StateDict, Weights};
+use wgpu_attention::{Align, Attended, Attention, Device, HostTensor, Mask, MultiHeadAttention, StateDict, Weights};
 
-use super::case::Case;
+use super::case::{Case, add_mask};
 use super::compare::Comparison;
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::Array;
-use crate::error::{Error, Result};
+use crate::error::{Result, fail};
 
 /// `scaled_dot_product_attention`.
 pub fn sdpa(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "attn_mask"])?;
-    let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
+    let [q, k, v] = case.operands(device)?;
     let mut attention = attention.lse(true).weights(Weights::PerHead);
     if let Some(mask) = case.optional("attn_mask")? {
-        attention = if mask.is_bool() {
-            attention.mask(Mask::keep(mask.upload_bools("attn_mask", device)?)?)
-        } else {
-            attention.bias(mask.upload("attn_mask", device)?)
-        };
+        attention = add_mask(attention, "attn_mask", &mask, Mask::keep, device)?;
     }
     if case.flag("is_causal_top_left")? {
         attention = attention.causal(Align::TopLeft);
@@ -30,24 +26,25 @@ pub fn sdpa(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Co
         attention = attention.softcap(cap as f32);
     }
     let attended = attention.forward(&q, &k, &v)?;
-    let mut results = vec![("out", Array::download(&attended.output)?)];
-    for (name, tensor) in [("lse", &attended.lse), ("weights", &attended.weights)] {
-        if let Some(tensor) = tensor {
-            results.push((name, Array::download(tensor)?));
-        }
-    }
-    case.against_torch(q.dtype(), "out", &results)
+    case.against_torch(q.dtype(), "out", &results(&attended)?)
+}
+
+/// Everything that was asked for.
+fn results(attended: &Attended) -> Result<Vec<(&'static str, Array)>> {
+    let all = [("out", Some(&attended.output)), ("lse", attended.lse.as_ref()), ("weights", attended.weights.as_ref())];
+    all.into_iter()
+        .filter_map(|(name, tensor)| Some((name, tensor?)))
+        .map(|(name, x)| Ok((name, Array::download(x)?)))
+        .collect()
 }
 
 /// Sequences packed one behind another, `[total, heads, dim]`.
 pub fn varlen(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])?;
-    let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
+    let [q, k, v] = case.operands(device)?;
     let mut attention = attention.lse(true);
     attention = match case.get("causal").as_str() {
-        None if !case.get("causal").is_null() => {
-            return Err(Error::Failed(format!("the case's \"causal\" is {}", case.get("causal"))).into());
-        }
+        None if !case.get("causal").is_null() => fail!("the case's \"causal\" is {}", case.get("causal")),
         None => attention,
         Some("bottom_right") => attention.causal(Align::BottomRight),
         Some("top_left") => attention.causal(Align::TopLeft),
@@ -56,11 +53,7 @@ pub fn varlen(case: &Case, device: &Device, attention: Attention) -> Result<Vec<
     let starts = |name: &str| -> Result<Vec<usize>> { case.input(name)?.lengths(name) };
     let (starts_q, starts_k) = (starts("cu_seqlens_q")?, starts("cu_seqlens_k")?);
     let attended = attention.forward_packed(&q, &k, &v, &starts_q, &starts_k)?;
-    let mut results = vec![("out", Array::download(&attended.output)?)];
-    if let Some(lse) = &attended.lse {
-        results.push(("lse", Array::download(lse)?));
-    }
-    case.against_torch(q.dtype(), "out", &results)
+    case.against_torch(q.dtype(), "out", &results(&attended)?)
 }
 
 /// `nn.MultiheadAttention`; a true mask entry means masked out.
@@ -90,10 +83,7 @@ pub fn mha(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec
         attention = attention.key_padding(Mask::drop(mask.upload_bools("key_padding_mask", device)?)?);
     }
     match case.optional("attn_mask")? {
-        Some(mask) if mask.is_bool() => {
-            attention = attention.mask(Mask::drop(mask.upload_bools("attn_mask", device)?)?);
-        }
-        Some(bias) => attention = attention.bias(bias.upload("attn_mask", device)?),
+        Some(mask) => attention = add_mask(attention, "attn_mask", &mask, Mask::drop, device)?,
         // With a mask, is_causal only says what the mask is.
         None if case.flag("is_causal")? => attention = attention.causal(Align::TopLeft),
         None => {}

@@ -8,9 +8,9 @@ use wgpu_attention::position::{
 };
 use wgpu_attention::{Align, Attention, Device, Tensor, Weights, project};
 
-use super::case::{Case, F32_SUMS, F32_ULPS, as_float, as_int, held};
+use super::case::{Case, F32_SUMS, F32_ULPS, as_flag, as_float, as_int, held};
 use super::compare::{Comparison, largest_difference, largest_finite};
-use super::folder::Stop;
+use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 
@@ -132,7 +132,7 @@ pub fn t5_bias(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     let table = case.tensor("param.table")?.upload("table", device)?;
     let mut held = Held::new(case);
     let &[_, _, len_q, len_k] = held.answer("out32.bias".into())?.shape() else {
-        return Err(Error::Failed("out32.bias must have four axes".into()).into());
+        fail!("out32.bias must have four axes");
     };
     let bias = t5::bias(&table, &buckets(case)?, len_q, len_k, as_int("offset", case.get("offset"))?.unwrap_or(0))?;
     held.f32("bias", &Array::download(&bias.unsqueeze(0)?)?, |_| 0.0)?;
@@ -143,7 +143,7 @@ pub fn t5_bias(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
 fn rotary_config(case: &Case) -> Result<RotaryConfig, Stop> {
     let parameters = case.get("rope_parameters");
     let Some(given) = parameters.as_object() else {
-        return Err(Error::Failed("the case has no \"rope_parameters\"".into()).into());
+        fail!("the case has no \"rope_parameters\"");
     };
     let kind = given.get("rope_type").and_then(|kind| kind.as_str()).unwrap_or("default");
     let known: &[&str] = match kind {
@@ -196,18 +196,13 @@ fn rotary_config(case: &Case) -> Result<RotaryConfig, Stop> {
         "dynamic" => RotaryScaling::DynamicNtk { factor: need("factor")?, original_len: max_len()? },
         "yarn" => {
             let yarn = Yarn::new(stretch()?, original_len()?);
-            let truncate = match &parameters["truncate"] {
-                serde_json::Value::Null => true,
-                serde_json::Value::Bool(truncate) => *truncate,
-                other => return Err(Error::Failed(format!("\"truncate\" is {other}; true or false is needed")).into()),
-            };
             RotaryScaling::Yarn(Yarn {
                 beta_fast: float("beta_fast")?.unwrap_or(yarn.beta_fast),
                 beta_slow: float("beta_slow")?.unwrap_or(yarn.beta_slow),
                 attention_factor: float("attention_factor")?,
                 mscale: float("mscale")?,
                 mscale_all_dim: float("mscale_all_dim")?,
-                truncate,
+                truncate: as_flag("truncate", &parameters["truncate"], true)?,
                 ..yarn
             })
         }
@@ -334,7 +329,7 @@ pub fn llama_attention(case: &Case, device: &Device, attention: Attention) -> Re
     if !case.get("sliding_window").is_null() {
         // The window counts the query's own key.
         let Some(left) = case.count("sliding_window")?.checked_sub(1) else {
-            return Err(Error::Failed("\"sliding_window\" is 0; it counts the query's own key".into()).into());
+            fail!("\"sliding_window\" is 0; it counts the query's own key");
         };
         attention = attention.window(Some(left), None);
     }
@@ -367,7 +362,7 @@ fn against_layer(case: &Case, attended: wgpu_attention::Attended, output: &str) 
 /// Attention with a learned sink per head, as in gpt-oss; the output is `[batch, len, heads, dim]`.
 pub fn sink_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "sinks", "mask"])?;
-    let (q, k, v) = (case.upload("q", device)?, case.upload("k", device)?, case.upload("v", device)?);
+    let [q, k, v] = case.operands(device)?;
     let mut attention = attention.sink(case.upload("sinks", device)?).weights(Weights::PerHead);
     if let Some(mask) = case.optional("mask")? {
         attention = attention.bias(mask.upload("mask", device)?);

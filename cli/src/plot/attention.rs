@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use wgpu_attention::Weights;
 
+use super::grid::Grid;
+use super::lines::Lines;
+use super::page::{self, Page};
+use super::seen::{Seen, head_name};
 use crate::array::Array;
 use crate::error::{Error, Result, fail, usage};
 use crate::files::{self, TensorFile};
 use crate::font;
 use crate::heatmap::{Heatmap, Scale};
 use crate::options::AttentionArgs;
-use crate::plot::grid::Grid;
-use crate::plot::lines::Lines;
-use crate::plot::page::{self, Page};
 use crate::{demo, picture, target};
 
 const PICTURE: &str = "attn-attention.png";
@@ -85,73 +86,6 @@ pub struct AttentionPlot {
     html: Option<PathBuf>,
     #[command(flatten)]
     attention: AttentionArgs,
-}
-
-/// Weights with their tokens.
-pub struct Seen {
-    pub title: String,
-    /// The head's own numbers, or none for their mean.
-    pub heads: Vec<String>,
-    /// `[heads, queries, keys]`
-    pub weights: Vec<f32>,
-    /// As the user gave them.
-    pub queries: Vec<String>,
-    pub keys: Vec<String>,
-    /// Whether queries and keys are the same tokens.
-    pub same: bool,
-}
-
-impl Seen {
-    pub fn head(&self, n: usize) -> &[f32] {
-        let each = self.queries.len() * self.keys.len();
-        &self.weights[n * each..][..each]
-    }
-
-    /// Keeps `chosen` heads, in that order.
-    fn choose(&mut self, chosen: &[usize]) -> Result<()> {
-        if let Some(head) = chosen.iter().find(|&&head| head >= self.heads.len()) {
-            fail!("head {head} is not there: the weights have {}, counted from 0", self.heads.len());
-        }
-        self.weights = chosen.iter().flat_map(|&head| self.head(head)).copied().collect();
-        self.heads = chosen.iter().map(|head| head.to_string()).collect();
-        Ok(())
-    }
-
-    /// One head: the mean of all.
-    fn average(&mut self) {
-        let count = self.heads.len();
-        let each = self.queries.len() * self.keys.len();
-        let mean = |n: usize| (0..count).map(|head| f64::from(self.head(head)[n])).sum::<f64>() / count as f64;
-        self.weights = (0..each).map(|n| mean(n) as f32).collect();
-        self.heads = vec![format!("mean of {count} heads")];
-    }
-
-    /// The query that `word` names.
-    fn query(&self, word: &str) -> Result<usize> {
-        let named = self.queries.iter().position(|token| token == word);
-        let numbered = || word.parse().ok().filter(|&at: &usize| at < self.queries.len());
-        match named.or_else(numbered) {
-            Some(at) => Ok(at),
-            None => usage!(
-                "--token {word:?} is neither a token nor its number, 0 to {}; the tokens are {}",
-                self.queries.len() - 1,
-                listed(&self.queries)
-            ),
-        }
-    }
-}
-
-/// `head 3`, or what a mean is called.
-pub fn head_name(head: &str) -> String {
-    if head.parse::<usize>().is_ok() { format!("head {head}") } else { head.into() }
-}
-
-/// The first of them.
-fn listed(tokens: &[String]) -> String {
-    const SHOWN: usize = 40;
-    let first: Vec<String> = tokens.iter().take(SHOWN).map(|token| font::visible(token)).collect();
-    let more = tokens.len().saturating_sub(SHOWN);
-    if more == 0 { first.join(" ") } else { format!("{} and {more} more", first.join(" ")) }
 }
 
 /// One batch entry, as `[heads, len_q, len_k]`.
@@ -243,9 +177,11 @@ impl AttentionPlot {
             None => known,
         };
         let given_keys = self.key_tokens.as_deref().map(read_tokens).transpose()?;
-        let fit = |what: &str, tokens: &Vec<String>, len: usize| match tokens.len() == len {
-            true => Ok(()),
-            false => fail!("{} tokens for {len} {what}; one each is needed", tokens.len()),
+        let fit = |what: &str, tokens: &Vec<String>, len: usize| -> Result<()> {
+            match tokens.len() == len {
+                true => Ok(()),
+                false => fail!("{} tokens for {len} {what}; one each is needed", tokens.len()),
+            }
         };
         let numbers = |len: usize| (0..len).map(|n| n.to_string()).collect::<Vec<_>>();
         if let Some(keys) = &given_keys {
@@ -277,8 +213,7 @@ impl AttentionPlot {
             usage!("--mask says what a mask means, but there is no --attn-mask");
         }
         let (q, k) = (files::read_named(q)?, files::read_named(k)?);
-        let read = |text: &Option<String>| text.as_ref().map(|text| files::read_named(text)).transpose();
-        let (mask, bias) = (read(&self.attn_mask)?, read(&self.bias)?);
+        let (mask, bias) = (files::read_optional(&self.attn_mask)?, files::read_optional(&self.bias)?);
         let target = target::target(adapter)?;
         target.announce();
         let device = &target.device;

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::attention::{Seen, head_name};
+use super::seen::{Seen, head_name};
 use crate::font::text_width;
 use crate::heatmap::{self, Axis, Cells, MARGIN, Scale, TEXT, TITLE};
 use crate::picture::{ABOVE, Area, Drawn, Picture, text, upright};

@@ -4,7 +4,7 @@
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
-use super::attention::{Seen, head_name};
+use super::seen::{Seen, head_name};
 use crate::error::{Result, fail};
 use crate::font::text_width;
 use crate::heatmap::{GAP, MARGIN, NAN, SMALLEST, TEXT, TITLE, short};

@@ -5,6 +5,7 @@ mod grid;
 mod lines;
 mod page;
 mod positions;
+mod seen;
 
 use clap::Subcommand;
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use base64::Engine;
 use serde_json::json;
 
-use super::attention::Seen;
+use super::seen::Seen;
 use crate::error::{Result, fail, usage};
 use crate::files;
 use crate::font;

@@ -3,8 +3,25 @@
 use std::path::Path;
 
 use safetensors::Dtype;
+use serde_json::Value;
 
-use crate::kit::{adapters, attn, cases, floats, folder};
+use crate::browser::Browser;
+use crate::kit::{Ran, adapters, attn, cases, floats, folder};
+
+fn report(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("report.json")).unwrap()).unwrap()
+}
+
+fn results(report: &Value) -> &[Value] {
+    report["results"].as_array().unwrap()
+}
+
+/// Nothing failed, and nothing was computed either: no success.
+#[track_caller]
+fn skipped_all(ran: &Ran) {
+    assert_eq!(ran.status, Some(1), "{}", ran.stdout);
+    assert!(ran.stdout.contains("NOTHING COMPUTED: all cases were skipped"), "{}", ran.stdout);
+}
 
 #[test]
 fn every_case_passes_on_every_adapter() {
@@ -26,16 +43,15 @@ fn every_case_passes_on_every_adapter() {
 fn every_method_passes_every_case_on_the_first_adapter() {
     // But the widest of PyTorch's, whose eight rows of 255 columns take a software adapter a minute to compile.
     let folder = folder();
-    let index: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(cases("torch").join("index.json")).unwrap()).unwrap();
+    let index: Value = serde_json::from_slice(&std::fs::read(cases("torch").join("index.json")).unwrap()).unwrap();
     let wide = "sdpa_dim255";
     let names = index.as_array().unwrap().iter().map(|case| case["name"].as_str().unwrap());
     // Each compiles kernels of its own for every method, minutes for all of them: every sixth.
     let narrow: Vec<&str> = names.filter(|&name| name != wide).step_by(6).collect();
     let packed = narrow.iter().filter(|name| name.contains("varlen")).count();
     assert!(narrow.len() == 16 && packed > 0, "{narrow:?}");
-    let by_fused = format!("{} passed, 0 failed, 0 skipped", narrow.len());
-    let by_passes = format!("{} passed, 0 failed, {packed} skipped", narrow.len() - packed);
+    let by_fused = (narrow.len(), 0);
+    let by_passes = (narrow.len() - packed, packed);
     for name in narrow {
         let file = format!("{name}.safetensors");
         std::fs::copy(cases("torch").join(&file), folder.path().join(&file)).unwrap();
@@ -49,18 +65,25 @@ fn every_method_passes_every_case_on_the_first_adapter() {
     let first = adapters()[0].clone();
     let narrow = folder.path().to_path_buf();
     // Packed sequences run fused only, and other ops than attention have no methods.
-    for (dir, by_passes, by_fused) in [
-        (narrow, by_passes.as_str(), by_fused.as_str()),
-        (cases("onnx"), "93 passed, 0 failed, 43 skipped", "93 passed, 0 failed, 43 skipped"),
-        (cases("transformers"), "7 passed, 0 failed, 25 skipped", "7 passed, 0 failed, 25 skipped"),
-    ] {
-        let ran = attn(folder.path(), &["check", dir.to_str().unwrap(), "--adapter", &first, "--method", "all"]);
+    for (dir, by_passes, by_fused) in
+        [(narrow, by_passes, by_fused), (cases("onnx"), (93, 43), (93, 43)), (cases("transformers"), (7, 25), (7, 25))]
+    {
+        let args = ["check", dir.to_str().unwrap(), "--adapter", &first, "--method", "all", "--json", "report.json"];
+        let ran = attn(folder.path(), &args);
         ran.succeeded();
-        let lines: Vec<&str> = ran.stdout.lines().collect();
-        assert_eq!(lines.len(), methods.len() + 1, "{}", ran.stdout);
-        for (n, (line, method)) in lines.iter().zip(&methods).enumerate() {
-            let end = format!(", {method}: {}", if n == 0 { by_passes } else { by_fused });
-            assert!(line.ends_with(&end), "{end} is not in {line}");
+        let report = report(folder.path());
+        let count = |variant: &str, status: &str| {
+            let is_it = |result: &&Value| result["variant"] == variant && result["status"] == status;
+            results(&report).iter().filter(is_it).count()
+        };
+        for (n, method) in methods.iter().enumerate() {
+            let variant = method.to_string().replace("three passes", "three-passes");
+            let (passed, skipped) = if n == 0 { by_passes } else { by_fused };
+            assert_eq!((count(&variant, "passed"), count(&variant, "skipped")), (passed, skipped), "{variant}");
+            // The table tells it too.
+            let row = ran.stdout.lines().find(|line| line.starts_with(&format!("│   {variant} "))).unwrap();
+            let cells: Vec<&str> = row.split(['│', '┆']).map(str::trim).collect();
+            assert_eq!(cells[2..5], [passed.to_string().as_str(), "0", &skipped.to_string()], "{row}");
         }
     }
     // The widest by the two that calls run unless tuned.
@@ -78,13 +101,13 @@ fn what_a_method_cannot_compute_is_skipped_with_the_reason() {
     let check = |more: &[&str]| attn(folder.path(), &[&["check"], more].concat());
     let torch = torch.to_str().unwrap();
     let ran = check(&[torch, "--adapter", "0", "--method", "three-passes", "--filter", "varlen_self", "--verbose"]);
-    ran.succeeded();
+    skipped_all(&ran);
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
-    let reason = "skipped varlen_self: the method three passes cannot compute this: packed sequences run fused only";
+    let reason = "skipped varlen_self@three-passes: the method three passes cannot compute this: packed sequences run fused only";
     assert!(ran.stdout.contains(reason), "{}", ran.stdout);
     let onnx = onnx.to_str().unwrap();
     let ran = check(&[onnx, "--adapter", "0", "--method", "fused", "--filter", "softmax_axis_0", "--verbose"]);
-    assert!(ran.stdout.contains("skipped test_softmax_axis_0: the op Softmax has no methods"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("skipped test_softmax_axis_0@fused: the op Softmax has no methods"), "{}", ran.stdout);
     // A cut that nothing runs.
     let ran = check(&[torch, "--adapter", "0", "--method", "rows3x8/keys4", "--filter", "sdpa_dim005", "--verbose"]);
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
@@ -113,13 +136,12 @@ fn a_failure_names_the_method() {
     let ran = attn(folder.path(), &[&args[..], &["--method", "three-passes", "--json", "report.json"]].concat());
     assert_eq!(ran.status, Some(1));
     assert_eq!(ran.last_line(), "0 passed, 2 failed, 0 skipped");
-    for method in ["three passes", "rows1x8/keys4"] {
-        assert!(ran.stdout.contains(&format!("FAILED bad by {method}: out against ref64")), "{}", ran.stdout);
+    for method in ["three-passes", "rows1x8/keys4"] {
+        assert!(ran.stdout.contains(&format!("FAILED bad@{method}: out against ref64")), "{}", ran.stdout);
     }
-    let report: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(folder.path().join("report.json")).unwrap()).unwrap();
-    assert_eq!((&report["runs"][1]["method"], &report["runs"][1]["failed"]), (&"rows1x8/keys4".into(), &1.into()));
-    assert_eq!(report["cases"][0]["method"], "three passes");
+    let report = report(folder.path());
+    let variants: Vec<&Value> = results(&report).iter().map(|result| &result["variant"]).collect();
+    assert_eq!(variants, ["three-passes", "rows1x8/keys4"]);
 }
 
 #[test]
@@ -130,22 +152,17 @@ fn several_adapters_add_up() {
     );
     ran.succeeded();
     assert_eq!(ran.last_line(), format!("{} passed, 0 failed, 0 skipped", adapters().len()));
-    assert!(ran.stdout.contains("cpu (the CPU backend): 1 passed, 0 failed, 0 skipped"));
+    assert!(ran.stdout.contains("│ CPU backend (CPU) "), "{}", ran.stdout);
 }
 
 /// A case file with one tensor changed by `change`, or another member in its header.
-fn copy_case(
-    from: &Path,
-    to: &Path,
-    member: Option<(&str, serde_json::Value)>,
-    change: impl Fn(&str, Dtype, &mut Vec<u8>),
-) {
+fn copy_case(from: &Path, to: &Path, member: Option<(&str, Value)>, change: impl Fn(&str, Dtype, &mut Vec<u8>)) {
     let bytes = std::fs::read(from).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let mut metadata = header.metadata().clone().unwrap();
     if let Some((path, value)) = member {
-        let mut case: serde_json::Value = serde_json::from_str(&metadata["case"]).unwrap();
+        let mut case: Value = serde_json::from_str(&metadata["case"]).unwrap();
         *case.pointer_mut(path).unwrap() = value;
         metadata.insert("case".into(), case.to_string());
     }
@@ -177,15 +194,18 @@ fn one_wrong_number_fails_and_is_named() {
     let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu", "--json", "report.json"]);
     assert_eq!(ran.status, Some(1));
     assert_eq!(ran.last_line(), "1 passed, 1 failed, 0 skipped");
-    assert!(ran.stdout.contains("FAILED bad: out against ref64") && ran.stdout.contains("1.2345e3"), "{}", ran.stdout);
-    let report: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(folder.path().join("report.json")).unwrap()).unwrap();
-    assert_eq!((&report["passed"], &report["failed"], &report["skipped"]), (&1.into(), &1.into(), &0.into()));
-    let bad = report["cases"].as_array().unwrap().iter().find(|case| case["case"] == "bad").unwrap();
-    assert_eq!(bad["status"], "failed");
-    let out = bad["outputs"].as_array().unwrap().iter().find(|output| output["output"] == "out").unwrap();
-    assert_eq!(out["ok"], false);
-    assert_eq!(out["worst"]["expected"], 1234.5);
+    let lines = ran.stdout.lines().filter(|line| line.starts_with("FAILED bad@auto: out against ref64: difference "));
+    assert!(lines.count() == 1 && ran.stdout.contains("1.2345e3"), "{}", ran.stdout);
+    let report = report(folder.path());
+    assert_eq!((&report["schema"], &report["folder"]), (&"attn-check/1".into(), &".".into()));
+    let [bad, good] = results(&report) else { panic!("{report}") };
+    assert_eq!((&bad["id"], &bad["op"], &bad["status"]), (&"bad@auto".into(), &"sdpa".into(), &"failed".into()));
+    assert_eq!(
+        (&good["id"], &good["status"], &good["same_bits"]),
+        (&"good@auto".into(), &"passed".into(), &true.into())
+    );
+    let out = bad["outputs"].as_array().unwrap().iter().find(|output| output["name"] == "out").unwrap();
+    assert_eq!((&out["ok"], &out["expected"]), (&false.into(), &1234.5.into()));
 }
 
 #[test]
@@ -212,9 +232,9 @@ fn an_unknown_op_is_skipped_with_the_reason() {
     let case = cases("onnx").join("test_attention_4d.safetensors");
     copy_case(&case, &folder.path().join("odd.safetensors"), Some(("/op", "Telepathy".into())), |_, _, _| {});
     let ran = attn(folder.path(), &["check", ".", "--adapter", "cpu", "--verbose"]);
-    ran.succeeded();
+    skipped_all(&ran);
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
-    assert!(ran.stdout.contains("skipped odd: the op Telepathy is not known"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("skipped odd@auto: the op Telepathy is not known"), "{}", ran.stdout);
 }
 
 #[test]
@@ -339,8 +359,8 @@ fn what_is_not_known_of_a_call_is_named() {
     let bytes = std::fs::read(&from).unwrap();
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let text = header.metadata().clone().unwrap()["case"].clone();
-    let with = |key: &str, value: serde_json::Value| {
-        let mut case: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let with = |key: &str, value: Value| {
+        let mut case: Value = serde_json::from_str(&text).unwrap();
         case[key] = value;
         copy_case(&from, &folder.path().join("odd.safetensors"), Some(("", case)), |_, _, _| {});
         attn(folder.path(), &["check", ".", "--adapter", "cpu"])
@@ -368,7 +388,7 @@ fn what_is_not_known_of_a_call_is_named() {
     assert_eq!(renamed("in.query", "in.q").last_line(), "1 passed, 0 failed, 0 skipped");
     assert_eq!(renamed("out32.output", "t32.output").last_line(), "1 passed, 0 failed, 0 skipped");
     let ran = renamed("out32.output", "in.sinks");
-    assert!(ran.stdout.contains("skipped odd: the tensor in.sinks is not known"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("skipped odd@auto: the tensor in.sinks is not known"), "{}", ran.stdout);
     assert_eq!(renamed("ref64.output", "ref64.telepathy").last_line(), "0 passed, 0 failed, 1 skipped");
 }
 
@@ -397,4 +417,99 @@ fn a_folder_without_cases_is_an_error() {
     attn(folder.path(), &["check", "nowhere"]).refused(1, "is not a folder");
     std::fs::write(folder.path().join("index.json"), r#"[{"name": "../../secret"}]"#).unwrap();
     attn(folder.path(), &["check", "."]).refused(1, "is not a file name");
+}
+
+/// Two cases of PyTorch's, one of them made wrong, and one that nobody knows.
+fn mixed(folder: &Path) {
+    let case = cases("torch").join("sdpa_dim005.safetensors");
+    copy_case(&case, &folder.join("good.safetensors"), None, |_, _, _| {});
+    copy_case(&case, &folder.join("bad@home.safetensors"), None, |name, _, data| {
+        if name == "ref64.lse" {
+            data[..8].copy_from_slice(&99f64.to_le_bytes());
+        }
+    });
+    copy_case(&case, &folder.join("odd.safetensors"), Some(("/op", "Telepathy".into())), |_, _, _| {});
+}
+
+#[test]
+fn a_folder_has_every_form_of_the_report() {
+    let outer = folder();
+    let (at, dir) = (outer.path(), outer.path().join("my cases"));
+    std::fs::create_dir(&dir).unwrap();
+    mixed(&dir);
+    let forms = ["--json", "report.json", "--junit", "a.xml", "--markdown", "a.md", "--html", "a.html"];
+    let ran = attn(at, &[&["check", "my cases", "--adapter", "cpu"], &forms[..]].concat());
+    assert_eq!(ran.status, Some(1));
+    assert_eq!(ran.last_line(), "1 passed, 1 failed, 1 skipped");
+    let repro = "attn check 'my cases' --adapter cpu --repro bad@home@auto";
+    assert!(ran.stdout.contains(repro), "{}", ran.stdout);
+
+    let markdown = std::fs::read_to_string(at.join("a.md")).unwrap();
+    for part in ["all cases of my cases", "| sdpa | f32 | ✗ 1 of 2 |", "| Telepathy | f32 | – |"] {
+        assert!(markdown.contains(part), "{part} is not in {markdown}");
+    }
+    let junit = junit_parser::from_reader(std::fs::read(at.join("a.xml")).unwrap().as_slice()).unwrap();
+    assert_eq!((junit.tests, junit.failures, junit.skipped), (3, 1, 1));
+    let browser = &mut Browser::open(&at.join("a.html"), 390, 844);
+    assert!(browser.text("document.getElementById('run').textContent").contains("all cases of my cases; "));
+    assert_eq!(browser.text("document.getElementById('count').textContent"), "3 results");
+    browser.click("document.querySelector('#results summary')");
+    browser.wait("document.querySelector('#results code') !== null");
+    assert_eq!(browser.text("document.querySelector('#results code').textContent"), repro);
+    let overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth";
+    assert_eq!(browser.value(overflow), 0, "nothing sticks out of a phone");
+    assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
+
+    // Saved, it is shown again, and held against a later one.
+    let shown = attn(at, &["check", "--from", "report.json"]);
+    shown.succeeded();
+    assert_eq!(shown.last_line(), ran.last_line());
+    std::fs::copy(dir.join("good.safetensors"), dir.join("bad@home.safetensors")).unwrap();
+    std::fs::remove_file(dir.join("odd.safetensors")).unwrap();
+    attn(at, &["check", "my cases", "--adapter", "cpu", "--json", "later.json"]).succeeded();
+    let diff = attn(at, &["check", "--diff", "report.json", "later.json"]);
+    diff.succeeded();
+    assert!(diff.stdout.contains("newly passing: 1\n  sdpa, auto: 1 case, the first bad@home@auto"), "{}", diff.stdout);
+    let back = attn(at, &["check", "--diff", "later.json", "report.json"]);
+    assert_eq!(back.status, Some(1));
+    assert!(back.stdout.contains("REGRESSION: newly failing: 1"), "{}", back.stdout);
+}
+
+#[test]
+fn a_case_of_a_folder_runs_by_its_id() {
+    let folder = folder();
+    let at = folder.path();
+    mixed(at);
+    let check = |more: &[&str]| attn(at, &[&["check", ".", "--adapter", "cpu"], more].concat());
+    let listed = check(&["--list"]);
+    listed.succeeded();
+    assert_eq!(listed.stdout, "bad@home@auto\ngood@auto\nodd@auto\n");
+    let ran = check(&["--repro", "good@auto"]);
+    ran.succeeded();
+    assert!(ran.stdout.starts_with("passed: good@auto on cpu"), "{}", ran.stdout);
+    let ran = check(&["--repro", "bad@home@auto", "--shrink"]);
+    assert_eq!(ran.status, Some(1));
+    assert!(ran.stdout.contains("lse is off by") && ran.stdout.contains("Not made smaller"), "{}", ran.stdout);
+    check(&["--repro", "better"]).refused(2, "holds no case better");
+    check(&["--repro", "good@fast"]).refused(2, "is no method");
+    for option in ["--quick", "--dawn"] {
+        check(&[option]).refused(2, "leave the folder . out");
+    }
+    check(&["--json", "a", "--html", "./a"]).refused(2, "needs a file of its own");
+}
+
+#[test]
+fn a_driver_that_falls_over_a_case_of_a_folder_is_told_and_the_others_run() {
+    let folder = folder();
+    let at = folder.path();
+    let case = cases("torch").join("sdpa_dim005.safetensors");
+    for n in 10..24 {
+        copy_case(&case, &at.join(format!("case{n}.safetensors")), None, |_, _, _| {});
+    }
+    for (fault, say) in [("hang", "the driver hung: no answer within 2 s"), ("crash", "the driver crashed: signal: 6")]
+    {
+        let ran = attn(at, &["check", ".", "--adapter", "cpu", "--time-limit", "2", "--plant", fault]);
+        assert_eq!((ran.status, ran.last_line()), (Some(1), "13 passed, 1 failed, 0 skipped"), "{}", ran.stdout);
+        assert!(ran.stdout.starts_with(&format!("FAILED case19@auto: {say}")), "{}", ran.stdout);
+    }
 }

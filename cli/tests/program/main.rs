@@ -4,6 +4,7 @@ mod bench;
 mod browser;
 mod check;
 mod hostile;
+mod imports;
 mod inputs;
 mod kit;
 mod main_job;

@@ -140,7 +140,6 @@ fn what_makes_no_sense_together_is_refused() {
         &["--from", "a.json", "--long"],
         &["--from", "a.json", "--html", "x", "--junit", "x"],
         &["--from", "a.json", "--html", "x", "--junit", "./x"],
-        &["folder", "--html", "page.html"],
     ] {
         check(at, args).refused(2, "");
     }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Report, file, html, junit, markdown, table};
+use super::data::Report;
+use super::{file, html, junit, markdown, table};
 use crate::error::{Error, Result, usage};
 use crate::files;
 
@@ -34,11 +35,6 @@ impl Forms {
         let all =
             [("--json", &self.json), ("--junit", &self.junit), ("--markdown", &self.markdown), ("--html", &self.html)];
         all.into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?)))
-    }
-
-    /// The first form asked for that is not JSON.
-    pub fn beyond_json(&self) -> Option<&'static str> {
-        self.files().map(|(name, _)| name).find(|&name| name != "--json")
     }
 
     /// Refuses a file whose folder is not there, and one file for two forms, before the work is done.

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
+use super::data::{Adapter, CaseResult, Observed, Report, Status, Tally, short, visible};
 use super::table::groups;
-use super::{Adapter, CaseResult, Report, Status, Tally, short, visible};
 
 /// An NMSE below is rounding, however much it grew.
 const NOISE: f64 = 1e-14;
@@ -63,11 +63,13 @@ struct Changed<'a> {
 pub fn diff(old: &Report, new: &Report) -> Diff {
     let mut text = String::new();
     let mut regressed = false;
+    let folder = |of: &Report| of.folder.clone().unwrap_or("none".into());
     for (name, a, b) in [
         ("attn", &old.version, &new.version),
         ("wgpu", &old.wgpu, &new.wgpu),
         ("naga", &old.naga, &new.naga),
         ("suite", &old.suite, &new.suite),
+        ("folder", &folder(old), &folder(new)),
         ("seed", &old.seed.to_string(), &new.seed.to_string()),
         ("host", &old.host, &new.host),
     ] {
@@ -168,7 +170,7 @@ fn device(old: &Adapter, new: &Adapter) -> Vec<String> {
     }
     for b in &new.observed {
         if let Some(a) = old.observed.iter().find(|a| a.workgroup == b.workgroup && *a != b) {
-            let of = |seen: &super::Observed| match seen.subgroup {
+            let of = |seen: &Observed| match seen.subgroup {
                 Some(size) => format!("{} invocations in subgroups of {size}", seen.invocations),
                 None => format!("{} invocations", seen.invocations),
             };
@@ -235,7 +237,7 @@ fn cases<'a>(
 
 /// An id without its variant.
 fn case(result: &CaseResult) -> &str {
-    result.id.split('@').next().unwrap_or_default()
+    result.id.rsplit_once('@').map_or(result.id.as_str(), |(case, _)| case)
 }
 
 /// The first output whose NMSE grew.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{Report, SCHEMA, visible};
+use super::data::{Report, SCHEMA, visible};
 use crate::error::{Error, Result, fail};
 use crate::files;
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Output, Report, visible};
+use super::data::{Output, Report, visible};
 use crate::error::Result;
 use crate::files::{self, json_number as number};
 
@@ -89,6 +89,7 @@ fn data(report: &Report) -> Value {
                 result.subgroup,
                 number(result.milliseconds),
                 [texts.put(&repro[..split]), texts.put(&repro[split..])],
+                texts.put_some(&result.note),
             ])
         })
         .collect();
@@ -96,9 +97,7 @@ fn data(report: &Report) -> Value {
         "version": visible(&report.version),
         "wgpu": visible(&report.wgpu),
         "naga": visible(&report.naga),
-        "suite": visible(&report.suite),
-        // A text: JavaScript's numbers would round it.
-        "seed": report.seed.to_string(),
+        "cases": report.cases(),
         "date": visible(&report.date),
         "host": visible(&report.host),
         "adapters": adapters,

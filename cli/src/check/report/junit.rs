@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use quick_junit::{NonSuccessKind, Property, TestCase, TestCaseStatus, TestSuite, XmlString};
 
-use super::{Adapter, CaseResult, Report, Status, visible};
+use super::data::{Adapter, CaseResult, Report, Status, visible};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -60,6 +60,7 @@ fn properties(report: &Report, adapter: &Adapter) -> Vec<Property> {
     ]
     .map(|(name, value)| (name.to_string(), value.clone()))
     .to_vec();
+    all.extend(report.folder.iter().map(|folder| ("folder".into(), folder.clone())));
     all.push(("seed".into(), report.seed.to_string()));
     all.push(("vendor".into(), format!("{:#06x}", adapter.vendor)));
     all.push(("device".into(), format!("{:#06x}", adapter.device)));
@@ -94,6 +95,9 @@ fn case(report: &Report, result: &CaseResult) -> TestCase {
     let mut case = TestCase::new(visible(&result.id), status);
     case.set_classname(visible(&format!("{}.{}.{}", result.op, result.variant, result.storage)));
     case.set_time(seconds(result.milliseconds / 1e3));
+    if let Some(note) = &result.note {
+        case.set_system_out(visible(note));
+    }
     if !result.messages.is_empty() {
         case.set_system_err(result.messages.iter().map(|message| visible(message)).collect::<Vec<_>>().join("\n"));
     }

@@ -3,14 +3,14 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 
-use super::{CaseResult, Report, Tally, visible};
+use super::data::{CaseResult, Report, Tally, visible};
 
 /// A row per op; `long`: per op, variant and storage type.
 pub fn text(report: &Report, long: bool) -> String {
     let mut out = String::new();
-    let Report { version, wgpu, suite, seed, date, .. } = report;
+    let Report { version, wgpu, date, .. } = report;
     let day = date.split('T').next().unwrap_or_default();
-    let head = format!("attn {version}, wgpu {wgpu}, {suite} suite, seed {seed}, {day}");
+    let head = format!("attn {version}, wgpu {wgpu}, {}, {day}", report.cases());
     let _ = writeln!(out, "{}\n", escaped(&head));
     for (at, adapter) in report.adapters.iter().enumerate() {
         let driver = match adapter.driver_label() {

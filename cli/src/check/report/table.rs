@@ -2,43 +2,46 @@
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-
-use super::{CaseResult, Report, Status, Tally, short, visible, worst};
+use super::data::{CaseResult, Report, Status, Tally, short, visible, worst};
+use crate::table::{align_right, table};
 
 /// Groups of failing results that are shown.
 const MOST_GROUPS: usize = 20;
 
 pub fn text(report: &Report) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = table();
     let all = Tally::of(&report.results);
     let number = |x: Option<f64>| x.map_or("–".into(), short);
     // What there is none of anywhere takes no column: eighty characters are few.
     let mut header = vec!["adapter", "passed", "failed", "skipped"];
     header.extend([("known", all.known), ("mended", all.mended)].iter().filter(|one| one.1 > 0).map(|one| one.0));
     header.extend(["worst NMSE", "worst ulp", "seconds"]);
-    for (at, adapter) in report.adapters.iter().enumerate() {
-        let tally = Tally::of(report.of_adapter(at));
+    // Of an adapter, or of a way to compute on it.
+    let row = |label: String, results: Vec<&CaseResult>, seconds: Option<f64>| {
+        let tally = Tally::of(results.iter().copied());
         let of = |name: &&str| match *name {
-            "adapter" => adapter.label(),
+            "adapter" => label.clone(),
             "passed" => tally.passed.to_string(),
             "failed" => tally.failed.to_string(),
             "skipped" => tally.skipped.to_string(),
             "known" => tally.known.to_string(),
             "mended" => tally.mended.to_string(),
-            "worst NMSE" => number(worst(report.of_adapter(at).filter_map(CaseResult::nmse))),
-            "worst ulp" => number(worst(report.of_adapter(at).filter_map(CaseResult::ulps))),
-            _ => format!("{:.1}", adapter.seconds),
+            "worst NMSE" => number(worst(results.iter().filter_map(|result| result.nmse()))),
+            "worst ulp" => number(worst(results.iter().filter_map(|result| result.ulps()))),
+            _ => seconds.map_or(String::new(), |seconds| format!("{seconds:.1}")),
         };
-        table.add_row(header.iter().map(of));
-    }
-    table.set_header(&header);
-    for column in 1..header.len() {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
+        header.iter().map(of).collect::<Vec<_>>()
+    };
+    for (at, adapter) in report.adapters.iter().enumerate() {
+        table.add_row(row(adapter.label(), report.of_adapter(at).collect(), Some(adapter.seconds)));
+        let variants = variants(report, at);
+        for variant in variants.iter().filter(|_| report.folder.is_some() && variants.len() > 1) {
+            let results = report.of_adapter(at).filter(|result| result.variant == *variant);
+            table.add_row(row(format!("  {}", visible(variant)), results.collect(), None));
         }
     }
+    table.set_header(&header);
+    align_right(&mut table, 1..header.len());
     let mut out = format!("{table}\n");
     for adapter in &report.adapters {
         if let Some(ended) = &adapter.ended {
@@ -68,7 +71,30 @@ pub fn text(report: &Report) -> String {
         let kinds = groups.len() - MOST_GROUPS;
         let _ = writeln!(out, "\nand {left} more in {kinds} more ops and variants; --html or --json FILE has all");
     }
+    if let Some(first) = report.results.first().filter(|_| all.computed() == 0) {
+        // No failure, and no success either.
+        let reason = first.reason.as_deref().unwrap_or("no reason is given");
+        let _ = writeln!(
+            out,
+            "NOTHING COMPUTED: all cases were skipped, the first {}: {}",
+            visible(&first.id),
+            visible(reason)
+        );
+    }
+    // What failed above is not mistaken for its heading.
+    let _ = writeln!(out, "{}{all}", if groups.is_empty() { "" } else { "\n" });
     out
+}
+
+/// The variants of an adapter's results, in their order.
+fn variants(report: &Report, adapter: usize) -> Vec<&str> {
+    let mut all = Vec::new();
+    for result in report.of_adapter(adapter) {
+        if !all.contains(&result.variant.as_str()) {
+            all.push(&result.variant);
+        }
+    }
+    all
 }
 
 /// Results of one adapter, op, variant and status, in the order of the report.

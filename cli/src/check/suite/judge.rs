@@ -9,11 +9,13 @@ use wgpu_attention_conformance::{self as conformance, Case as Drawn, Expected, G
 
 use super::messages::{self, Message};
 use super::plan::{self, Item, Work};
+use super::variant::variant;
 use crate::check::case::Case;
 use crate::check::compare::{Comparison, compare, difference, largest_finite, ulp};
+use crate::check::compute::compute;
 use crate::check::dawn::DawnResult;
-use crate::check::folder::{self, Stop};
 use crate::check::report::{CaseResult, Output, Status};
+use crate::check::stop::Stop;
 
 /// The largest normalised mean square error of f32 results; llama.cpp allows 5e-4 for its flash attention.
 pub const NMSE: f64 = 1e-10;
@@ -81,10 +83,13 @@ pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
 }
 
 /// What a case gave.
+#[derive(Default)]
 struct Judged {
     outputs: Vec<Output>,
     /// What no number tells.
     reason: Option<String>,
+    /// What the case was computed without.
+    note: Option<String>,
     same_bits: Option<bool>,
 }
 
@@ -98,7 +103,7 @@ impl Judged {
 
 fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Result<Judged, Stop> {
     let truth = case.truth();
-    let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: None };
+    let mut judged = Judged::default();
     if results.len() != truth.len() {
         judged.reason = Some(format!("{} results instead of {}", results.len(), truth.len()));
     }
@@ -115,9 +120,11 @@ fn judged(comparisons: &[Comparison], again: &[Comparison], dtype: Dtype) -> Jud
     // An LSE and scores may stay f32.
     let rounded = |one: &Comparison| if one.fits.contains(&dtype) { dtype } else { Dtype::F32 };
     let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY, 0.0, rounded(one))).collect();
-    let reason = comparisons.iter().find_map(|one| one.reason.clone());
+    let told = |one: &Comparison| Some(format!("{} against {}: {}", one.output, one.against, one.reason.as_ref()?));
+    let reason = comparisons.iter().find_map(told);
+    let note = comparisons.iter().find_map(|one| one.note.clone());
     let bits = |of: &[Comparison]| of.iter().map(|one| one.fingerprint).collect::<Vec<_>>();
-    Judged { outputs, reason, same_bits: Some(bits(comparisons) == bits(again)) }
+    Judged { outputs, reason, note, same_bits: Some(bits(comparisons) == bits(again)) }
 }
 
 /// What Dawn made of a plan against the truth of the case that it was made from.
@@ -132,7 +139,7 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
         Err(reason) => result.reason = Some(reason.clone()),
         Ok(outputs) => {
             let truth = case.truth();
-            let mut judged = Judged { outputs: Vec::new(), reason: None, same_bits: Some(found.same_bits) };
+            let mut judged = Judged { same_bits: Some(found.same_bits), ..Judged::default() };
             for expected in &truth {
                 let Some(output) = outputs.iter().find(|output| output.name == expected.name) else {
                     judged.reason = Some(format!("there is no {}", expected.name));
@@ -161,7 +168,7 @@ pub fn stopped(item: &Item, stop: &Stop) -> CaseResult {
 
 /// What the numbers come to.
 fn conclude(result: &mut CaseResult, judged: Judged) {
-    result.same_bits = judged.same_bits;
+    (result.same_bits, result.note) = (judged.same_bits, judged.note);
     let bad = judged.outputs.iter().find(|one| !one.ok).map(Output::complaint);
     let bits = (judged.same_bits == Some(false)).then(|| "a second run gave other bits".to_string());
     result.reason = judged.reason.or(bad).or(bits);
@@ -188,28 +195,20 @@ fn tell(result: &mut CaseResult, trace: &[Traced]) {
     result.workgroup = main.map(|one| one.variant.workgroup_size());
 }
 
-/// The result of an item before it has run.
+/// The result of an item before it has run: a failure.
 pub fn blank(item: &Item) -> CaseResult {
+    let storage = match &item.work {
+        Work::Drawn(case) => case.storage.to_string(),
+        Work::Golden(_) => Dtype::F32.to_string(),
+        Work::File(file) => file.storage.clone(),
+    };
     CaseResult {
-        adapter: 0,
         id: item.id(),
         op: item.op().into(),
-        variant: plan::variant(item.method),
-        storage: match &item.work {
-            Work::Drawn(case) => case.storage.to_string(),
-            Work::Golden(_) => Dtype::F32.to_string(),
-        },
+        variant: variant(item.method),
+        storage,
         status: Status::Failed,
-        issue: None,
-        reason: None,
-        outputs: Vec::new(),
-        same_bits: None,
-        kernels: Vec::new(),
-        why: None,
-        messages: Vec::new(),
-        workgroup: None,
-        subgroup: None,
-        milliseconds: 0.0,
+        ..CaseResult::default()
     }
 }
 
@@ -231,13 +230,17 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
                 tell(&mut result, &trace);
                 drawn(case, device, item.method, first?)
             }
-            Work::Golden(name) => {
-                let case = Case::parse(name.clone(), plan::golden(name)?)?;
+            Work::Golden(_) | Work::File(_) => {
+                let case = match &item.work {
+                    Work::Golden(name) => Case::parse(name.clone(), plan::golden(name)?)?,
+                    Work::File(file) => Case::read(&file.path)?,
+                    Work::Drawn(_) => unreachable!("another arm"),
+                };
                 result.storage = case.storage().to_string();
-                let (first, trace) = traced(device, || folder::compute(&case, device, item.method));
+                let (first, trace) = traced(device, || compute(&case, device, item.method));
                 seconds = start.elapsed().as_secs_f64();
                 tell(&mut result, &trace);
-                Ok(judged(&first?, &folder::compute(&case, device, item.method)?, case.storage()))
+                Ok(judged(&first?, &compute(&case, device, item.method)?, case.storage()))
             }
         }
     };

@@ -1,6 +1,8 @@
-//! `attn check` without a folder: the suite that the program carries, on every adapter.
+//! What `attn check` runs: the suite that the program carries, on every adapter, or a folder of cases.
 
+mod args;
 mod faults;
+mod folder;
 mod judge;
 mod known;
 mod messages;
@@ -9,94 +11,21 @@ mod on_dawn;
 mod plan;
 mod run;
 mod shrink;
+mod variant;
 mod worker;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
-
-use super::report::{self, CaseResult, Report, Status, Tally};
+use super::report::{self, Adapter, CaseResult, Report, Status, Tally};
 use crate::error::{Error, Result, fail, usage};
-use faults::Fault;
 use known::Issues;
-use plan::{Item, Selection, Work};
+use plan::{Selection, Work};
 use worker::{Line, Order, Place, Waited, Worker};
 
+pub use args::{SuiteArgs, Wanted};
+pub use folder::Folder;
+pub use variant::parse_method;
 pub use worker::work;
-
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Suite")]
-pub struct SuiteArgs {
-    /// Some hundred cases instead of thousands
-    #[arg(long)]
-    quick: bool,
-    /// Only this op (attention, softmax, onnx, torch ...); may be repeated
-    #[arg(long = "op", value_name = "NAME")]
-    ops: Vec<String>,
-    /// Only this variant (auto, fused, three-passes, a cut such as rows4x64/keys4); may be repeated
-    #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
-    variants: Vec<String>,
-    /// Print the cases, and run none
-    #[arg(long, conflicts_with_all = ["Forms", "repro"])]
-    list: bool,
-    /// What random cases are drawn from
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
-    /// How long a case may take, compilation included, before its driver counts as hung
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    time_limit: u64,
-    /// Run one case, by the id that a report gives
-    #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter"])]
-    repro: Option<String>,
-    /// Make the case of --repro as small as it still fails, and print all that a bug report needs
-    #[arg(long, requires = "repro", conflicts_with = "dawn")]
-    shrink: bool,
-    /// Known faults of drivers, instead of those that the program carries
-    #[arg(long, value_name = "FILE")]
-    known_issues: Option<PathBuf>,
-    /// Break something on purpose, to see that it is found
-    #[arg(long, value_name = "FAULT", value_enum)]
-    plant: Option<Fault>,
-    /// Run single calls on Dawn for Node too, Chrome's WebGPU, from exported plans (ATTN_DAWN says where it is)
-    #[arg(long)]
-    dawn: bool,
-    /// For the program's own use
-    #[arg(long, hide = true, value_name = "ORDER")]
-    pub worker: Option<String>,
-}
-
-fn parse_variant(text: &str) -> Result<String, String> {
-    text.parse().map(plan::variant).map_err(|error: wgpu_attention::Error| error.to_string())
-}
-
-impl SuiteArgs {
-    fn selection(&self, filter: Option<&str>) -> Selection {
-        Selection {
-            quick: self.quick,
-            seed: self.seed,
-            ops: self.ops.clone(),
-            variants: self.variants.clone(),
-            filter: filter.map(str::to_string),
-            only: None,
-        }
-    }
-
-    /// Whether any option is given that a check of a folder does not take.
-    pub fn any(&self) -> Option<&'static str> {
-        let given = [
-            ("--quick", self.quick),
-            ("--op", !self.ops.is_empty()),
-            ("--variant", !self.variants.is_empty()),
-            ("--list", self.list),
-            ("--repro", self.repro.is_some()),
-            ("--known-issues", self.known_issues.is_some()),
-            ("--plant", self.plant.is_some()),
-            ("--dawn", self.dawn),
-        ];
-        given.into_iter().find_map(|(name, given)| given.then_some(name))
-    }
-}
 
 /// A version out of the lock file that the program was built with.
 fn locked(package: &str) -> String {
@@ -115,12 +44,12 @@ fn check_ops(ops: &[String]) -> Result<()> {
 }
 
 /// Runs the suite; gives the report and whether all is well.
-fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Result<Report> {
+fn suite(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Report> {
     let issues = Issues::read(args.known_issues.as_deref())?;
-    let selection = args.selection(filter);
+    let selection = args.selection(wanted);
     check_ops(&args.ops)?;
     let limit = Duration::from_secs(args.time_limit);
-    let (mut places, broken) = run::places(adapter, args)?;
+    let (mut places, broken) = places(args, wanted)?;
     if args.dawn {
         on_dawn::dawn(limit)?;
         places.push(run::dawn(&places)?);
@@ -128,7 +57,7 @@ fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Resul
     if places == [Place::Cpu] && args.plant.is_some_and(|fault| fault.rewrite().is_some()) {
         usage!("--plant breaks kernels of adapters; the CPU backend has none");
     }
-    let chosen = !(args.ops.is_empty() && args.variants.is_empty() && filter.is_none());
+    let chosen = !(args.ops.is_empty() && args.variants.is_empty() && wanted.filter.is_none());
     let mut report = Report {
         schema: report::SCHEMA.into(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -142,14 +71,19 @@ fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Resul
             "full"
         }
         .into(),
-        seed: args.seed,
+        folder: wanted.folder.as_ref().map(|folder| folder.dir.display().to_string()),
+        seed: if wanted.folder.is_some() { 0 } else { args.seed },
         date: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         host: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         adapters: broken,
         results: Vec::new(),
     };
+    let several = places.len() > 1;
     for place in places {
-        let (adapter, results) = run::run(&place, args, &selection, &issues)?;
+        let (adapter, results) = run::run(&place, args, &selection, &issues, |adapter, result| match &wanted.folder {
+            Some(_) => report::lines(result, several.then_some(adapter), wanted.verbose),
+            None => Vec::new(),
+        })?;
         let at = report.adapters.len();
         report.adapters.push(adapter);
         report.results.extend(results.into_iter().map(|result| CaseResult { adapter: at, ..result }));
@@ -160,22 +94,45 @@ fn suite(args: &SuiteArgs, filter: Option<&str>, adapter: Option<&str>) -> Resul
     Ok(report)
 }
 
+/// Where cases run, and the adapters whose driver fell when they were looked for.
+fn places(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<(Vec<Place>, Vec<Adapter>)> {
+    match &wanted.folder {
+        Some(folder) => {
+            // What is wrong with the folder is told before anything runs. Reports and workers are given its name as text.
+            if folder.dir.to_str().is_none() {
+                usage!("the name of the folder {} is not UTF-8", folder.dir.display());
+            }
+            folder.names(wanted.filter)?;
+            run::folder_places(wanted.adapter, args)
+        }
+        None => run::places(wanted.adapter, args),
+    }
+}
+
+/// Where a single case runs.
+fn one_place(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Place> {
+    match &wanted.folder {
+        Some(_) => Ok(places(args, wanted)?.0.swap_remove(0)),
+        None => run::one_place(wanted.adapter, args),
+    }
+}
+
 /// One case.
-fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
-    let item = Item::parse(id)?;
+fn repro(id: &str, args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<bool> {
+    let item = args.selection(wanted).item(id)?;
     // A file that cannot be read is known before anything runs.
     let issues = Issues::read(args.known_issues.as_deref())?;
     let limit = Duration::from_secs(args.time_limit);
-    if adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
+    if wanted.adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
         usage!("--repro runs on one adapter");
     }
-    let mut place = run::one_place(adapter, args)?;
+    let mut place = one_place(args, wanted)?;
     if args.dawn {
         on_dawn::dawn(limit)?;
         place = run::dawn(&[place])?;
     }
-    let selection = Selection { only: Some(item.id()), ..Selection::default() };
-    let (ran, results) = run::run(&place, args, &selection, &issues)?;
+    let selection = Selection { only: Some(item.id()), folder: wanted.folder.clone(), ..Selection::default() };
+    let (ran, results) = run::run(&place, args, &selection, &issues, |_, _| Vec::new())?;
     let Some(result) = results.first() else {
         match ran.ended {
             Some(how) => fail!("{place}: {how}"),
@@ -188,7 +145,7 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
         print(result, &place);
         if args.shrink {
             let why = match (&item.work, result.status) {
-                (Work::Golden(_), Status::Failed) => "it is a case of other people",
+                (Work::Golden(_) | Work::File(_), Status::Failed) => "it is a case of other people",
                 (Work::Drawn(_), Status::Failed) => "it brings its process down",
                 _ => "it does not fail",
             };
@@ -207,7 +164,9 @@ fn repro(id: &str, args: &SuiteArgs, adapter: Option<&str>) -> Result<bool> {
 
 fn print(result: &CaseResult, place: &Place) {
     anstream::println!("{}: {} on {place}", result.status.word(), result.id);
-    for (what, text) in [("why", &result.reason), ("issue", &result.issue), ("kernels because", &result.why)] {
+    for (what, text) in
+        [("why", &result.reason), ("note", &result.note), ("issue", &result.issue), ("kernels because", &result.why)]
+    {
         if let Some(text) = text {
             anstream::println!("  {what}: {text}");
         }
@@ -241,19 +200,14 @@ fn print(result: &CaseResult, place: &Place) {
 }
 
 /// Whether all is well.
-pub fn check(
-    args: &SuiteArgs,
-    filter: Option<&str>,
-    adapter: Option<&str>,
-    finish: impl FnOnce(&Report) -> Result<()>,
-) -> Result<bool> {
+pub fn check(args: &SuiteArgs, wanted: &Wanted<'_>, finish: impl FnOnce(&Report) -> Result<()>) -> Result<bool> {
     if let Some(id) = &args.repro {
-        return repro(id, args, adapter);
+        return repro(id, args, wanted);
     }
     if args.list {
         check_ops(&args.ops)?;
         let limit = Duration::from_secs(args.time_limit);
-        let order = Order::Cases { on: run::one_place(adapter, args)?, selection: args.selection(filter) };
+        let order = Order::Cases { on: one_place(args, wanted)?, selection: args.selection(wanted) };
         match Worker::start(&order)?.wait(limit) {
             Waited::Line(Line::Cases(ids)) => ids.iter().for_each(|id| anstream::println!("{id}")),
             Waited::Line(Line::Refused(reason)) => fail!("the device does not open: {reason}"),
@@ -263,7 +217,7 @@ pub fn check(
         }
         return Ok(true);
     }
-    let report = suite(args, filter, adapter)?;
+    let report = suite(args, wanted)?;
     finish(&report)?;
     let tally = Tally::of(&report.results);
     Ok(tally.is_good() && report.adapters.iter().all(|adapter| adapter.ended.is_none()))

@@ -6,15 +6,11 @@ use wgpu_attention::{Device, Gpu, wgpu};
 use wgpu_attention_conformance::one_workgroup;
 
 use crate::check::report::{Adapter, Observed};
-use crate::target::backend_name;
+use crate::target::{backend_name, driver_name};
 
 /// What WGSL goes through on a backend.
 fn shader_compiler(backend: wgpu::Backend, info: &wgpu::AdapterInfo) -> String {
-    let driver = format!("{} {}", info.driver, info.driver_info);
-    let driver = match driver.trim() {
-        "" => "the driver".to_string(),
-        driver => driver.to_string(),
-    };
+    let driver = Some(driver_name(info)).filter(|name| !name.is_empty()).unwrap_or("the driver".into());
     match backend {
         wgpu::Backend::Vulkan => format!("naga to SPIR-V, {driver}"),
         wgpu::Backend::Metal => format!("naga to MSL, {driver}"),

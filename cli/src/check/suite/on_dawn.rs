@@ -9,8 +9,8 @@ use super::faults::Fault;
 use super::judge;
 use super::plan::{Item, Work};
 use crate::check::dawn::{Dawn, START};
-use crate::check::folder::Stop;
 use crate::check::report::{Adapter, CaseResult};
+use crate::check::stop::Stop;
 use crate::error::{Result, usage};
 
 /// Plans that one process of Node runs: they lie in files until all are done.

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use wgpu_attention::{Device, Method};
 use wgpu_attention_conformance::{Case as Drawn, Op, cases};
 
+use super::folder::{CaseFile, Folder};
+use super::variant::{parse_id, variant};
 use crate::error::{Error, Result, fail, usage};
 
 /// The cases of ONNX, PyTorch, transformers, Keras and JAX.
@@ -27,8 +29,9 @@ pub struct Item {
 
 #[derive(Clone, Debug)]
 pub enum Work {
-    /// `onnx/test_attention_3d`
+    /// `onnx/test_attention_3d`, which the program carries.
     Golden(String),
+    File(CaseFile),
     Drawn(Drawn),
 }
 
@@ -43,8 +46,20 @@ pub struct Selection {
     pub variants: Vec<String>,
     /// Part of an id.
     pub filter: Option<String>,
+    /// A folder of cases instead of the suite.
+    pub folder: Option<Folder>,
     /// One case, by its id, whatever the rest says.
     pub only: Option<String>,
+}
+
+impl Selection {
+    /// The case of an id.
+    pub fn item(&self, id: &str) -> Result<Item> {
+        match &self.folder {
+            Some(folder) => folder.parse(id).map(|(file, method)| Item { work: Work::File(file), method }),
+            None => Item::parse(id),
+        }
+    }
 }
 
 /// Every op by name: sources of other people's cases, and what is drawn.
@@ -52,33 +67,26 @@ pub fn ops() -> impl Iterator<Item = &'static str> {
     ["keras_jax", "onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
 }
 
-/// A method as an id writes it.
-pub fn variant(method: Method) -> String {
-    match method {
-        Method::ThreePasses => "three-passes".into(),
-        other => other.to_string(),
-    }
-}
-
 impl Item {
     pub fn id(&self) -> String {
         match &self.work {
             Work::Golden(name) => format!("{name}@{}", variant(self.method)),
+            Work::File(file) => format!("{}@{}", file.name, variant(self.method)),
             Work::Drawn(case) => format!("{case}@{}", variant(self.method)),
         }
     }
 
-    /// The op of a drawn case, the source of another's.
+    /// The op of a drawn case or of a file, the source of another's.
     pub fn op(&self) -> &str {
         match &self.work {
             Work::Golden(name) => name.split('/').next().unwrap_or_default(),
+            Work::File(file) => &file.op,
             Work::Drawn(case) => case.op.name(),
         }
     }
 
     pub fn parse(id: &str) -> Result<Item> {
-        let (case, method) = id.split_once('@').unwrap_or((id, "auto"));
-        let method = method.parse().map_err(|error: wgpu_attention::Error| Error::Usage(format!("{id}: {error}")))?;
+        let (case, method) = parse_id(id).map_err(Error::Usage)?;
         if golden_names().any(|name| name == case) {
             return Ok(Item { work: Work::Golden(case.into()), method });
         }
@@ -113,7 +121,13 @@ pub fn methods(device: &Device) -> Vec<Method> {
 /// What to run on a device, in its order.
 pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
     if let Some(id) = &selection.only {
-        return Item::parse(id).into_iter().collect();
+        return selection.item(id).into_iter().collect();
+    }
+    if let Some(folder) = &selection.folder {
+        let names = folder.names(selection.filter.as_deref()).unwrap_or_default();
+        let files: Vec<CaseFile> = names.into_iter().map(|name| folder.case(name)).collect();
+        let by = |method| files.iter().map(move |file| Item { work: Work::File(file.clone()), method });
+        return folder.methods(device).into_iter().flat_map(by).collect();
     }
     let methods = methods(device);
     let drawn = cases(&methods, selection.seed, selection.quick);

@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use wgpu_attention::Device;
+
+use super::args::SuiteArgs;
 use super::known::Issues;
+use super::on_dawn;
 use super::plan::Selection;
 use super::worker::{Line, Order, Place, Waited, Worker};
-use super::{SuiteArgs, on_dawn};
 use crate::check::report::{Adapter, CaseResult};
 use crate::error::{Error, Result, fail, usage};
 use crate::progress::Bar;
@@ -79,6 +82,25 @@ pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Ve
     }
 }
 
+/// Where a folder of cases runs: on one adapter, the best unless one is named, or on all; on the CPU backend where there
+/// is no adapter.
+pub fn folder_places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Vec<Adapter>)> {
+    if adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
+        return match places(adapter, args) {
+            Err(Error::NoAdapter(_)) => Ok((vec![Place::Cpu], Vec::new())),
+            found => found,
+        };
+    }
+    match one_place(adapter, args) {
+        // An adapter that is named and not there is an error, never a fallback.
+        Err(Error::NoAdapter(_)) if adapter.is_none() && std::env::var_os("WGPU_ADAPTER_NAME").is_none() => {
+            anstream::eprintln!("{}", Device::fallback_notice("wgpu found none that can compute"));
+            Ok((vec![Place::Cpu], Vec::new()))
+        }
+        found => Ok((vec![found?], Vec::new())),
+    }
+}
+
 /// The one place that a single case runs on.
 pub fn one_place(adapter: Option<&str>, args: &SuiteArgs) -> Result<Place> {
     let (places, broken) = places(adapter, args)?;
@@ -101,12 +123,13 @@ pub fn dawn(places: &[Place]) -> Result<Place> {
     }
 }
 
-/// The cases of one adapter, however its driver behaves.
+/// The cases of one adapter, however its driver behaves. `lines` of a result are printed as soon as it is there.
 pub fn run(
     place: &Place,
     args: &SuiteArgs,
     selection: &Selection,
     issues: &Issues,
+    lines: impl Fn(&Adapter, &CaseResult) -> Vec<String>,
 ) -> Result<(Adapter, Vec<CaseResult>)> {
     let limit = match place {
         // It has limits of its own, which say more.
@@ -125,8 +148,14 @@ pub fn run(
         let order = Order::Run { on, selection, from, fault: args.plant, limit: args.time_limit };
         let mut worker = Worker::start(&order)?;
         let mut running: Option<(usize, CaseResult)> = None;
-        let mut keep = |mut result: CaseResult, adapter: &Adapter| {
+        let mut keep = |mut result: CaseResult, adapter: &Adapter, bar: &Option<Bar>| {
             issues.apply(adapter, &mut result);
+            for line in lines(adapter, &result) {
+                match bar {
+                    Some(bar) => bar.line(&line),
+                    None => anstream::println!("{line}"),
+                }
+            }
             results.push(result);
         };
         let fallen = loop {
@@ -138,7 +167,7 @@ pub fn run(
                 Waited::Line(Line::Start { at, blank }) => {
                     if let Some((_, lost)) = running.replace((at, blank)) {
                         let reason = Some("its result was lost on the way".into());
-                        keep(CaseResult { reason, ..lost }, &adapter);
+                        keep(CaseResult { reason, ..lost }, &adapter, &bar);
                     }
                 }
                 Waited::Line(Line::Result(result)) => {
@@ -146,7 +175,7 @@ pub fn run(
                     if let Some(bar) = &mut bar {
                         bar.step(&result.id);
                     }
-                    keep(result, &adapter);
+                    keep(result, &adapter, &bar);
                 }
                 Waited::Line(Line::End) => {
                     if results.len() != total {
@@ -173,7 +202,7 @@ pub fn run(
         };
         from = at + 1;
         let id = result.id.clone();
-        keep(CaseResult { reason: Some(format!("the driver {fallen}")), ..result }, &adapter);
+        keep(CaseResult { reason: Some(format!("the driver {fallen}")), ..result }, &adapter, &bar);
         if falls == MOST_FALLS {
             adapter.ended = Some(format!(
                 "given up after {falls} hangs and crashes, the last in {id}; {} of {total} cases have not run",

@@ -1,0 +1,113 @@
+//! The options of `attn check`, and what they ask for.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::report;
+use super::suite::{self, Folder, Wanted};
+use crate::error::{Result, usage};
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Without DIR the suite runs, on every adapter and on the CPU backend, each in a process of its own: the cases of \
+ONNX, PyTorch, transformers, Keras and JAX that the program carries, and more than 5,100 that are drawn from --seed, over every \
+op, storage type and kernel variant. A drawn f32 result may be off by 3e-6 of the largest value (3e-5 for sums \
+over recomputed weights) with an NMSE of at most 1e-10 against float64; f16 and bf16 results may be rounded besides. \
+Each case runs twice and must give the same bits. What a report says: docs/check.md.
+
+With DIR, a folder of cases, on the best adapter or on those of --adapter: safetensors files whose header's __metadata__ holds a JSON text `case` that says \
+what to compute. Tensors: in.* and param.* go in, out.* (ONNX), ref64.* (float64) and out32.* \
+(transformers) are expected. Allowed there: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest \
+value from float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
+PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
+relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
+the largest value where none is recorded. Each case runs twice here too; what failed is printed as it comes, and the \
+report is the suite's, in every form. Its ids, NAME@METHOD, are what --repro takes with the same DIR.
+
+Ops keras.MultiHeadAttention, keras.GroupQueryAttention and jax.nn.dot_product_attention hold a call of that function: its arguments by name, missing ones at their defaults, tensors as in.NAME, Keras's weights as param.query/kernel and so on; out32.* (or t32.*) is what the framework itself gives. A tensor that is not known skips the case; an argument that is not known is named with the result.
+
+Methods: auto (what a call runs unless told otherwise), three-passes, fused, a cut of the fused kernel \
+such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of cuts \
+with subgroups and without. A case that a method cannot compute is skipped with the reason, and so is \
+one of an op that has no methods. The CPU backend has one way only.
+
+Exit status: 0 when all passed or failed as known, 1 for a failure and where every case was skipped, 2 for a wrong \
+call, 3 without an adapter.
+
+Examples:
+  attn check --quick
+  attn check --html report.html --json report.json
+  attn check --adapter vulkan --op attention --variant fused
+  attn check --repro attention/plain/f32/1000000@fused --shrink
+  attn check --diff before.json after.json
+  attn check tests/cases/onnx --html report.html
+  attn check tests/cases/torch --adapter vulkan --method all
+  attn check tests/cases/torch --adapter cpu --filter mask --verbose
+  attn check tests/cases/torch --repro sdpa_dim005@fused")]
+pub struct CheckArgs {
+    /// A folder instead of the suite; its index.json lists the cases, without one every .safetensors file is a case
+    dir: Option<PathBuf>,
+    #[command(flatten)]
+    suite: suite::SuiteArgs,
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "SUBSTR")]
+    filter: Option<String>,
+    /// Computes the cases in this way; may be repeated
+    #[arg(long = "method", value_name = "NAME", value_parser = suite::parse_method, default_value = "auto")]
+    methods: Vec<String>,
+    /// Lines for every case of a folder, not only for failing ones
+    #[arg(short, long)]
+    verbose: bool,
+    #[command(flatten)]
+    forms: report::Forms,
+    /// Run nothing: show a report that --json wrote, and write it in other forms; exit status 0 whatever it tells
+    #[arg(long, value_name = "REPORT", help_heading = "Report", conflicts_with_all = ["dir", "filter", "methods", "verbose", "SuiteArgs"])]
+    from: Option<PathBuf>,
+    /// Run nothing: tell what changed from one report that --json wrote to another; exit status 1 where a case fails
+    /// that did not, one that passed is skipped or no longer there, a second run gives other bits, or an adapter is
+    /// gone or ended early
+    #[arg(long, value_names = ["OLD", "NEW"], num_args = 2, help_heading = "Report",
+        conflicts_with_all = ["dir", "filter", "methods", "verbose", "from", "SuiteArgs", "Forms"])]
+    diff: Option<Vec<PathBuf>>,
+}
+
+/// Whether all is well.
+pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
+    if let Some(order) = &args.suite.worker {
+        return suite::work(order);
+    }
+    if let Some(option) = args.from.as_ref().map(|_| "--from").or(args.diff.as_ref().map(|_| "--diff"))
+        && adapter.is_some()
+    {
+        usage!("{option} runs nothing, so --adapter makes no sense with it");
+    }
+    if let Some(path) = &args.from {
+        report::show(path, &args.forms)?;
+        return Ok(true);
+    }
+    if let Some([old, new]) = args.diff.as_deref() {
+        return report::diff(old, new);
+    }
+    match &args.dir {
+        Some(dir) => {
+            if let Some(option) = args.suite.only_without_a_folder() {
+                let dir = dir.display();
+                usage!("{option} is for the suite that the program carries; leave the folder {dir} out");
+            }
+        }
+        None if args.verbose || args.methods != ["auto"] => {
+            let option = if args.verbose { "--verbose" } else { "--method" };
+            usage!("{option} is for a folder of cases; the suite runs every variant, or those of --variant");
+        }
+        None => {}
+    }
+    args.forms.check_folders()?;
+    let folder = args.dir.as_ref().map(|dir| Folder { dir: dir.clone(), methods: args.methods.clone() });
+    let wanted = Wanted { filter: args.filter.as_deref(), adapter, folder, verbose: args.verbose };
+    suite::check(&args.suite, &wanted, |found| {
+        args.forms.write(found)?;
+        report::print(found);
+        Ok(())
+    })
+}

@@ -1,0 +1,86 @@
+//! The suite's options of `attn check`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::faults::Fault;
+use super::folder::Folder;
+use super::plan::Selection;
+use super::variant::parse_variant;
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Suite")]
+pub struct SuiteArgs {
+    /// Some hundred cases instead of thousands
+    #[arg(long)]
+    pub quick: bool,
+    /// Only this op (attention, softmax, onnx, torch ...); may be repeated
+    #[arg(long = "op", value_name = "NAME")]
+    pub ops: Vec<String>,
+    /// Only this variant (auto, fused, three-passes, a cut such as rows4x64/keys4); may be repeated
+    #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
+    pub variants: Vec<String>,
+    /// Print the cases, and run none
+    #[arg(long, conflicts_with_all = ["Forms", "repro"])]
+    pub list: bool,
+    /// What random cases are drawn from
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// How long a case may take, compilation included, before its driver counts as hung
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub time_limit: u64,
+    /// Run one case, by the id that a report gives
+    #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter", "methods", "verbose"])]
+    pub repro: Option<String>,
+    /// Make the case of --repro as small as it still fails, and print all that a bug report needs
+    #[arg(long, requires = "repro", conflicts_with = "dawn")]
+    pub shrink: bool,
+    /// Known faults of drivers, instead of those that the program carries
+    #[arg(long, value_name = "FILE")]
+    pub known_issues: Option<PathBuf>,
+    /// Break something on purpose, to see that it is found
+    #[arg(long, value_name = "FAULT", value_enum)]
+    pub plant: Option<Fault>,
+    /// Run single calls on Dawn for Node too, Chrome's WebGPU, from exported plans (ATTN_DAWN says where it is)
+    #[arg(long)]
+    pub dawn: bool,
+    /// For the program's own use
+    #[arg(long, hide = true, value_name = "ORDER")]
+    pub worker: Option<String>,
+}
+
+/// What is asked for besides.
+pub struct Wanted<'a> {
+    pub filter: Option<&'a str>,
+    pub adapter: Option<&'a str>,
+    /// Instead of the suite.
+    pub folder: Option<Folder>,
+    /// A line for every case of the folder.
+    pub verbose: bool,
+}
+
+impl SuiteArgs {
+    pub fn selection(&self, wanted: &Wanted<'_>) -> Selection {
+        Selection {
+            quick: self.quick,
+            seed: self.seed,
+            ops: self.ops.clone(),
+            variants: self.variants.clone(),
+            filter: wanted.filter.map(str::to_string),
+            folder: wanted.folder.clone(),
+            only: None,
+        }
+    }
+
+    /// The first option given that makes no sense for a folder of cases.
+    pub fn only_without_a_folder(&self) -> Option<&'static str> {
+        let given = [
+            ("--quick", self.quick),
+            ("--op", !self.ops.is_empty()),
+            ("--variant", !self.variants.is_empty()),
+            ("--dawn", self.dawn),
+        ];
+        given.into_iter().find_map(|(name, given)| given.then_some(name))
+    }
+}
