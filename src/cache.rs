@@ -1,14 +1,18 @@
 //! Keys and values kept between the steps of a sequence.
 
+mod rules;
+
 use std::sync::{Arc, Weak};
 
-use crate::attention::{Attended, Attention, Held, common_device_is};
+use self::rules::Held;
+use crate::attention::Attention;
+use crate::call::Attended;
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::Gpu;
+use crate::lower::Recording;
 use crate::position::{Rotary, TokenPositions};
 use crate::problem::{Dtype, Layout, MAX_LEN, Place, as_four_axes, checked_len};
-use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
 
 /// The shape of a [`KvCache`].
@@ -196,8 +200,7 @@ impl KvCache {
     /// 2021): positions go on from call to call and count keys that a window dropped. [`KvCache::keys`] are the
     /// turned ones. Only an empty cache takes it.
     pub fn with_rotary(mut self, rotary: Rotary) -> Result<KvCache> {
-        let table = rotary.rotation().table.device();
-        common_device_is(&self.device, table)?;
+        self.device.expect_same(&rotary.rotation().table.device())?;
         if let Some((b, sequence)) = self.sequences.iter().enumerate().find(|(_, sequence)| sequence.len > 0) {
             return Err(value_error!(
                 "batch entry {b} holds {} keys that were not turned; give the rotary to an empty cache",
@@ -279,9 +282,7 @@ impl KvCache {
 
     /// As [`KvCache::append`] or, with lengths, [`KvCache::append_lengths`], without blocking.
     pub async fn append_async(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
-        let mut recording = Recording::for_step(&self.device);
-        let appended = self.record_append(&mut recording, k, v, lengths)?;
-        recording.submit().await?;
+        let appended = Recording::for_step(&self.device).submit(|to| self.record_append(to, k, v, lengths)).await?;
         drop(self.commit(appended));
         Ok(())
     }
@@ -335,11 +336,10 @@ impl KvCache {
 
     /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
-        let mut recording = Recording::for_step(&self.device);
         let counts = self.counts(lengths, "Q", q.layout())?;
-        let attended = self.record_attend(&mut recording, attention, q, &self.rows, &self.sequences, &counts, None)?;
-        recording.submit().await?;
-        Ok(attended)
+        let record =
+            |to: &mut Recording| self.record_attend(to, attention, q, &self.rows, &self.sequences, &counts, None);
+        Recording::for_step(&self.device).submit(record).await
     }
 
     /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens. Causal unless
@@ -371,9 +371,9 @@ impl KvCache {
         v: &Tensor,
         lengths: Option<&[usize]>,
     ) -> Result<Attended> {
-        let mut recording = Recording::for_step(&self.device);
-        let (appended, attended) = self.record_step(&mut recording, attention, [q, k, v], lengths, None)?;
-        recording.submit().await?;
+        let recording = Recording::for_step(&self.device);
+        let step = recording.submit(|to| self.record_step(to, attention, [q, k, v], lengths, None));
+        let (appended, attended) = step.await?;
         drop(self.commit(appended));
         Ok(attended)
     }
@@ -395,10 +395,9 @@ impl KvCache {
         lengths: Option<&[usize]>,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let mut recording = Recording::for_encoder(gpu);
-        common_device_is(recording.device(), self.device.clone())?;
-        let (appended, attended) = self.record_step(&mut recording, attention, [q, k, v], lengths, output)?;
-        recording.encode(encoder)?;
+        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let record = |to: &mut Recording| self.record_step(to, attention, [q, k, v], lengths, output);
+        let (appended, attended) = recording.encode(encoder, record)?;
         if let Some(old) = self.commit(appended) {
             // The encoder reads them once more: nobody may get their buffers before that.
             let token = Arc::new(());
@@ -457,12 +456,12 @@ impl KvCache {
                 "a circular write around the end of a cache with rotary positions: row 0 has one position already"
             ));
         }
-        let mut recording = Recording::for_step(&self.device);
-        let k = self.turned(&mut recording, &k, starts, &vec![count; starts.len()])?;
-        for (source, rows) in [k, v].iter().zip(&mut self.rows) {
-            recording.scatter(source, rows, &places)?;
-        }
-        recording.submit().await?;
+        let recording = Recording::for_step(&self.device);
+        let record = |to: &mut Recording| {
+            let k = self.turned(to, &k, starts, &vec![count; starts.len()])?;
+            [&k, &v].into_iter().zip(&mut self.rows).try_for_each(|(source, rows)| to.scatter(source, rows, &places))
+        };
+        recording.submit(record).await?;
         (self.sequences, self.is_ring) = (sequences, is_ring);
         Ok(())
     }
@@ -506,7 +505,7 @@ impl KvCache {
 
     /// K and V with four axes that fit the cache.
     fn operands(&self, k: &Tensor, v: &Tensor) -> Result<[Tensor; 2]> {
-        common_device_is(&self.device, common_device(k, [("V", v)])?)?;
+        self.device.expect_same(&common_device(k, [("V", v)])?)?;
         let KvCacheConfig { batch, heads_kv, dim_k, dim_v, .. } = self.config;
         let four = |name: &str, tensor: &Tensor, dim: usize| -> Result<Tensor> {
             tensor.expect_float(name)?;
@@ -618,7 +617,7 @@ impl KvCache {
         counts: &[usize],
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        if attention.turns() {
+        if attention.rotary.is_some() {
             return Err(value_error!(
                 "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
             ));
@@ -633,7 +632,7 @@ impl KvCache {
         let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len).collect();
         let firsts: Vec<usize> = sequences.iter().map(|sequence| sequence.first).collect();
         let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
-        common_device_is(&self.device, attention.device(q, &k, &v)?)?;
+        self.device.expect_same(&attention.device(q, &k, &v)?)?;
         let held = Held {
             lengths: &lengths,
             firsts: &firsts,
@@ -651,7 +650,7 @@ impl KvCache {
 
     /// An error unless the last `counts[b]` positions are held, with the window before each.
     fn expect_places(&self, attention: &Attention, sequences: &[Sequence], counts: &[usize]) -> Result<()> {
-        let window = attention.window_left().into_iter().chain(self.config.window).min();
+        let window = attention.positions.window_left.into_iter().chain(self.config.window).min();
         for (b, (&count, sequence)) in counts.iter().zip(sequences).enumerate() {
             let Sequence { first, len } = *sequence;
             // Only a window ever drops keys.

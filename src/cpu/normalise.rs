@@ -13,8 +13,7 @@ pub(crate) fn normalise(
 ) -> Vec<f32> {
     let &[_, b_len, c_len, dim] = x.layout.shape() else { unreachable!("four axes") };
     let step = x.layout.strides()[3];
-    let vector = |view: View<'_>| -> Vec<f32> { view.layout.positions().map(|at| view.data[at]).collect() };
-    let (weight, bias) = (vector(weight), bias.map_or(vec![0.0; dim], vector));
+    let (weight, bias) = (weight.values(), bias.map_or(vec![0.0; dim], |bias| bias.values()));
     let mut y = vec![0.0; x.layout.len()];
     y.par_chunks_mut(dim.max(1)).enumerate().for_each(|(n, y)| {
         let start = x.layout.at(&[n / c_len / b_len, n / c_len % b_len, n % c_len, 0]);

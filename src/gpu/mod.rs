@@ -16,7 +16,7 @@ pub use adapters::{AdapterSummary, GpuOptions};
 pub(crate) use buffers::{GpuBuffer, Purpose};
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use export::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
-pub(crate) use run::Recording;
+pub(crate) use run::Steps;
 pub use run::{EncodeSlices, Profile, Traced};
 
 use std::borrow::Cow;

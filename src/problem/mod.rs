@@ -4,9 +4,12 @@
 
 mod dtype;
 mod layout;
+mod wanted;
 
 pub use dtype::{Dtype, Element};
 pub use layout::{Layout, checked_len};
+pub use wanted::Weights;
+pub(crate) use wanted::{Chosen, Wanted};
 
 use crate::error::{Result, shape_error, value_error};
 

@@ -4,14 +4,15 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
-use crate::attention::{Attention, Distance, Mask, Operands};
+use crate::attention::Attention;
+use crate::call::{Mask, Operands};
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::gpu::Gpu;
 use crate::kernels::Method;
-use crate::position::Rotary;
-use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows};
-use crate::record::Recording;
+use crate::lower::Recording;
+use crate::position::{Distance, Rotary};
+use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, Rows};
 use crate::reference::{self, View};
 use crate::tensor::Tensor;
 
@@ -72,11 +73,11 @@ impl Case {
         let sink = sink.transpose()?;
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
-        let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v, true)?;
+        let (problem, laid) = attention.operands(&mut Recording::new(&device), q, k, v)?;
         let [mut q_layout, mut k_layout] = [&laid.q, &laid.k].map(|x| x.layout().clone());
         let from_distance = from_distance(&attention, &problem, View { data: &values[0], layout: &q_layout })?;
         let distance_layout = Layout::contiguous(&square)?;
-        if let Some(rotary) = attention.rotary_table() {
+        if let Some((rotary, _)) = &attention.rotary {
             let first = usize::try_from(problem.band(0).offset).expect("rotary positions begin at 0");
             for (x, layout, first) in [(0, &mut q_layout, first), (1, &mut k_layout, 0)] {
                 values[x] = rotated(rotary, View { data: &values[x], layout }, first)?;
@@ -125,6 +126,30 @@ impl Case {
     }
 }
 
+impl Attention {
+    /// The softcap and positional rules for one batch entry of `[len_q, len_k]` and the first `heads` heads, without masks
+    /// and biases.
+    fn rules_alone(&self, [len_q, len_k]: [usize; 2], heads: usize) -> Result<Attention> {
+        // Rows whose positions are listed are rotated by a kernel of their own.
+        let rotary = self.rotary.clone().filter(|(_, given)| given.is_none());
+        let key_length = self.positions.key_lengths.is_some().then(|| len_k.max(2) - 1);
+        // Rotary positions begin at 0, so that not more queries than keys can end where the keys do.
+        let top_left =
+            self.positions.align == Align::TopLeft || rotary.is_some() && len_q > key_length.unwrap_or(len_k);
+        let positions = Positions {
+            align: if top_left { Align::TopLeft } else { Align::BottomRight },
+            key_lengths: key_length.map(|len| vec![len]),
+            ..self.positions.clone()
+        };
+        let distance = match &self.distance {
+            Some(Distance::Alibi(slopes)) => Some(Distance::Alibi(slopes.narrow(0, 0, heads)?)),
+            Some(Distance::T5(table, buckets)) => Some(Distance::T5(table.narrow(1, 0, heads)?, *buckets)),
+            other => other.clone(),
+        };
+        Ok(Attention { softcap: self.softcap, scale: self.scale, positions, distance, rotary, ..Default::default() })
+    }
+}
+
 /// An error unless each value is met within `tolerance` of the largest, and what is not finite exactly.
 fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result<()> {
     let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f64, |most, x| most.max(x.abs())).max(1e-30);
@@ -155,7 +180,7 @@ fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
 /// X rotated by its positions, which begin at `first`.
 fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
     let rotation = rotary.rotation();
-    let angles = in_f64(rotation.table)?;
+    let angles = in_f64(&rotation.table)?;
     let width = rotation.table.shape()[1];
     let all = Layout::contiguous(rotation.table.shape())?;
     let [cos, sin] = [all.narrow(1, 0, rotation.pairs)?, all.narrow(1, width / 2, rotation.pairs)?];
@@ -168,7 +193,7 @@ fn from_distance(attention: &Attention, problem: &Problem, q: View<'_>) -> Resul
     let Problem { heads_q, len_q, len_k, .. } = *problem;
     let offset = i64::from(problem.band(0).offset);
     let scale = f64::from(problem.scale);
-    let added: Box<dyn Fn(usize, usize, i64) -> Result<f64>> = match attention.distance() {
+    let added: Box<dyn Fn(usize, usize, i64) -> Result<f64>> = match &attention.distance {
         None => return Ok(None),
         Some(Distance::Alibi(slopes)) => {
             let slopes = in_f64(slopes)?;
