@@ -8,11 +8,11 @@ use self::rules::Held;
 use crate::attention::Attention;
 use crate::call::Attended;
 use crate::device::Device;
-use crate::error::{Error, Result, shape_error, value_error};
+use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::position::{Rotary, TokenPositions};
-use crate::problem::{Dtype, Layout, MAX_LEN, Place, as_four_axes, checked_len};
+use crate::problem::{Dtype, Layout, MAX_LEN, Place, checked_len, expect_per_batch};
 use crate::tensor::{Tensor, common_device};
 
 /// The shape of a [`KvCache`].
@@ -221,7 +221,7 @@ impl KvCache {
     /// X, of which the first `counts[b]` tokens stand from `starts[b]` on, turned where a rotary is given.
     fn turned(&self, recording: &mut Recording, x: &Tensor, starts: &[usize], counts: &[usize]) -> Result<Tensor> {
         let Some(rotary) = &self.rotary else { return Ok(x.clone()) };
-        let len = as_four_axes("x", x.layout())?.shape()[2];
+        let len = x.as_four_axes("x")?.shape()[2];
         // What lies behind the tokens that count stands where the last of them does.
         let places = |(&start, &count): (&usize, &usize)| {
             let last = (start + count).saturating_sub(1);
@@ -246,7 +246,7 @@ impl KvCache {
     /// As [`KvCache::rollback`], a number of tokens per batch entry; all of them or, on an error, none.
     pub fn rollback_lengths(&mut self, tokens: &[usize]) -> Result<()> {
         self.expect_order("a rollback")?;
-        self.expect_per_batch("the list of tokens to take back", tokens.len())?;
+        expect_per_batch("the list of tokens to take back", tokens.len(), self.config.batch)?;
         for (b, (&tokens, sequence)) in tokens.iter().zip(&self.sequences).enumerate() {
             let Sequence { first, len } = *sequence;
             let needed = if first == 0 { 0 } else { self.config.window.unwrap_or(0) };
@@ -336,7 +336,7 @@ impl KvCache {
 
     /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
-        let counts = self.counts(lengths, "Q", q.layout())?;
+        let counts = self.counts(lengths, "Q", q)?;
         let record =
             |to: &mut Recording| self.record_attend(to, attention, q, &self.rows, &self.sequences, &counts, None);
         Recording::for_step(&self.device).submit(record).await
@@ -427,7 +427,7 @@ impl KvCache {
             ));
         }
         let [k, v] = self.operands(k, v)?;
-        self.expect_per_batch("the list of first rows", starts.len())?;
+        expect_per_batch("the list of first rows", starts.len(), self.config.batch)?;
         let count = k.shape()[2];
         let mut places = Vec::with_capacity(starts.len());
         let mut sequences = self.sequences.clone();
@@ -483,20 +483,11 @@ impl KvCache {
         }
     }
 
-    fn expect_per_batch(&self, what: &str, len: usize) -> Result<()> {
-        match self.config.batch {
-            batch if batch == len => Ok(()),
-            batch => {
-                Err(shape_error!("{what} has {len} entries for a batch of {batch}; one per batch entry is needed"))
-            }
-        }
-    }
-
     /// Tokens per batch entry of an operand `[.., n, dim]`.
-    fn counts(&self, lengths: Option<&[usize]>, name: &str, operand: &Layout) -> Result<Vec<usize>> {
-        let n = as_four_axes(name, operand)?.shape()[2];
+    fn counts(&self, lengths: Option<&[usize]>, name: &str, operand: &Tensor) -> Result<Vec<usize>> {
+        let n = operand.as_four_axes(name)?.shape()[2];
         let Some(lengths) = lengths else { return Ok(vec![n; self.config.batch]) };
-        self.expect_per_batch("the list of lengths", lengths.len())?;
+        expect_per_batch("the list of lengths", lengths.len(), self.config.batch)?;
         match lengths.iter().enumerate().find(|&(_, &len)| len > n) {
             Some((b, len)) => Err(shape_error!("lengths[{b}] = {len} is more than the {n} tokens of {name}")),
             None => Ok(lengths.to_vec()),
@@ -509,7 +500,7 @@ impl KvCache {
         let KvCacheConfig { batch, heads_kv, dim_k, dim_v, .. } = self.config;
         let four = |name: &str, tensor: &Tensor, dim: usize| -> Result<Tensor> {
             tensor.expect_float(name)?;
-            let four = tensor.with_layout(as_four_axes(name, tensor.layout())?);
+            let four = tensor.as_four_axes(name)?;
             match *four.shape() {
                 [b, h, _, d] if [b, h, d] == [batch, heads_kv, dim] => Ok(four),
                 _ => Err(shape_error!(
@@ -535,7 +526,7 @@ impl KvCache {
     ) -> Result<Appended> {
         self.expect_order("an append")?;
         let [k, v] = self.operands(k, v)?;
-        let counts = self.counts(lengths, "K", k.layout())?;
+        let counts = self.counts(lengths, "K", &k)?;
         let operands = [self.turned(recording, &k, &self.positions(), &counts)?, v];
         let capacity = self.config.capacity;
         let mut sequences = self.sequences.clone();
@@ -590,8 +581,7 @@ impl KvCache {
         lengths: Option<&[usize]>,
         output: Option<&Tensor>,
     ) -> Result<(Appended, Attended)> {
-        let len = |name: &str, tensor: &Tensor| Ok::<_, Error>(as_four_axes(name, tensor.layout())?.shape()[2]);
-        if len("Q", q)? != len("K", k)? {
+        if q.as_four_axes("Q")?.shape()[2] != k.as_four_axes("K")?.shape()[2] {
             return Err(shape_error!(
                 "Q {:?} and K {:?} of a step have different lengths; append and attend take them apart",
                 q.shape(),
@@ -629,17 +619,9 @@ impl KvCache {
         if needs_places && !says_places || self.rotary.is_some() {
             self.expect_places(attention, sequences, counts)?;
         }
-        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len).collect();
-        let firsts: Vec<usize> = sequences.iter().map(|sequence| sequence.first).collect();
         let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
         self.device.expect_same(&attention.device(q, &k, &v)?)?;
-        let held = Held {
-            lengths: &lengths,
-            firsts: &firsts,
-            counts,
-            window: self.config.window,
-            turns: self.rotary.is_some(),
-        };
+        let held = Held { sequences, counts, window: self.config.window, turns: self.rotary.is_some() };
         let attention = attention.behind(&held)?;
         // Only a cache that turns needs them, and has checked them.
         let starts: Vec<usize> =

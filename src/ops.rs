@@ -1,9 +1,9 @@
 //! Operations by themselves, for calls and layers of the caller's own.
 
 use crate::call::Attended;
-use crate::error::{Error, Result, shape_error, value_error};
+use crate::error::{Result, shape_error, value_error};
 use crate::lower::Recording;
-use crate::problem::{as_four_axes, checked_len};
+use crate::problem::checked_len;
 use crate::tensor::{Tensor, common_device};
 
 /// Joins attention over two disjoint sets of keys by the log-sum-exps of both (Dao et al. 2023,
@@ -34,8 +34,7 @@ pub async fn merge_async(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: 
             out_b.shape()
         ));
     }
-    let four = |name: &str, tensor: &Tensor| Ok::<_, Error>(tensor.with_layout(as_four_axes(name, tensor.layout())?));
-    let outputs = [four("output a", out_a)?, four("output b", out_b)?];
+    let outputs = [out_a.as_four_axes("output a")?, out_b.as_four_axes("output b")?];
     let lse = |name: &str, tensor: &Tensor| -> Result<Tensor> {
         let rows = &out_a.shape()[..out_a.shape().len() - 1];
         if tensor.shape() != rows {
@@ -45,7 +44,7 @@ pub async fn merge_async(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: 
                 out_a.shape()
             ));
         }
-        four(name, &tensor.unsqueeze(rows.len())?)?.select(3, 0)
+        tensor.unsqueeze(rows.len())?.as_four_axes(name)?.select(3, 0)
     };
     let lses = [lse("LSE a", lse_a)?, lse("LSE b", lse_b)?];
     let merged = Recording::new(&device).submit(|to| to.merge(outputs.each_ref(), lses.each_ref()));

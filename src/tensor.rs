@@ -7,7 +7,7 @@ use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::{Gpu, GpuBuffer, Purpose};
 use crate::kernels::Operand;
 use crate::kernels::plan::{check_buffer, padded_bytes};
-use crate::problem::{Dtype, Element, Layout, checked_len};
+use crate::problem::{Dtype, Element, Layout, as_four_axes, checked_len};
 
 /// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
 ///
@@ -269,6 +269,11 @@ impl Tensor {
             #[cfg(feature = "cpu")]
             _ => false,
         }
+    }
+
+    /// As `[batch, heads, len, dim]`: see [`as_four_axes`].
+    pub(crate) fn as_four_axes(&self, name: &str) -> Result<Tensor> {
+        Ok(self.with_layout(as_four_axes(name, &self.layout)?))
     }
 
     /// The shape of a tensor that is known to have four axes.

@@ -5,7 +5,7 @@ use crate::call::{Attended, Mask, Operands};
 use crate::error::{Result, shape_error, value_error};
 use crate::kernels::Method;
 use crate::lower::Recording;
-use crate::problem::{Positions, Problem, Wanted, Weights, as_four_axes};
+use crate::problem::{Positions, Problem, Wanted, Weights, expect_per_batch};
 use crate::tensor::Tensor;
 
 impl Attention {
@@ -19,8 +19,7 @@ impl Attention {
         output: Option<&Tensor>,
     ) -> Result<Attended> {
         let (problem, operands) = self.operands(recording, q, k, v)?;
-        let output =
-            output.map(|output| Ok(output.with_layout(as_four_axes("output", output.layout())?))).transpose()?;
+        let output = output.map(|output| output.as_four_axes("output")).transpose()?;
         let wanted = Wanted { lse: self.lse, weights: self.weights, scores: self.scores };
         if self.empty_rows == EmptyRows::MeanOfValues {
             self.expect_mean_alone(output.as_ref())?;
@@ -59,10 +58,7 @@ impl Attention {
         for (name, tensor) in [("Q", q), ("K", k), ("V", v)] {
             tensor.expect_float(name)?;
         }
-        let four = |name: &str, tensor: &Tensor| -> Result<Tensor> {
-            Ok(tensor.with_layout(as_four_axes(name, tensor.layout())?))
-        };
-        let (q4, k4, v4) = (four("Q", q)?, four("K", k)?, four("V", v)?);
+        let (q4, k4, v4) = (q.as_four_axes("Q")?, k.as_four_axes("K")?, v.as_four_axes("V")?);
         let problem = Problem::new(
             q4.shape(),
             k4.shape(),
@@ -118,12 +114,7 @@ impl Attention {
     fn query_mask(&self, recording: &Recording, problem: &Problem) -> Result<Option<Mask>> {
         let Some(lengths) = &self.query_lengths else { return Ok(None) };
         let Problem { batch, len_q, extra_keys, .. } = *problem;
-        if lengths.len() != batch {
-            return Err(shape_error!(
-                "query_lengths has {} entries for a batch of {batch}; one per batch entry is needed",
-                lengths.len()
-            ));
-        }
+        expect_per_batch("query_lengths", lengths.len(), batch)?;
         if let Some((b, len)) = lengths.iter().enumerate().find(|&(_, &len)| len > len_q) {
             return Err(shape_error!("query_lengths[{b}] = {len} is more than len_q = {len_q}"));
         }

@@ -1,15 +1,13 @@
 //! What the rules of an attention mean over a cache.
 
+use super::Sequence;
 use crate::attention::Attention;
-use crate::error::{Result, shape_error, value_error};
-use crate::problem::{Align, Positions};
+use crate::error::{Result, value_error};
+use crate::problem::{Align, Positions, expect_per_batch};
 
 /// What a cache holds while queries attend to it: one entry per sequence.
 pub(super) struct Held<'a> {
-    /// Keys held.
-    pub lengths: &'a [usize],
-    /// The positions of the first of them.
-    pub firsts: &'a [usize],
+    pub sequences: &'a [Sequence],
     /// Queries, the last positions.
     pub counts: &'a [usize],
     /// Keys before its own that a query of the cache sees.
@@ -51,24 +49,20 @@ impl Attention {
     }
     /// Where the first query of each sequence stands among the keys held.
     fn cache_offsets(&self, held: &Held<'_>) -> Result<Vec<i64>> {
-        let ends: Vec<i64> =
-            held.lengths.iter().zip(held.counts).map(|(&len, &count)| len as i64 - count as i64).collect();
+        let end = |(at, &count): (&Sequence, &usize)| at.len as i64 - count as i64;
+        let ends: Vec<i64> = held.sequences.iter().zip(held.counts).map(end).collect();
         let given = match &self.positions.align {
             _ if !self.says_align => return Ok(ends),
             Align::BottomRight => return Ok(ends),
             Align::TopLeft => vec![0; ends.len()],
             Align::Offset(offset) => vec![*offset; ends.len()],
-            Align::PerBatch(offsets) if offsets.len() == ends.len() => offsets.clone(),
             Align::PerBatch(offsets) => {
-                return Err(shape_error!(
-                    "the list of offsets has {} entries for a batch of {}; one per batch entry is needed",
-                    offsets.len(),
-                    ends.len()
-                ));
+                expect_per_batch("the list of offsets", offsets.len(), ends.len())?;
+                offsets.clone()
             }
         };
         for (b, (offset, end)) in given.iter().zip(&ends).enumerate().filter(|(_, (offset, end))| offset != end) {
-            let why = match held.firsts[b] {
+            let why = match held.sequences[b].first {
                 _ if held.turns => "by which the cache's rotary turns it".to_string(),
                 0 => continue,
                 first => format!("counted from position {first} on, since the window dropped the keys before"),
@@ -82,26 +76,21 @@ impl Attention {
     }
     /// The keys that count of each sequence: those held, or as many of them as the caller says.
     fn cache_lengths(&self, held: &Held<'_>) -> Result<Vec<usize>> {
-        let Some(given) = &self.positions.key_lengths else { return Ok(held.lengths.to_vec()) };
-        if given.len() != held.lengths.len() {
-            return Err(shape_error!(
-                "key_lengths has {} entries for a batch of {}; one per batch entry is needed",
-                given.len(),
-                held.lengths.len()
-            ));
-        }
-        for (b, (&given, &len)) in given.iter().zip(held.lengths).enumerate() {
+        let Some(given) = &self.positions.key_lengths else {
+            return Ok(held.sequences.iter().map(|sequence| sequence.len).collect());
+        };
+        expect_per_batch("key_lengths", given.len(), held.sequences.len())?;
+        for (b, (&given, &Sequence { first, len })) in given.iter().zip(held.sequences).enumerate() {
             if given > len {
                 return Err(value_error!(
                     "key_lengths[{b}] = {given} is more than the {len} keys that batch entry {b} of the cache holds; the \
                      cache counts them itself: leave key_lengths out"
                 ));
             }
-            if given < len && held.firsts[b] > 0 {
+            if given < len && first > 0 {
                 return Err(value_error!(
-                    "key_lengths[{b}] = {given} counts from the first key of a sequence, but the window dropped {} keys of \
-                     batch entry {b}; leave key_lengths out",
-                    held.firsts[b]
+                    "key_lengths[{b}] = {given} counts from the first key of a sequence, but the window dropped {first} \
+                     keys of batch entry {b}; leave key_lengths out"
                 ));
             }
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{AllocationCounts, Gpu, lock};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::plan::check_buffer;
 
 /// Bytes of idle buffers that are kept for the next call.
@@ -157,18 +157,8 @@ impl std::fmt::Debug for GpuBuffer {
 impl Gpu {
     pub(crate) fn allocate(&self, what: &str, bytes: u64, purpose: Purpose) -> Result<GpuBuffer> {
         self.check()?;
-        let limit = self.0.capabilities.max_buffer;
-        if bytes > limit {
-            return Err(Error::TooLarge {
-                what: what.into(),
-                needed: bytes,
-                limit_name: "the largest buffer",
-                limit,
-                adapter: self.0.info.name.clone(),
-                way_out: "",
-            });
-        }
-        let size = size_class(bytes, limit);
+        check_buffer(&self.0.capabilities, what, bytes)?;
+        let size = size_class(bytes, self.0.capabilities.max_buffer);
         let buffer = match self.0.pool.take(purpose, size) {
             Some(buffer) => buffer,
             None => {

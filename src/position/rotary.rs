@@ -7,7 +7,7 @@ use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::memory::check_floats;
-use crate::problem::{Problem, Rows, as_four_axes, checked_len};
+use crate::problem::{Problem, Rows, checked_len};
 use crate::state_dict::HostTensor;
 use crate::tensor::{Tensor, common_device};
 
@@ -169,11 +169,13 @@ impl RotaryConfig {
             true => Ok(()),
             false => Err(value_error!("{name} = {value} must be positive and finite")),
         };
+        let all_positive = |values: &[(&str, Option<f64>)]| {
+            values.iter().try_for_each(|&(name, value)| value.map_or(Ok(()), |value| positive(name, value)))
+        };
         let trained = |len: usize, least: usize| match len >= least {
             true => Ok(()),
             false => Err(value_error!("original_len = {len} must be at least {least}")),
         };
-        let optional = |name: &str, value: Option<f64>| value.map_or(Ok(()), |value| positive(name, value));
         positive("base", base)?;
         match &self.scaling {
             RotaryScaling::None => Ok(()),
@@ -183,35 +185,31 @@ impl RotaryConfig {
                 trained(*original_len, 1)
             }
             RotaryScaling::Yarn(yarn) => {
-                for (name, value) in
-                    [("factor", yarn.factor), ("beta_fast", yarn.beta_fast), ("beta_slow", yarn.beta_slow)]
-                {
-                    positive(name, value)?;
-                }
-                optional("attention_factor", yarn.attention_factor)?;
-                optional("mscale", yarn.mscale)?;
-                optional("mscale_all_dim", yarn.mscale_all_dim)?;
+                all_positive(&[
+                    ("factor", Some(yarn.factor)),
+                    ("beta_fast", Some(yarn.beta_fast)),
+                    ("beta_slow", Some(yarn.beta_slow)),
+                    ("attention_factor", yarn.attention_factor),
+                    ("mscale", yarn.mscale),
+                    ("mscale_all_dim", yarn.mscale_all_dim),
+                ])?;
                 trained(yarn.original_len, 1)?;
                 match base > 1.0 {
                     true => Ok(()),
                     false => Err(value_error!("base = {base} must be more than 1 for YaRN")),
                 }
             }
-            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
-                positive("factor", *factor)?;
-                positive("low_freq_factor", *low_freq_factor)?;
-                positive("high_freq_factor", *high_freq_factor)?;
+            RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_len } => {
+                let factors = [("factor", factor), ("low_freq_factor", low), ("high_freq_factor", high)];
+                all_positive(&factors.map(|(name, value)| (name, Some(*value))))?;
                 trained(*original_len, 1)?;
-                match high_freq_factor > low_freq_factor {
+                match high > low {
                     true => Ok(()),
-                    false => Err(value_error!(
-                        "high_freq_factor = {high_freq_factor} must be more than low_freq_factor = {low_freq_factor}"
-                    )),
+                    false => Err(value_error!("high_freq_factor = {high} must be more than low_freq_factor = {low}")),
                 }
             }
             RotaryScaling::LongRope(long) => {
-                positive("factor", long.factor)?;
-                optional("attention_factor", long.attention_factor)?;
+                all_positive(&[("factor", Some(long.factor)), ("attention_factor", long.attention_factor)])?;
                 trained(long.original_len, 2)?;
                 for (name, factors) in [("short_factor", &long.short_factor), ("long_factor", &long.long_factor)] {
                     if factors.len() != dim / 2 {
@@ -491,7 +489,7 @@ impl Rotary {
 
     pub(crate) fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         x.expect_float("x")?;
-        let four = x.with_layout(as_four_axes("x", x.layout())?);
+        let four = x.as_four_axes("x")?;
         let [batch, _, len, dim] = four.four_axes();
         self.check_width("x", x.shape(), dim)?;
         let rows = positions.rows(batch, len, self.positions())?;

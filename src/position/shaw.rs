@@ -4,7 +4,7 @@ use super::relative::{Distances, check};
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
 use crate::lower::Recording;
-use crate::problem::{MAX_LEN, as_four_axes, checked_len};
+use crate::problem::{MAX_LEN, checked_len};
 use crate::tensor::{Tensor, common_device};
 
 /// A learned key per clipped distance, `[left + right + 1, dim]`, shared by all heads.
@@ -120,7 +120,7 @@ impl RelativeKeys {
         scale: Option<f32>,
     ) -> Result<Tensor> {
         q.expect_float("Q")?;
-        let four = q.with_layout(as_four_axes("Q", q.layout())?);
+        let four = q.as_four_axes("Q")?;
         let [batch, heads, len_q, dim] = four.four_axes();
         let shape = [batch, heads, len_q, len_k];
         check(&q.device(), shape, offset)?;

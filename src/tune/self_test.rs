@@ -44,10 +44,9 @@ impl Case {
         let mut values = Vec::with_capacity(3);
         let mut tensors = Vec::with_capacity(3);
         for (shape, like) in shapes.iter().zip([&operands.q, &operands.k, &operands.v]) {
-            let count = shape.iter().product();
-            let data: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
-            tensors.push(upload(&device, shape, &data, like)?);
-            values.push(data.into_iter().map(f64::from).collect::<Vec<f64>>());
+            let (tensor, data) = random(&mut rng, &device, shape, 4.0, like)?;
+            tensors.push(tensor);
+            values.push(data);
         }
         let square = [1, heads_q, len_q, len_k];
         let count: usize = square.iter().product();
@@ -61,16 +60,16 @@ impl Case {
         }
         let mut biases = Vec::new();
         for like in &operands.biases {
-            let bias: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 2.0 - 1.0)).collect();
-            attention = attention.bias(upload(&device, &square, &bias, like)?);
-            biases.push(bias.into_iter().map(f64::from).collect::<Vec<f64>>());
+            let (bias, data) = random(&mut rng, &device, &square, 2.0, like)?;
+            attention = attention.bias(bias);
+            biases.push(data);
         }
-        let sink = operands.sink.as_ref().map(|like| -> Result<Vec<f64>> {
-            let sink: Vec<f32> = (0..heads_q).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
-            attention = attention.clone().sink(upload(&device, &[heads_q], &sink, like)?);
-            Ok(sink.into_iter().map(f64::from).collect())
-        });
-        let sink = sink.transpose()?;
+        let mut sink = None;
+        if let Some(like) = &operands.sink {
+            let (tensor, data) = random(&mut rng, &device, &[heads_q], 4.0, like)?;
+            attention = attention.sink(tensor);
+            sink = Some(data);
+        }
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
         let (problem, laid) = attention.operands(&mut Recording::new(&device), q, k, v)?;
@@ -164,13 +163,17 @@ fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result
     Ok(())
 }
 
-/// Values that `like`'s types hold exactly, held as `like` is.
-fn upload(device: &Device, shape: &[usize], data: &[f32], like: &Tensor) -> Result<Tensor> {
-    match like.stored() {
+/// Values over a range of `span` around 0 that `like`'s types hold exactly, held as `like` is.
+fn random(rng: &mut Pcg64, device: &Device, shape: &[usize], span: f32, like: &Tensor) -> Result<(Tensor, Vec<f64>)> {
+    let count = shape.iter().product();
+    let value = |_| like.stored().round(rng.random::<f32>() * span - span / 2.0);
+    let data: Vec<f32> = (0..count).map(value).collect();
+    let tensor = match like.stored() {
         Dtype::F16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
         Dtype::BF16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
-        Dtype::F32 | Dtype::Bool => Tensor::from_slice(device, shape, data)?.with_dtype(like.dtype()),
-    }
+        Dtype::F32 | Dtype::Bool => Tensor::from_slice(device, shape, &data)?.with_dtype(like.dtype()),
+    };
+    Ok((tensor?, data.into_iter().map(f64::from).collect()))
 }
 
 fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
