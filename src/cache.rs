@@ -81,8 +81,9 @@ impl KvCacheConfig {
         Layout::contiguous(&[self.batch, self.heads_kv, self.capacity, dim.next_multiple_of(4)])
     }
 
-    fn allocate(&self, device: &Device, which: usize) -> Result<Tensor> {
-        Tensor::blank(device, ["the key cache", "the value cache"][which], self.rows(which)?, self.dtype)
+    fn allocate(&self, device: &Device) -> Result<[Tensor; 2]> {
+        let one = |what: &str, which: usize| Tensor::blank(device, what, self.rows(which)?, self.dtype);
+        Ok([one("the key cache", 0)?, one("the value cache", 1)?])
     }
 }
 
@@ -149,6 +150,7 @@ struct Appended {
     sequences: Vec<Sequence>,
     /// Other buffers, where old keys were dropped.
     moved: Option<[Tensor; 2]>,
+    /// How many of each sequence's last tokens are new.
     counts: Vec<usize>,
 }
 
@@ -158,7 +160,7 @@ impl KvCache {
         let device = device.into();
         config.check()?;
         Ok(KvCache {
-            rows: [config.allocate(&device, 0)?, config.allocate(&device, 1)?],
+            rows: config.allocate(&device)?,
             sequences: vec![Sequence::default(); config.batch],
             config,
             device,
@@ -337,9 +339,9 @@ impl KvCache {
     /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
         let counts = self.counts(lengths, "Q", q)?;
-        let record =
-            |to: &mut Recording| self.record_attend(to, attention, q, &self.rows, &self.sequences, &counts, None);
-        Recording::for_step(&self.device).submit(record).await
+        let held = Appended { sequences: self.sequences.clone(), moved: None, counts };
+        let recording = Recording::for_step(&self.device);
+        recording.submit(|to| self.record_attend(to, attention, q, &held, None)).await
     }
 
     /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens. Causal unless
@@ -556,7 +558,7 @@ impl KvCache {
         let mut moved = None;
         if kept.iter().any(|place| place.from > 0) {
             // Into other buffers: within one, the ranges may overlap, and a call that fails must change nothing.
-            let mut other = [self.config.allocate(&self.device, 0)?, self.config.allocate(&self.device, 1)?];
+            let mut other = self.config.allocate(&self.device)?;
             for (from, to) in self.rows.iter().zip(&mut other) {
                 recording.scatter(from, to, &kept)?;
             }
@@ -589,24 +591,20 @@ impl KvCache {
             ));
         }
         let appended = self.record_append(recording, k, v, lengths)?;
-        let Appended { sequences, moved, counts } = &appended;
-        let rows = moved.as_ref().unwrap_or(&self.rows);
-        let attended = self.record_attend(recording, attention, q, rows, sequences, counts, output)?;
+        let attended = self.record_attend(recording, attention, q, &appended, output)?;
         Ok((appended, attended))
     }
 
     /// Queries of which the first `counts[b]` are the last positions of each sequence.
-    #[allow(clippy::too_many_arguments, reason = "the state before or after an append")]
     fn record_attend(
         &self,
         recording: &mut Recording,
         attention: &Attention,
         q: &Tensor,
-        rows: &[Tensor; 2],
-        sequences: &[Sequence],
-        counts: &[usize],
+        held: &Appended,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
+        let Appended { sequences, moved, counts } = held;
         if attention.rotary.is_some() {
             return Err(value_error!(
                 "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
@@ -619,7 +617,8 @@ impl KvCache {
         if needs_places && !says_places || self.rotary.is_some() {
             self.expect_places(attention, sequences, counts)?;
         }
-        let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
+        let [k, v] = moved.as_ref().unwrap_or(&self.rows);
+        let (k, v) = (view(k, sequences, self.config.dim_k)?, view(v, sequences, self.config.dim_v)?);
         self.device.expect_same(&attention.device(q, &k, &v)?)?;
         let held = Held { sequences, counts, window: self.config.window, turns: self.rotary.is_some() };
         let attention = attention.behind(&held)?;

@@ -3,27 +3,19 @@
 
 mod attention;
 mod exp;
-mod gate;
 mod inspect;
-mod merge;
-mod normalise;
-mod position;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
-mod scatter;
+mod rows;
 mod softmax;
 
 pub(crate) use attention::attention;
-pub(crate) use gate::gate;
 pub(crate) use inspect::inspect;
-pub(crate) use merge::merge;
-pub(crate) use normalise::normalise;
-pub(crate) use position::{add_positions, relative, rotate};
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;
-pub(crate) use scatter::scatter;
+pub(crate) use rows::{add_positions, gate, merge, normalise, relative, rotate, scatter};
 pub(crate) use softmax::softmax;
 
 use std::borrow::Cow;

@@ -170,7 +170,7 @@ impl Gpu {
             lost: Arc::default(),
             fault: Arc::default(),
         }));
-        #[cfg(not(target_arch = "wasm32"))]
+        #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
         gpu.load_tuning();
         gpu
     }

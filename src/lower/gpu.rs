@@ -41,7 +41,7 @@ impl<'a> Rules<'a> {
 
 impl Steps {
     /// A new tensor of f32 that is rounded to `dtype` on download.
-    fn output(&self, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
+    pub(super) fn output(&self, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
         self.output_stored(what, layout, dtype, Dtype::F32)
     }
 
@@ -119,29 +119,6 @@ impl Steps {
         self.made("a row-major copy", Layout::contiguous(x.shape())?, x.dtype(), plan, &[(Slot::Q, x)])
     }
 
-    pub(super) fn project(
-        &mut self,
-        x: &Tensor,
-        w: &Tensor,
-        bias: Option<&Tensor>,
-        extra: &[Option<&Tensor>],
-        layout: Layout,
-    ) -> Result<Tensor> {
-        // Bias 0 is the bias, those behind it are the extra rows.
-        let mut rows = Vec::with_capacity(1 + extra.len());
-        for row in [bias].iter().chain(extra) {
-            rows.push(row.map(|row| self.widened(row)).transpose()?);
-        }
-        let layouts: Vec<_> = rows.iter().map(|row| row.as_ref().map(Tensor::layout)).collect();
-        let operations = 2.0 * x.layout().len() as f64 * w.shape()[0] as f64;
-        let capabilities = self.capabilities_for(operations)?;
-        let plan = plan::project(x.operand(), w.operand(), layouts[0], &layouts[1..], &capabilities)?;
-        drop(capabilities);
-        let mut tensors = vec![(Slot::Q, x), (Slot::K, w)];
-        tensors.extend(rows.iter().enumerate().filter_map(|(n, row)| Some((Slot::Bias(n), row.as_ref()?))));
-        self.made("projection", layout, x.dtype(), plan, &tensors)
-    }
-
     pub(super) fn attention(
         &mut self,
         problem: &Problem,
@@ -217,7 +194,8 @@ impl Steps {
         let mut plan = match make(&planned) {
             // Where the kernel cannot turn them, queries and keys are turned before it runs.
             Err(_) if rotary.is_some() => {
-                let turned = operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))?;
+                let mut turned = operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))?;
+                (turned.biases, turned.sink) = (rules.biases.clone(), sink.clone());
                 return self.attention(problem, &turned, wanted, method, output, asked_for);
             }
             // What was found on one call of the class need not fit every other.
@@ -340,20 +318,5 @@ impl Steps {
         let pairs = (*pairs, *interleaved);
         let plan = plan::rotate(x.operand(), &layout, table.layout(), pairs, rows, self.gpu.capabilities())?;
         self.made("rotated rows", layout, x.dtype(), plan, &[(Slot::Q, x), (Slot::K, table)])
-    }
-
-    pub(super) fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2], layout: Layout) -> Result<[Tensor; 2]> {
-        let dtype = outputs[0].dtype();
-        let outputs = [self.widened(outputs[0])?, self.widened(outputs[1])?];
-        let lses = [self.widened(lses[0])?, self.widened(lses[1])?];
-        let layouts = |tensors: &'_ [Tensor; 2]| tensors.each_ref().map(|tensor| tensor.layout().clone());
-        let (of_outputs, of_lses) = (layouts(&outputs), layouts(&lses));
-        let plan = plan::merge(of_outputs.each_ref(), of_lses.each_ref(), &layout, self.gpu.capabilities())?;
-        let lse = self.output("lse", Layout::contiguous(&layout.shape()[..3])?, Dtype::F32)?;
-        let [a, b] = &outputs;
-        let tensors =
-            [(Slot::Q, a), (Slot::K, b), (Slot::Bias(0), &lses[0]), (Slot::Bias(1), &lses[1]), (Slot::Lse, &lse)];
-        let output = self.made("output", layout, dtype, plan, &tensors)?;
-        Ok([output, lse])
     }
 }

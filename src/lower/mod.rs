@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::gpu::{EncodeSlices, Gpu, Profile, Steps};
 use crate::kernels::{Method, Slot, plan};
-use crate::problem::{Chosen, Layout, Place, Problem, Rows, Wanted};
+use crate::problem::{Chosen, Dtype, Layout, Place, Problem, Rows, Wanted};
 use crate::tensor::Tensor;
 #[cfg(feature = "cpu")]
 use cpu::view;
@@ -64,7 +64,7 @@ impl Recording {
         Ok(match self {
             Recording::Gpu(steps) => steps.number(value, layout),
             #[cfg(feature = "cpu")]
-            Recording::Cpu => Tensor::from_cpu(vec![value], layout, crate::problem::Dtype::F32),
+            Recording::Cpu => Tensor::from_cpu(vec![value], layout, Dtype::F32),
         })
     }
 
@@ -79,7 +79,18 @@ impl Recording {
     ) -> Result<Tensor> {
         let layout = Layout::contiguous(&[x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]])?;
         match self {
-            Recording::Gpu(steps) => steps.project(x, w, bias, extra, layout),
+            Recording::Gpu(steps) => {
+                // Bias 0 is the bias, those behind it are the extra rows.
+                let mut widen = |row: &Option<&Tensor>| row.map(|row| steps.widened(row)).transpose();
+                let rows = [bias].iter().chain(extra).map(&mut widen).collect::<Result<Vec<_>>>()?;
+                let layouts: Vec<_> = rows.iter().map(|row| row.as_ref().map(Tensor::layout)).collect();
+                let capabilities = steps.capabilities_for(2.0 * x.layout().len() as f64 * w.shape()[0] as f64)?;
+                let plan = plan::project(x.operand(), w.operand(), layouts[0], &layouts[1..], &capabilities)?;
+                drop(capabilities);
+                let mut tensors = vec![(Slot::Q, x), (Slot::K, w)];
+                tensors.extend(rows.iter().enumerate().filter_map(|(n, row)| Some((Slot::Bias(n), row.as_ref()?))));
+                steps.made("projection", layout, x.dtype(), plan, &tensors)
+            }
             #[cfg(feature = "cpu")]
             Recording::Cpu => cpu::made("a projection", layout, x.dtype(), |_| {
                 let extra: Vec<_> = extra.iter().map(|row| row.map(view)).collect();
@@ -273,7 +284,17 @@ impl Recording {
     pub fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2]) -> Result<[Tensor; 2]> {
         let layout = in_order_of(outputs[0].layout(), outputs[0].four_axes())?;
         match self {
-            Recording::Gpu(steps) => steps.merge(outputs, lses, layout),
+            Recording::Gpu(steps) => {
+                let dtype = outputs[0].dtype();
+                let [a, b] = [steps.widened(outputs[0])?, steps.widened(outputs[1])?];
+                let [lse_a, lse_b] = [steps.widened(lses[0])?, steps.widened(lses[1])?];
+                let of_lses = [lse_a.layout(), lse_b.layout()];
+                let plan = plan::merge([a.layout(), b.layout()], of_lses, &layout, steps.gpu.capabilities())?;
+                let lse = steps.output("lse", Layout::contiguous(&layout.shape()[..3])?, Dtype::F32)?;
+                let tensors =
+                    [(Slot::Q, &a), (Slot::K, &b), (Slot::Bias(0), &lse_a), (Slot::Bias(1), &lse_b), (Slot::Lse, &lse)];
+                Ok([steps.made("output", layout, dtype, plan, &tensors)?, lse])
+            }
             #[cfg(feature = "cpu")]
             Recording::Cpu => cpu::merge(outputs, lses, layout),
         }
@@ -285,7 +306,7 @@ impl Recording {
             Recording::Gpu(steps) => steps.softmax(x, axis),
             #[cfg(feature = "cpu")]
             Recording::Cpu => {
-                Ok(Tensor::from_cpu(backend::softmax(view(x), axis), Layout::contiguous(x.shape())?, x.dtype()))
+                cpu::made("softmax", Layout::contiguous(x.shape())?, x.dtype(), |_| backend::softmax(view(x), axis))
             }
         }
     }
