@@ -188,7 +188,7 @@ impl Attention {
     ///
     /// It is neither scaled nor capped, and no rule masks it. Weights of a query sum to less than 1; scores before
     /// the softmax and the shape of the weights are as without it. The LSE has it in, so that
-    /// [`Attention::inspect`] and [`merge`] need not know of it (of calls that are merged, one may have it). A
+    /// [`Attention::inspect`] and [`merge`](crate::merge) need not know of it (of calls that are merged, one may have it). A
     /// query that may attend to no key gets output 0, weights 0 and the sink as LSE.
     ///
     /// A sink of −∞ is none. One that is NaN or +∞ makes its head NaN: every output and LSE, and the weight of
