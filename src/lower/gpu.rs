@@ -17,26 +17,14 @@ pub(super) fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
     }
 }
 
-/// Masks and biases as kernels read them, with the table of a bias by distance.
-struct Rules<'a> {
-    operands: &'a Operands,
-    biases: Vec<Tensor>,
-}
-
-impl<'a> Rules<'a> {
-    fn new(steps: &mut Steps, operands: &'a Operands) -> Result<Rules<'a>> {
-        let biases = operands.biases.iter().map(|bias| steps.widened(bias)).collect::<Result<_>>()?;
-        Ok(Rules { operands, biases })
-    }
-
-    fn tensors(&self) -> Vec<(Slot, &Tensor)> {
-        let Operands { q, k, masks, relative, .. } = self.operands;
-        let mut tensors = vec![(Slot::Q, q), (Slot::K, k)];
-        tensors.extend(masks.iter().enumerate().map(|(n, mask)| (Slot::Mask(n), mask.tensor())));
-        tensors.extend(self.biases.iter().enumerate().map(|(n, bias)| (Slot::Bias(n), bias)));
-        tensors.extend(relative.iter().map(|relative| (Slot::Relative, &relative.table)));
-        tensors
-    }
+/// What scores are computed from, slot by slot.
+fn scored(operands: &Operands) -> Vec<(Slot, &Tensor)> {
+    let Operands { q, k, masks, biases, relative, .. } = operands;
+    let mut tensors = vec![(Slot::Q, q), (Slot::K, k)];
+    tensors.extend(masks.iter().enumerate().map(|(n, mask)| (Slot::Mask(n), mask.tensor())));
+    tensors.extend(biases.iter().enumerate().map(|(n, bias)| (Slot::Bias(n), bias)));
+    tensors.extend(relative.iter().map(|relative| (Slot::Relative, &relative.table)));
+    tensors
 }
 
 impl Steps {
@@ -109,6 +97,12 @@ impl Steps {
         Ok(wide.with_layout(wide.layout().broadcast_to(x.shape())?))
     }
 
+    /// The operands with biases of f32.
+    fn readable(&mut self, operands: &Operands) -> Result<Operands> {
+        let biases = operands.biases.iter().map(|bias| self.widened(bias)).collect::<Result<_>>()?;
+        Ok(Operands { biases, ..operands.clone() })
+    }
+
     /// X (at most four axes) in a row-major buffer of f32.
     pub(super) fn row_major(&mut self, x: &Tensor) -> Result<Tensor> {
         let mut four = x.layout().clone();
@@ -128,9 +122,9 @@ impl Steps {
         output: Option<&Tensor>,
         layout: Layout,
     ) -> Result<Attended> {
-        let Operands { q, k, v, masks, relative, rotary, sequences, .. } = operands;
-        let rules = Rules::new(self, operands)?;
         let sink = operands.sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
+        let operands = Operands { sink, ..self.readable(operands)? };
+        let Operands { q, k, v, masks, biases, relative, rotary, sink, sequences } = &operands;
         let dtype = q.dtype();
         let asked_for = layout.clone();
         let layout = output.map_or(layout, |output| output.layout().clone());
@@ -154,7 +148,7 @@ impl Steps {
             v: v.operand(),
             output: Operand { layout: &layout, stored },
             masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
-            biases: rules.biases.iter().map(Tensor::layout).collect(),
+            biases: biases.iter().map(Tensor::layout).collect(),
             relative: relative.as_ref().map(Relative::operand),
             rotary: rotary.as_ref().map(|(rotation, _)| rotation.operand()),
             sink: sink.as_ref().map(Tensor::layout),
@@ -165,7 +159,7 @@ impl Steps {
             method,
         };
         if method == Method::Auto && sequences.is_none() {
-            let masked = !masks.is_empty() || !rules.biases.is_empty();
+            let masked = !masks.is_empty() || !biases.is_empty();
             let class = ShapeClass::of(problem, [q, k, v].map(|x| x.stored()), masked);
             planned.method = match self.gpu.tuned(&class) {
                 Some(Method::ThreePasses)
@@ -194,8 +188,7 @@ impl Steps {
         let mut plan = match make(&planned) {
             // Where the kernel cannot turn them, queries and keys are turned before it runs.
             Err(_) if rotary.is_some() => {
-                let mut turned = operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))?;
-                (turned.biases, turned.sink) = (rules.biases.clone(), sink.clone());
+                let turned = operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))?;
                 return self.attention(problem, &turned, wanted, method, output, asked_for);
             }
             // What was found on one call of the class need not fit every other.
@@ -222,11 +215,11 @@ impl Steps {
             }
             None => self.output_stored("output", layout.clone(), dtype, plan.output)?,
         };
-        let mut tensors = rules.tensors();
+        let mut tensors = scored(&operands);
         tensors.extend([(Slot::V, v), (Slot::Output, &output)]);
         tensors.extend(rotary.iter().map(|(rotation, _)| (Slot::Angles, &rotation.fused)));
         let optional = [
-            (Slot::Sink, &sink),
+            (Slot::Sink, sink),
             (Slot::Lse, &lse),
             (Slot::Weights, &weights),
             (Slot::Averaged, &averaged),
@@ -253,8 +246,8 @@ impl Steps {
         lse: &Tensor,
         chosen: &Chosen,
     ) -> Result<Inspected> {
-        let Operands { q, k, masks, relative, .. } = operands;
-        let rules = Rules::new(self, operands)?;
+        let operands = self.readable(operands)?;
+        let Operands { q, k, masks, biases, relative, .. } = &operands;
         let lse = &self.widened(lse)?;
         let plan = plan::inspect(
             problem,
@@ -263,7 +256,7 @@ impl Steps {
                 k: k.operand(),
                 lse: lse.layout(),
                 masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
-                biases: rules.biases.iter().map(Tensor::layout).collect(),
+                biases: biases.iter().map(Tensor::layout).collect(),
                 relative: relative.as_ref().map(Relative::operand),
                 heads: &chosen.heads,
                 queries: chosen.queries.clone(),
@@ -277,7 +270,7 @@ impl Steps {
         let column_sums = self.planned("column sums", &plan.column_sums, Dtype::F32)?;
         let entropy = self.planned("entropies", &plan.entropy, Dtype::F32)?;
         let results = [(Slot::Weights, &weights), (Slot::ColumnSums, &column_sums), (Slot::Entropy, &entropy)];
-        let mut tensors = rules.tensors();
+        let mut tensors = scored(&operands);
         tensors.push((Slot::Lse, lse));
         tensors.extend(results.into_iter().filter_map(|(slot, tensor)| Some((slot, tensor.as_ref()?))));
         self.bind(plan, &tensors)?;
