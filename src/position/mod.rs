@@ -21,7 +21,7 @@ pub use table::PositionTable;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::kernels::plan::check_buffer;
-use crate::problem::{MAX_LEN, Rows, checked_len, expect_per_batch};
+use crate::problem::{MAX_LEN, Rows, checked_len};
 
 /// Where the tokens `[batch, len]` of a call stand.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +63,12 @@ impl TokenPositions {
                 Ok(Rows::From(*start))
             }
             TokenPositions::FromEach(starts) => {
-                expect_per_batch("the list of first positions", starts.len(), batch)?;
+                if starts.len() != batch {
+                    return Err(shape_error!(
+                        "{} first positions for a batch of {batch}; one per batch entry is needed",
+                        starts.len()
+                    ));
+                }
                 starts.iter().try_for_each(|&start| within(last(start)))?;
                 if starts.iter().all(|&start| start == starts[0]) {
                     return Ok(Rows::From(starts[0]));
