@@ -1,14 +1,18 @@
 //! Keys and values kept between the steps of a sequence.
 
+mod rules;
+
 use std::sync::{Arc, Weak};
 
-use crate::attention::{Attended, Attention, Held, common_device_is};
+use self::rules::Held;
+use crate::attention::Attention;
+use crate::call::Attended;
 use crate::device::Device;
-use crate::error::{Error, Result, shape_error, value_error};
+use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
+use crate::lower::Recording;
 use crate::position::{Rotary, TokenPositions};
-use crate::problem::{Dtype, Layout, MAX_LEN, Place, as_four_axes, checked_len};
-use crate::record::Recording;
+use crate::problem::{Dtype, Layout, MAX_LEN, Place, checked_len, expect_per_batch};
 use crate::tensor::{Tensor, common_device};
 
 /// The shape of a [`KvCache`].
@@ -77,8 +81,9 @@ impl KvCacheConfig {
         Layout::contiguous(&[self.batch, self.heads_kv, self.capacity, dim.next_multiple_of(4)])
     }
 
-    fn allocate(&self, device: &Device, which: usize) -> Result<Tensor> {
-        Tensor::blank(device, ["the key cache", "the value cache"][which], self.rows(which)?, self.dtype)
+    fn allocate(&self, device: &Device) -> Result<[Tensor; 2]> {
+        let one = |what: &str, which: usize| Tensor::blank(device, what, self.rows(which)?, self.dtype);
+        Ok([one("the key cache", 0)?, one("the value cache", 1)?])
     }
 }
 
@@ -145,6 +150,7 @@ struct Appended {
     sequences: Vec<Sequence>,
     /// Other buffers, where old keys were dropped.
     moved: Option<[Tensor; 2]>,
+    /// How many of each sequence's last tokens are new.
     counts: Vec<usize>,
 }
 
@@ -154,7 +160,7 @@ impl KvCache {
         let device = device.into();
         config.check()?;
         Ok(KvCache {
-            rows: [config.allocate(&device, 0)?, config.allocate(&device, 1)?],
+            rows: config.allocate(&device)?,
             sequences: vec![Sequence::default(); config.batch],
             config,
             device,
@@ -196,8 +202,7 @@ impl KvCache {
     /// 2021): positions go on from call to call and count keys that a window dropped. [`KvCache::keys`] are the
     /// turned ones. Only an empty cache takes it.
     pub fn with_rotary(mut self, rotary: Rotary) -> Result<KvCache> {
-        let table = rotary.rotation().table.device();
-        common_device_is(&self.device, table)?;
+        self.device.expect_same(&rotary.rotation().table.device())?;
         if let Some((b, sequence)) = self.sequences.iter().enumerate().find(|(_, sequence)| sequence.len > 0) {
             return Err(value_error!(
                 "batch entry {b} holds {} keys that were not turned; give the rotary to an empty cache",
@@ -218,7 +223,7 @@ impl KvCache {
     /// X, of which the first `counts[b]` tokens stand from `starts[b]` on, turned where a rotary is given.
     fn turned(&self, recording: &mut Recording, x: &Tensor, starts: &[usize], counts: &[usize]) -> Result<Tensor> {
         let Some(rotary) = &self.rotary else { return Ok(x.clone()) };
-        let len = as_four_axes("x", x.layout())?.shape()[2];
+        let len = x.as_four_axes("x")?.shape()[2];
         // What lies behind the tokens that count stands where the last of them does.
         let places = |(&start, &count): (&usize, &usize)| {
             let last = (start + count).saturating_sub(1);
@@ -243,7 +248,7 @@ impl KvCache {
     /// As [`KvCache::rollback`], a number of tokens per batch entry; all of them or, on an error, none.
     pub fn rollback_lengths(&mut self, tokens: &[usize]) -> Result<()> {
         self.expect_order("a rollback")?;
-        self.expect_per_batch("the list of tokens to take back", tokens.len())?;
+        expect_per_batch("the list of tokens to take back", tokens.len(), self.config.batch)?;
         for (b, (&tokens, sequence)) in tokens.iter().zip(&self.sequences).enumerate() {
             let Sequence { first, len } = *sequence;
             let needed = if first == 0 { 0 } else { self.config.window.unwrap_or(0) };
@@ -279,9 +284,7 @@ impl KvCache {
 
     /// As [`KvCache::append`] or, with lengths, [`KvCache::append_lengths`], without blocking.
     pub async fn append_async(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
-        let mut recording = Recording::for_step(&self.device);
-        let appended = self.record_append(&mut recording, k, v, lengths)?;
-        recording.submit().await?;
+        let appended = Recording::for_step(&self.device).submit(|to| self.record_append(to, k, v, lengths)).await?;
         drop(self.commit(appended));
         Ok(())
     }
@@ -335,11 +338,10 @@ impl KvCache {
 
     /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
-        let mut recording = Recording::for_step(&self.device);
-        let counts = self.counts(lengths, "Q", q.layout())?;
-        let attended = self.record_attend(&mut recording, attention, q, &self.rows, &self.sequences, &counts, None)?;
-        recording.submit().await?;
-        Ok(attended)
+        let counts = self.counts(lengths, "Q", q)?;
+        let held = Appended { sequences: self.sequences.clone(), moved: None, counts };
+        let recording = Recording::for_step(&self.device);
+        recording.submit(|to| self.record_attend(to, attention, q, &held, None)).await
     }
 
     /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens. Causal unless
@@ -371,9 +373,9 @@ impl KvCache {
         v: &Tensor,
         lengths: Option<&[usize]>,
     ) -> Result<Attended> {
-        let mut recording = Recording::for_step(&self.device);
-        let (appended, attended) = self.record_step(&mut recording, attention, [q, k, v], lengths, None)?;
-        recording.submit().await?;
+        let recording = Recording::for_step(&self.device);
+        let step = recording.submit(|to| self.record_step(to, attention, [q, k, v], lengths, None));
+        let (appended, attended) = step.await?;
         drop(self.commit(appended));
         Ok(attended)
     }
@@ -395,10 +397,9 @@ impl KvCache {
         lengths: Option<&[usize]>,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let mut recording = Recording::for_encoder(gpu);
-        common_device_is(recording.device(), self.device.clone())?;
-        let (appended, attended) = self.record_step(&mut recording, attention, [q, k, v], lengths, output)?;
-        recording.encode(encoder)?;
+        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let record = |to: &mut Recording| self.record_step(to, attention, [q, k, v], lengths, output);
+        let (appended, attended) = recording.encode(encoder, record)?;
         if let Some(old) = self.commit(appended) {
             // The encoder reads them once more: nobody may get their buffers before that.
             let token = Arc::new(());
@@ -428,7 +429,7 @@ impl KvCache {
             ));
         }
         let [k, v] = self.operands(k, v)?;
-        self.expect_per_batch("the list of first rows", starts.len())?;
+        expect_per_batch("the list of first rows", starts.len(), self.config.batch)?;
         let count = k.shape()[2];
         let mut places = Vec::with_capacity(starts.len());
         let mut sequences = self.sequences.clone();
@@ -457,12 +458,12 @@ impl KvCache {
                 "a circular write around the end of a cache with rotary positions: row 0 has one position already"
             ));
         }
-        let mut recording = Recording::for_step(&self.device);
-        let k = self.turned(&mut recording, &k, starts, &vec![count; starts.len()])?;
-        for (source, rows) in [k, v].iter().zip(&mut self.rows) {
-            recording.scatter(source, rows, &places)?;
-        }
-        recording.submit().await?;
+        let recording = Recording::for_step(&self.device);
+        let record = |to: &mut Recording| {
+            let k = self.turned(to, &k, starts, &vec![count; starts.len()])?;
+            [&k, &v].into_iter().zip(&mut self.rows).try_for_each(|(source, rows)| to.scatter(source, rows, &places))
+        };
+        recording.submit(record).await?;
         (self.sequences, self.is_ring) = (sequences, is_ring);
         Ok(())
     }
@@ -484,20 +485,11 @@ impl KvCache {
         }
     }
 
-    fn expect_per_batch(&self, what: &str, len: usize) -> Result<()> {
-        match self.config.batch {
-            batch if batch == len => Ok(()),
-            batch => {
-                Err(shape_error!("{what} has {len} entries for a batch of {batch}; one per batch entry is needed"))
-            }
-        }
-    }
-
     /// Tokens per batch entry of an operand `[.., n, dim]`.
-    fn counts(&self, lengths: Option<&[usize]>, name: &str, operand: &Layout) -> Result<Vec<usize>> {
-        let n = as_four_axes(name, operand)?.shape()[2];
+    fn counts(&self, lengths: Option<&[usize]>, name: &str, operand: &Tensor) -> Result<Vec<usize>> {
+        let n = operand.as_four_axes(name)?.shape()[2];
         let Some(lengths) = lengths else { return Ok(vec![n; self.config.batch]) };
-        self.expect_per_batch("the list of lengths", lengths.len())?;
+        expect_per_batch("the list of lengths", lengths.len(), self.config.batch)?;
         match lengths.iter().enumerate().find(|&(_, &len)| len > n) {
             Some((b, len)) => Err(shape_error!("lengths[{b}] = {len} is more than the {n} tokens of {name}")),
             None => Ok(lengths.to_vec()),
@@ -506,11 +498,11 @@ impl KvCache {
 
     /// K and V with four axes that fit the cache.
     fn operands(&self, k: &Tensor, v: &Tensor) -> Result<[Tensor; 2]> {
-        common_device_is(&self.device, common_device(k, [("V", v)])?)?;
+        self.device.expect_same(&common_device(k, [("V", v)])?)?;
         let KvCacheConfig { batch, heads_kv, dim_k, dim_v, .. } = self.config;
         let four = |name: &str, tensor: &Tensor, dim: usize| -> Result<Tensor> {
             tensor.expect_float(name)?;
-            let four = tensor.with_layout(as_four_axes(name, tensor.layout())?);
+            let four = tensor.as_four_axes(name)?;
             match *four.shape() {
                 [b, h, _, d] if [b, h, d] == [batch, heads_kv, dim] => Ok(four),
                 _ => Err(shape_error!(
@@ -536,7 +528,7 @@ impl KvCache {
     ) -> Result<Appended> {
         self.expect_order("an append")?;
         let [k, v] = self.operands(k, v)?;
-        let counts = self.counts(lengths, "K", k.layout())?;
+        let counts = self.counts(lengths, "K", &k)?;
         let operands = [self.turned(recording, &k, &self.positions(), &counts)?, v];
         let capacity = self.config.capacity;
         let mut sequences = self.sequences.clone();
@@ -566,7 +558,7 @@ impl KvCache {
         let mut moved = None;
         if kept.iter().any(|place| place.from > 0) {
             // Into other buffers: within one, the ranges may overlap, and a call that fails must change nothing.
-            let mut other = [self.config.allocate(&self.device, 0)?, self.config.allocate(&self.device, 1)?];
+            let mut other = self.config.allocate(&self.device)?;
             for (from, to) in self.rows.iter().zip(&mut other) {
                 recording.scatter(from, to, &kept)?;
             }
@@ -591,8 +583,7 @@ impl KvCache {
         lengths: Option<&[usize]>,
         output: Option<&Tensor>,
     ) -> Result<(Appended, Attended)> {
-        let len = |name: &str, tensor: &Tensor| Ok::<_, Error>(as_four_axes(name, tensor.layout())?.shape()[2]);
-        if len("Q", q)? != len("K", k)? {
+        if q.as_four_axes("Q")?.shape()[2] != k.as_four_axes("K")?.shape()[2] {
             return Err(shape_error!(
                 "Q {:?} and K {:?} of a step have different lengths; append and attend take them apart",
                 q.shape(),
@@ -600,25 +591,21 @@ impl KvCache {
             ));
         }
         let appended = self.record_append(recording, k, v, lengths)?;
-        let Appended { sequences, moved, counts } = &appended;
-        let rows = moved.as_ref().unwrap_or(&self.rows);
-        let attended = self.record_attend(recording, attention, q, rows, sequences, counts, output)?;
+        let attended = self.record_attend(recording, attention, q, &appended, output)?;
         Ok((appended, attended))
     }
 
     /// Queries of which the first `counts[b]` are the last positions of each sequence.
-    #[allow(clippy::too_many_arguments, reason = "the state before or after an append")]
     fn record_attend(
         &self,
         recording: &mut Recording,
         attention: &Attention,
         q: &Tensor,
-        rows: &[Tensor; 2],
-        sequences: &[Sequence],
-        counts: &[usize],
+        held: &Appended,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        if attention.turns() {
+        let Appended { sequences, moved, counts } = held;
+        if attention.rotary.is_some() {
             return Err(value_error!(
                 "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
             ));
@@ -630,17 +617,10 @@ impl KvCache {
         if needs_places && !says_places || self.rotary.is_some() {
             self.expect_places(attention, sequences, counts)?;
         }
-        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len).collect();
-        let firsts: Vec<usize> = sequences.iter().map(|sequence| sequence.first).collect();
-        let (k, v) = (view(&rows[0], sequences, self.config.dim_k)?, view(&rows[1], sequences, self.config.dim_v)?);
-        common_device_is(&self.device, attention.device(q, &k, &v)?)?;
-        let held = Held {
-            lengths: &lengths,
-            firsts: &firsts,
-            counts,
-            window: self.config.window,
-            turns: self.rotary.is_some(),
-        };
+        let [k, v] = moved.as_ref().unwrap_or(&self.rows);
+        let (k, v) = (view(k, sequences, self.config.dim_k)?, view(v, sequences, self.config.dim_v)?);
+        self.device.expect_same(&attention.device(q, &k, &v)?)?;
+        let held = Held { sequences, counts, window: self.config.window, turns: self.rotary.is_some() };
         let attention = attention.behind(&held)?;
         // Only a cache that turns needs them, and has checked them.
         let starts: Vec<usize> =
@@ -651,7 +631,7 @@ impl KvCache {
 
     /// An error unless the last `counts[b]` positions are held, with the window before each.
     fn expect_places(&self, attention: &Attention, sequences: &[Sequence], counts: &[usize]) -> Result<()> {
-        let window = attention.window_left().into_iter().chain(self.config.window).min();
+        let window = attention.positions.window_left.into_iter().chain(self.config.window).min();
         for (b, (&count, sequence)) in counts.iter().zip(sequences).enumerate() {
             let Sequence { first, len } = *sequence;
             // Only a window ever drops keys.

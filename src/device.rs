@@ -79,6 +79,15 @@ impl Device {
         }
     }
 
+    /// An error unless tensors that live on `of_tensors` can take part in a call on this device.
+    pub(crate) fn expect_same(&self, of_tensors: &Device) -> Result<()> {
+        if self.same_as(of_tensors) {
+            return Ok(());
+        }
+        let [here, there] = [self.name(), of_tensors.name()];
+        Err(Error::Device(format!("the tensors live on {there} but the call runs on {here}")))
+    }
+
     pub(crate) fn same_as(&self, other: &Device) -> bool {
         match (self, other) {
             (Device::Gpu(a), Device::Gpu(b)) => a.same_as(b),

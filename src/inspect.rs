@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use crate::attention::{Attention, common_device_is};
+use crate::attention::Attention;
+use crate::call::Inspected;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
-#[cfg(feature = "cpu")]
-use crate::problem::Layout;
-use crate::problem::Problem;
-use crate::record::Recording;
+use crate::lower::Recording;
+use crate::problem::{Chosen, Problem};
 use crate::tensor::{Tensor, common_device};
 
 /// What [`Attention::inspect`] returns, and of which heads and queries: all unless chosen.
@@ -24,28 +23,6 @@ pub struct Inspect {
     weights: bool,
     column_sums: bool,
     entropy: bool,
-}
-
-/// What [`Attention::inspect`] returns. The leading axes are those of the query, the heads axis as long
-/// as the list of chosen heads; a query `[len, dim]` gives results without a heads axis.
-#[derive(Clone, Debug)]
-pub struct Inspected {
-    /// `[batch, heads, queries, len_k]`: `P = exp(S − LSE)`, in the type of the query.
-    pub weights: Option<Tensor>,
-    /// `[batch, heads, len_k]`: how much attention a key gets from the chosen queries, `Σ_i P`, in f32.
-    pub column_sums: Option<Tensor>,
-    /// `[batch, heads, queries]`: how widely a query's attention is spread, `−Σ_j P·ln P` in nats (from 0, all
-    /// on one key, to `ln len_k`, all alike), in f32.
-    pub entropy: Option<Tensor>,
-}
-
-/// An [`Inspect`] that fits its call.
-pub(crate) struct Chosen {
-    pub heads: Vec<usize>,
-    pub queries: Range<usize>,
-    pub weights: bool,
-    pub column_sums: bool,
-    pub entropy: bool,
 }
 
 impl Inspect {
@@ -146,10 +123,7 @@ impl Attention {
     /// As [`Attention::inspect`], without blocking.
     pub async fn inspect_async(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
         common_device(q, [("LSE", lse)])?;
-        let mut recording = Recording::new(&self.device(q, k, k)?);
-        let inspected = self.record_inspect(&mut recording, q, k, lse, inspect)?;
-        recording.submit().await?;
-        Ok(inspected)
+        Recording::new(&self.device(q, k, k)?).submit(|to| self.record_inspect(to, q, k, lse, inspect)).await
     }
 
     /// Records [`Attention::inspect`] into the caller's encoder, under the terms of [`Attention::encode`]. The
@@ -164,11 +138,8 @@ impl Attention {
         inspect: &Inspect,
     ) -> Result<Inspected> {
         common_device(q, [("LSE", lse)])?;
-        let mut recording = Recording::for_encoder(gpu);
-        common_device_is(recording.device(), self.device(q, k, k)?)?;
-        let inspected = self.record_inspect(&mut recording, q, k, lse, inspect)?;
-        recording.encode(encoder)?;
-        Ok(inspected)
+        let recording = Recording::for_encoder(gpu, &self.device(q, k, k)?)?;
+        recording.encode(encoder, |to| self.record_inspect(to, q, k, lse, inspect))
     }
 
     fn record_inspect(
@@ -180,7 +151,7 @@ impl Attention {
         inspect: &Inspect,
     ) -> Result<Inspected> {
         // Attention without values.
-        let (problem, operands) = self.operands(recording, q, k, k, false)?;
+        let (problem, operands) = self.operands(recording, q, k, k)?;
         let chosen = inspect.choose(&problem, q.shape())?;
         lse.expect_float("LSE")?;
         let (rows, lead) = (&q.shape()[..q.shape().len() - 1], &q.shape()[..q.shape().len() - 2]);
@@ -215,20 +186,5 @@ impl Attention {
             column_sums: restore(inspected.column_sums)?,
             entropy: restore(inspected.entropy)?,
         })
-    }
-}
-
-impl Chosen {
-    /// Layouts of the results, row-major: weights, column sums, entropy.
-    #[cfg(feature = "cpu")]
-    pub fn layouts(&self, problem: &Problem) -> Result<[Option<Layout>; 3]> {
-        let Problem { batch, len_k, .. } = *problem;
-        let (heads, rows) = (self.heads.len(), self.queries.len());
-        let layout = |wanted: bool, shape: &[usize]| wanted.then(|| Layout::contiguous(shape)).transpose();
-        Ok([
-            layout(self.weights, &[batch, heads, rows, len_k])?,
-            layout(self.column_sums, &[batch, heads, len_k])?,
-            layout(self.entropy, &[batch, heads, rows])?,
-        ])
     }
 }

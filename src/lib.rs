@@ -53,6 +53,7 @@ mod guide {
 
 mod attention;
 mod cache;
+mod call;
 #[cfg(feature = "cpu")]
 mod cpu;
 mod device;
@@ -60,37 +61,37 @@ mod error;
 mod gpu;
 mod inspect;
 pub mod kernels;
+mod lower;
 mod memory;
 mod multi_head;
+mod ops;
+mod packed;
 pub mod position;
 pub mod problem;
-mod project;
-mod record;
 pub mod reference;
 mod state_dict;
 mod tensor;
 #[cfg(not(target_arch = "wasm32"))]
 mod tune;
 
-pub use attention::{Attended, Attention, EmptyRows, Mask, Weights, merge_async, softmax_async};
-#[cfg(not(target_arch = "wasm32"))]
-pub use attention::{merge, softmax};
+pub use attention::{Attention, EmptyRows};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};
+pub use call::{Attended, Inspected, Mask};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, Profile, Traced};
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
-pub use inspect::{Inspect, Inspected};
+pub use inspect::Inspect;
 pub use kernels::{Cut, Method, ShapeClass};
 pub use multi_head::{
     KerasKernels, LoadOptions, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput, Names, NormKind, NormSpan,
     QueryKeyNorm,
 };
-pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage};
 #[cfg(not(target_arch = "wasm32"))]
-pub use project::project;
-pub use project::project_async;
+pub use ops::{merge, project, softmax};
+pub use ops::{merge_async, project_async, softmax_async};
+pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage, Weights};
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]

@@ -191,3 +191,5 @@ pub(crate) fn closest<'a>(word: &str, names: impl Iterator<Item = &'a str>, coun
 
 #[cfg(feature = "safetensors")]
 mod files;
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
+pub(crate) use files::open::Wanted;

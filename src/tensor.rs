@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
-use crate::gpu::{GpuBuffer, Purpose};
+use crate::gpu::{Gpu, GpuBuffer, Purpose};
 use crate::kernels::Operand;
 use crate::kernels::plan::{check_buffer, padded_bytes};
-use crate::problem::{Dtype, Element, Layout, checked_len};
+use crate::problem::{Dtype, Element, Layout, as_four_axes, checked_len};
 
 /// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
 ///
@@ -67,7 +67,7 @@ impl Tensor {
     /// A view of the caller's own buffer: elements of `dtype`, packed (halves two to a word, [`Dtype::Bool`]
     /// one to a byte), strides and offset in elements; usage `STORAGE`, and `COPY_SRC` if it is to be downloaded.
     pub fn from_wgpu(
-        gpu: &crate::Gpu,
+        gpu: &Gpu,
         buffer: &wgpu::Buffer,
         shape: &[usize],
         strides: &[usize],
@@ -258,14 +258,27 @@ impl Tensor {
 
     /// True when both see the same elements of the same buffer.
     pub(crate) fn is_same_view(&self, other: &Tensor) -> bool {
-        self.layout == other.layout
-            && match (&self.storage, &other.storage) {
-                (Storage::Gpu(a), Storage::Gpu(b)) => a.is(b),
-                #[cfg(feature = "cpu")]
-                (Storage::Cpu(a), Storage::Cpu(b)) => Arc::ptr_eq(a, b),
-                #[cfg(feature = "cpu")]
-                _ => false,
-            }
+        self.layout == other.layout && self.shares_buffer(other)
+    }
+
+    pub(crate) fn shares_buffer(&self, other: &Tensor) -> bool {
+        match (&self.storage, &other.storage) {
+            (Storage::Gpu(a), Storage::Gpu(b)) => a.is(b),
+            #[cfg(feature = "cpu")]
+            (Storage::Cpu(a), Storage::Cpu(b)) => Arc::ptr_eq(a, b),
+            #[cfg(feature = "cpu")]
+            _ => false,
+        }
+    }
+
+    /// As `[batch, heads, len, dim]`: see [`as_four_axes`].
+    pub(crate) fn as_four_axes(&self, name: &str) -> Result<Tensor> {
+        Ok(self.with_layout(as_four_axes(name, &self.layout)?))
+    }
+
+    /// The shape of a tensor that is known to have four axes.
+    pub(crate) fn four_axes(&self) -> [usize; 4] {
+        self.shape().try_into().expect("four axes")
     }
 
     pub(crate) fn expect_float(&self, name: &str) -> Result<()> {

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use self::self_test::Case;
-use crate::attention::{Attention, Operands, Weights};
+use crate::attention::Attention;
+use crate::call::Operands;
 use crate::error::{Error, Result, value_error};
 use crate::gpu::Gpu;
 use crate::kernels::{Cut, Method, ShapeClass, three_passes_compete};
-use crate::problem::Problem;
-use crate::record::Recording;
+use crate::lower::Recording;
+use crate::problem::{Problem, Weights};
 use crate::tensor::Tensor;
 
 mod self_test;
@@ -100,7 +101,7 @@ impl<'a> Trial<'a> {
                 device.name()
             )));
         };
-        let (problem, operands) = attention.operands(&mut Recording::new(&q.device()), q, k, v, false)?;
+        let (problem, operands) = attention.operands(&mut Recording::new(&device), q, k, v)?;
         if problem.is_empty() || problem.len_k == 0 {
             return Err(value_error!(
                 "nothing to tune: Q {:?} and K {:?} leave no work; every axis must be at least 1",

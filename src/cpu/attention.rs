@@ -6,10 +6,9 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
 
-use super::{Inputs, Matrix, Outputs, exp};
-use crate::attention::{Wanted, Weights};
+use super::{Inputs, Matrix, Outputs, exp, take};
 use crate::kernels::catalogue::RelativeKind;
-use crate::problem::{Layout, Problem, ScoreStage};
+use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
 /// Rows per task: query rows of all heads that share keys count together.
 const TILE_ROWS: usize = 128;
@@ -99,12 +98,6 @@ struct Slices<'a> {
 impl<'a> Slices<'a> {
     /// Takes the first `rows` rows.
     fn split_off(&mut self, rows: usize, dim_v: usize, len_k: usize) -> Slices<'a> {
-        fn take<'a>(from: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
-            let whole = std::mem::take(from);
-            let (taken, rest) = whole.split_at_mut(count.min(whole.len()));
-            *from = rest;
-            taken
-        }
         Slices {
             out: take(&mut self.out, rows * dim_v),
             lse: take(&mut self.lse, rows),

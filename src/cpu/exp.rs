@@ -111,67 +111,29 @@ pub fn all_finite(arch: Arch, row: &[f32]) -> bool {
     arch.dispatch(Finite(row))
 }
 
+// Loops that do nothing else are left to the compiler, which knows the level within `dispatch`.
+
 /// `row *= factor`.
 pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
-    struct Scale<'a>(&'a mut [f32], f32);
-    impl WithSimd for Scale<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
-            let factor = simd.splat_f32s(self.1);
-            vectors.iter_mut().for_each(|x| *x = simd.mul_f32s(*x, factor));
-            rest.iter_mut().for_each(|x| *x *= self.1);
-        }
-    }
-    arch.dispatch(Scale(row, factor));
+    arch.dispatch(|| row.iter_mut().for_each(|x| *x *= factor));
 }
 
 /// `sums += row`, or `sums = row` where the row is the first.
 pub fn gather(arch: Arch, sums: &mut [f64], row: &[f32], first: bool) {
-    // Types of two widths: the loops are left to the compiler, which knows the level within `with_simd`.
-    struct Gather<'a>(&'a mut [f64], &'a [f32], bool);
-    impl WithSimd for Gather<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            let terms = self.0.iter_mut().zip(self.1);
-            if self.2 {
-                terms.for_each(|(sum, &x)| *sum = f64::from(x));
-            } else {
-                terms.for_each(|(sum, &x)| *sum += f64::from(x));
-            }
-        }
-    }
-    arch.dispatch(Gather(sums, row, first));
+    arch.dispatch(|| match first {
+        true => sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = f64::from(x)),
+        false => sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x)),
+    });
 }
 
 /// `sums *= factor`.
 pub fn scale_sums(arch: Arch, sums: &mut [f64], factor: f64) {
-    struct Scale<'a>(&'a mut [f64], f64);
-    impl WithSimd for Scale<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            let factor = self.1;
-            self.0.iter_mut().for_each(|sum| *sum *= factor);
-        }
-    }
-    arch.dispatch(Scale(sums, factor));
+    arch.dispatch(|| sums.iter_mut().for_each(|sum| *sum *= factor));
 }
 
 /// `row = factor · sums`, rounded.
 pub fn scaled(arch: Arch, sums: &[f64], factor: f64, row: &mut [f32]) {
-    struct Scaled<'a>(&'a [f64], f64, &'a mut [f32]);
-    impl WithSimd for Scaled<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            let factor = self.1;
-            self.2.iter_mut().zip(self.0).for_each(|(x, &sum)| *x = (factor * sum) as f32);
-        }
-    }
-    arch.dispatch(Scaled(sums, factor, row));
+    arch.dispatch(|| row.iter_mut().zip(sums).for_each(|(x, &sum)| *x = (factor * sum) as f32));
 }
 
 #[cfg(test)]

@@ -3,9 +3,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::attention::{TILE_KEYS, Tile};
-use super::{Inputs, Matrix, View, exp};
-use crate::inspect::Chosen;
-use crate::problem::{Problem, ScoreStage};
+use super::{Inputs, Matrix, View, exp, take};
+use crate::problem::{Chosen, Problem, ScoreStage};
 
 /// Rows per product. Tiles begin at multiples of it whatever is chosen: a product of other rows may take
 /// another path through faer, and a row's bits must not depend on which others are chosen.
@@ -87,14 +86,6 @@ pub(crate) fn inspect(problem: &Problem, inputs: &Inputs<'_>, lse: View<'_>, cho
 
 fn blocks(len_k: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len_k).step_by(TILE_KEYS).map(move |j| j..len_k.min(j + TILE_KEYS))
-}
-
-/// The first elements of a slice; none where nothing was asked for.
-fn take<'a>(from: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
-    let whole = std::mem::take(from);
-    let (taken, rest) = whole.split_at_mut(count.min(whole.len()));
-    *from = rest;
-    taken
 }
 
 /// `−Σ P·ln P` of a block of keys, in 32 sums of f32 that fit vector registers.

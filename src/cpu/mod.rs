@@ -3,35 +3,25 @@
 
 mod attention;
 mod exp;
-mod gate;
 mod inspect;
-mod merge;
-mod normalise;
-mod position;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod project;
-mod scatter;
+mod rows;
 mod softmax;
 
 pub(crate) use attention::attention;
-pub(crate) use gate::gate;
 pub(crate) use inspect::inspect;
-pub(crate) use merge::merge;
-pub(crate) use normalise::normalise;
-pub(crate) use position::{add_positions, relative, rotate};
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;
-pub(crate) use scatter::scatter;
+pub(crate) use rows::{add_positions, gate, merge, normalise, relative, rotate, scatter};
 pub(crate) use softmax::softmax;
 
 use std::borrow::Cow;
 
-use crate::attention::Mask;
 use crate::kernels::plan::RelativeOperand;
 use crate::problem::{Layout, MaskMeaning};
-use crate::tensor::{Storage, Tensor};
 
 /// A strided view of floats.
 #[derive(Clone, Copy)]
@@ -41,11 +31,9 @@ pub(crate) struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    pub fn of(tensor: &'a Tensor) -> View<'a> {
-        match tensor.storage() {
-            Storage::Cpu(data) => View { data, layout: tensor.layout() },
-            _ => unreachable!("devices and types are checked before"),
-        }
+    /// The elements in row-major order.
+    pub fn values(&self) -> Vec<f32> {
+        self.layout.positions().map(|at| self.data[at]).collect()
     }
 
     /// The last two axes at `lead` as a matrix with contiguous rows; copied when the strides forbid.
@@ -107,14 +95,7 @@ pub(crate) struct MaskView<'a> {
     pub meaning: MaskMeaning,
 }
 
-impl<'a> MaskView<'a> {
-    pub fn of(mask: &'a Mask) -> MaskView<'a> {
-        match mask.tensor().storage() {
-            Storage::CpuBool(data) => MaskView { data, layout: mask.tensor().layout(), meaning: mask.meaning() },
-            _ => unreachable!("devices and types are checked before"),
-        }
-    }
-
+impl MaskView<'_> {
     fn keeps(&self, index: [usize; 4]) -> bool {
         (self.data[self.layout.at(&index)] != 0) == (self.meaning == MaskMeaning::Keep)
     }
@@ -141,4 +122,12 @@ pub(crate) struct Outputs {
     pub weights: Option<Vec<f32>>,
     /// `[b, h, i, j]`
     pub scores: Option<Vec<f32>>,
+}
+
+/// The first elements of a slice; none where nothing was asked for.
+fn take<'a>(from: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
+    let whole = std::mem::take(from);
+    let (taken, rest) = whole.split_at_mut(count.min(whole.len()));
+    *from = rest;
+    taken
 }

@@ -13,8 +13,7 @@ pub(crate) fn project(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, extra: &
     let [batch, len, dim_in] = [x.layout.shape()[0], x.layout.shape()[1], x.layout.shape()[2]];
     let dim_out = w.layout.shape()[0];
     let w = w.matrix(&[]);
-    let vector = |view: View<'_>| -> Vec<f32> { view.layout.positions().map(|at| view.data[at]).collect() };
-    let bias = bias.map(vector);
+    let bias = bias.map(|bias| bias.values());
     let rows_in_all = len + extra.len();
     let mut y = vec![0.0; batch * rows_in_all * dim_out];
     if y.is_empty() {
@@ -39,7 +38,7 @@ pub(crate) fn project(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, extra: &
         });
         for (row, values) in appended.chunks_mut(dim_out).zip(extra) {
             if let Some(values) = values {
-                row.copy_from_slice(&vector(*values));
+                row.copy_from_slice(&values.values());
             }
         }
     });

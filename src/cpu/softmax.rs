@@ -4,7 +4,7 @@ use crate::problem::Layout;
 /// Softmax over one axis of any strided view; row-major. A row of −∞ gives zeros.
 pub(crate) fn softmax(x: View<'_>, axis: usize) -> Vec<f32> {
     let arch = pulp::Arch::new();
-    let mut out: Vec<f32> = x.layout.positions().map(|at| x.data[at]).collect();
+    let mut out = x.values();
     let shape = x.layout.shape();
     let Ok(dense) = Layout::contiguous(shape) else { return out };
     if out.is_empty() {

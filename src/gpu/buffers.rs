@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{AllocationCounts, Gpu, lock};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::plan::check_buffer;
 
 /// Bytes of idle buffers that are kept for the next call.
@@ -157,18 +157,8 @@ impl std::fmt::Debug for GpuBuffer {
 impl Gpu {
     pub(crate) fn allocate(&self, what: &str, bytes: u64, purpose: Purpose) -> Result<GpuBuffer> {
         self.check()?;
-        let limit = self.0.capabilities.max_buffer;
-        if bytes > limit {
-            return Err(Error::TooLarge {
-                what: what.into(),
-                needed: bytes,
-                limit_name: "the largest buffer",
-                limit,
-                adapter: self.0.info.name.clone(),
-                way_out: "",
-            });
-        }
-        let size = size_class(bytes, limit);
+        check_buffer(&self.0.capabilities, what, bytes)?;
+        let size = size_class(bytes, self.0.capabilities.max_buffer);
         let buffer = match self.0.pool.take(purpose, size) {
             Some(buffer) => buffer,
             None => {
@@ -192,20 +182,11 @@ impl Gpu {
         Ok(buffer)
     }
 
-    /// As [`Gpu::upload`], into a new buffer that does not go back to the pool.
+    /// As [`Gpu::upload`], into a buffer that is never written again.
     pub(crate) fn upload_once(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
         self.check()?;
         check_buffer(&self.0.capabilities, what, bytes.len() as u64)?;
-        let descriptor = wgpu::BufferDescriptor {
-            label: Some(what),
-            size: (bytes.len() as u64).next_multiple_of(16).max(16),
-            usage: Purpose::Call.usage(),
-            mapped_at_creation: false,
-        };
-        let buffer = self.adopt(&self.scoped_now(what, || self.0.device.create_buffer(&descriptor))?);
-        self.0.pool.count(descriptor.size);
-        self.write(what, &buffer, bytes)?;
-        Ok(buffer)
+        self.scoped_now(what, || self.constant(bytes))
     }
 
     fn write(&self, what: &str, buffer: &GpuBuffer, bytes: &[u8]) -> Result<()> {
@@ -229,9 +210,9 @@ impl Gpu {
     }
 
     /// An immutable buffer of these bytes, made once as long as it is kept.
-    pub(crate) fn constant(&self, bytes: &[u8]) -> wgpu::Buffer {
+    pub(crate) fn constant(&self, bytes: &[u8]) -> GpuBuffer {
         if let Some(buffer) = lock(&self.0.constants).buffers.get(bytes) {
-            return buffer.clone();
+            return self.adopt(buffer);
         }
         let size = (bytes.len() as u64).next_multiple_of(16).max(16);
         let buffer = self.0.device.create_buffer(&wgpu::BufferDescriptor {
@@ -247,7 +228,7 @@ impl Gpu {
         buffer.unmap();
         self.0.pool.count(size);
         lock(&self.0.constants).keep(bytes, &buffer);
-        buffer
+        self.adopt(&buffer)
     }
 }
 

@@ -7,9 +7,9 @@ use half::{bf16, f16};
 use serde::{Serialize, Serializer};
 
 use super::buffers::GpuBuffer;
-use super::run::{Recording, buffer_of, declared_bindings};
-use crate::attention::Attended;
+use super::run::{Steps, declared_bindings};
 use crate::error::{Error, Result, shape_error, value_error};
+use crate::kernels::Operand;
 use crate::problem::{Dtype, Layout};
 
 /// A planned call with its WGSL, its buffers and its dispatches, from [`Attention::export`](crate::Attention::export).
@@ -113,7 +113,7 @@ pub enum BindingKind {
 /// A result of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ExportedOutput {
-    /// The member of [`Attended`].
+    /// The member of [`Attended`](crate::Attended).
     pub name: &'static str,
     /// Index into [`ExportedCall::buffers`].
     pub buffer: usize,
@@ -181,7 +181,7 @@ impl ExportedOutput {
 
 /// Buffers in the order they are met.
 struct Buffers {
-    /// `None`: the recording's parameters.
+    /// `None`: the steps' parameters.
     met: Vec<(Option<GpuBuffer>, ExportedBuffer)>,
 }
 
@@ -202,13 +202,16 @@ impl Buffers {
     }
 }
 
-impl Recording {
-    /// What [`Recording::submit`] would run, without running it; for recordings made by [`Recording::for_step`].
-    pub async fn export(self, attended: &Attended) -> Result<ExportedCall> {
+/// Where a result is: its name, its buffer, how it lies there, and its type.
+pub(crate) type ExportedResult<'a> = (&'static str, &'a GpuBuffer, Operand<'a>, Dtype);
+
+impl Steps {
+    /// What [`Steps::submit`] would run, without running it; for what [`Steps::for_step`] made.
+    pub async fn export(self, results: &[ExportedResult<'_>]) -> Result<ExportedCall> {
         let mut buffers = Buffers { met: Vec::new() };
         let mut steps = Vec::new();
         let mut features = Vec::new();
-        for bound in &self.steps {
+        for bound in &self.bound {
             let variant = &bound.step.variant;
             let mut wgsl = self.gpu.rewritten(variant)?;
             let declared: BTreeMap<String, (u32, wgpu::BufferBindingType)> =
@@ -244,27 +247,17 @@ impl Recording {
             let [x, y] = bound.step.workgroups;
             steps.push(ExportedStep { kernel: variant.name.clone(), wgsl, workgroups: [x, y, 1], bindings });
         }
-        let Attended { output, lse, weights, scores } = attended;
-        let results = [
-            ("output", Some(output)),
-            ("lse", lse.as_ref()),
-            ("weights", weights.as_ref()),
-            ("scores", scores.as_ref()),
-        ];
-        let outputs = (results.into_iter())
-            .filter_map(|(name, tensor)| Some((name, tensor?)))
-            .map(|(name, tensor)| {
-                let (layout, stored) = (tensor.layout(), tensor.stored());
+        let outputs = (results.iter())
+            .map(|&(name, buffer, Operand { layout, stored }, dtype)| {
                 let size = (layout.end() as u64 * stored.stored_size()).max(4);
-                let buffer = buffers.index(Some(buffer_of(tensor)), "results", size);
                 ExportedOutput {
                     name,
-                    buffer,
+                    buffer: buffers.index(Some(buffer), "results", size),
                     shape: layout.shape().to_vec(),
                     strides: layout.strides().to_vec(),
                     offset: layout.offset(),
                     stored,
-                    dtype: tensor.dtype(),
+                    dtype,
                 }
             })
             .collect();
@@ -299,7 +292,7 @@ impl Recording {
             step.bindings.iter().filter(|binding| binding.kind != BindingKind::Uniform).copied().collect::<Vec<_>>()
         };
         let bound: Vec<ExportedBinding> = steps.iter().flat_map(storage).collect();
-        let variants = || self.steps.iter().map(|bound| &bound.step.variant);
+        let variants = || self.bound.iter().map(|bound| &bound.step.variant);
         let invocations = variants().map(|variant| u64::from(variant.workgroup_size())).max().unwrap_or(0);
         let memory = variants().map(|variant| u64::from(variant.workgroup_memory())).max().unwrap_or(0);
         // WebGPU allows alignments up to 256.

@@ -16,7 +16,7 @@ pub use adapters::{AdapterSummary, GpuOptions};
 pub(crate) use buffers::{GpuBuffer, Purpose};
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use export::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
-pub(crate) use run::Recording;
+pub(crate) use run::Steps;
 pub use run::{EncodeSlices, Profile, Traced};
 
 use std::borrow::Cow;
@@ -170,7 +170,7 @@ impl Gpu {
             lost: Arc::default(),
             fault: Arc::default(),
         }));
-        #[cfg(not(target_arch = "wasm32"))]
+        #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
         gpu.load_tuning();
         gpu
     }
@@ -333,36 +333,39 @@ impl Gpu {
         return false;
         #[cfg(not(target_arch = "wasm32"))]
         {
-            let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal]
-                .map(|filter| self.0.device.push_error_scope(filter));
-            let buffer = self.0.device.create_buffer(&wgpu::BufferDescriptor {
+            let descriptor = wgpu::BufferDescriptor {
                 label: Some("sign of life"),
                 size: 4,
                 usage: wgpu::BufferUsages::COPY_SRC,
                 mapped_at_creation: true,
-            });
-            let mapped = buffer.get_mapped_range_mut(..).is_ok();
-            let errors = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).count();
-            !mapped && errors == 0
+            };
+            let map = || self.0.device.create_buffer(&descriptor).get_mapped_range_mut(..).is_ok();
+            let (mapped, caught) = self.watched(map);
+            !mapped && pollster::block_on(caught).is_none()
         }
     }
 
-    /// Runs `work` inside error scopes; the future tells what they caught. The scopes are closed when
+    /// Does `work` inside error scopes; the future is the first error that they caught. The scopes are closed when
     /// this returns: they belong to the thread, and must not be open across an await.
-    fn scoped<T, F: FnOnce() -> T>(&self, during: &str, work: F) -> impl Future<Output = Result<T>> + use<T, F> {
-        let memory = self.0.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let validation = self.0.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let internal = self.0.device.push_error_scope(wgpu::ErrorFilter::Internal);
+    fn watched<T, F: FnOnce() -> T>(&self, work: F) -> (T, impl Future<Output = Option<wgpu::Error>> + use<T, F>) {
+        let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal];
+        let [memory, validation, internal] = filters.map(|filter| self.0.device.push_error_scope(filter));
         let value = work();
         // Last pushed, first popped.
-        let internal = internal.pop();
-        let validation = validation.pop();
-        let memory = memory.pop();
-        let gpu = self.clone();
-        let during = during.to_string();
+        let caught = [internal.pop(), validation.pop(), memory.pop()];
+        let first = async move {
+            let [internal, validation, memory] = caught;
+            internal.await.or(validation.await).or(memory.await)
+        };
+        (value, first)
+    }
+
+    /// Runs `work` inside error scopes; the future tells what they caught.
+    fn scoped<T, F: FnOnce() -> T>(&self, during: &str, work: F) -> impl Future<Output = Result<T>> + use<T, F> {
+        let (value, caught) = self.watched(work);
+        let (gpu, during) = (self.clone(), during.to_string());
         async move {
-            let caught = [internal.await, validation.await, memory.await];
-            match caught.into_iter().flatten().next() {
+            match caught.await {
                 None => Ok(value),
                 Some(wgpu::Error::OutOfMemory { source }) => {
                     Err(Error::OutOfMemory { adapter: gpu.0.info.name.clone(), during, message: source.to_string() })

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::buffers::{GpuBuffer, Purpose};
-use super::{Gpu, Recording, lock};
+use super::{Gpu, Steps, lock};
 use crate::error::Result;
 use crate::kernels::{Slot, plan};
 
@@ -44,11 +44,11 @@ impl Gpu {
     fn probe(&self, rounds: u32) -> Result<(f64, f64, GpuBuffer)> {
         let (plan, bytes, operations) = plan::probe(rounds, &self.0.capabilities)?;
         let y = self.allocate("probe", bytes, Purpose::Call)?;
-        let mut recording = Recording::new(self);
-        recording.add(plan, |slot| (slot == Slot::Output).then(|| y.clone()))?;
+        let mut steps = Steps::for_measuring(self);
+        steps.add(plan, &[(Slot::Output, &y)])?;
         self.wait()?;
         let start = Instant::now();
-        pollster::block_on(recording.submit_measured())?;
+        pollster::block_on(steps.submit())?;
         self.wait()?;
         let seconds = start.elapsed().as_secs_f64();
         Ok((seconds, operations / seconds, y))

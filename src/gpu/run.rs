@@ -1,5 +1,6 @@
 //! Compiling variants and executing plans.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,16 +8,8 @@ use std::time::Duration;
 
 use super::buffers::{GpuBuffer, Purpose};
 use super::{Gpu, lock};
-use crate::attention::{Attended, Operands, Relative, Wanted, Weights, in_order_of};
-use crate::device::Device;
 use crate::error::{Result, value_error};
-use crate::inspect::{Chosen, Inspected};
-use crate::kernels::access::is_wide;
-use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
-use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, Step, Variant, three_passes_compete};
-use crate::position::Rotation;
-use crate::problem::{Dtype, Layout, Place, Problem, Rows, ScoreStage, Sequence};
-use crate::tensor::{Storage, Tensor};
+use crate::kernels::{Capabilities, Plan, Slot, Step, Variant};
 
 /// A compiled variant.
 pub struct Pipeline {
@@ -146,14 +139,14 @@ pub struct Traced {
 /// Encode the slices in order, each into an encoder of its own, and submit these in that order. Keep this, the inputs and
 /// the results until the last is submitted.
 pub struct EncodeSlices {
-    recording: Recording,
+    steps: Steps,
     pipelines: Vec<Arc<Pipeline>>,
     ranges: Vec<Range<usize>>,
 }
 
 impl std::fmt::Debug for EncodeSlices {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "EncodeSlices({} of {:.3} s on {:?})", self.len(), self.seconds(), self.recording.gpu)
+        write!(f, "EncodeSlices({} of {:.3} s on {:?})", self.len(), self.seconds(), self.steps.gpu)
     }
 }
 
@@ -169,8 +162,8 @@ impl EncodeSlices {
     /// How long all slices take together, about: on the long side, by what
     /// [`Gpu::multiply_add_ceiling`] measured, or by a guess for the kind of adapter before it was asked.
     pub fn seconds(&self) -> f64 {
-        let operations: f64 = self.recording.steps.iter().map(|bound| bound.step.cost.operations).sum();
-        operations / self.recording.gpu.operations_per_second()
+        let operations: f64 = self.steps.bound.iter().map(|bound| bound.step.cost.operations).sum();
+        operations / self.steps.gpu.operations_per_second()
     }
     /// Records slice `n`: one compute pass, no submit.
     pub fn encode(&self, n: usize, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
@@ -181,15 +174,15 @@ impl EncodeSlices {
     }
 
     fn record(&self, range: Range<usize>, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
-        let Recording { gpu, .. } = &self.recording;
-        let dispatch = || self.recording.dispatch(range, &self.pipelines, None, encoder, None);
-        gpu.scoped_now(&self.recording.label(), dispatch)
+        let dispatch = || self.steps.dispatch(range, &self.pipelines, None, encoder, None);
+        self.steps.gpu.scoped_now(&self.steps.label(), dispatch)
     }
 }
 
 /// A part of a buffer.
+#[derive(Clone)]
 pub(super) struct Part {
-    /// `None`: of the recording's own parameters.
+    /// `None`: of the steps' own parameters.
     pub buffer: Option<GpuBuffer>,
     pub offset: u64,
     pub size: u64,
@@ -204,96 +197,52 @@ pub(super) struct Bound {
 }
 
 /// Steps on one adapter, to run in one compute pass.
-pub(crate) struct Recording {
-    device: Device,
-    pub(super) gpu: Gpu,
-    pub(super) steps: Vec<Bound>,
+pub(crate) struct Steps {
+    pub gpu: Gpu,
+    pub(super) bound: Vec<Bound>,
     purpose: Purpose,
     /// Uniform blocks and tables that go into one pooled buffer; `None` keeps each by its content.
     pub(super) parameters: Option<Vec<u8>>,
+    /// Whether it measures the adapter: in one submit, whatever it takes, and out of sight of [`Gpu::trace`].
+    measures: bool,
 }
 
 /// Where a uniform block may begin on any adapter.
 const ALIGNMENT: usize = 256;
 
-pub(super) fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
-    match tensor.storage() {
-        Storage::Gpu(buffer) => buffer,
-        #[cfg(feature = "cpu")]
-        _ => unreachable!("devices are checked before"),
-    }
-}
-
-impl Recording {
-    pub fn new(gpu: &Gpu) -> Recording {
-        Recording {
-            device: Device::Gpu(gpu.clone()),
-            gpu: gpu.clone(),
-            steps: Vec::new(),
-            purpose: Purpose::Call,
-            parameters: None,
-        }
+impl Steps {
+    pub fn new(gpu: &Gpu) -> Steps {
+        Steps { gpu: gpu.clone(), bound: Vec::new(), purpose: Purpose::Call, parameters: None, measures: false }
     }
 
     /// For a step of a sequence: its parameters are new every time, and not worth keeping.
-    pub fn for_step(gpu: &Gpu) -> Recording {
-        Recording { parameters: Some(Vec::new()), ..Recording::new(gpu) }
+    pub fn for_step(gpu: &Gpu) -> Steps {
+        Steps { parameters: Some(Vec::new()), ..Steps::new(gpu) }
     }
 
     /// For work that waits in a caller's encoder.
-    pub fn for_encoder(gpu: &Gpu) -> Recording {
-        Recording { purpose: Purpose::Encoder, ..Recording::new(gpu) }
+    pub fn for_encoder(gpu: &Gpu) -> Steps {
+        Steps { purpose: Purpose::Encoder, ..Steps::new(gpu) }
     }
 
-    pub fn device(&self) -> &Device {
-        &self.device
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(super) fn for_measuring(gpu: &Gpu) -> Steps {
+        Steps { measures: true, ..Steps::new(gpu) }
     }
 
-    /// A new tensor of f32 that is rounded to `dtype` on download.
-    fn output(&self, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
-        self.output_stored(what, layout, dtype, Dtype::F32)
+    /// Whether they wait in a caller's encoder.
+    pub fn are_encoded(&self) -> bool {
+        self.purpose == Purpose::Encoder
     }
 
-    /// A new tensor held as `stored`.
-    fn output_stored(&self, what: &str, layout: Layout, dtype: Dtype, stored: Dtype) -> Result<Tensor> {
-        let buffer = self.gpu.allocate(what, plan::padded_bytes(&layout, stored), Purpose::Call)?;
-        Ok(Tensor::from_gpu(buffer, layout, dtype, stored))
+    /// What planning knows of the adapter before work of so many operations.
+    pub fn capabilities_for(&self, operations: f64) -> Result<Cow<'_, Capabilities>> {
+        // To measure the adapter for a caller's encoder would be a submit that nobody asked for.
+        self.gpu.capabilities_for(operations, !self.are_encoded())
     }
 
-    /// A boolean tensor of this call's own. One for a caller's encoder gets a buffer that nothing else ever uses: the
-    /// tensor is gone before the encoder is submitted, and an upload of another call must not write over it.
-    pub fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
-        if self.purpose == Purpose::Call {
-            return Tensor::from_bools(&self.device, shape, data);
-        }
-        let layout = Layout::contiguous(shape)?;
-        let bytes: Vec<u8> = data.iter().map(|&x| u8::from(x)).collect();
-        Ok(Tensor::from_gpu(self.gpu.upload_once("mask", &bytes)?, layout, Dtype::Bool, Dtype::Bool))
-    }
-
-    /// One number in a tensor of `layout`, in a buffer that is never written again.
-    pub fn number(&self, value: f32, layout: Layout) -> Tensor {
-        let buffer = self.gpu.adopt(&self.gpu.constant(bytemuck::bytes_of(&[value; 4])));
-        Tensor::from_gpu(buffer, layout, Dtype::F32, Dtype::F32)
-    }
-
-    /// The same values in a buffer of f32, for kernels that read nothing else.
-    pub fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
-        if matches!(x.stored(), Dtype::F32 | Dtype::Bool) {
-            return Ok(x.clone());
-        }
-        // What is repeated along an axis is widened once.
-        let mut once = x.layout().clone();
-        for axis in 0..once.rank() {
-            if once.strides()[axis] == 0 && once.shape()[axis] > 1 {
-                once = once.narrow(axis, 0, 1)?;
-            }
-        }
-        let wide = self.row_major(&x.with_layout(once))?;
-        Ok(wide.with_layout(wide.layout().broadcast_to(x.shape())?))
-    }
-
-    pub fn add(&mut self, plan: Plan, find: impl Fn(Slot) -> Option<GpuBuffer>) -> Result<()> {
+    /// Adds the steps of a plan whose slots stand for these buffers.
+    pub fn add(&mut self, plan: Plan, buffers: &[(Slot, &GpuBuffer)]) -> Result<()> {
         let scratch = plan
             .scratch
             .iter()
@@ -306,15 +255,14 @@ impl Recording {
         for step in plan.steps {
             let mut parts = vec![("params", self.constant(&step.params))];
             for binding in &step.bindings {
-                let table = |part: &Part| Part { buffer: part.buffer.clone(), ..*part };
                 let part = match binding.slot {
-                    Slot::Bands if !plan.bands.is_empty() => table(&bands),
-                    Slot::Places if !plan.places.is_empty() => table(&places),
-                    Slot::Rows if !plan.rows.is_empty() => table(&rows),
+                    Slot::Bands if !plan.bands.is_empty() => bands.clone(),
+                    Slot::Places if !plan.places.is_empty() => places.clone(),
+                    Slot::Rows if !plan.rows.is_empty() => rows.clone(),
                     slot => {
                         let buffer = match slot {
-                            Slot::Scratch(n) => Some(scratch[n].clone()),
-                            slot => find(slot),
+                            Slot::Scratch(n) => Some(&scratch[n]),
+                            slot => buffers.iter().find(|(of, _)| *of == slot).map(|&(_, buffer)| buffer),
                         };
                         let buffer = buffer.ok_or_else(|| {
                             value_error!("{} was planned without a buffer for {slot:?}", step.variant.name)
@@ -323,19 +271,14 @@ impl Recording {
                         // An operand part without elements may begin at the buffer's end: bind its start instead.
                         let offset = if binding.offset >= total { 0 } else { binding.offset };
                         let size = binding.size.min((total - offset) / 4 * 4);
-                        Part { buffer: Some(buffer), offset, size }
+                        Part { buffer: Some(buffer.clone()), offset, size }
                     }
                 };
                 parts.push((binding.name, part));
             }
-            self.steps.push(Bound { step, why: why.clone(), parts });
+            self.bound.push(Bound { step, why: why.clone(), parts });
         }
         Ok(())
-    }
-
-    /// Whether planning may measure the adapter: for a caller's encoder that would be a submit that nobody asked for.
-    fn may_submit(&self) -> bool {
-        self.purpose != Purpose::Encoder
     }
 
     /// A place for a uniform block or a table.
@@ -349,464 +292,8 @@ impl Recording {
                 Part { buffer: None, offset: offset as u64, size: size as u64 }
             }
             None if bytes.is_empty() => Part { buffer: None, offset: 0, size: 0 },
-            None => {
-                let buffer = self.gpu.adopt(&self.gpu.constant(bytes));
-                Part { buffer: Some(buffer), offset: 0, size: size as u64 }
-            }
+            None => Part { buffer: Some(self.gpu.constant(bytes)), offset: 0, size: size as u64 },
         }
-    }
-
-    pub fn project(
-        &mut self,
-        x: &Tensor,
-        w: &Tensor,
-        bias: Option<&Tensor>,
-        extra: &[Option<&Tensor>],
-    ) -> Result<Tensor> {
-        let bias = bias.map(|bias| self.widened(bias)).transpose()?;
-        let bias = bias.as_ref();
-        let extra = extra
-            .iter()
-            .map(|row| row.map(|row| self.widened(row)).transpose())
-            .collect::<Result<Vec<Option<Tensor>>>>()?;
-        let extra: Vec<Option<&Tensor>> = extra.iter().map(Option::as_ref).collect();
-        let layouts: Vec<Option<&Layout>> = extra.iter().map(|row| row.map(Tensor::layout)).collect();
-        let operations = 2.0 * x.layout().len() as f64 * w.shape()[0] as f64;
-        let gpu = self.gpu.clone();
-        let capabilities = gpu.capabilities_for(operations, self.may_submit())?;
-        let plan = plan::project(x.operand(), w.operand(), bias.map(Tensor::layout), &layouts, &capabilities)?;
-        let shape = [x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]];
-        let layout = Layout::contiguous(&shape)?;
-        let y = self.output("projection", layout, x.dtype())?;
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => x,
-                Slot::K => w,
-                Slot::Output => &y,
-                Slot::Bias(0) => bias?,
-                Slot::Bias(n) => (*extra.get(n - 1)?)?,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        Ok(y)
-    }
-
-    pub fn attention(
-        &mut self,
-        problem: &Problem,
-        operands: &Operands,
-        wanted: Wanted,
-        output: Option<&Tensor>,
-        output_layout: Layout,
-    ) -> Result<Attended> {
-        let Operands { q, k, v, masks, biases, relative, rotary, sink } = operands;
-        let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
-        let sink = sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
-        let dtype = q.dtype();
-        let asked_for = output_layout.clone();
-        let output_layout = output.map_or(output_layout, |output| output.layout().clone());
-        let stored = match output {
-            Some(output) => output.stored(),
-            None if is_wide(&output_layout) => dtype,
-            None => Dtype::F32,
-        };
-        if stored != Dtype::F32 && !is_wide(&output_layout) {
-            return Err(value_error!(
-                "an output of {stored} must have rows, strides and an offset of whole fours: shape {:?}, strides {:?}, \
-                 offset {}",
-                output_layout.shape(),
-                output_layout.strides(),
-                output_layout.offset()
-            ));
-        }
-        let mut planned = AttentionOperands {
-            q: q.operand(),
-            k: k.operand(),
-            v: v.operand(),
-            output: Operand { layout: &output_layout, stored },
-            masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
-            biases: biases.iter().map(Tensor::layout).collect(),
-            relative: relative.as_ref().map(Relative::operand),
-            rotary: rotary.as_ref().map(|(rotary, _)| rotary.rotation().operand()),
-            sink: sink.as_ref().map(Tensor::layout),
-            lse: wanted.lse,
-            weights: wanted.weights == Weights::PerHead,
-            averaged: wanted.weights == Weights::Averaged,
-            stage: wanted.scores,
-            method: wanted.method,
-        };
-        if wanted.method == Method::Auto {
-            let masked = !masks.is_empty() || !biases.is_empty();
-            let class = ShapeClass::of(problem, [q, k, v].map(|x| x.stored()), masked);
-            planned.method = match self.gpu.tuned(&class) {
-                Some(Method::ThreePasses)
-                    if !three_passes_compete(problem) || output.is_some() && stored != Dtype::F32 =>
-                {
-                    Method::Auto
-                }
-                found => found.unwrap_or_default(),
-            };
-        }
-        let gpu = self.gpu.clone();
-        let capabilities = gpu.capabilities_for(problem.operations(), self.may_submit())?;
-        let mut plan = match plan::attention(problem, &planned, &capabilities) {
-            // Where the kernel cannot turn them, queries and keys are turned before it runs.
-            Err(_) if let Some((rotary, rows)) = rotary => {
-                let mut turn = |x: &Tensor, rows: &Rows| {
-                    let &[b, h, i, d] = x.shape() else { unreachable!("four axes") };
-                    self.rotate(x, rotary.rotation(), rows, in_order_of(x.layout(), [b, h, i, d])?)
-                };
-                let (q, k) = (turn(q, &rows[0])?, turn(k, &rows[1])?);
-                let turned = Operands { q, k, rotary: None, ..operands.clone() };
-                return self.attention(problem, &turned, wanted, output, asked_for);
-            }
-            // What was found on one call of the class need not fit every other.
-            Err(_) if planned.method != wanted.method => {
-                planned.method = wanted.method;
-                plan::attention(problem, &planned, &capabilities)
-            }
-            plan => plan,
-        }?;
-        if wanted.method == Method::Auto && planned.method != Method::Auto {
-            plan.why = format!("tuned for such calls: {}", plan.why);
-        }
-        let square = |recording: &Recording, what: &str, layout: &Option<Layout>| {
-            let make = |layout: &Layout| recording.output(what, layout.clone(), dtype);
-            layout.as_ref().map(make).transpose()
-        };
-        let weights = square(self, "weights", &plan.weights)?;
-        let averaged = square(self, "averaged weights", &plan.averaged)?;
-        let stage = square(self, "scores", &plan.stage)?;
-        let lse = wanted
-            .lse
-            .then(|| {
-                let layout = Layout::contiguous(&[problem.batch, problem.heads_q, problem.len_q])?;
-                self.output("lse", layout, Dtype::F32)
-            })
-            .transpose()?;
-        let output = match output {
-            Some(output) if plan.output == stored => output.clone(),
-            Some(_) => {
-                return Err(value_error!(
-                    "three passes add up their output in f32; an output buffer of {stored} needs the fused method"
-                ));
-            }
-            None => self.output_stored("output", output_layout, dtype, plan.output)?,
-        };
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => q,
-                Slot::K => k,
-                Slot::V => v,
-                Slot::Mask(n) => masks.get(n)?.tensor(),
-                Slot::Bias(n) => biases.get(n)?,
-                Slot::Relative => &relative.as_ref()?.table,
-                Slot::Angles => rotary.as_ref()?.0.rotation().fused,
-                Slot::Sink => sink.as_ref()?,
-                Slot::Output => &output,
-                Slot::Lse => lse.as_ref()?,
-                Slot::Weights => weights.as_ref()?,
-                Slot::Averaged => averaged.as_ref()?,
-                Slot::Stage => stage.as_ref()?,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        let scores = match wanted.scores {
-            Some(ScoreStage::Weights) => weights.clone(),
-            _ => stage,
-        };
-        let weights = match wanted.weights {
-            Weights::None => None,
-            Weights::PerHead => weights,
-            Weights::Averaged => averaged,
-        };
-        Ok(Attended { output, lse, weights, scores })
-    }
-
-    pub fn inspect(
-        &mut self,
-        problem: &Problem,
-        operands: &Operands,
-        lse: &Tensor,
-        chosen: &Chosen,
-    ) -> Result<Inspected> {
-        let Operands { q, k, masks, biases, relative, .. } = operands;
-        let biases = biases.iter().map(|bias| self.widened(bias)).collect::<Result<Vec<_>>>()?;
-        let lse = &self.widened(lse)?;
-        let gpu = self.gpu.clone();
-        let capabilities = gpu.capabilities_for(problem.operations(), self.may_submit())?;
-        let plan = plan::inspect(
-            problem,
-            &InspectOperands {
-                q: q.operand(),
-                k: k.operand(),
-                lse: lse.layout(),
-                masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
-                biases: biases.iter().map(Tensor::layout).collect(),
-                relative: relative.as_ref().map(Relative::operand),
-                heads: &chosen.heads,
-                queries: chosen.queries.clone(),
-                weights: chosen.weights,
-                column_sums: chosen.column_sums,
-                entropy: chosen.entropy,
-            },
-            &capabilities,
-        )?;
-        let result = |what: &str, layout: &Option<Layout>, dtype| {
-            let make = |layout: &Layout| self.output(what, layout.clone(), dtype);
-            layout.as_ref().map(make).transpose()
-        };
-        let inspected = Inspected {
-            weights: result("weights", &plan.weights, q.dtype())?,
-            column_sums: result("column sums", &plan.column_sums, Dtype::F32)?,
-            entropy: result("entropies", &plan.entropy, Dtype::F32)?,
-        };
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => q,
-                Slot::K => k,
-                Slot::Lse => lse,
-                Slot::Mask(n) => masks.get(n)?.tensor(),
-                Slot::Bias(n) => biases.get(n)?,
-                Slot::Relative => &relative.as_ref()?.table,
-                Slot::Weights => inspected.weights.as_ref()?,
-                Slot::ColumnSums => inspected.column_sums.as_ref()?,
-                Slot::Entropy => inspected.entropy.as_ref()?,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        Ok(inspected)
-    }
-
-    /// Sequences one behind another: operands `[1, h, total, d]`; `output` has the layout of the result.
-    pub fn packed(
-        &mut self,
-        problem: &Problem,
-        operands: &Operands,
-        sequences: &[Sequence],
-        wanted: Wanted,
-        layout: Layout,
-    ) -> Result<Attended> {
-        let Operands { q, k, v, sink, .. } = operands;
-        let sink = sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
-        let dtype = q.dtype();
-        let stored = if is_wide(&layout) { dtype } else { Dtype::F32 };
-        let operands = AttentionOperands {
-            q: q.operand(),
-            k: k.operand(),
-            v: v.operand(),
-            output: Operand { layout: &layout, stored },
-            masks: Vec::new(),
-            biases: Vec::new(),
-            relative: None,
-            rotary: None,
-            sink: sink.as_ref().map(Tensor::layout),
-            lse: wanted.lse,
-            weights: false,
-            averaged: false,
-            stage: None,
-            method: wanted.method,
-        };
-        let pairs = |one: &Sequence| one.len_q as f64 * one.len_k as f64;
-        let per_pair = (problem.heads_q * 2 * (problem.dim_k + problem.dim_v)) as f64;
-        let operations = sequences.iter().map(pairs).sum::<f64>() * per_pair;
-        let capabilities = self.gpu.capabilities_for(operations, self.may_submit())?;
-        let plan = plan::packed(problem, &operands, sequences, &capabilities)?;
-        let lse_layout = Layout::contiguous(&[1, problem.heads_q, problem.len_q])?;
-        let lse = wanted.lse.then(|| self.output("lse", lse_layout, Dtype::F32)).transpose()?;
-        let output = self.output_stored("output", layout, dtype, stored)?;
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => q,
-                Slot::K => k,
-                Slot::V => v,
-                Slot::Sink => sink.as_ref()?,
-                Slot::Output => &output,
-                Slot::Lse => lse.as_ref()?,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        Ok(Attended { output, lse, weights: None, scores: None })
-    }
-
-    pub fn softmax(&mut self, x: &Tensor, axis: usize) -> Result<Tensor> {
-        let rank = x.layout().rank();
-        // The axis goes last, what is before it becomes three axes.
-        let mut order: Vec<usize> = (0..rank).filter(|&a| a != axis).collect();
-        order.push(axis);
-        let mut layout = x.layout().permute(&order)?;
-        while layout.rank() < 4 {
-            layout = layout.unsqueeze(0)?;
-        }
-        if layout.rank() > 4 {
-            return Err(value_error!("softmax of a tensor with {rank} axes: at most 4 are supported on an adapter"));
-        }
-        let plan = plan::softmax(Operand { layout: &layout, stored: x.stored() }, &self.gpu.0.capabilities)?;
-        let padded = plan.weights.clone().expect("a softmax has a result");
-        let out = self.output("softmax", padded, x.dtype())?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(buffer_of(x).clone()),
-            Slot::Output => Some(buffer_of(&out).clone()),
-            _ => None,
-        })?;
-        // Back to the caller's axes.
-        let mut layout = out.layout().clone();
-        while layout.rank() > rank {
-            layout = layout.select(0, 0)?;
-        }
-        let mut back = vec![0; rank];
-        for (at, &a) in order.iter().enumerate() {
-            back[a] = at;
-        }
-        Ok(out.with_layout(layout.permute(&back)?))
-    }
-
-    /// Copies rows of X into Y, a cache whose rows are padded to whole vec4s: one place per batch entry.
-    pub fn scatter(&mut self, x: &Tensor, y: &Tensor, places: &[Place]) -> Result<()> {
-        let (from, to) = (buffer_of(x), buffer_of(y));
-        if from.is(to) {
-            return Err(value_error!(
-                "rows cannot be copied within one buffer: the source is a view of the cache itself"
-            ));
-        }
-        let plan = plan::scatter(x.operand(), y.operand(), places, &self.gpu.0.capabilities)?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(from.clone()),
-            Slot::Output => Some(to.clone()),
-            _ => None,
-        })
-    }
-
-    /// X `[b, h, i, d]` turned by the angles of its rows, in a tensor of `layout`.
-    pub fn rotate(&mut self, x: &Tensor, rotation: Rotation<'_>, rows: &Rows, layout: Layout) -> Result<Tensor> {
-        let Rotation { table, pairs, interleaved, .. } = rotation;
-        let capabilities = &self.gpu.0.capabilities;
-        let plan = plan::rotate(x.operand(), &layout, table.layout(), (pairs, interleaved), rows, capabilities)?;
-        let y = self.output("rotated rows", layout, x.dtype())?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(buffer_of(x).clone()),
-            Slot::K => Some(buffer_of(table).clone()),
-            Slot::Output => Some(buffer_of(&y).clone()),
-            _ => None,
-        })?;
-        Ok(y)
-    }
-
-    /// X `[b, i, d]` plus the rows of a table `[row, d]`, row-major.
-    pub fn add_positions(&mut self, x: &Tensor, table: &Tensor, rows: &Rows) -> Result<Tensor> {
-        let plan = plan::add_positions(x.operand(), table.operand(), rows, &self.gpu.0.capabilities)?;
-        let y = self.output("embeddings", Layout::contiguous(x.shape())?, x.dtype())?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(buffer_of(x).clone()),
-            Slot::K => Some(buffer_of(table).clone()),
-            Slot::Output => Some(buffer_of(&y).clone()),
-            _ => None,
-        })?;
-        Ok(y)
-    }
-
-    /// `factor · X[b, h, i, column of j − i]` for X `[b, h, i, column]`, row-major `[b, h, i, j]`.
-    pub fn relative(&mut self, x: &Tensor, columns: &[u32], len_k: usize, factor: f32) -> Result<Tensor> {
-        let x = self.widened(x)?;
-        let plan = plan::relative(x.layout(), columns, len_k, factor, &self.gpu.0.capabilities)?;
-        let mut shape = x.shape().to_vec();
-        shape[3] = len_k;
-        let bias = self.output("a bias", Layout::contiguous(&shape)?, x.dtype())?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(buffer_of(&x).clone()),
-            Slot::Output => Some(buffer_of(&bias).clone()),
-            _ => None,
-        })?;
-        Ok(bias)
-    }
-
-    /// RMSNorm, or where `centred` LayerNorm, over the last axis of X (four axes), row-major.
-    pub fn normalise(
-        &mut self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        centred: bool,
-        epsilon: f32,
-    ) -> Result<Tensor> {
-        let weight = self.widened(weight)?;
-        let bias = bias.map(|bias| self.widened(bias)).transpose()?;
-        let bias_layout = bias.as_ref().map(Tensor::layout);
-        let capabilities = &self.gpu.0.capabilities;
-        let plan = plan::normalise(x.operand(), weight.layout(), bias_layout, centred, epsilon, capabilities)?;
-        let y = self.output("normalised rows", Layout::contiguous(x.shape())?, x.dtype())?;
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => x,
-                Slot::K => &weight,
-                Slot::Bias(_) => bias.as_ref()?,
-                Slot::Output => &y,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        Ok(y)
-    }
-
-    /// `X · σ(G)` of two tensors `[b, i, d]`, row-major.
-    pub fn gate(&mut self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
-        let plan = plan::gate(x.operand(), g.operand(), &self.gpu.0.capabilities)?;
-        let y = self.output("gated rows", Layout::contiguous(x.shape())?, x.dtype())?;
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => x,
-                Slot::K => g,
-                Slot::Output => &y,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        Ok(y)
-    }
-
-    /// X (at most four axes) in a row-major buffer of f32.
-    pub fn row_major(&mut self, x: &Tensor) -> Result<Tensor> {
-        let mut four = x.layout().clone();
-        while four.rank() < 4 {
-            four = four.unsqueeze(0)?;
-        }
-        let plan = plan::widen(Operand { layout: &four, stored: x.stored() }, &self.gpu.0.capabilities)?;
-        let copied = self.output("a row-major copy", Layout::contiguous(x.shape())?, x.dtype())?;
-        self.add(plan, |slot| match slot {
-            Slot::Q => Some(buffer_of(x).clone()),
-            Slot::Output => Some(buffer_of(&copied).clone()),
-            _ => None,
-        })?;
-        Ok(copied)
-    }
-
-    /// Joins two results `[b, h, i, d]` with their LSEs `[b, h, i]`.
-    pub fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2], layout: Layout) -> Result<[Tensor; 2]> {
-        let dtype = outputs[0].dtype();
-        let outputs = [self.widened(outputs[0])?, self.widened(outputs[1])?];
-        let lses = [self.widened(lses[0])?, self.widened(lses[1])?];
-        let (outputs, lses) = (outputs.each_ref(), lses.each_ref());
-        let plan =
-            plan::merge(outputs.map(Tensor::layout), lses.map(Tensor::layout), &layout, &self.gpu.0.capabilities)?;
-        let lse_layout = Layout::contiguous(&layout.shape()[..3])?;
-        let output = self.output("output", layout, dtype)?;
-        let lse = self.output("lse", lse_layout, Dtype::F32)?;
-        self.add(plan, |slot| {
-            Some(buffer_of(match slot {
-                Slot::Q => outputs[0],
-                Slot::K => outputs[1],
-                Slot::Bias(n) => *lses.get(n)?,
-                Slot::Output => &output,
-                Slot::Lse => &lse,
-                _ => return None,
-            }))
-            .cloned()
-        })?;
-        Ok([output, lse])
     }
 
     fn bind_group(&self, pipeline: &Pipeline, bound: &Bound, parameters: Option<&GpuBuffer>) -> wgpu::BindGroup {
@@ -829,16 +316,16 @@ impl Recording {
     }
 
     async fn pipelines(&self) -> Result<Vec<Arc<Pipeline>>> {
-        let mut pipelines = Vec::with_capacity(self.steps.len());
-        for bound in &self.steps {
+        let mut pipelines = Vec::with_capacity(self.bound.len());
+        for bound in &self.bound {
             pipelines.push(self.gpu.pipeline(&bound.step.variant).await?);
         }
         Ok(pipelines)
     }
 
     fn label(&self) -> String {
-        self.steps.first().map_or("nothing".into(), |bound| {
-            format!("{} (with {} more steps)", bound.step.variant.name, self.steps.len() - 1)
+        self.bound.first().map_or("nothing".into(), |bound| {
+            format!("{} (with {} more steps)", bound.step.variant.name, self.bound.len() - 1)
         })
     }
 
@@ -850,9 +337,9 @@ impl Recording {
         encoder: &mut wgpu::CommandEncoder,
         timestamps: Option<&wgpu::QuerySet>,
     ) {
-        let (is_first, is_last) = (range.start == 0, range.end == self.steps.len());
-        let (steps, pipelines) = (&self.steps[range.clone()], &pipelines[range]);
-        if let Some(trace) = lock(&self.gpu.0.trace).as_mut() {
+        let (is_first, is_last) = (range.start == 0, range.end == self.bound.len());
+        let (steps, pipelines) = (&self.bound[range.clone()], &pipelines[range]);
+        if let Some(trace) = lock(&self.gpu.0.trace).as_mut().filter(|_| !self.measures) {
             trace.extend(steps.iter().map(|bound| Traced {
                 variant: bound.step.variant.clone(),
                 workgroups: bound.step.workgroups,
@@ -879,9 +366,9 @@ impl Recording {
 
     /// Steps that go into one submit each: as many as take no longer than that may, by the estimate.
     fn submits(&self) -> Vec<Range<usize>> {
-        let most = self.gpu.operations_per_submit();
+        let most = if self.measures { f64::INFINITY } else { self.gpu.operations_per_submit() };
         let (mut ranges, mut first, mut operations) = (Vec::new(), 0, 0.0);
-        for (n, bound) in self.steps.iter().enumerate() {
+        for (n, bound) in self.bound.iter().enumerate() {
             let more = bound.step.cost.operations;
             if n > first && operations + more > most {
                 ranges.push(first..n);
@@ -889,98 +376,33 @@ impl Recording {
             }
             operations += more;
         }
-        if first < self.steps.len() {
-            ranges.push(first..self.steps.len());
+        if first < self.bound.len() {
+            ranges.push(first..self.bound.len());
         }
         ranges
     }
 
-    /// As [`Recording::submit`], whatever it takes and out of sight of [`Gpu::trace`]: what measures the adapter.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub async fn submit_measured(self) -> Result<()> {
-        let pipelines = self.pipelines().await?;
-        let gpu = self.gpu.clone();
-        gpu.scoped(&self.label(), || {
-            let trace = lock(&gpu.0.trace).take();
-            let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
-            self.dispatch(0..self.steps.len(), &pipelines, None, &mut encoder, None);
-            gpu.0.queue.submit([encoder.finish()]);
-            *lock(&gpu.0.trace) = trace;
-        })
-        .await
-    }
-
     /// One encoder, one compute pass and one submit; several of each where they would take too long.
     pub async fn submit(self) -> Result<()> {
-        self.gpu.check()?;
-        if self.steps.is_empty() {
-            return Ok(());
-        }
-        let pipelines = self.pipelines().await?;
-        let gpu = self.gpu.clone();
-        let parameters = match &self.parameters {
-            Some(bytes) => Some(gpu.allocate("parameters", bytes.len() as u64, Purpose::Parameters)?),
-            None => None,
-        };
-        gpu.scoped(&self.label(), || {
-            if let (Some(buffer), Some(bytes)) = (&parameters, &self.parameters) {
-                gpu.0.queue.write_buffer(buffer.raw(), 0, bytes);
-            }
-            for range in self.submits() {
-                let mut encoder = gpu.0.device.create_command_encoder(&Default::default());
-                self.dispatch(range, &pipelines, parameters.as_ref(), &mut encoder, None);
-                gpu.0.queue.submit([encoder.finish()]);
-            }
-        })
-        .await
+        self.send(false).await.map(drop)
     }
 
-    /// As [`Recording::submit`]; waits for the end and tells what ran.
+    /// As [`Steps::submit`]; waits for the end and tells what ran.
     pub async fn submit_profiled(self) -> Result<Profile> {
         let mut profile = Profile::default();
-        for bound in &self.steps {
+        for bound in &self.bound {
             if !profile.kernels.contains(&bound.step.variant.name) {
                 profile.kernels.push(bound.step.variant.name.clone());
             }
         }
-        let gpu = self.gpu.clone();
-        if self.steps.is_empty() || !gpu.0.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
-            self.submit().await?;
+        let gpu = &self.gpu;
+        let has_clock = gpu.0.device.features().contains(wgpu::Features::TIMESTAMP_QUERY);
+        let Some(timestamps) = self.send(has_clock).await? else {
             #[cfg(not(target_arch = "wasm32"))]
             gpu.wait()?;
             return Ok(profile);
-        }
-        gpu.check()?;
-        let pipelines = self.pipelines().await?;
-        let bytes = 2 * u64::from(wgpu::QUERY_SIZE);
-        let label = Some("timestamps");
-        let buffer = gpu
-            .scoped(&self.label(), || {
-                let device = &gpu.0.device;
-                let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
-                    label,
-                    ty: wgpu::QueryType::Timestamp,
-                    count: 2,
-                });
-                let buffer = device.create_buffer(&wgpu::BufferDescriptor {
-                    label,
-                    size: bytes,
-                    usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
-                    mapped_at_creation: false,
-                });
-                for range in self.submits() {
-                    let is_last = range.end == self.steps.len();
-                    let mut encoder = device.create_command_encoder(&Default::default());
-                    self.dispatch(range, &pipelines, None, &mut encoder, Some(&queries));
-                    if is_last {
-                        encoder.resolve_query_set(&queries, 0..2, &buffer, 0);
-                    }
-                    gpu.0.queue.submit([encoder.finish()]);
-                }
-                buffer
-            })
-            .await?;
-        let ticks: [u64; 2] = gpu.adopt(&buffer).read(0..bytes, bytemuck::pod_read_unaligned).await?;
+        };
+        let ticks: [u64; 2] = gpu.adopt(&timestamps).read(0..timestamps.size(), bytemuck::pod_read_unaligned).await?;
         // A driver that does not really count leaves zeros.
         let elapsed = ticks[1].checked_sub(ticks[0]).filter(|&elapsed| elapsed > 0);
         profile.gpu_time = elapsed.map(|elapsed| {
@@ -989,13 +411,57 @@ impl Recording {
         Ok(profile)
     }
 
+    /// Submits the steps, if there are any; the times of their start and end where they are `timed`.
+    async fn send(&self, timed: bool) -> Result<Option<wgpu::Buffer>> {
+        let gpu = &self.gpu;
+        gpu.check()?;
+        if self.bound.is_empty() {
+            return Ok(None);
+        }
+        let pipelines = self.pipelines().await?;
+        let parameters = match &self.parameters {
+            Some(bytes) => Some(gpu.allocate("parameters", bytes.len() as u64, Purpose::Parameters)?),
+            None => None,
+        };
+        let device = &gpu.0.device;
+        gpu.scoped(&self.label(), || {
+            if let (Some(buffer), Some(bytes)) = (&parameters, &self.parameters) {
+                gpu.0.queue.write_buffer(buffer.raw(), 0, bytes);
+            }
+            let label = Some("timestamps");
+            let clock = timed.then(|| {
+                let ty = wgpu::QueryType::Timestamp;
+                let queries = device.create_query_set(&wgpu::QuerySetDescriptor { label, ty, count: 2 });
+                let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+                    label,
+                    size: 2 * u64::from(wgpu::QUERY_SIZE),
+                    usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
+                    mapped_at_creation: false,
+                });
+                (queries, buffer)
+            });
+            for range in self.submits() {
+                let is_last = range.end == self.bound.len();
+                let mut encoder = device.create_command_encoder(&Default::default());
+                let queries = clock.as_ref().map(|(queries, _)| queries);
+                self.dispatch(range, &pipelines, parameters.as_ref(), &mut encoder, queries);
+                if let Some((queries, buffer)) = clock.as_ref().filter(|_| is_last) {
+                    encoder.resolve_query_set(queries, 0..2, buffer, 0);
+                }
+                gpu.0.queue.submit([encoder.finish()]);
+            }
+            clock.map(|(_, buffer)| buffer)
+        })
+        .await
+    }
+
     /// Into the caller's encoder: one compute pass, no submit.
     pub fn encode(self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
-        if self.steps.is_empty() {
+        if self.bound.is_empty() {
             return self.gpu.check();
         }
         let slices = self.slices()?;
-        slices.record(0..slices.recording.steps.len(), encoder)
+        slices.record(0..slices.steps.bound.len(), encoder)
     }
 
     /// For the caller's encoders, in slices that each take no longer than a submit may.
@@ -1007,13 +473,13 @@ impl Recording {
         let pipelines = {
             let ready: Vec<_> = {
                 let cache = lock(&self.gpu.0.pipelines);
-                self.steps.iter().map(|bound| cache.get(&bound.step.variant).cloned()).collect()
+                self.bound.iter().map(|bound| cache.get(&bound.step.variant).cloned()).collect()
             };
             ready.into_iter().collect::<Option<Vec<_>>>().ok_or_else(|| {
                 value_error!("a browser compiles asynchronously: run forward_async once on these shapes before encode")
             })?
         };
         let ranges = self.submits();
-        Ok(EncodeSlices { recording: self, pipelines, ranges })
+        Ok(EncodeSlices { steps: self, pipelines, ranges })
     }
 }

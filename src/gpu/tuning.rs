@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::Gpu;
 use crate::error::Result;
-use crate::kernels::{Capabilities, Method, ShapeClass};
+use crate::kernels::{Method, ShapeClass};
 
 /// What tuning found, and the folder where it is kept.
 #[derive(Default)]
@@ -37,14 +37,14 @@ impl Gpu {
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn keep_tuned(&self, class: ShapeClass, method: Method) -> Option<PathBuf> {
         self.0.tuning.write().methods.insert(class, method);
-        let file = self.tuning_file()?;
-        match file::put(&file, &self.0.info, &self.0.capabilities, Some((class, method))) {
-            Ok(()) => Some(file),
-            Err(error) => {
-                log::warn!("what tuning found is not kept: {}: {error}", file.display());
-                None
+        #[cfg(feature = "tune")]
+        if let Some(file) = self.tuning_file() {
+            match file::put(&file, &self.0.info, &self.0.capabilities, Some((class, method))) {
+                Ok(()) => return Some(file),
+                Err(error) => log::warn!("what tuning found is not kept: {}: {error}", file.display()),
             }
         }
+        None
     }
 
     /// The file in which what tuning finds is kept: `tuning.json` in the folder that the variable
@@ -65,6 +65,7 @@ impl Gpu {
             table.methods.clear();
             table.folder = folder.map(Path::to_path_buf);
         }
+        #[cfg(feature = "tune")]
         if let Some(file) = self.tuning_file() {
             let methods = file::get(&file, &self.0.info, &self.0.capabilities);
             self.0.tuning.write().methods = methods;
@@ -75,15 +76,16 @@ impl Gpu {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn clear_tuning(&self) -> Result<()> {
         self.0.tuning.write().methods.clear();
-        match self.tuning_file() {
-            Some(file) if file.exists() => file::put(&file, &self.0.info, &self.0.capabilities, None)
-                .map_err(|error| crate::Error::File(format!("{}: {error}", file.display()))),
-            _ => Ok(()),
+        #[cfg(feature = "tune")]
+        if let Some(file) = self.tuning_file().filter(|file| file.exists()) {
+            file::put(&file, &self.0.info, &self.0.capabilities, None)
+                .map_err(|error| crate::error::Error::File(format!("{}: {error}", file.display())))?;
         }
+        Ok(())
     }
 
     /// Reads what is kept where the user's surroundings say.
-    #[cfg(not(target_arch = "wasm32"))]
+    #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
     pub(super) fn load_tuning(&self) {
         if let Some(folder) = file::folder() {
             self.keep_tuning_in(Some(&folder));
@@ -98,6 +100,7 @@ mod file {
     use serde::{Deserialize, Serialize};
 
     use super::*;
+    use crate::kernels::Capabilities;
 
     /// More is nothing that this library wrote.
     const MOST_BYTES: u64 = 1 << 20;
@@ -223,27 +226,6 @@ mod file {
         let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
         temporary.write_all(&serde_json::to_vec_pretty(&file)?)?;
         temporary.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    }
-}
-
-/// Nothing is kept.
-#[cfg(all(not(feature = "tune"), not(target_arch = "wasm32")))]
-mod file {
-    use super::*;
-
-    pub fn folder() -> Option<PathBuf> {
-        None
-    }
-    pub fn get(_: &Path, _: &wgpu::AdapterInfo, _: &Capabilities) -> HashMap<ShapeClass, Method> {
-        HashMap::new()
-    }
-    pub fn put(
-        _: &Path,
-        _: &wgpu::AdapterInfo,
-        _: &Capabilities,
-        _: Option<(ShapeClass, Method)>,
-    ) -> std::io::Result<()> {
         Ok(())
     }
 }

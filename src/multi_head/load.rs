@@ -200,9 +200,25 @@ impl StateDict {
     }
 }
 
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
+impl StateDict {
+    /// As [`StateDict::open`] for one attention layer behind `prefix`: only values that the layer may use are read,
+    /// so that a layer of a large model takes little memory.
+    pub fn open_layer(path: impl AsRef<std::path::Path>, prefix: &str) -> Result<StateDict> {
+        let names = names_behind(prefix);
+        use crate::state_dict::Wanted;
+        let choice = |name: &str| match () {
+            () if names.contains(name) => Wanted::Values,
+            () if name.starts_with(prefix) => Wanted::Header,
+            () => Wanted::Name,
+        };
+        StateDict::open_chosen(path.as_ref(), &choice)
+    }
+}
+
 /// Every name that a layer behind `prefix`, with its dot or without, may use.
 #[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
-pub(crate) fn names_behind(prefix: &str) -> BTreeSet<String> {
+fn names_behind(prefix: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for prefix in [prefix, &format!("{prefix}.")] {
         for family in Family::ALL {

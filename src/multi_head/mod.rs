@@ -7,17 +7,16 @@ mod names;
 
 pub use config::{MultiHeadConfig, NormKind, NormSpan, QueryKeyNorm};
 pub use load::LoadOptions;
-#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
-pub(crate) use load::names_behind;
 pub use names::Names;
 
 use rand::{Rng, RngExt, SeedableRng};
 
-use crate::attention::{Attended, Attention, Mask};
+use crate::attention::Attention;
+use crate::call::Attended;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::{EncodeSlices, Gpu, Profile};
-use crate::record::Recording;
+use crate::lower::Recording;
 use crate::tensor::{Tensor, common_device};
 
 /// A projection on the host, row-major: the weight is `[out, in]`.
@@ -288,10 +287,7 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        let mut recording = Recording::new(&self.device);
-        let output = self.record(&mut recording, query, key, value, attention)?;
-        recording.submit().await?;
-        Ok(output)
+        Recording::new(&self.device).submit(|to| self.record(to, query, key, value, attention)).await
     }
 
     /// As [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
@@ -315,9 +311,7 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, Profile)> {
-        let mut recording = Recording::new(&self.device);
-        let output = self.record(&mut recording, query, key, value, attention)?;
-        Ok((output, recording.submit_profiled().await?))
+        Recording::new(&self.device).submit_profiled(|to| self.record(to, query, key, value, attention)).await
     }
 
     /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Keep the
@@ -331,10 +325,8 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        let mut recording = Recording::for_encoder(gpu);
-        let output = self.record(&mut recording, query, key, value, attention)?;
-        recording.encode(encoder)?;
-        Ok(output)
+        let recording = Recording::for_encoder(gpu, &self.device)?;
+        recording.encode(encoder, |to| self.record(to, query, key, value, attention))
     }
 
     /// As [`MultiHeadAttention::encode`], cut into slices for encoders of their own: see
@@ -347,9 +339,8 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, EncodeSlices)> {
-        let mut recording = Recording::for_encoder(gpu);
-        let output = self.record(&mut recording, query, key, value, attention)?;
-        Ok((output, recording.slices()?))
+        let recording = Recording::for_encoder(gpu, &self.device)?;
+        recording.slices(|to| self.record(to, query, key, value, attention))
     }
 
     /// `[batch, len, dim]` of an input, whatever the order it came in.
@@ -452,7 +443,9 @@ impl MultiHeadAttention {
         let q = heads_first(normalised(&q, 0, config.num_heads)?)?;
         let k = heads_first(normalised(&k, 1, config.heads_kv)?)?;
         let v = heads_first(split(&v, config.heads_kv, config.value_head_dim)?)?;
-        let attention = attention.clone().for_layer(batch, config.num_heads, extra_k.len())?.or_scale(config.scale);
+        let mut attention = attention.clone().for_layer(batch, config.num_heads)?;
+        attention.extra_keys = extra_k.len();
+        attention.scale = attention.scale.or(config.scale);
         let Attended { output, weights, lse, scores } = attention.record(recording, &q, &k, &v, None)?;
         let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, joined_width])?;
         if let Some(gate) = &gate {
@@ -484,7 +477,7 @@ impl MultiHeadAttention {
 
 impl Attention {
     /// Masks and biases as a layer's caller writes them: three axes are `[batch · heads, len_q, len_k]`.
-    fn for_layer(mut self, batch: usize, heads: usize, extra_keys: usize) -> Result<Attention> {
+    fn for_layer(mut self, batch: usize, heads: usize) -> Result<Attention> {
         let fix = |what: &str, tensor: &Tensor| -> Result<Tensor> {
             match *tensor.shape() {
                 // Of whatever three axes could mean (per batch entry, per head, both), this is the same in all.
@@ -503,9 +496,13 @@ impl Attention {
                 _ => Ok(tensor.clone()),
             }
         };
-        self.for_each_mask(|mask| Mask::new(fix("a mask", mask.tensor())?, mask.meaning()))?;
-        self.for_each_bias(|bias| fix("a bias", bias))?;
-        Ok(self.extra_keys(extra_keys))
+        for mask in &mut self.masks {
+            *mask = mask.map(|tensor| fix("a mask", tensor))?;
+        }
+        for bias in &mut self.biases {
+            *bias = fix("a bias", bias)?;
+        }
+        Ok(self)
     }
 }
 

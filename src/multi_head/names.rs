@@ -192,7 +192,7 @@ pub(super) type Role = (Slot, Part);
 /// Names that belong together.
 pub(super) struct Family {
     /// Modules: `NAME.weight` and `NAME.bias`. `../` is beside the last word of a prefix that ends in one of `inner`.
-    modules: &'static [(Slot, &'static str)],
+    modules: &'static [(Slot, &'static [&'static str])],
     /// Tensors under names of their own.
     tensors: &'static [(Role, &'static str)],
     /// What is there and not attention, or no parameter: a name, or a beginning that ends in `.`.
@@ -210,7 +210,8 @@ impl Family {
 
     /// Every name with its role.
     pub fn names(&self) -> impl Iterator<Item = (Role, String)> + '_ {
-        let modules = self.modules.iter().flat_map(|&(slot, name)| {
+        let modules = self.modules.iter().flat_map(|&(slot, names)| names.iter().map(move |name| (slot, name)));
+        let modules = modules.flat_map(|(slot, name)| {
             [(Part::Weight, "weight"), (Part::Bias, "bias")]
                 .map(|(part, word)| ((slot, part), format!("{name}.{word}")))
         });
@@ -247,14 +248,16 @@ impl Family {
 const WEIGHT: Part = Part::Weight;
 const BIAS: Part = Part::Bias;
 
+const UNNAMED: Family = Family { modules: &[], tensors: &[], passed_over: &[], inner: &[], readings: &[] };
+
 static PYTORCH: Family = Family {
     modules: &[
-        (Slot::Out, "out_proj"),
-        (Slot::Gate, "gate_proj"),
-        (Slot::QNorm, "q_norm"),
-        (Slot::KNorm, "k_norm"),
-        (Slot::QLayerNorm, "q_layernorm"),
-        (Slot::KLayerNorm, "k_layernorm"),
+        (Slot::Out, &["out_proj"]),
+        (Slot::Gate, &["gate_proj"]),
+        (Slot::QNorm, &["q_norm"]),
+        (Slot::KNorm, &["k_norm"]),
+        (Slot::QLayerNorm, &["q_layernorm"]),
+        (Slot::KLayerNorm, &["k_layernorm"]),
     ],
     tensors: &[
         ((Slot::Qkv, WEIGHT), "in_proj_weight"),
@@ -270,126 +273,102 @@ static PYTORCH: Family = Family {
         ((Slot::Epsilon, WEIGHT), "norm_epsilon"),
         ((Slot::Scale, WEIGHT), "attention_scale"),
     ],
-    passed_over: &[],
-    inner: &[],
     readings: &[Names::PyTorch],
+    ..UNNAMED
 };
 
 static LLAMA: Family = Family {
     modules: &[
-        (Slot::Q, "q_proj"),
-        (Slot::K, "k_proj"),
-        (Slot::V, "v_proj"),
-        (Slot::Out, "o_proj"),
-        (Slot::Out, "out_proj"),
-        (Slot::Out, "dense"),
-        (Slot::Gate, "gate_proj"),
-        (Slot::QNorm, "q_norm"),
-        (Slot::KNorm, "k_norm"),
-        (Slot::QLayerNorm, "q_layernorm"),
-        (Slot::KLayerNorm, "k_layernorm"),
+        (Slot::Q, &["q_proj"]),
+        (Slot::K, &["k_proj"]),
+        (Slot::V, &["v_proj"]),
+        (Slot::Out, &["o_proj", "out_proj", "dense"]),
+        (Slot::Gate, &["gate_proj"]),
+        (Slot::QNorm, &["q_norm"]),
+        (Slot::KNorm, &["k_norm"]),
+        (Slot::QLayerNorm, &["q_layernorm"]),
+        (Slot::KLayerNorm, &["k_layernorm"]),
     ],
-    tensors: &[],
     // GPT-J and GPT-Neo keep their causal masks, old Llamas their frequencies.
     passed_over: &["bias", "masked_bias", "rotary_emb.inv_freq"],
-    inner: &[],
     readings: &[Names::Llama, Names::Qwen3, Names::Gemma3, Names::Olmo2, Names::GptNeo],
+    ..UNNAMED
 };
 
 static BERT: Family = Family {
     modules: &[
-        (Slot::Q, "query"),
-        (Slot::K, "key"),
-        (Slot::V, "value"),
-        (Slot::Q, "self.query"),
-        (Slot::K, "self.key"),
-        (Slot::V, "self.value"),
-        (Slot::Q, "attention.query"),
-        (Slot::K, "attention.key"),
-        (Slot::V, "attention.value"),
-        (Slot::Out, "output.dense"),
-        (Slot::Out, "../output.dense"),
-        (Slot::Out, "dense"),
+        (Slot::Q, &["query", "self.query", "attention.query"]),
+        (Slot::K, &["key", "self.key", "attention.key"]),
+        (Slot::V, &["value", "self.value", "attention.value"]),
+        (Slot::Out, &["output.dense", "../output.dense", "dense"]),
     ],
-    tensors: &[],
     passed_over: &["output.LayerNorm.", "LayerNorm."],
     inner: &["self", "attention.attention"],
     readings: &[Names::Bert],
+    ..UNNAMED
 };
 
 static DISTILBERT: Family = Family {
-    modules: &[(Slot::Q, "q_lin"), (Slot::K, "k_lin"), (Slot::V, "v_lin"), (Slot::Out, "out_lin")],
-    tensors: &[],
-    passed_over: &[],
-    inner: &[],
+    modules: &[(Slot::Q, &["q_lin"]), (Slot::K, &["k_lin"]), (Slot::V, &["v_lin"]), (Slot::Out, &["out_lin"])],
     readings: &[Names::DistilBert],
+    ..UNNAMED
 };
 
 static C_ATTN: Family = Family {
-    modules: &[(Slot::Qkv, "c_attn"), (Slot::Out, "c_proj")],
-    tensors: &[],
+    modules: &[(Slot::Qkv, &["c_attn"]), (Slot::Out, &["c_proj"])],
     passed_over: &["bias", "masked_bias"],
-    inner: &[],
     readings: &[Names::Gpt2, Names::NanoGpt, Names::GptBigCode],
+    ..UNNAMED
 };
 
 static TIMM: Family = Family {
     modules: &[
-        (Slot::Qkv, "qkv"),
-        (Slot::Out, "proj"),
-        (Slot::Out, "projection"),
-        (Slot::Gate, "gate"),
-        (Slot::QNorm, "q_norm"),
-        (Slot::KNorm, "k_norm"),
+        (Slot::Qkv, &["qkv"]),
+        (Slot::Out, &["proj", "projection"]),
+        (Slot::Gate, &["gate"]),
+        (Slot::QNorm, &["q_norm"]),
+        (Slot::KNorm, &["k_norm"]),
     ],
     // BEiT's biases: none for keys.
     tensors: &[((Slot::Q, BIAS), "q_bias"), ((Slot::V, BIAS), "v_bias")],
-    passed_over: &[],
-    inner: &[],
     readings: &[Names::Timm],
+    ..UNNAMED
 };
 
 static WQKV: Family = Family {
-    modules: &[(Slot::Qkv, "Wqkv"), (Slot::Out, "Wo"), (Slot::Out, "out_proj")],
-    tensors: &[],
+    modules: &[(Slot::Qkv, &["Wqkv"]), (Slot::Out, &["Wo", "out_proj"])],
     passed_over: &["rotary_emb.inv_freq"],
-    inner: &[],
     readings: &[Names::Wqkv],
+    ..UNNAMED
 };
 
 static PHI3: Family = Family {
-    modules: &[(Slot::Qkv, "qkv_proj"), (Slot::Out, "o_proj")],
-    tensors: &[],
+    modules: &[(Slot::Qkv, &["qkv_proj"]), (Slot::Out, &["o_proj"])],
     passed_over: &["rotary_emb.inv_freq"],
-    inner: &[],
     readings: &[Names::Phi3],
+    ..UNNAMED
 };
 
 static QUERY_KEY_VALUE: Family = Family {
     modules: &[
-        (Slot::Qkv, "query_key_value"),
-        (Slot::Out, "dense"),
-        (Slot::QLayerNorm, "q_layernorm"),
-        (Slot::KLayerNorm, "k_layernorm"),
+        (Slot::Qkv, &["query_key_value"]),
+        (Slot::Out, &["dense"]),
+        (Slot::QLayerNorm, &["q_layernorm"]),
+        (Slot::KLayerNorm, &["k_layernorm"]),
     ],
-    tensors: &[],
     passed_over: &["bias", "masked_bias", "rotary_emb.inv_freq"],
-    inner: &[],
     readings: &[Names::Falcon, Names::ChatGlm],
+    ..UNNAMED
 };
 
 static Q_K_V_O: Family = Family {
-    modules: &[(Slot::Q, "q"), (Slot::K, "k"), (Slot::V, "v"), (Slot::Out, "o")],
-    tensors: &[],
-    passed_over: &[],
-    inner: &[],
+    modules: &[(Slot::Q, &["q"]), (Slot::K, &["k"]), (Slot::V, &["v"]), (Slot::Out, &["o"])],
     readings: &[Names::T5, Names::Mpnet],
+    ..UNNAMED
 };
 
 static DIFFUSERS: Family = Family {
-    modules: &[(Slot::Q, "to_q"), (Slot::K, "to_k"), (Slot::V, "to_v"), (Slot::Out, "to_out.0")],
-    tensors: &[],
-    passed_over: &[],
-    inner: &[],
+    modules: &[(Slot::Q, &["to_q"]), (Slot::K, &["to_k"]), (Slot::V, &["to_v"]), (Slot::Out, &["to_out.0"])],
     readings: &[Names::Diffusers],
+    ..UNNAMED
 };

@@ -5,6 +5,7 @@
 //! off by up to 4e-4. What depends on data runs on the tensor's device.
 
 pub mod alibi;
+mod distance;
 mod relative;
 mod rotary;
 pub mod shaw;
@@ -12,7 +13,7 @@ mod sinusoidal;
 pub mod t5;
 mod table;
 
-pub(crate) use rotary::Rotation;
+pub(crate) use distance::Distance;
 pub use rotary::{LongRope, Pairing, Rotary, RotaryConfig, RotaryScaling, Yarn};
 pub use sinusoidal::{sinusoidal, sinusoidal_halves};
 pub use table::PositionTable;
@@ -88,6 +89,13 @@ impl TokenPositions {
             }
         }
     }
+}
+
+/// The position of the first query of a batch entry whose band has this offset.
+pub(crate) fn first_position(b: usize, offset: i32) -> Result<usize> {
+    usize::try_from(offset).map_err(|_| {
+        value_error!("query 0 of batch entry {b} stands at position {offset}; rotary positions begin at 0")
+    })
 }
 
 /// A length that indices can count.

@@ -3,8 +3,8 @@
 use super::check_table;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
+use crate::lower::Recording;
 use crate::problem::MAX_LEN;
-use crate::record::Recording;
 use crate::tensor::Tensor;
 
 /// Every distance `j − (i + offset)` of `len_q` queries and `len_k` keys.
@@ -52,8 +52,5 @@ impl Distances {
 
 /// `factor · X[b, h, i, column(j − i)]` for X that broadcasts to `[b, h, i, columns]`.
 pub(super) async fn by_distance(x: &Tensor, columns: &[u32], shape: [usize; 4], factor: f32) -> Result<Tensor> {
-    let mut recording = Recording::for_step(&x.device());
-    let out = recording.relative(x, columns, shape, factor)?;
-    recording.submit().await?;
-    Ok(out)
+    Recording::for_step(&x.device()).submit(|to| to.relative(x, columns, shape, factor)).await
 }

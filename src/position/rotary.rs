@@ -1,14 +1,13 @@
 //! Rotary position embedding (Su et al. 2021, "RoFormer", section 3.4).
 
-use super::{TokenPositions, check_len, check_table};
-use crate::attention::common_device_is;
+use super::{TokenPositions, check_len, check_table, first_position};
+use crate::call::Rotation;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
-use crate::kernels::plan::RotaryOperand;
+use crate::lower::Recording;
 use crate::memory::check_floats;
-use crate::problem::{as_four_axes, checked_len};
-use crate::record::Recording;
+use crate::problem::{Problem, Rows, checked_len};
 use crate::state_dict::HostTensor;
 use crate::tensor::{Tensor, common_device};
 
@@ -170,11 +169,13 @@ impl RotaryConfig {
             true => Ok(()),
             false => Err(value_error!("{name} = {value} must be positive and finite")),
         };
+        let all_positive = |values: &[(&str, Option<f64>)]| {
+            values.iter().try_for_each(|&(name, value)| value.map_or(Ok(()), |value| positive(name, value)))
+        };
         let trained = |len: usize, least: usize| match len >= least {
             true => Ok(()),
             false => Err(value_error!("original_len = {len} must be at least {least}")),
         };
-        let optional = |name: &str, value: Option<f64>| value.map_or(Ok(()), |value| positive(name, value));
         positive("base", base)?;
         match &self.scaling {
             RotaryScaling::None => Ok(()),
@@ -184,35 +185,31 @@ impl RotaryConfig {
                 trained(*original_len, 1)
             }
             RotaryScaling::Yarn(yarn) => {
-                for (name, value) in
-                    [("factor", yarn.factor), ("beta_fast", yarn.beta_fast), ("beta_slow", yarn.beta_slow)]
-                {
-                    positive(name, value)?;
-                }
-                optional("attention_factor", yarn.attention_factor)?;
-                optional("mscale", yarn.mscale)?;
-                optional("mscale_all_dim", yarn.mscale_all_dim)?;
+                all_positive(&[
+                    ("factor", Some(yarn.factor)),
+                    ("beta_fast", Some(yarn.beta_fast)),
+                    ("beta_slow", Some(yarn.beta_slow)),
+                    ("attention_factor", yarn.attention_factor),
+                    ("mscale", yarn.mscale),
+                    ("mscale_all_dim", yarn.mscale_all_dim),
+                ])?;
                 trained(yarn.original_len, 1)?;
                 match base > 1.0 {
                     true => Ok(()),
                     false => Err(value_error!("base = {base} must be more than 1 for YaRN")),
                 }
             }
-            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
-                positive("factor", *factor)?;
-                positive("low_freq_factor", *low_freq_factor)?;
-                positive("high_freq_factor", *high_freq_factor)?;
+            RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_len } => {
+                let factors = [("factor", factor), ("low_freq_factor", low), ("high_freq_factor", high)];
+                all_positive(&factors.map(|(name, value)| (name, Some(*value))))?;
                 trained(*original_len, 1)?;
-                match high_freq_factor > low_freq_factor {
+                match high > low {
                     true => Ok(()),
-                    false => Err(value_error!(
-                        "high_freq_factor = {high_freq_factor} must be more than low_freq_factor = {low_freq_factor}"
-                    )),
+                    false => Err(value_error!("high_freq_factor = {high} must be more than low_freq_factor = {low}")),
                 }
             }
             RotaryScaling::LongRope(long) => {
-                positive("factor", long.factor)?;
-                optional("attention_factor", long.attention_factor)?;
+                all_positive(&[("factor", Some(long.factor)), ("attention_factor", long.attention_factor)])?;
                 trained(long.original_len, 2)?;
                 for (name, factors) in [("short_factor", &long.short_factor), ("long_factor", &long.long_factor)] {
                     if factors.len() != dim / 2 {
@@ -357,29 +354,7 @@ impl RotaryConfig {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Rotary {
-    /// `[positions, 2 · columns]`: cosines and sines, each row of either padded to whole vec4s.
-    table: Tensor,
-    /// Interleaved, in whole vec4s: two cosines and two sines in turn, as the fused kernel reads them.
-    in_turn: Option<Tensor>,
-    pairs: usize,
-    pairing: Pairing,
-}
-
-/// What a kernel needs to know to turn rows.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rotation<'a> {
-    /// `[positions, 2 · pairs.next_multiple_of(4)]`: cosines, then sines.
-    pub table: &'a Tensor,
-    pub pairs: usize,
-    pub interleaved: bool,
-    /// The table as the fused kernel reads it.
-    pub fused: &'a Tensor,
-}
-
-impl<'a> Rotation<'a> {
-    pub fn operand(&self) -> RotaryOperand<'a> {
-        RotaryOperand { table: self.fused.layout(), pairs: self.pairs, interleaved: self.interleaved }
-    }
+    rotation: Rotation,
 }
 
 impl Rotary {
@@ -420,32 +395,61 @@ impl Rotary {
             row[..pairs].copy_from_slice(cos);
             row[shape[1] / 2..][..pairs].copy_from_slice(sin);
         }
-        let in_turn = (pairing == Pairing::Interleaved && pairs.is_multiple_of(2)).then(|| {
+        let interleaved = pairing == Pairing::Interleaved;
+        let in_turn = (interleaved && pairs.is_multiple_of(2)).then(|| {
             let fours =
                 cos.data().chunks(2).zip(sin.data().chunks(2)).flat_map(|(cos, sin)| [cos[0], cos[1], sin[0], sin[1]]);
             Tensor::from_slice(&device, &[rows, 2 * pairs], &fours.collect::<Vec<f32>>())
         });
         let in_turn = in_turn.transpose()?;
-        Ok(Rotary { table: Tensor::from_slice(device, &shape, &table)?, in_turn, pairs, pairing })
+        let table = Tensor::from_slice(device, &shape, &table)?;
+        let fused = in_turn.unwrap_or_else(|| table.clone());
+        Ok(Rotary { rotation: Rotation { table, pairs, interleaved, fused } })
     }
 
     /// Positions that the table holds.
     pub fn positions(&self) -> usize {
-        self.table.shape()[0]
+        self.rotation.table.shape()[0]
     }
     /// Columns that turn.
     pub fn dim(&self) -> usize {
-        2 * self.pairs
+        2 * self.rotation.pairs
     }
     /// Which columns turn together.
     pub fn pairing(&self) -> Pairing {
-        self.pairing
+        if self.rotation.interleaved { Pairing::Interleaved } else { Pairing::HalfSplit }
     }
 
-    pub(crate) fn rotation(&self) -> Rotation<'_> {
-        let interleaved = self.pairing == Pairing::Interleaved;
-        let fused = self.in_turn.as_ref().unwrap_or(&self.table);
-        Rotation { table: &self.table, pairs: self.pairs, interleaved, fused }
+    pub(crate) fn rotation(&self) -> &Rotation {
+        &self.rotation
+    }
+
+    /// The rows of the table for queries and keys: given, or from each band's offset and from 0 on.
+    pub(crate) fn rows(&self, given: Option<&[TokenPositions; 2]>, problem: &Problem) -> Result<[Rows; 2]> {
+        if problem.extra_keys > 0 {
+            return Err(value_error!(
+                "rotary positions do not go with add_bias_kv or add_zero_attn: {} keys stand nowhere",
+                problem.extra_keys
+            ));
+        }
+        let [queries, keys] = match given {
+            Some(given) => given.clone(),
+            None => {
+                let starts = (problem.bands.iter().enumerate())
+                    .map(|(b, band)| first_position(b, band.offset))
+                    .collect::<Result<Vec<_>>>()?;
+                let queries = match *starts {
+                    [start] => TokenPositions::From(start),
+                    _ => TokenPositions::FromEach(starts),
+                };
+                [queries, TokenPositions::From(0)]
+            }
+        };
+        let positions = self.positions();
+        Ok([
+            queries.rows(problem.batch, problem.len_q, positions)?,
+            keys.rows(problem.batch, problem.len_k, positions)?,
+        ])
     }
 
     /// Turns X `[batch, heads, len, dim]` (any strides; missing leading axes as in
@@ -458,10 +462,8 @@ impl Rotary {
 
     /// As [`Rotary::rotate`], without blocking.
     pub async fn rotate_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
-        let mut recording = Recording::for_step(&common_device(&self.table, [("x", x)])?);
-        let turned = self.record(&mut recording, x, positions)?;
-        recording.submit().await?;
-        Ok(turned)
+        let device = common_device(&self.rotation.table, [("x", x)])?;
+        Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
     /// As [`Rotary::rotate`], recorded into the caller's encoder under the terms of
@@ -473,11 +475,8 @@ impl Rotary {
         x: &Tensor,
         positions: &TokenPositions,
     ) -> Result<Tensor> {
-        let mut recording = Recording::for_encoder(gpu);
-        common_device_is(recording.device(), common_device(&self.table, [("x", x)])?)?;
-        let turned = self.record(&mut recording, x, positions)?;
-        recording.encode(encoder)?;
-        Ok(turned)
+        let device = common_device(&self.rotation.table, [("x", x)])?;
+        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
     /// Refuses rows of `dim` columns that are fewer than turn.
@@ -490,10 +489,10 @@ impl Rotary {
 
     pub(crate) fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         x.expect_float("x")?;
-        let four = x.with_layout(as_four_axes("x", x.layout())?);
-        let &[batch, _, len, dim] = four.shape() else { unreachable!("four axes") };
+        let four = x.as_four_axes("x")?;
+        let [batch, _, len, dim] = four.four_axes();
         self.check_width("x", x.shape(), dim)?;
         let rows = positions.rows(batch, len, self.positions())?;
-        recording.rotate(&four, self.rotation(), &rows)?.reshape(x.shape())
+        recording.rotate(&four, &self.rotation, &rows)?.reshape(x.shape())
     }
 }

@@ -1,11 +1,10 @@
 //! Relative keys (Shaw et al. 2018, "Self-Attention with Relative Position Representations", section 3.2).
 
 use super::relative::{Distances, check};
-use crate::attention::common_device_is;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
-use crate::problem::{MAX_LEN, as_four_axes, checked_len};
-use crate::record::Recording;
+use crate::lower::Recording;
+use crate::problem::{MAX_LEN, checked_len};
 use crate::tensor::{Tensor, common_device};
 
 /// A learned key per clipped distance, `[left + right + 1, dim]`, shared by all heads.
@@ -93,10 +92,8 @@ impl RelativeKeys {
 
     /// As [`RelativeKeys::bias`], without blocking.
     pub async fn bias_async(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
-        let mut recording = Recording::for_step(&common_device(&self.table, [("Q", q)])?);
-        let bias = self.record(&mut recording, q, len_k, offset, scale)?;
-        recording.submit().await?;
-        Ok(bias)
+        let device = common_device(&self.table, [("Q", q)])?;
+        Recording::for_step(&device).submit(|to| self.record(to, q, len_k, offset, scale)).await
     }
 
     /// As [`RelativeKeys::bias`], recorded into the caller's encoder under the terms of
@@ -110,11 +107,8 @@ impl RelativeKeys {
         offset: i64,
         scale: Option<f32>,
     ) -> Result<Tensor> {
-        let mut recording = Recording::for_encoder(gpu);
-        common_device_is(recording.device(), common_device(&self.table, [("Q", q)])?)?;
-        let bias = self.record(&mut recording, q, len_k, offset, scale)?;
-        recording.encode(encoder)?;
-        Ok(bias)
+        let device = common_device(&self.table, [("Q", q)])?;
+        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, q, len_k, offset, scale))
     }
 
     fn record(
@@ -126,8 +120,8 @@ impl RelativeKeys {
         scale: Option<f32>,
     ) -> Result<Tensor> {
         q.expect_float("Q")?;
-        let four = q.with_layout(as_four_axes("Q", q.layout())?);
-        let &[batch, heads, len_q, dim] = four.shape() else { unreachable!("four axes") };
+        let four = q.as_four_axes("Q")?;
+        let [batch, heads, len_q, dim] = four.four_axes();
         let shape = [batch, heads, len_q, len_k];
         check(&q.device(), shape, offset)?;
         let scale = scale.unwrap_or(1.0 / (dim.max(1) as f32).sqrt());
@@ -144,7 +138,7 @@ impl RelativeKeys {
 
 /// `X·Wᵀ` of every row of X `[a, b, c, in]`: `[a, b, c, out]`.
 fn project_rows(recording: &mut Recording, x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let &[a, b, c, dim] = x.shape() else { unreachable!("four axes") };
+    let [a, b, c, dim] = x.four_axes();
     let out = w.shape()[0];
     let (ab, ac) = (checked_len(&[a, b])?, checked_len(&[a, c])?);
     // Two of the leading axes merge in every order that a layer makes; anything else is copied.

@@ -4,8 +4,8 @@
 use super::check_table;
 use super::relative::{self, Distances, check};
 use crate::error::{Result, shape_error, value_error};
+use crate::lower::Recording;
 use crate::problem::MAX_LEN;
-use crate::record::Recording;
 use crate::tensor::Tensor;
 
 /// How distances fall into buckets.

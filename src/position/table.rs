@@ -1,12 +1,11 @@
 //! Positions added to embeddings.
 
 use super::{TokenPositions, check_len, check_table, sinusoidal};
-use crate::attention::common_device_is;
 use crate::device::Device;
 use crate::error::{Result, shape_error};
 use crate::gpu::Gpu;
+use crate::lower::Recording;
 use crate::problem::checked_len;
-use crate::record::Recording;
 use crate::tensor::{Tensor, common_device};
 
 /// A vector per position, `[max_len, dim]`, to be added to the embedding of the token that stands there:
@@ -62,10 +61,8 @@ impl PositionTable {
 
     /// As [`PositionTable::add`], without blocking.
     pub async fn add_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
-        let mut recording = Recording::for_step(&common_device(&self.table, [("x", x)])?);
-        let sum = self.record(&mut recording, x, positions)?;
-        recording.submit().await?;
-        Ok(sum)
+        let device = common_device(&self.table, [("x", x)])?;
+        Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
     /// As [`PositionTable::add`], recorded into the caller's encoder under the terms of
@@ -77,11 +74,8 @@ impl PositionTable {
         x: &Tensor,
         positions: &TokenPositions,
     ) -> Result<Tensor> {
-        let mut recording = Recording::for_encoder(gpu);
-        common_device_is(recording.device(), common_device(&self.table, [("x", x)])?)?;
-        let sum = self.record(&mut recording, x, positions)?;
-        recording.encode(encoder)?;
-        Ok(sum)
+        let device = common_device(&self.table, [("x", x)])?;
+        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
     fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {

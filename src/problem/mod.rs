@@ -4,9 +4,12 @@
 
 mod dtype;
 mod layout;
+mod wanted;
 
 pub use dtype::{Dtype, Element};
 pub use layout::{Layout, checked_len};
+pub use wanted::Weights;
+pub(crate) use wanted::{Chosen, Wanted};
 
 use crate::error::{Result, shape_error, value_error};
 
@@ -359,27 +362,20 @@ impl Positions {
     }
 
     fn bands(&self, batch: usize, len_q: usize, keys: usize) -> Result<Vec<Band>> {
-        let per_batch = |name: &str, len: usize| {
-            if len == batch {
-                Ok(())
-            } else {
-                Err(shape_error!("{name} has {len} entries for a batch of {batch}; one per batch entry is needed"))
-            }
-        };
         // There is a band even where an empty batch has none to ask for.
         let offsets = match &self.align {
             Align::TopLeft => vec![0],
             Align::BottomRight => vec![keys as i64 - len_q as i64],
             Align::Offset(offset) => vec![*offset],
             Align::PerBatch(offsets) => {
-                per_batch("the list of offsets", offsets.len())?;
+                expect_per_batch("the list of offsets", offsets.len(), batch)?;
                 if batch == 0 { vec![0] } else { offsets.clone() }
             }
         };
         let lengths = match &self.key_lengths {
             None => vec![keys],
             Some(lengths) => {
-                per_batch("key_lengths", lengths.len())?;
+                expect_per_batch("key_lengths", lengths.len(), batch)?;
                 if let Some((b, len)) = lengths.iter().enumerate().find(|&(_, &len)| len > keys) {
                     return Err(shape_error!("key_lengths[{b}] = {len} is more than len_k = {keys}"));
                 }
@@ -399,6 +395,14 @@ impl Positions {
             })
             .collect())
     }
+}
+
+/// An error unless a list has an entry for each of the batch.
+pub(crate) fn expect_per_batch(what: &str, len: usize, batch: usize) -> Result<()> {
+    if len != batch {
+        return Err(shape_error!("{what} has {len} entries for a batch of {batch}; one per batch entry is needed"));
+    }
+    Ok(())
 }
 
 /// `layout` as `[batch, heads, len, dim]`: a missing head or batch axis becomes 1, axes before the

@@ -97,7 +97,7 @@ impl<'de> serde::Deserialize<'de> for Entries {
 }
 
 #[cfg(not(target_arch = "wasm32"))]
-mod open {
+pub(super) mod open {
     use std::collections::{BTreeMap, BTreeSet};
     use std::fs::File;
     use std::io::{Read, Seek, SeekFrom};
@@ -116,14 +116,14 @@ mod open {
 
     /// What is wanted of a tensor, by its name.
     #[derive(Clone, Copy, PartialEq, Eq)]
-    enum Wanted {
+    pub(crate) enum Wanted {
         Values,
         /// Type and shape.
         Header,
         Name,
     }
 
-    type Choice<'a> = &'a dyn Fn(&str) -> Wanted;
+    pub(crate) type Choice<'a> = &'a dyn Fn(&str) -> Wanted;
 
     impl StateDict {
         /// Reads a checkpoint: a `.safetensors` file, the index of one that is cut into shards
@@ -137,19 +137,7 @@ mod open {
             StateDict::open_chosen(path.as_ref(), &choice)
         }
 
-        /// As [`StateDict::open`] for one attention layer behind `prefix`: only values that the layer may use are read,
-        /// so that a layer of a large model takes little memory.
-        pub fn open_layer(path: impl AsRef<Path>, prefix: &str) -> Result<StateDict> {
-            let names = crate::multi_head::names_behind(prefix);
-            let choice = |name: &str| match () {
-                () if names.contains(name) => Wanted::Values,
-                () if name.starts_with(prefix) => Wanted::Header,
-                () => Wanted::Name,
-            };
-            StateDict::open_chosen(path.as_ref(), &choice)
-        }
-
-        fn open_chosen(path: &Path, choice: Choice<'_>) -> Result<StateDict> {
+        pub(crate) fn open_chosen(path: &Path, choice: Choice<'_>) -> Result<StateDict> {
             if path.is_dir() {
                 let usual = USUAL.iter().map(|name| path.join(name)).find(|file| file.exists());
                 let none = || failed(path, format!("the folder holds no {}", USUAL.join(" and no ")));

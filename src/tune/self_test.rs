@@ -4,14 +4,15 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
-use crate::attention::{Attention, Distance, Mask, Operands};
+use crate::attention::Attention;
+use crate::call::{Mask, Operands};
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::gpu::Gpu;
 use crate::kernels::Method;
-use crate::position::Rotary;
-use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows};
-use crate::record::Recording;
+use crate::lower::Recording;
+use crate::position::{Distance, Rotary};
+use crate::problem::{Align, Dtype, Layout, MaskMeaning, Positions, Problem, Rows};
 use crate::reference::{self, View};
 use crate::tensor::Tensor;
 
@@ -43,10 +44,9 @@ impl Case {
         let mut values = Vec::with_capacity(3);
         let mut tensors = Vec::with_capacity(3);
         for (shape, like) in shapes.iter().zip([&operands.q, &operands.k, &operands.v]) {
-            let count = shape.iter().product();
-            let data: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
-            tensors.push(upload(&device, shape, &data, like)?);
-            values.push(data.into_iter().map(f64::from).collect::<Vec<f64>>());
+            let (tensor, data) = random(&mut rng, &device, shape, 4.0, like)?;
+            tensors.push(tensor);
+            values.push(data);
         }
         let square = [1, heads_q, len_q, len_k];
         let count: usize = square.iter().product();
@@ -60,23 +60,23 @@ impl Case {
         }
         let mut biases = Vec::new();
         for like in &operands.biases {
-            let bias: Vec<f32> = (0..count).map(|_| like.stored().round(rng.random::<f32>() * 2.0 - 1.0)).collect();
-            attention = attention.bias(upload(&device, &square, &bias, like)?);
-            biases.push(bias.into_iter().map(f64::from).collect::<Vec<f64>>());
+            let (bias, data) = random(&mut rng, &device, &square, 2.0, like)?;
+            attention = attention.bias(bias);
+            biases.push(data);
         }
-        let sink = operands.sink.as_ref().map(|like| -> Result<Vec<f64>> {
-            let sink: Vec<f32> = (0..heads_q).map(|_| like.stored().round(rng.random::<f32>() * 4.0 - 2.0)).collect();
-            attention = attention.clone().sink(upload(&device, &[heads_q], &sink, like)?);
-            Ok(sink.into_iter().map(f64::from).collect())
-        });
-        let sink = sink.transpose()?;
+        let mut sink = None;
+        if let Some(like) = &operands.sink {
+            let (tensor, data) = random(&mut rng, &device, &[heads_q], 4.0, like)?;
+            attention = attention.sink(tensor);
+            sink = Some(data);
+        }
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
-        let (problem, laid) = attention.operands(&mut Recording::new(&q.device()), q, k, v, true)?;
+        let (problem, laid) = attention.operands(&mut Recording::new(&device), q, k, v)?;
         let [mut q_layout, mut k_layout] = [&laid.q, &laid.k].map(|x| x.layout().clone());
         let from_distance = from_distance(&attention, &problem, View { data: &values[0], layout: &q_layout })?;
         let distance_layout = Layout::contiguous(&square)?;
-        if let Some(rotary) = attention.rotary_table() {
+        if let Some((rotary, _)) = &attention.rotary {
             let first = usize::try_from(problem.band(0).offset).expect("rotary positions begin at 0");
             for (x, layout, first) in [(0, &mut q_layout, first), (1, &mut k_layout, 0)] {
                 values[x] = rotated(rotary, View { data: &values[x], layout }, first)?;
@@ -125,6 +125,30 @@ impl Case {
     }
 }
 
+impl Attention {
+    /// The softcap and positional rules for one batch entry of `[len_q, len_k]` and the first `heads` heads, without masks
+    /// and biases.
+    fn rules_alone(&self, [len_q, len_k]: [usize; 2], heads: usize) -> Result<Attention> {
+        // Rows whose positions are listed are rotated by a kernel of their own.
+        let rotary = self.rotary.clone().filter(|(_, given)| given.is_none());
+        let key_length = self.positions.key_lengths.is_some().then(|| len_k.max(2) - 1);
+        // Rotary positions begin at 0, so that not more queries than keys can end where the keys do.
+        let top_left =
+            self.positions.align == Align::TopLeft || rotary.is_some() && len_q > key_length.unwrap_or(len_k);
+        let positions = Positions {
+            align: if top_left { Align::TopLeft } else { Align::BottomRight },
+            key_lengths: key_length.map(|len| vec![len]),
+            ..self.positions.clone()
+        };
+        let distance = match &self.distance {
+            Some(Distance::Alibi(slopes)) => Some(Distance::Alibi(slopes.narrow(0, 0, heads)?)),
+            Some(Distance::T5(table, buckets)) => Some(Distance::T5(table.narrow(1, 0, heads)?, *buckets)),
+            other => other.clone(),
+        };
+        Ok(Attention { softcap: self.softcap, scale: self.scale, positions, distance, rotary, ..Default::default() })
+    }
+}
+
 /// An error unless each value is met within `tolerance` of the largest, and what is not finite exactly.
 fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result<()> {
     let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f64, |most, x| most.max(x.abs())).max(1e-30);
@@ -139,13 +163,17 @@ fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result
     Ok(())
 }
 
-/// Values that `like`'s types hold exactly, held as `like` is.
-fn upload(device: &Device, shape: &[usize], data: &[f32], like: &Tensor) -> Result<Tensor> {
-    match like.stored() {
+/// Values over a range of `span` around 0 that `like`'s types hold exactly, held as `like` is.
+fn random(rng: &mut Pcg64, device: &Device, shape: &[usize], span: f32, like: &Tensor) -> Result<(Tensor, Vec<f64>)> {
+    let count = shape.iter().product();
+    let value = |_| like.stored().round(rng.random::<f32>() * span - span / 2.0);
+    let data: Vec<f32> = (0..count).map(value).collect();
+    let tensor = match like.stored() {
         Dtype::F16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
         Dtype::BF16 => Tensor::from_slice(device, shape, &data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
-        Dtype::F32 | Dtype::Bool => Tensor::from_slice(device, shape, data)?.with_dtype(like.dtype()),
-    }
+        Dtype::F32 | Dtype::Bool => Tensor::from_slice(device, shape, &data)?.with_dtype(like.dtype()),
+    };
+    Ok((tensor?, data.into_iter().map(f64::from).collect()))
 }
 
 fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
@@ -155,7 +183,7 @@ fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
 /// X rotated by its positions, which begin at `first`.
 fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
     let rotation = rotary.rotation();
-    let angles = in_f64(rotation.table)?;
+    let angles = in_f64(&rotation.table)?;
     let width = rotation.table.shape()[1];
     let all = Layout::contiguous(rotation.table.shape())?;
     let [cos, sin] = [all.narrow(1, 0, rotation.pairs)?, all.narrow(1, width / 2, rotation.pairs)?];
@@ -168,7 +196,7 @@ fn from_distance(attention: &Attention, problem: &Problem, q: View<'_>) -> Resul
     let Problem { heads_q, len_q, len_k, .. } = *problem;
     let offset = i64::from(problem.band(0).offset);
     let scale = f64::from(problem.scale);
-    let added: Box<dyn Fn(usize, usize, i64) -> Result<f64>> = match attention.distance() {
+    let added: Box<dyn Fn(usize, usize, i64) -> Result<f64>> = match &attention.distance {
         None => return Ok(None),
         Some(Distance::Alibi(slopes)) => {
             let slopes = in_f64(slopes)?;

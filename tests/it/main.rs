@@ -20,6 +20,7 @@ mod position;
 mod profile;
 mod project;
 mod reliability;
+mod rooms;
 mod rotary;
 mod shaders;
 mod shapes;

@@ -1,0 +1,129 @@
+//! Calls on the CPU backend: tensors as slices and layouts, and results as tensors.
+
+use crate::call::{Attended, Inspected, Mask, Operands};
+use crate::cpu::{self, Inputs, MaskView, Outputs, View};
+use crate::error::{INSTEAD_OF_AVERAGED, INSTEAD_OF_INSPECTED, Result};
+use crate::memory::check_floats;
+use crate::problem::{Chosen, Dtype, Layout, Problem, Sequence, Wanted, Weights};
+use crate::tensor::{Storage, Tensor};
+
+pub(super) fn view(tensor: &Tensor) -> View<'_> {
+    match tensor.storage() {
+        Storage::Cpu(data) => View { data, layout: tensor.layout() },
+        _ => unreachable!("devices and types are checked before"),
+    }
+}
+
+fn mask_view(mask: &Mask) -> MaskView<'_> {
+    match mask.tensor().storage() {
+        Storage::CpuBool(data) => MaskView { data, layout: mask.tensor().layout(), meaning: mask.meaning() },
+        _ => unreachable!("devices and types are checked before"),
+    }
+}
+
+fn inputs(operands: &Operands) -> Inputs<'_> {
+    Inputs {
+        q: view(&operands.q),
+        k: view(&operands.k),
+        v: view(&operands.v),
+        masks: operands.masks.iter().map(mask_view).collect(),
+        biases: operands.biases.iter().map(view).collect(),
+        relative: operands.relative.as_ref().map(|relative| (view(&relative.table), relative.operand())),
+        sink: operands.sink.as_ref().map(view),
+    }
+}
+
+/// What `compute` makes in this layout, unless it does not fit in the memory.
+pub(super) fn made(
+    what: &str,
+    layout: Layout,
+    dtype: Dtype,
+    compute: impl FnOnce(&Layout) -> Vec<f32>,
+) -> Result<Tensor> {
+    check_floats(what, layout.shape())?;
+    let data = compute(&layout);
+    Ok(Tensor::from_cpu(data, layout, dtype))
+}
+
+pub(super) fn attention(problem: &Problem, operands: &Operands, wanted: Wanted, layout: Layout) -> Result<Attended> {
+    let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = *problem;
+    let square = [batch, heads_q, len_q, len_k];
+    check_floats("the output", &[batch, heads_q, len_q, dim_v.max(1)])?;
+    if wanted.weights != Weights::None || wanted.scores.is_some() {
+        // The mean over heads is taken of all of them.
+        check_floats("the weights", &square).map_err(|error| error.or_rather(INSTEAD_OF_AVERAGED))?;
+    }
+    let answer = match &operands.sequences {
+        None => cpu::attention(problem, &inputs(operands), wanted, &layout),
+        Some(sequences) => packed(problem, operands, sequences, wanted, &layout)?,
+    };
+    let dtype = operands.q.dtype();
+    let tensor = |data: Option<Vec<f32>>, shape: &[usize], dtype: Dtype| -> Result<Option<Tensor>> {
+        data.map(|data| Ok(Tensor::from_cpu(data, Layout::contiguous(shape)?, dtype))).transpose()
+    };
+    let averaged = [batch, len_q, len_k];
+    let of_weights = if wanted.weights == Weights::Averaged { &averaged[..] } else { &square };
+    Ok(Attended {
+        output: Tensor::from_cpu(answer.output, layout, dtype),
+        lse: tensor(answer.lse, &[batch, heads_q, len_q], Dtype::F32)?,
+        weights: tensor(answer.weights, of_weights, dtype)?,
+        scores: tensor(answer.scores, &square, dtype)?,
+    })
+}
+
+/// Sequences one behind another, one after the other.
+fn packed(
+    problem: &Problem,
+    operands: &Operands,
+    sequences: &[Sequence],
+    wanted: Wanted,
+    layout: &Layout,
+) -> Result<Outputs> {
+    let Problem { heads_q, len_q, dim_v, .. } = *problem;
+    let mut output = vec![0.0; layout.end()];
+    let mut lse = vec![f32::NEG_INFINITY; heads_q * len_q];
+    for one in sequences {
+        let cut = |x: &Tensor, first, len| x.narrow(2, first, len);
+        let operands = Operands {
+            q: cut(&operands.q, one.first_query, one.len_q)?,
+            k: cut(&operands.k, one.first_key, one.len_k)?,
+            v: cut(&operands.v, one.first_key, one.len_k)?,
+            ..operands.clone()
+        };
+        let shape = Problem { len_q: one.len_q, len_k: one.len_k, bands: vec![one.band], ..problem.clone() };
+        let rows = Layout::contiguous(&[1, heads_q, one.len_q, dim_v])?;
+        let answer = cpu::attention(&shape, &inputs(&operands), wanted, &rows);
+        for h in 0..heads_q {
+            for i in 0..one.len_q {
+                let to = layout.at(&[0, h, one.first_query + i, 0]);
+                output[to..][..dim_v].copy_from_slice(&answer.output[(h * one.len_q + i) * dim_v..][..dim_v]);
+            }
+            if let Some(rows) = &answer.lse {
+                lse[h * len_q + one.first_query..][..one.len_q].copy_from_slice(&rows[h * one.len_q..][..one.len_q]);
+            }
+        }
+    }
+    Ok(Outputs { output, lse: wanted.lse.then_some(lse), weights: None, scores: None })
+}
+
+pub(super) fn inspect(problem: &Problem, operands: &Operands, lse: &Tensor, chosen: &Chosen) -> Result<Inspected> {
+    let [weights, column_sums, entropy] = chosen.layouts(problem)?;
+    for (what, layout) in [("the weights", &weights), ("the column sums", &column_sums), ("the entropies", &entropy)] {
+        let fits = layout.as_ref().map_or(Ok(()), |layout| check_floats(what, layout.shape()));
+        fits.map_err(|error| error.or_rather(INSTEAD_OF_INSPECTED))?;
+    }
+    let answer = cpu::inspect(problem, &inputs(operands), view(lse), chosen);
+    let tensor = |data, layout: Option<Layout>, dtype| layout.map(|layout| Tensor::from_cpu(data, layout, dtype));
+    Ok(Inspected {
+        weights: tensor(answer.weights, weights, operands.q.dtype()),
+        column_sums: tensor(answer.column_sums, column_sums, Dtype::F32),
+        entropy: tensor(answer.entropy, entropy, Dtype::F32),
+    })
+}
+
+pub(super) fn merge(outputs: [&Tensor; 2], lses: [&Tensor; 2], layout: Layout) -> Result<[Tensor; 2]> {
+    check_floats("the merged output", layout.shape())?;
+    let [output, lse] = cpu::merge(outputs.map(view), lses.map(view), &layout);
+    let of_lse = Layout::contiguous(&layout.shape()[..3])?;
+    Ok([Tensor::from_cpu(output, layout, outputs[0].dtype()), Tensor::from_cpu(lse, of_lse, Dtype::F32)])
+}

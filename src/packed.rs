@@ -1,0 +1,112 @@
+//! Sequences that lie one behind another.
+
+use crate::attention::{Attention, EmptyRows};
+use crate::call::{Attended, Operands};
+use crate::error::{Error, Result, shape_error, value_error};
+use crate::kernels::Method;
+use crate::lower::Recording;
+use crate::position::{TokenPositions, first_position};
+use crate::problem::{Positions, Problem, Wanted, Weights};
+use crate::tensor::Tensor;
+
+impl Attention {
+    /// Attention over sequences of any lengths that lie one behind another ("varlen"), in one dispatch:
+    /// Q `[total_q, heads_q, dim_k]`, K `[total_k, heads_kv, dim_k]`, V `[total_k, heads_kv, dim_v]`, any
+    /// strides. Sequence `n` is rows `cu_seqlens_q[n]..cu_seqlens_q[n + 1]` of Q and the same of
+    /// `cu_seqlens_k` of K and V, as in FlashAttention's `flash_attn_varlen_func`; both begin with 0, do not
+    /// fall, and end with the number of rows. Output `[total_q, heads_q, dim_v]`, LSE `[heads_q, total_q]`.
+    ///
+    /// Causal, window, offsets (one for all or one per sequence), scale and softcap work as in
+    /// [`Attention::forward`], counted within each sequence, and give the same bits as a call over that
+    /// sequence alone with the same [`Method::Cut`]; so does a sink. Masks, biases, weights and scores are refused.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn forward_packed(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        pollster::block_on(self.forward_packed_async(q, k, v, cu_seqlens_q, cu_seqlens_k))
+    }
+
+    /// As [`Attention::forward_packed`], without blocking.
+    pub async fn forward_packed_async(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        let record = |to: &mut Recording| self.record_packed(to, [q, k, v], cu_seqlens_q, cu_seqlens_k);
+        Recording::new(&self.device(q, k, v)?).submit(record).await
+    }
+
+    fn record_packed(
+        &self,
+        recording: &mut Recording,
+        operands: [&Tensor; 3],
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        for (what, given) in [
+            ("a mask", !self.masks.is_empty()),
+            ("a key padding mask", !self.key_padding.is_empty() || !self.key_padding_biases.is_empty()),
+            ("a bias", !self.biases.is_empty()),
+            ("query_lengths", self.query_lengths.is_some()),
+            ("a bias by distance", self.distance.is_some()),
+            ("returned weights", self.weights != Weights::None),
+            ("returned scores", self.scores.is_some()),
+            ("EmptyRows::MeanOfValues", self.empty_rows != EmptyRows::Zero),
+        ] {
+            if given {
+                return Err(value_error!("packed sequences do not go with {what}; run the sequences apart for it"));
+            }
+        }
+        if self.method == Method::ThreePasses {
+            let reason = "packed sequences run fused only".into();
+            return Err(Error::Method { method: self.method, reason });
+        }
+        let mut four = Vec::with_capacity(3);
+        for (name, tensor) in ["Q", "K", "V"].into_iter().zip(operands) {
+            tensor.expect_float(name)?;
+            if tensor.layout().rank() != 3 {
+                return Err(shape_error!("packed {name} {:?} must be [total, heads, dim]", tensor.shape()));
+            }
+            four.push(tensor.permute(&[1, 0, 2])?.unsqueeze(0)?);
+        }
+        let [q, k, v]: [Tensor; 3] = four.try_into().expect("three operands");
+        let plain = Positions::default();
+        let problem = Problem::new(q.shape(), k.shape(), v.shape(), self.scale, self.softcap, &plain, 0)?;
+        let sink = self.checked_sink(&problem)?;
+        let sequences = self.positions.sequences(cu_seqlens_q, cu_seqlens_k, problem.len_q, problem.len_k)?;
+        let [q, k] = match &self.rotary {
+            None => [q, k],
+            Some((rotary, given)) => {
+                let [queries, keys] = match given {
+                    Some(given) => given.clone(),
+                    None => {
+                        let (mut queries, mut keys) = (Vec::new(), Vec::new());
+                        for (n, one) in sequences.iter().enumerate().filter(|(_, one)| one.len_q > 0) {
+                            let start = first_position(n, one.band.offset)?;
+                            queries.extend(start..start + one.len_q);
+                        }
+                        sequences.iter().for_each(|one| keys.extend(0..one.len_k));
+                        [TokenPositions::Given(queries), TokenPositions::Given(keys)]
+                    }
+                };
+                [rotary.record(recording, &q, &queries)?, rotary.record(recording, &k, &keys)?]
+            }
+        };
+        let operands = Operands { sink, sequences: Some(sequences), ..Operands::new(q, k, v) };
+        let wanted = Wanted { lse: self.lse, ..Wanted::default() };
+        let attended = recording.attention(&problem, &operands, wanted, self.method, None)?;
+        Ok(Attended {
+            output: attended.output.select(0, 0)?.permute(&[1, 0, 2])?,
+            lse: attended.lse.map(|lse| lse.select(0, 0)).transpose()?,
+            ..attended
+        })
+    }
+}

@@ -1,0 +1,50 @@
+//! What a call is to hand back beside its output.
+
+use std::ops::Range;
+
+use super::{Layout, Problem, ScoreStage};
+use crate::error::Result;
+
+/// Which attention weights to return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Weights {
+    /// None.
+    #[default]
+    None,
+    /// `[batch, heads_q, len_q, len_k]`.
+    PerHead,
+    /// The mean over heads: `[batch, len_q, len_k]`.
+    Averaged,
+}
+
+/// What attention returns beside the output.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Wanted {
+    pub lse: bool,
+    pub weights: Weights,
+    pub scores: Option<ScoreStage>,
+}
+
+/// Which heads and queries an inspection looks at, and what it returns of them.
+pub(crate) struct Chosen {
+    pub heads: Vec<usize>,
+    pub queries: Range<usize>,
+    pub weights: bool,
+    pub column_sums: bool,
+    pub entropy: bool,
+}
+
+impl Chosen {
+    /// Layouts of the results, row-major: weights, column sums, entropy.
+    #[cfg_attr(not(feature = "cpu"), expect(dead_code, reason = "a plan lays out an adapter's results"))]
+    pub fn layouts(&self, problem: &Problem) -> Result<[Option<Layout>; 3]> {
+        let Problem { batch, len_k, .. } = *problem;
+        let (heads, rows) = (self.heads.len(), self.queries.len());
+        let layout = |wanted: bool, shape: &[usize]| wanted.then(|| Layout::contiguous(shape)).transpose();
+        Ok([
+            layout(self.weights, &[batch, heads, rows, len_k])?,
+            layout(self.column_sums, &[batch, heads, len_k])?,
+            layout(self.entropy, &[batch, heads, rows])?,
+        ])
+    }
+}
