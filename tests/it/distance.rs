@@ -1,6 +1,6 @@
 //! Biases by distance inside the kernels, against the same biases stored, on every device.
 
-use crate::kit::{Call, assert_close, bits, devices, noise};
+use crate::kit::{Call, assert_close, assert_logs_close, bits, devices, methods_in_turn, noise, wide};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::alibi;
@@ -8,8 +8,8 @@ use wgpu_attention::position::shaw::RelativeKeys;
 use wgpu_attention::position::t5::{self, Buckets};
 use wgpu_attention::problem::{MaskMeaning, Positions};
 use wgpu_attention::{
-    Align, Attention, Cut, Device, Inspect, KvCache, KvCacheConfig, Method, MultiHeadAttention, MultiHeadConfig,
-    ScoreStage, Tensor, Weights,
+    Align, Attention, Device, Inspect, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, ScoreStage, Tensor,
+    Weights,
 };
 
 const TOLERANCE: f64 = 3e-6;
@@ -36,16 +36,6 @@ fn pairs(device: &Device, call: &Call, offset: i64) -> Vec<(&'static str, Attent
     all
 }
 
-fn methods(device: &Device) -> Vec<Method> {
-    let mut all = vec![Method::Auto];
-    if let Device::Gpu(gpu) = device {
-        let share = if gpu.capabilities().subgroup_min.is_some_and(|least| least >= 8) { 8 } else { 1 };
-        all.extend([Method::ThreePasses, Method::Cut(Cut { workgroup: 8, rows: 2, keys: 4, share })]);
-        all.push(Method::Cut(Cut { workgroup: 64, rows: 4, keys: 32, share: 1 }));
-    }
-    all
-}
-
 #[test]
 fn in_the_kernels_as_stored() {
     let causal = Positions { causal: true, align: Align::BottomRight, ..Positions::default() };
@@ -67,7 +57,6 @@ fn in_the_kernels_as_stored() {
         ),
     ];
     for (name, device) in devices() {
-        let methods = methods(&device);
         for (c, (call, offset)) in calls.iter().enumerate() {
             let data = call.data();
             for (r, (rule, inside, stored)) in pairs(&device, call, *offset).into_iter().enumerate() {
@@ -77,20 +66,18 @@ fn in_the_kernels_as_stored() {
                 let mut known = data.clone();
                 known.biases = vec![stored.download().unwrap()];
                 let (truth, stages) = with_bias.truth(&known);
-                // The first always, the others in turn: each compiles kernels of its own.
-                let (first, others) = methods.split_first().unwrap();
-                let other = others.get((c + r) % others.len().max(1));
-                for &method in [first].into_iter().chain(other) {
+                // Each compiles kernels of its own: one beside what planning chooses.
+                for method in methods_in_turn(&device, 3 * c + r, 1) {
                     let what = format!("{rule} by {method} on {name}: {call:?}");
                     let out = call.run(&device, &data, inside.clone().lse(true).method(method)).unwrap();
-                    assert_close(&what, &out.output.download().unwrap(), &truth.output, TOLERANCE);
-                    assert_close(&what, &out.lse.unwrap().download().unwrap(), &truth.lse, TOLERANCE);
+                    truth.hold_output(&what, &out.output, TOLERANCE);
+                    assert_logs_close(&what, &out.lse.unwrap(), &truth.lse, TOLERANCE);
                 }
                 let what = format!("{rule} on {name}: {call:?}");
                 let asked = inside.clone().weights(Weights::PerHead).scores(Some(ScoreStage::Masked)).lse(true);
                 let out = call.run(&device, &data, asked).unwrap();
-                assert_close(&what, &out.weights.unwrap().download().unwrap(), &truth.weights, TOLERANCE);
-                assert_close(&what, &out.scores.unwrap().download().unwrap(), &stages[2], TOLERANCE);
+                assert_close(&what, &out.weights.unwrap(), &truth.weights, TOLERANCE);
+                truth.hold_scores(&what, &out.scores.unwrap(), &stages[2], TOLERANCE);
                 // Sums and entropies beside the fused path.
                 let [q, k] = [(call.q, &data.q), (call.k, &data.k)]
                     .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
@@ -103,8 +90,8 @@ fn in_the_kernels_as_stored() {
                     attention.inspect(&q, &k, &out.lse.unwrap(), &Inspect::new().column_sums().entropy()).unwrap();
                 let heads: Vec<usize> = (0..call.q[1]).collect();
                 let expected = with_bias.inspected(&known, &heads, 0..call.q[2]);
-                assert_close(&what, &seen.column_sums.unwrap().download().unwrap(), &expected.column_sums, 3e-5);
-                assert_close(&what, &seen.entropy.unwrap().download().unwrap(), &expected.entropy, 3e-5);
+                assert_close(&what, &seen.column_sums.unwrap(), &expected.column_sums, 3e-5);
+                assert_logs_close(&what, &seen.entropy.unwrap(), &expected.entropy, 3e-5);
             }
         }
     }
@@ -124,9 +111,9 @@ fn offsets_of_each_batch_entry() {
         let each = |offset: &i64| alibi::bias(&device, 4, 9, 40, *offset).unwrap().download().unwrap();
         known.biases = vec![offsets.iter().flat_map(each).collect()];
         let (truth, _) = with_bias.truth(&known);
-        for method in methods(&device) {
+        for method in methods_in_turn(&device, 1, 4) {
             let out = call.run(&device, &data, call.attention().alibi(slopes.clone()).method(method)).unwrap();
-            assert_close(&format!("{name}, {method}"), &out.output.download().unwrap(), &truth.output, TOLERANCE);
+            truth.hold_output(&format!("{name}, {method}"), &out.output, TOLERANCE);
         }
     }
 }
@@ -155,9 +142,9 @@ fn a_cache_and_a_layer_take_them() {
                 for at in (0..LEN).step_by(2) {
                     let part = |x: &Tensor| x.narrow(2, at, 2).unwrap();
                     let got = cache.step(&rule, &part(&q), &part(&kv), &part(&kv)).unwrap().output;
-                    let want: Vec<f64> = part(&expected).download().unwrap().into_iter().map(f64::from).collect();
+                    let want = wide(&part(&expected).download().unwrap());
                     let what = format!("{name}, rule {n}, window {window:?}, token {at}");
-                    assert_close(&what, &got.download().unwrap(), &want, 2e-5);
+                    assert_close(&what, &got, &want, 2e-5);
                 }
             }
             // In a layer: the bias tells shuffled tokens apart, which plain attention cannot.

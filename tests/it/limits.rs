@@ -369,12 +369,11 @@ fn a_projection_larger_than_a_binding() {
             let layer = MultiHeadAttention::new(device, config.clone(), 3).unwrap();
             let x = Tensor::from_slice(device, &[3, 50, 48], &x).unwrap();
             let out = layer.forward(&x, &x, &x, &Attention::new().weights(Weights::Averaged)).unwrap();
-            [out.output, out.weights.unwrap()].map(|tensor| tensor.download().unwrap())
+            [out.output, out.weights.unwrap()]
         };
         for config in &configs {
             for (cut, whole) in run(&small, config).iter().zip(&run(&Device::Cpu, config)) {
-                let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
-                kit::assert_close(&name, cut, &whole, 3e-6);
+                kit::assert_close(&name, cut, &kit::wide(&whole.download().unwrap()), 3e-6);
             }
         }
     }
@@ -405,11 +404,10 @@ fn a_cache_larger_than_a_binding() {
                 let x = tokens(capacity - 5, 5.0);
                 cache.write(&[0, 20, capacity], &x, &x, ScatterMode::Circular).unwrap();
                 [step.output, merged.output, cache.keys().unwrap(), cache.values().unwrap()]
-                    .map(|tensor| tensor.download().unwrap())
             };
             for (n, (cut, whole)) in run(&Device::Gpu(gpu)).iter().zip(&run(&Device::Cpu)).enumerate() {
-                let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
-                kit::assert_close(&format!("{name}, result {n}, bindings of {binding}"), cut, &whole, 3e-6);
+                let what = format!("{name}, result {n}, bindings of {binding}");
+                kit::assert_close(&what, cut, &kit::wide(&whole.download().unwrap()), 3e-6);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The layer on every device, against projections and attention in f64.
 
-use crate::kit::{assert_close, bits, devices, gpus, noise};
+use crate::kit::{assert_close, bits, devices, gpus, noise, wide};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
@@ -11,10 +11,6 @@ use wgpu_attention::{
 };
 
 const TOLERANCE: f64 = 4e-6;
-
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|&x| f64::from(x)).collect()
-}
 
 /// A layer's output and averaged weights in f64, from its state dict: `[batch, len, dim]` inputs.
 fn truth(
@@ -206,17 +202,17 @@ fn self_and_cross_attention_match_the_truth() {
             let out = layer.forward(&q, &k, &v, &attention).unwrap();
             let views = [0, 1, 2].map(|i| (data[i].0.as_slice(), data[i].1.as_slice()));
             let (output, weights) = truth(config, &state, views, Some(&padding), false);
-            assert_close(&what, &out.output.download().unwrap(), &output, TOLERANCE);
-            assert_close(&what, &out.weights.unwrap().download().unwrap(), &weights, TOLERANCE);
+            assert_close(&what, &out.output, &output, TOLERANCE);
+            assert_close(&what, &out.weights.unwrap(), &weights, TOLERANCE);
 
             if is_self {
                 // One input three times takes another road: one product for Q, K and V.
                 let causal = Attention::new().causal(Align::TopLeft);
-                let out = layer.forward(&q, &q, &q, &causal).unwrap().output.download().unwrap();
+                let out = layer.forward(&q, &q, &q, &causal).unwrap().output;
                 let (output, _) = truth(config, &state, [views[0]; 3], None, true);
                 assert_close(&what, &out, &output, TOLERANCE);
                 // Key and value the same, the query another.
-                let out = layer.forward(&q, &k, &k, &Attention::new()).unwrap().output.download().unwrap();
+                let out = layer.forward(&q, &k, &k, &Attention::new()).unwrap().output;
                 let (output, _) = truth(config, &state, [views[0], views[1], views[1]], None, false);
                 assert_close(&what, &out, &output, TOLERANCE);
             }
@@ -233,7 +229,7 @@ fn wide_rows_are_normalised_by_several_invocations() {
     for (name, device) in devices() {
         let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 4).unwrap(), &device);
         let x = Tensor::from_slice(&device, &[2, 3, 2], &data).unwrap();
-        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output.download().unwrap();
+        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
         let (output, _) = truth(&config, &layer.state_dict().unwrap(), [(&[2, 3, 2], data.as_slice()); 3], None, false);
         assert_close(&name, &out, &output, 2e-5);
     }
@@ -251,7 +247,7 @@ fn halves_go_through_norms_and_gates() {
         assert_eq!(out.dtype(), wgpu_attention::Dtype::F16);
         let state = layer.state_dict().unwrap();
         let (output, _) = truth(&config, &state, [(&[2, 5, 16], floats.as_slice()); 3], None, false);
-        assert_close(&name, &out.download().unwrap(), &output, 2e-3);
+        assert_close(&name, &out, &output, 2e-3);
     }
 }
 
@@ -443,7 +439,7 @@ fn keras(heads_kv: usize, to: usize, gated: bool) {
         };
         let layer = MultiHeadAttention::from_keras(&device, config.clone(), kernels).unwrap();
         let x = Tensor::from_slice(&device, &[1, 4, dim], &x).unwrap();
-        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output.download().unwrap();
+        let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
         assert_close(&name, &out, &expected, TOLERANCE);
         let wrong = KerasKernels { query: &query[1..], ..kernels };
         let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
@@ -574,7 +570,7 @@ fn what_is_asked_of_the_attention_of_a_layer_comes_back() {
         assert_eq!((lse.shape(), scores.shape()), (&[2, 2, 7][..], &[2, 2, 7, 7][..]), "{name}");
         let (lse, scores) = (lse.download().unwrap(), scores.download().unwrap());
         let wanted: Vec<f64> = scores.iter().enumerate().map(|(at, x)| f64::from(x - lse[at / 7]).exp()).collect();
-        assert_close(&name, &weights.download().unwrap(), &wanted, 3e-6);
+        assert_close(&name, &weights, &wanted, 3e-6);
         let one =
             layer.forward(&x.select(0, 0).unwrap(), &x.select(0, 0).unwrap(), &x.select(0, 0).unwrap(), &attention);
         assert_eq!(one.unwrap().lse.unwrap().shape(), [2, 7], "{name}");
