@@ -304,8 +304,8 @@ impl Call {
         }
 
         let averaged = self.run(device, &data, self.attention().weights(Weights::Averaged)).unwrap();
-        let [_, heads, len_q, _] = self.q;
-        let mean = truth.averaged(heads, len_q * self.k[2]);
+        let [batch, heads, len_q, _] = self.q;
+        let mean = truth.averaged([batch, heads], len_q * self.k[2]);
         assert_close(&what("averaged weights"), &averaged.weights.unwrap(), &mean, tolerance);
     }
 }

@@ -239,7 +239,7 @@ impl Case {
             Op::Weights => {
                 let (outputs, stages) = call.truth(&data);
                 let square = [batch, heads, len_q, len_k];
-                let mean = outputs.averaged(heads, len_q * len_k);
+                let mean = outputs.averaged([batch, heads], len_q * len_k);
                 let stage = stages[call.seed as usize % 3].clone();
                 let mut all = vec![
                     expected("weights", &square, outputs.weights.clone()),

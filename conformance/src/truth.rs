@@ -81,13 +81,12 @@ impl Truth {
         assert_close_to(what, scores, expected, |row, scores| self.scores[row].max(largest(scores)), tolerance);
     }
 
-    /// Weights averaged over heads, `[b, i, j]`.
-    pub fn averaged(&self, heads: usize, square: usize) -> Vec<f64> {
-        let batch = self.weights.len() / (heads * square).max(1);
+    /// Weights averaged over heads, `[b, i, j]` with `square` pairs of a query and a key.
+    pub fn averaged(&self, [batch, heads]: [usize; 2], square: usize) -> Vec<f64> {
         (0..batch * square)
             .map(|at| {
                 let of = |h| self.weights[(at / square * heads + h) * square + at % square];
-                (0..heads).map(of).sum::<f64>() / heads as f64
+                (0..heads).map(of).sum::<f64>() / heads.max(1) as f64
             })
             .collect()
     }

@@ -1,10 +1,12 @@
 //! Attention on every device of this machine, against the f64 truth.
 
-use crate::kit::{self, Call, Order, assert_close, assert_logs_close, bits, devices, gpus, noise};
+use crate::kit::{self, Call, Order, assert_close, assert_logs_close, bits, devices, gpus, methods_in_turn, noise};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Attention, Cut, Device, Dtype, EmptyRows, Inspect, Mask, Method, Tensor, Weights};
+use wgpu_attention::{
+    Align, Attention, Cut, Device, Dtype, EmptyRows, Inspect, Mask, Method, ScoreStage, Tensor, Weights,
+};
 
 /// Relative to the largest value of a result.
 const TOLERANCE: f64 = 3e-6;
@@ -17,6 +19,38 @@ fn random_calls_match_the_truth() {
         let calls = if matches!(device, Device::Cpu) { 400 } else { 5 };
         for seed in 0..calls {
             Call::random(seed).check(&name, &device, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn small_rows_beside_large_ones() {
+    // Values of heads and batch entries that differ by 1e4, and queries whose scores do: each row is held by its own size.
+    let positions = Positions { causal: true, align: Align::BottomRight, ..Default::default() };
+    for len_k in [60, 700] {
+        let len_q = if len_k == 60 { 21 } else { 2 };
+        let call = Call {
+            positions: positions.clone(),
+            ..Call::plain([2, 4, len_q, 16], [2, 2, len_k, 16], [2, 2, len_k, 20])
+        };
+        let mut data = call.data();
+        for (at, x) in data.v.iter_mut().enumerate() {
+            *x *= [1.0, 1e-4, 1e4][at / (20 * len_k) % 3];
+        }
+        for (at, x) in data.q.iter_mut().enumerate() {
+            *x *= [1.0, 1e-4, 1e-8, 3.0][at / 16 % 4];
+        }
+        let (truth, stages) = call.truth(&data);
+        for (name, device) in devices() {
+            for method in methods_in_turn(&device, len_k, 4) {
+                let what = format!("{len_k} keys by {method} on {name}");
+                let attention = call.attention().lse(true).method(method);
+                truth.hold(&what, &call.run(&device, &data, attention).unwrap(), TOLERANCE);
+            }
+            let all = call.attention().weights(Weights::PerHead).scores(Some(ScoreStage::Masked));
+            let all = call.run(&device, &data, all).unwrap();
+            truth.hold(&name, &all, TOLERANCE);
+            truth.hold_scores(&name, &all.scores.unwrap(), &stages[2], TOLERANCE);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Work larger than an adapter's limits: cut into slices, folded, or refused with the numbers.
 
 use crate::kit::{self, Call, Order, gpus, limited};
+use crate::plans::check;
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
 use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot, params};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
@@ -58,36 +59,6 @@ fn plan(
         check(&plan::attention(&problem, &AttentionOperands { method: Method::Auto, ..passes }, adapter)?, adapter);
     }
     planned
-}
-
-/// What must hold of every plan on every adapter.
-fn check(plan: &Plan, adapter: &Capabilities) {
-    assert!(!plan.steps.is_empty());
-    for step in &plan.steps {
-        let name = &step.variant.name;
-        assert!(
-            step.workgroups.iter().all(|&n| n >= 1 && n <= adapter.max_workgroups),
-            "{name}: {:?}",
-            step.workgroups
-        );
-        assert!(step.bindings.len() as u32 <= adapter.max_storage_buffers, "{name}: {} buffers", step.bindings.len());
-        assert!(step.variant.workgroup_memory() <= adapter.workgroup_memory, "{name}");
-        if let Some(most) = adapter.max_operations {
-            assert!(step.cost.operations <= most, "{name}: {:e} operations in one dispatch", step.cost.operations);
-        }
-        let turns = step.cost.turns;
-        assert!(adapter.max_loop_turns.is_none_or(|most| turns <= u64::from(most)), "{name}: {turns} turns");
-        assert!(adapter.subgroup_min.is_some() || !step.variant.uses_subgroups(), "{name} needs subgroups");
-        for binding in &step.bindings {
-            assert!(binding.size <= adapter.max_binding, "{name}: {binding:?}");
-            assert_eq!(binding.offset % adapter.offset_alignment, 0, "{name}: {binding:?}");
-        }
-        let share = step.variant.changes.consts.get("SHARE").map_or("1u", String::as_str);
-        let share: u32 = share.trim_end_matches('u').parse().unwrap();
-        assert!(share == 1 || share <= adapter.subgroup_min.unwrap(), "{name} shares among more lanes than there are");
-        step.variant.source().unwrap();
-    }
-    assert!(plan.scratch.iter().all(|&bytes| bytes <= adapter.max_buffer));
 }
 
 fn adapters() -> Vec<Capabilities> {
