@@ -1,7 +1,7 @@
 //! The layer on every device, against projections and attention in f64.
 
 use crate::distance::Distance;
-use crate::kit::{assert_close, bits, devices, gpus, noise, wide};
+use crate::kit::{assert_close, bits, devices, gpus, noise, rounding, wide};
 use crate::rotary::written_out;
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
@@ -10,8 +10,8 @@ use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, RotaryScaling, Tok
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem, Rows};
 use wgpu_attention::reference::{self, Inputs, View};
 use wgpu_attention::{
-    Align, Attention, Device, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, NormKind, NormSpan,
-    QueryKeyNorm, ScoreStage, StateDict, Tensor, Weights,
+    Align, Attention, Device, Dtype, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, NormKind,
+    NormSpan, QueryKeyNorm, ScoreStage, StateDict, Tensor, Weights,
 };
 
 const TOLERANCE: f64 = 4e-6;
@@ -283,7 +283,7 @@ fn positions_in_a_layer_match_the_truth() {
         // Keys that stand nowhere have no distance.
         (base().add_zero_attn(true).add_bias_kv(true), Asked { distance: Some(&alibi), softcap: Some(2.0), ..plain() }),
         (base().heads_kv(2), Asked { distance: Some(&t5), ..plain() }),
-        (base().norm(Some(RMS)).scale(Some(0.5)), Asked { distance: Some(&shaw), causal: true, ..plain() }),
+        (base().norm(Some(RMS)).scale(Some(0.5)), Asked { distance: Some(&shaw), ..plain() }),
         (base(), Asked { distance: Some(&t5), rotary: Some((&part, [0, 0])), causal: true, ..plain() }),
     ];
     let (batch, len_q, len_k) = (2, 9, 13);
@@ -360,10 +360,12 @@ fn halves_go_through_norms_and_gates() {
         let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 4).unwrap(), &device);
         let x = Tensor::from_slice(&device, &[2, 5, 16], &data).unwrap();
         let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
-        assert_eq!(out.dtype(), wgpu_attention::Dtype::F16);
+        assert_eq!(out.dtype(), Dtype::F16);
         let state = layer.state_dict().unwrap();
         let (output, _) = truth(&config, &state, [(&[2, 5, 16], floats.as_slice()); 3], &Asked::default());
-        assert_close(&name, &out, &output, TOLERANCE);
+        // Kernels hold what heads attended to in halves too, which the last projection adds up.
+        let held = if device.gpu().is_some() { rounding(Dtype::F16) } else { 0.0 };
+        assert_close(&name, &out, &output, TOLERANCE + held);
     }
 }
 
