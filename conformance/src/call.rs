@@ -6,46 +6,15 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
-use wgpu_attention::reference::{self, Inputs, Inspected, Outputs, View};
+use wgpu_attention::reference::{self, Inputs, Inspected, View};
 use wgpu_attention::{Align, Attended, Attention, Device, Dtype, Element, Mask, Method, Result, Tensor, Weights};
+
+use crate::compare::assert_close;
+use crate::truth::Truth;
 
 /// Even over −2 to 2.
 pub fn noise(rng: &mut Pcg64, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random::<f32>() * 4.0 - 2.0).collect()
-}
-
-/// The largest difference relative to the largest expected value, and where. NaN and ∞ must be met
-/// exactly; anything else that is not finite is infinitely wrong.
-pub fn worst(actual: &[f32], expected: &[f64]) -> (f64, usize) {
-    assert_eq!(actual.len(), expected.len(), "lengths differ");
-    let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f64, |m, x| m.max(x.abs())).max(1e-30);
-    let mut worst = (0.0, 0);
-    for (at, (&a, &e)) in actual.iter().zip(expected).enumerate() {
-        let a = f64::from(a);
-        let off = if (a.is_nan() && e.is_nan()) || a == e {
-            0.0
-        } else if a.is_finite() && e.is_finite() {
-            (a - e).abs() / largest
-        } else {
-            f64::INFINITY
-        };
-        if off > worst.0 {
-            worst = (off, at);
-        }
-    }
-    worst
-}
-
-/// Panics with the worst element unless all are within `tolerance` of the largest expected value.
-#[track_caller]
-pub fn assert_close(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) {
-    let (off, at) = worst(actual, expected);
-    assert!(
-        off <= tolerance,
-        "{what}: off by {off:.3e} of the largest value, {tolerance:.1e} allowed; [{at}] is {} and should be {}",
-        actual[at],
-        expected[at]
-    );
 }
 
 /// As f64.
@@ -56,15 +25,6 @@ pub fn wide(values: &[f32]) -> Vec<f64> {
 /// Rounded to a type of storage.
 pub fn narrow<T: Element>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&x| T::from_f32(x)).collect()
-}
-
-/// Half a unit in the last place of what values are rounded to, relative to them; 0 for f32.
-pub fn rounding(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::F16 => 1.0 / 2048.0,
-        Dtype::BF16 => 1.0 / 256.0,
-        _ => 0.0,
-    }
 }
 
 /// How an operand lies in memory.
@@ -227,15 +187,20 @@ impl Call {
     }
 
     /// The call with its masks, biases and sink on a device.
-    pub fn ruled(&self, device: &Device, data: &Data, mut attention: Attention) -> Result<Attention> {
+    pub fn ruled(&self, device: &Device, data: &Data, attention: Attention) -> Result<Attention> {
+        self.ruled_as(device, data, attention, Dtype::F32)
+    }
+
+    /// The same with biases and sink held as `stored`.
+    pub fn ruled_as(&self, device: &Device, data: &Data, mut attention: Attention, stored: Dtype) -> Result<Attention> {
         for ((shape, meaning), mask) in self.masks.iter().zip(&data.masks) {
             attention = attention.mask(Mask::new(Tensor::from_bools(device, shape, mask)?, *meaning)?);
         }
         for (shape, bias) in self.biases.iter().zip(&data.biases) {
-            attention = attention.bias(Tensor::from_slice(device, shape, bias)?);
+            attention = attention.bias(upload(device, shape, bias, stored)?);
         }
         if let Some(sink) = &data.sink {
-            attention = attention.sink(Tensor::from_slice(device, &[sink.len()], sink)?);
+            attention = attention.sink(upload(device, &[sink.len()], sink, stored)?);
         }
         Ok(attention)
     }
@@ -257,11 +222,11 @@ impl Call {
     }
 
     /// The truth.
-    pub fn truth(&self, data: &Data) -> (Outputs, [Vec<f64>; 3]) {
+    pub fn truth(&self, data: &Data) -> (Truth, [Vec<f64>; 3]) {
         use wgpu_attention::ScoreStage::{Capped, Masked, Scaled};
         self.with_inputs(data, |problem, inputs| {
             let stages = [Scaled, Capped, Masked].map(|stage| reference::scores(problem, inputs, stage));
-            (reference::attention(problem, inputs), stages)
+            (Truth::new(problem, inputs), stages)
         })
     }
 
@@ -303,17 +268,14 @@ impl Call {
         compute(&problem, &inputs)
     }
 
-    /// Holds output and LSE against the truth; gives the largest error relative to the largest value.
-    pub fn check_output(&self, name: &str, device: &Device, method: Method, tolerance: f64) -> f64 {
+    /// Holds output and LSE against the truth.
+    pub fn check_output(&self, name: &str, device: &Device, method: Method, tolerance: f64) {
         let data = self.data();
         let (truth, _) = self.truth(&data);
-        let what = |part: &str| format!("{part} of call {} by {method:?} on {name}: {self:?}", self.seed);
+        let what = format!("call {} by {method:?} on {name}: {self:?}", self.seed);
         let attention = self.attention().lse(true).method(method);
-        let out = self.run(device, &data, attention).unwrap_or_else(|error| panic!("{}: {error}", what("run")));
-        let (output, lse) = (out.output.download().unwrap(), out.lse.unwrap().download().unwrap());
-        assert_close(&what("output"), &output, &truth.output, tolerance);
-        assert_close(&what("lse"), &lse, &truth.lse, tolerance);
-        worst(&output, &truth.output).0.max(worst(&lse, &truth.lse).0)
+        let out = self.run(device, &data, attention).unwrap_or_else(|error| panic!("{what}: {error}"));
+        truth.hold(&what, &out, tolerance);
     }
 
     /// Runs everywhere the call can tell of, and compares all results with the truth.
@@ -326,11 +288,9 @@ impl Call {
         let attention = self.attention().lse(true).weights(Weights::PerHead).scores(Some(stage));
         let full = self.run(device, &data, attention).unwrap_or_else(|error| panic!("{}: {error}", what("run")));
         let output = full.output.download().unwrap();
-        assert_close(&what("output"), &output, &truth.output, tolerance);
-        assert_close(&what("lse"), &full.lse.unwrap().download().unwrap(), &truth.lse, tolerance);
-        assert_close(&what("weights"), &full.weights.unwrap().download().unwrap(), &truth.weights, tolerance);
-        let scores = full.scores.unwrap().download().unwrap();
-        assert_close(&what("scores"), &scores, &stages[self.seed as usize % 3], tolerance);
+        truth.hold(&what("a call"), &full, tolerance);
+        let scores = full.scores.as_ref().unwrap();
+        truth.hold_scores(&what("scores"), scores, &stages[self.seed as usize % 3], tolerance);
 
         // Asking for less changes no bit of the output.
         let bare = self.run(device, &data, self.attention()).unwrap();
@@ -340,20 +300,13 @@ impl Call {
         if device.gpu().is_some() {
             let taught = self.attention().lse(true).method(Method::ThreePasses);
             let taught = self.run(device, &data, taught).unwrap();
-            assert_close(&what("output in three passes"), &taught.output.download().unwrap(), &truth.output, tolerance);
-            assert_close(&what("lse in three passes"), &taught.lse.unwrap().download().unwrap(), &truth.lse, tolerance);
+            truth.hold(&what("three passes"), &taught, tolerance);
         }
 
         let averaged = self.run(device, &data, self.attention().weights(Weights::Averaged)).unwrap();
         let [batch, heads, len_q, _] = self.q;
-        let square = len_q * self.k[2];
-        let mean: Vec<f64> = (0..batch * square)
-            .map(|at| {
-                let of_head = |h| truth.weights[(at / square * heads + h) * square + at % square];
-                (0..heads).map(of_head).sum::<f64>() / heads.max(1) as f64
-            })
-            .collect();
-        assert_close(&what("averaged weights"), &averaged.weights.unwrap().download().unwrap(), &mean, tolerance);
+        let mean = truth.averaged([batch, heads], len_q * self.k[2]);
+        assert_close(&what("averaged weights"), &averaged.weights.unwrap(), &mean, tolerance);
     }
 }
 
@@ -371,6 +324,25 @@ pub struct Data {
     pub masks: Vec<Vec<bool>>,
     pub biases: Vec<Vec<f32>>,
     pub sink: Option<Vec<f32>>,
+}
+
+impl Data {
+    /// As narrow storage leaves operands, and biases and sink.
+    pub fn rounded(mut self, operands: Dtype, rules: Dtype) -> Data {
+        let round = |values: &mut Vec<f32>, dtype: Dtype| values.iter_mut().for_each(|x| *x = dtype.round(*x));
+        [&mut self.q, &mut self.k, &mut self.v].into_iter().for_each(|values| round(values, operands));
+        self.biases.iter_mut().chain(&mut self.sink).for_each(|values| round(values, rules));
+        self
+    }
+}
+
+/// Values on a device, held as `stored`.
+pub fn upload(device: &Device, shape: &[usize], values: &[f32], stored: Dtype) -> Result<Tensor> {
+    match stored {
+        Dtype::F16 => Tensor::from_slice(device, shape, &narrow::<f16>(values)),
+        Dtype::BF16 => Tensor::from_slice(device, shape, &narrow::<bf16>(values)),
+        _ => Tensor::from_slice(device, shape, values),
+    }
 }
 
 /// Uploads row-major `[b, h, s, d]` data so that it lies in memory as `order` says.

@@ -3,15 +3,21 @@
 
 mod call;
 mod case;
+mod compare;
 mod draw;
 mod hostile;
 mod loops;
 mod probe;
 mod run;
+mod truth;
 
-pub use call::{Call, Data, Order, assert_close, bits, narrow, noise, place, rounding, wide, worst};
+pub use call::{Call, Data, Order, bits, narrow, noise, place, upload, wide};
 pub use case::{Case, Op, Rule, Size, cases};
+pub use compare::{
+    Rows, assert_close, assert_close_to, assert_logs_close, difference, half_ulp, largest, rounding, worst, worst_of,
+};
 pub use draw::{FORMS, Form, draw};
 pub use hostile::refused;
 pub use probe::one_workgroup;
 pub use run::{Expected, Got};
+pub use truth::Truth;

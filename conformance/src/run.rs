@@ -12,9 +12,11 @@ use wgpu_attention::{
     ScoreStage, Tensor, Weights, merge, project, softmax,
 };
 
-use crate::call::{Call, Data, Order, narrow, noise, wide};
+use crate::call::{Call, Data, Order, noise, upload, wide};
 use crate::case::{Case, Op};
+use crate::compare::{half_ulp, largest, rounding};
 use crate::loops;
+use crate::truth::Truth;
 
 /// A result of a device, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,7 +34,9 @@ pub struct Expected {
     pub name: &'static str,
     pub shape: Vec<usize>,
     pub values: Vec<f64>,
-    /// How far f32 arithmetic may be off, relative to the largest value.
+    /// How large the numbers are that a row is made of; each is of `values.len() / scales.len()` neighbours.
+    pub scales: Vec<f64>,
+    /// How far f32 arithmetic may be off, relative to the scale.
     pub tolerance: f64,
     /// How often values are rounded to their type on the way, the end included.
     pub roundings: u32,
@@ -44,8 +48,30 @@ const SUMS: f64 = 3e-5;
 
 const STAGES: [ScoreStage; 3] = [ScoreStage::Scaled, ScoreStage::Capped, ScoreStage::Masked];
 
+/// With rows, the last axis, that are as large as their largest value.
 fn expected(name: &'static str, shape: &[usize], values: Vec<f64>) -> Expected {
-    Expected { name, shape: shape.to_vec(), values, tolerance: TOLERANCE, roundings: 1 }
+    let scales = values.chunks(shape.last().copied().unwrap_or(1).max(1)).map(largest).collect();
+    Expected { name, shape: shape.to_vec(), values, scales, tolerance: TOLERANCE, roundings: 1 }
+}
+
+/// With values that stand for themselves; one near 0 is no smaller a thing than one near 1.
+fn logs(name: &'static str, shape: &[usize], values: Vec<f64>) -> Expected {
+    let scales = values.iter().map(|&x| largest(&[x]).max(1.0)).collect();
+    Expected { scales, ..expected(name, shape, values) }
+}
+
+impl Expected {
+    /// How far each value may be off where results are rounded to `dtype`.
+    pub fn allowed(&self, dtype: Dtype) -> Vec<f64> {
+        let each = (self.values.len() / self.scales.len().max(1)).max(1);
+        let before = f64::from(self.roundings - 1) * rounding(dtype);
+        let allowed = |(at, &x): (usize, &f64)| {
+            let limit = (self.tolerance + before) * self.scales[at / each];
+            // What is a little larger before it is rounded may be rounded by more.
+            limit + if x.is_finite() { half_ulp(x.abs() + limit, dtype) } else { 0.0 }
+        };
+        self.values.iter().enumerate().map(allowed).collect()
+    }
 }
 
 fn got(name: &'static str, tensor: &Tensor) -> Result<Got> {
@@ -61,26 +87,13 @@ fn pair(attended: &Attended) -> Result<Vec<Got>> {
     Ok(all)
 }
 
-fn round(values: &mut [f32], dtype: Dtype) {
-    values.iter_mut().for_each(|x| *x = dtype.round(*x));
-}
-
 /// Random values of their own.
 fn more(seed: u64, len: usize) -> Vec<f32> {
     noise(&mut Pcg64::seed_from_u64(seed ^ 0xf00d), len)
 }
 
-fn rounded(mut values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
-    round(&mut values, dtype);
-    values
-}
-
-fn upload(device: &Device, shape: &[usize], values: &[f32], stored: Dtype) -> Result<Tensor> {
-    match stored {
-        Dtype::F16 => Tensor::from_slice(device, shape, &narrow::<half::f16>(values)),
-        Dtype::BF16 => Tensor::from_slice(device, shape, &narrow::<half::bf16>(values)),
-        _ => Tensor::from_slice(device, shape, values),
-    }
+fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
+    values.into_iter().map(|x| dtype.round(x)).collect()
 }
 
 /// The heads and queries that an inspection looks at.
@@ -141,7 +154,7 @@ fn closed_form(call: &Call, data: &Data) -> Vec<Expected> {
     let lse = |i: usize| hot(i).map_or((len_k as f64).ln(), |_| f64::from(HOT));
     let mut all = vec![
         expected("output", &call.q, (0..len_q * dim).map(value).collect()),
-        expected("lse", &call.q[..3], (0..len_q).map(lse).collect()),
+        logs("lse", &call.q[..3], (0..len_q).map(lse).collect()),
     ];
     if len_q <= FEW_ROWS {
         let weight = |at: usize| match hot(at / len_k) {
@@ -198,10 +211,7 @@ impl Case {
         if self.op == Op::LongRows {
             self.arrange(call, &mut data);
         }
-        for values in [&mut data.q, &mut data.k, &mut data.v] {
-            round(values, self.storage);
-        }
-        data
+        data.rounded(self.storage, Dtype::F32)
     }
 
     /// What every result should be, in the order of [`Case::run`].
@@ -211,8 +221,9 @@ impl Case {
         let [batch, heads, len_q, _] = call.q;
         let ([_, _, len_k, _], dim_v) = (call.k, call.v[3]);
         let (rows, out) = ([batch, heads, len_q], [batch, heads, len_q, dim_v]);
-        let both = |outputs: reference::Outputs| {
-            vec![expected("output", &out, outputs.output), expected("lse", &rows, outputs.lse)]
+        let both = |truth: Truth| {
+            let output = Expected { scales: truth.values, ..expected("output", &out, truth.outputs.output) };
+            vec![output, logs("lse", &rows, truth.outputs.lse)]
         };
         match self.op {
             Op::Attention | Op::Cache => both(call.truth(&data).0),
@@ -228,16 +239,11 @@ impl Case {
             Op::Weights => {
                 let (outputs, stages) = call.truth(&data);
                 let square = [batch, heads, len_q, len_k];
-                let mean = |at: usize| {
-                    let (b, rest) = (at / (len_q * len_k), at % (len_q * len_k));
-                    let sum: f64 = (0..heads).map(|h| outputs.weights[(b * heads + h) * len_q * len_k + rest]).sum();
-                    sum / heads as f64
-                };
-                let mean = (0..batch * len_q * len_k).map(mean).collect();
+                let mean = outputs.averaged([batch, heads], len_q * len_k);
                 let stage = stages[call.seed as usize % 3].clone();
                 let mut all = vec![
                     expected("weights", &square, outputs.weights.clone()),
-                    expected("scores", &square, stage),
+                    Expected { scales: outputs.scores.clone(), ..expected("scores", &square, stage) },
                     expected("averaged", &[batch, len_q, len_k], mean),
                 ];
                 all.splice(0..0, both(outputs));
@@ -252,7 +258,7 @@ impl Case {
                 vec![
                     sums("weights", &[batch, n, queries, len_k], truth.weights),
                     sums("column sums", &[batch, n, len_k], truth.column_sums),
-                    sums("entropy", &[batch, n, queries], truth.entropy),
+                    Expected { tolerance: SUMS, ..logs("entropy", &[batch, n, queries], truth.entropy) },
                 ]
             }
             Op::Alibi => {
@@ -282,17 +288,19 @@ impl Case {
                 };
                 let q = turn(call.q, &data.q, offset(&call) as usize);
                 let k = turn(call.k, &data.k, 0);
-                both(call.with_operands(&data, [q, k, wide(&data.v)], reference::attention))
+                both(call.with_operands(&data, [q, k, wide(&data.v)], Truth::new))
             }
             Op::Packed => {
                 let lens = ragged(&call);
-                let (mut output, mut lse) = (Vec::new(), vec![Vec::new(); heads]);
+                let (mut output, mut scales, mut lse) = (Vec::new(), Vec::new(), vec![Vec::new(); heads]);
                 for (n, one) in self.sequences(&call).iter().enumerate() {
                     let (truth, _) = one.truth(&self.data(one));
                     // Rows of all heads side by side; the LSE has its heads first.
                     for i in 0..lens[n][0] {
                         for h in 0..heads {
-                            output.extend_from_slice(&truth.output[(h * lens[n][0] + i) * dim_v..][..dim_v]);
+                            let row = h * lens[n][0] + i;
+                            output.extend_from_slice(&truth.output[row * dim_v..][..dim_v]);
+                            scales.push(truth.values[row]);
                         }
                     }
                     for (h, lse) in lse.iter_mut().enumerate() {
@@ -300,7 +308,8 @@ impl Case {
                     }
                 }
                 let total = lens.iter().map(|lens| lens[0]).sum();
-                vec![expected("output", &[total, heads, dim_v], output), expected("lse", &[heads, total], lse.concat())]
+                let output = Expected { scales, ..expected("output", &[total, heads, dim_v], output) };
+                vec![output, logs("lse", &[heads, total], lse.concat())]
             }
             Op::Softmax => {
                 let shape = [batch, heads, len_q, len_k];
@@ -470,7 +479,7 @@ impl Case {
         call: &Call,
         data: &Data,
         bias: impl Fn(usize, usize, usize) -> f64,
-        both: impl Fn(reference::Outputs) -> Vec<Expected>,
+        both: impl Fn(Truth) -> Vec<Expected>,
     ) -> Vec<Expected> {
         let [_, heads, len_q, _] = call.q;
         let len_k = call.k[2];
@@ -481,7 +490,7 @@ impl Case {
             let layout = layout.broadcast_to(&problem.mask_shape()).unwrap();
             let mut inputs = inputs.clone();
             inputs.biases.push(View { data: &values, layout: &layout });
-            reference::attention(problem, &inputs)
+            Truth::new(problem, &inputs)
         }))
     }
 
@@ -572,13 +581,11 @@ mod tests {
             assert_eq!(got.len(), truth.len(), "{case}");
             for (got, truth) in got.iter().zip(&truth) {
                 assert_eq!((got.name, &got.shape), (truth.name, &truth.shape), "{case}");
-                let ulp = crate::rounding(got.dtype);
-                crate::assert_close(
-                    &format!("{case}, {}", got.name),
-                    &got.values,
-                    &truth.values,
-                    truth.tolerance + f64::from(truth.roundings) * ulp,
-                );
+                let allowed = truth.allowed(got.dtype);
+                for (at, (&x, &e)) in got.values.iter().zip(&truth.values).enumerate() {
+                    let off = crate::difference(x.into(), e);
+                    assert!(off <= allowed[at], "{case}, {}: [{at}] is {x} instead of {e}", got.name);
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The key/value cache and the merge of two results, on every device of this machine.
 
-use crate::kit::{Call, Order, assert_close, devices, gpus, noise, place};
+use crate::kit::{Call, Order, Truth, assert_close, assert_close_to, assert_logs_close, devices, gpus, noise, place};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Align, Positions};
@@ -14,8 +14,7 @@ struct Story {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    output: Vec<f64>,
-    lse: Vec<f64>,
+    truth: Truth,
 }
 
 impl Story {
@@ -35,7 +34,7 @@ impl Story {
         };
         let data = call.data();
         let (truth, _) = call.truth(&data);
-        Story { q: data.q, k: data.k, v: data.v, output: truth.output, lse: truth.lse, call }
+        Story { q: data.q, k: data.k, v: data.v, truth, call }
     }
 
     /// Tokens `starts[b]..starts[b] + n` of every batch entry: Q, K and V. What lies behind `counts[b]` of
@@ -64,20 +63,21 @@ impl Story {
     fn check(&self, what: &str, output: &[f32], lse: Option<&[f32]>, starts: &[usize], n: usize, counts: &[usize]) {
         let ([batch, heads, len, _], dim) = (self.call.q, self.call.v[3]);
         let (mut got, mut expected) = (Vec::new(), Vec::new());
-        let (mut got_lse, mut expected_lse) = (Vec::new(), Vec::new());
+        let (mut got_lse, mut expected_lse, mut scales) = (Vec::new(), Vec::new(), Vec::new());
         for b in 0..batch {
             for h in 0..heads {
                 for i in 0..counts[b] {
                     let (row, truth) = ((b * heads + h) * n + i, (b * heads + h) * len + starts[b] + i);
                     got.extend_from_slice(&output[row * dim..][..dim]);
-                    expected.extend_from_slice(&self.output[truth * dim..][..dim]);
+                    expected.extend_from_slice(&self.truth.output[truth * dim..][..dim]);
+                    scales.push(self.truth.values[truth]);
                     got_lse.extend(lse.map(|lse| lse[row]));
-                    expected_lse.extend(lse.map(|_| self.lse[truth]));
+                    expected_lse.extend(lse.map(|_| self.truth.lse[truth]));
                 }
             }
         }
-        assert_close(what, &got, &expected, TOLERANCE);
-        assert_close(what, &got_lse, &expected_lse, TOLERANCE);
+        assert_close_to(what, &(got, dim), &expected, |row, _| scales[row], TOLERANCE);
+        assert_logs_close(what, &(got_lse, 1), &expected_lse, TOLERANCE);
     }
 }
 
@@ -506,10 +506,8 @@ fn what_merges_with_nothing_and_with_nan() {
             [2.0, 2.0, 0.0, 0.0, f64::NAN, f64::NAN, f64::NAN, 4.0].iter().flat_map(|&x| [x; 3]).collect();
         let none = f64::NEG_INFINITY;
         let lse = [2.0f64.ln(), 1.0, none, none, 2.0f64.ln(), f64::NAN, f64::NAN, 1e30];
-        assert_close(&name, &merged.output.download().unwrap(), &output, 1e-6);
-        let merged_lse = merged.lse.unwrap().download().unwrap();
-        assert_close(&name, &merged_lse[..7], &lse[..7], 1e-6);
-        assert_close(&name, &merged_lse[7..], &lse[7..], 1e-6);
+        assert_close(&name, &merged.output, &output, 1e-6);
+        assert_logs_close(&name, &merged.lse.unwrap(), &lse, 1e-6);
 
         let (x, y) = (wide(&[1.0, 2.0]), rows(&[1.0, 2.0]));
         says(&name, merge(&x, &y, &wide(&[1.0]), &rows(&[1.0])), "output a [2, 3] and output b [1, 3] differ");

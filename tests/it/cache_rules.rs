@@ -1,6 +1,6 @@
 //! What queries over a cache see: the cache's causal rule, and the caller's in its place. On every device, against f64.
 
-use crate::kit::{Call, Data, Order, assert_close, devices, gpus, place};
+use crate::kit::{Call, Data, Order, assert_close, assert_close_to, assert_logs_close, devices, gpus, place};
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, TokenPositions};
 use wgpu_attention::problem::{Align, MaskMeaning, Positions};
 use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, Mask, Result, ScatterMode, Tensor};
@@ -88,8 +88,8 @@ fn the_callers_rules_hold() {
             let (cache, q) = filled(&device, &call, &data, config());
             let out = cache.attend(&attention.lse(true), &q).unwrap();
             let what = format!("{name}, {rule}");
-            assert_close(&what, &out.output.download().unwrap(), &truth.output, TOLERANCE);
-            assert_close(&what, &out.lse.unwrap().download().unwrap(), &truth.lse, TOLERANCE);
+            truth.hold_output(&what, &out.output, TOLERANCE);
+            assert_logs_close(&what, &out.lse.unwrap(), &truth.lse, TOLERANCE);
         }
     }
 }
@@ -110,16 +110,16 @@ fn a_mask_stands_in_for_the_causal_rule() {
                 let (cache, q) = filled(&device, &call, &data, config());
                 let attention = call.ruled(&device, &data, Attention::new()).unwrap();
                 let attention = if causal { attention.causal(Align::BottomRight) } else { attention };
-                let output = cache.attend(&attention, &q).unwrap().output.download().unwrap();
+                let output = cache.attend(&attention, &q).unwrap().output;
                 let what = format!("{name}, a mask {shape:?}, causal {causal}, keeps all {keeps_all}");
-                assert_close(&what, &output, &truth.output, TOLERANCE);
+                truth.hold_output(&what, &output, TOLERANCE);
             }
         }
         // A step: both queries see both keys, weights 1/2 and 1/(1 + e) to e/(1 + e).
         let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 1, 4, 1)).unwrap();
         let x = Tensor::from_slice(&device, &[1, 1, 2, 1], &[0.0f32, 1.0]).unwrap();
         let keeps_all = Mask::keep(Tensor::from_bools(&device, &[2, 2], &[true; 4]).unwrap()).unwrap();
-        let stepped = cache.step(&Attention::new().mask(keeps_all), &x, &x, &x).unwrap().output.download().unwrap();
+        let stepped = cache.step(&Attention::new().mask(keeps_all), &x, &x, &x).unwrap().output;
         let e = std::f64::consts::E;
         assert_close(&name, &stepped, &[0.5, e / (1.0 + e)], TOLERANCE);
         // Key padding, as a mask and as a bias, hides keys and says nothing about what comes later.
@@ -132,8 +132,8 @@ fn a_mask_stands_in_for_the_causal_rule() {
         let padding = Tensor::from_bools(&device, &[BATCH, KEYS], &data.masks[0]).unwrap();
         let bias = Tensor::from_slice(&device, &[BATCH, KEYS], &data.biases[0]).unwrap();
         let attention = Attention::new().key_padding(Mask::drop(padding).unwrap()).key_padding_bias(bias);
-        let output = cache.attend(&attention, &q).unwrap().output.download().unwrap();
-        assert_close(&name, &output, &truth.output, TOLERANCE);
+        let output = cache.attend(&attention, &q).unwrap().output;
+        truth.hold_output(&name, &output, TOLERANCE);
     }
 }
 
@@ -150,8 +150,8 @@ fn a_bias_for_several_queries_must_say_which_rule() {
             says(&name, cache.attend(&attention, &q), "say causal(Align::BottomRight)");
             says(&name, cache.attend_lengths(&attention, &q, &[1, 3]), "3 queries of batch entry 1");
             let said = if causal { attention.causal(Align::BottomRight) } else { attention.not_causal() };
-            let output = cache.attend(&said, &q).unwrap().output.download().unwrap();
-            assert_close(&format!("{name}, causal {causal}"), &output, &truth.output, TOLERANCE);
+            let output = cache.attend(&said, &q).unwrap().output;
+            truth.hold_output(&format!("{name}, causal {causal}"), &output, TOLERANCE);
         }
         // A single query stands at the end of its sequence: both rules are the same.
         let mut call = call(Positions::default());
@@ -161,8 +161,8 @@ fn a_bias_for_several_queries_must_say_which_rule() {
         let (truth, _) = call.truth(&data);
         let (cache, q) = filled(&device, &call, &data, config());
         let attention = call.ruled(&device, &data, Attention::new()).unwrap();
-        let output = cache.attend(&attention, &q).unwrap().output.download().unwrap();
-        assert_close(&name, &output, &truth.output, TOLERANCE);
+        let output = cache.attend(&attention, &q).unwrap().output;
+        truth.hold_output(&name, &output, TOLERANCE);
     }
 }
 
@@ -209,9 +209,9 @@ fn image_tokens_see_each_other_and_text_is_causal() {
                 };
                 let attention = if both_ways { Attention::new().not_causal() } else { Attention::new() };
                 let [q, k, v] = [step(whole.q, &data.q), step(whole.k, &data.k), step(whole.v, &data.v)];
-                let output = cache.step(&attention, &q, &k, &v).unwrap().output.download().unwrap();
+                let output = cache.step(&attention, &q, &k, &v).unwrap().output;
                 let what = format!("{name}, window {window:?}, {count} tokens at {at}");
-                assert_close(&what, &output, &truth.output, TOLERANCE);
+                truth.hold_output(&what, &output, TOLERANCE);
                 at += count;
             }
         }
@@ -255,9 +255,9 @@ fn rotary_positions_do_not_depend_on_the_rule() {
                     (false, _) if window.is_none() => Attention::new().causal(Align::Offset(held)),
                     (false, _) => Attention::new(),
                 };
-                let output = cache.step(&attention, &q, &k, &v).unwrap().output.download().unwrap();
+                let output = cache.step(&attention, &q, &k, &v).unwrap().output;
                 let what = format!("{name}, window {window:?}, {count} tokens at {at}");
-                assert_close(&what, &output, &truth.output, 2e-5);
+                truth.hold_output(&what, &output, 2e-5);
                 at += count;
             }
             let one = tensor(&device, [BATCH, HEADS[0], 1, DIM], &data.q[..BATCH * HEADS[0] * DIM]);
@@ -291,8 +291,8 @@ fn queries_of_another_sequence_over_encoder_keys() {
         cache.append_lengths(&k, &v, &held).unwrap();
         let q = tensor(&device, call.q, &data.q);
         for attention in [Attention::new().not_causal(), Attention::new().mask(all(&device))] {
-            let output = cache.attend(&attention, &q).unwrap().output.download().unwrap();
-            assert_close(&name, &output, &truth.output, TOLERANCE);
+            let output = cache.attend(&attention, &q).unwrap().output;
+            truth.hold_output(&name, &output, TOLERANCE);
         }
         says(&name, cache.attend(&Attention::new(), &q), "take not_causal() and no window");
         let sided = Attention::new().not_causal().window(Some(3), None);
@@ -306,8 +306,8 @@ fn queries_of_another_sequence_over_encoder_keys() {
         let fewer = Positions { key_lengths: Some(vec![2, 0]), ..Positions::default() };
         let fewer = Call { positions: fewer, ..call.clone() };
         let attention = Attention::new().not_causal().key_lengths(vec![2, 0]);
-        let output = cache.attend(&attention, &q).unwrap().output.download().unwrap();
-        assert_close(&name, &output, &fewer.truth(&data).0.output, TOLERANCE);
+        let output = cache.attend(&attention, &q).unwrap().output;
+        fewer.truth(&data).0.hold_output(&name, &output, TOLERANCE);
     }
 }
 
@@ -345,7 +345,8 @@ fn lengths_of_their_own_under_the_callers_rules() {
                 let (b, i) = (row / QUERIES / HEADS[0], row % QUERIES);
                 if i < counts[b] {
                     let what = format!("{name}, {rule}, entry {b}");
-                    assert_close(&what, got, &truth.output[row * DIM..][..DIM], TOLERANCE);
+                    let expected = &truth.output[row * DIM..][..DIM];
+                    assert_close_to(&what, &(got, DIM), expected, |_, _| truth.values[row], TOLERANCE);
                 }
             }
             // As many queries as count, the rest 0.
@@ -356,7 +357,8 @@ fn lengths_of_their_own_under_the_callers_rules() {
                 let (b, i) = (row / QUERIES / HEADS[0], row % QUERIES);
                 let rows = row * DIM..(row + 1) * DIM;
                 if i < counts[b] {
-                    assert_close(&name, &output[rows.clone()], &truth.output[rows], TOLERANCE);
+                    let got = (&output[rows.clone()], DIM);
+                    assert_close_to(&name, &got, &truth.output[rows], |_, _| truth.values[row], TOLERANCE);
                 } else {
                     assert_eq!((&output[rows], *lse), (&[0.0; DIM][..], f32::NEG_INFINITY), "{name}, {rule}");
                 }
@@ -382,8 +384,8 @@ fn a_ring_goes_on_without_positions() {
         }
         let (truth, _) = call.truth(&data);
         for attention in [Attention::new().not_causal(), Attention::new().mask(all(&device))] {
-            let output = cache.attend(&attention, &q).unwrap().output.download().unwrap();
-            assert_close(&name, &output, &truth.output, TOLERANCE);
+            let output = cache.attend(&attention, &q).unwrap().output;
+            truth.hold_output(&name, &output, TOLERANCE);
         }
         for attention in [
             Attention::new(),
@@ -443,7 +445,8 @@ fn rules_of_steps_in_a_callers_encoder() {
         for (row, got) in output.chunks(DIM).enumerate() {
             let (b, i) = (row / QUERIES / HEADS[0], row % QUERIES);
             if i < [QUERIES, 2][b] {
-                assert_close(&name, got, &truth.output[row * DIM..][..DIM], TOLERANCE);
+                let expected = &truth.output[row * DIM..][..DIM];
+                assert_close_to(&name, &(got, DIM), expected, |_, _| truth.values[row], TOLERANCE);
             } else {
                 assert_eq!(got, [0.0; DIM], "{name}");
             }

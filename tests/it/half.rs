@@ -1,64 +1,118 @@
 //! f16 and bf16 storage on every device.
 
-use crate::kit::{self, Call, Order, assert_close, bits, devices, gpus, limited};
+use crate::kit::{Call, Order, assert_close, bits, devices, gpus, limited, methods, methods_in_turn};
 use half::{bf16, f16};
 use wgpu_attention::problem::{MaskMeaning, Positions};
-use wgpu_attention::{Align, Attention, Dtype, Element, Gpu, Mask, Method, Tensor, Weights, project};
+use wgpu_attention::{
+    Align, Attention, Device, Dtype, Element, Gpu, Mask, Method, ScoreStage, Tensor, Weights, project,
+};
+
+/// Of the size of a row; half a unit in the last place comes on top where a result is rounded to a half type. The truth is
+/// that of the rounded operands: what rounding them loses is no error of the library.
+const TOLERANCE: f64 = 3e-6;
 
 fn call(order: Order, dim_k: usize, dim_v: usize) -> Call {
     Call {
-        q: [2, 4, 21, dim_k],
-        k: [2, 2, 37, dim_k],
-        v: [2, 2, 37, dim_v],
         order,
         positions: Positions { causal: true, align: Align::BottomRight, ..Default::default() },
-        scale: None,
-        softcap: None,
-        masks: vec![],
-        biases: vec![],
-        sink: false,
         seed: 5,
+        ..Call::plain([2, 4, 21, dim_k], [2, 2, 37, dim_k], [2, 2, 37, dim_v])
     }
 }
 
-/// Half an ulp of the largest value, and the error of f32 sums.
-fn tolerance(dtype: Dtype) -> f64 {
-    let half_ulp = if dtype == Dtype::F16 { 1.0 / 2048.0 } else { 1.0 / 256.0 };
-    half_ulp + 3e-6
-}
-
-fn holds<T: Element>(order: Order, dim_k: usize, dim_v: usize) {
-    let call = call(order, dim_k, dim_v);
-    let mut data = call.data();
-    let halves = |values: &[f32]| -> Vec<T> { values.iter().map(|&x| T::from_f32(x)).collect() };
-    let [q, k, v] = [&data.q, &data.k, &data.v].map(|values| halves(values));
-    let wide = |values: &[T]| -> Vec<f32> { values.iter().map(|x| x.to_f32()).collect() };
-    (data.q, data.k, data.v) = (wide(&q), wide(&k), wide(&v));
-    let (truth, _) = call.truth(&data);
+/// A call with operands and rules of half types or of f32, by some methods or by all.
+fn holds(call: &Call, stored: Dtype, rules: Dtype, methods: impl Fn(&Device) -> Vec<Method>) {
+    let data = call.data().rounded(stored, rules);
+    let (truth, stages) = call.truth(&data);
     for (name, device) in devices() {
-        let what = format!("{} {order:?} {dim_k} {dim_v} on {name}", T::DTYPE);
-        let [q, k, v] = [(call.q, &q, 0), (call.k, &k, 1), (call.v, &v, 2)]
-            .map(|(shape, data, part)| kit::place(&device, shape, data, order, part).unwrap());
-        for method in [Method::Auto, Method::ThreePasses] {
-            let attention = call.attention().lse(true).weights(Weights::PerHead).method(method);
-            let out = attention.forward(&q, &k, &v).unwrap();
-            assert_eq!(out.output.dtype(), T::DTYPE);
+        let [q, k, v] = call.operands(&device, &data, stored).unwrap();
+        for method in methods(&device) {
+            let what = format!("{stored} with rules of {rules} by {method} on {name}: {call:?}");
+            let attention = call.ruled_as(&device, &data, call.attention().method(method), rules).unwrap();
+            let out = attention.clone().lse(true).forward(&q, &k, &v).unwrap();
             let output = out.output.download().unwrap();
-            assert!(output.iter().all(|&y| T::from_f32(y).to_f32() == y), "{what}: rounded");
-            assert_close(&what, &output, &truth.output, tolerance(T::DTYPE));
-            assert_close(&what, &out.lse.unwrap().download().unwrap(), &truth.lse, 3e-6);
-            assert_close(&what, &out.weights.unwrap().download().unwrap(), &truth.weights, tolerance(T::DTYPE));
+            assert_eq!(out.output.dtype(), stored, "{what}");
+            assert!(output.iter().all(|&y| stored.round(y) == y), "{what}: not rounded");
+            truth.hold(&what, &out, TOLERANCE);
+            let asked = attention.lse(true).weights(Weights::PerHead).scores(Some(ScoreStage::Masked));
+            let all = asked.forward(&q, &k, &v).unwrap();
+            truth.hold(&what, &all, TOLERANCE);
+            truth.hold_scores(&format!("scores of {what}"), &all.scores.unwrap(), &stages[2], TOLERANCE);
+            assert_eq!(
+                bits(&all.output.download().unwrap()),
+                bits(&output),
+                "{what}: weights beside it change the output"
+            );
         }
     }
 }
 
 #[test]
 fn halves_in_every_order_and_at_odd_widths() {
+    let both = |_: &Device| vec![Method::Auto, Method::ThreePasses];
     for (order, dim_k, dim_v) in
         [(Order::Bhsd, 16, 16), (Order::Bshd, 8, 20), (Order::Packed, 7, 7), (Order::Bhds, 5, 9)]
     {
-        holds::<f16>(order, dim_k, dim_v);
-        holds::<bf16>(order, dim_k, dim_v);
+        for stored in [Dtype::F16, Dtype::BF16] {
+            holds(&call(order, dim_k, dim_v), stored, Dtype::F32, both);
+        }
+    }
+}
+
+#[test]
+fn rules_of_halves_beside_operands_of_any_type() {
+    // A bias, a mask, a softcap and a sink; operands and rules each of their own type.
+    let call = Call {
+        masks: vec![(vec![21, 37], MaskMeaning::Keep)],
+        biases: vec![vec![4, 1, 37], vec![2, 1, 21, 37]],
+        softcap: Some(4.0),
+        sink: true,
+        ..call(Order::Bhsd, 12, 20)
+    };
+    // Another method for each pair: every one compiles kernels of its own.
+    for (n, (stored, rules)) in [
+        (Dtype::F32, Dtype::F16),
+        (Dtype::F32, Dtype::BF16),
+        (Dtype::F16, Dtype::F16),
+        (Dtype::F16, Dtype::BF16),
+        (Dtype::BF16, Dtype::F16),
+        (Dtype::BF16, Dtype::BF16),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        holds(&call, stored, rules, |device| methods_in_turn(device, n, 1));
+    }
+}
+
+#[test]
+fn halves_by_every_method() {
+    for stored in [Dtype::F16, Dtype::BF16] {
+        let n = usize::from(stored == Dtype::BF16);
+        holds(&call(Order::Bhsd, 16, 16), stored, Dtype::F32, |device| {
+            methods(device).into_iter().skip(n).step_by(2).collect()
+        });
+    }
+}
+
+#[test]
+fn small_rows_of_halves_beside_large_ones() {
+    // Heads whose values differ by 1e4: each row is held by its own size, down to where f16 has whole significands.
+    for stored in [Dtype::F16, Dtype::BF16] {
+        let call = call(Order::Bhsd, 16, 16);
+        let mut data = call.data();
+        for (at, x) in data.v.iter_mut().enumerate() {
+            *x *= [1.0, 1e-4, 1e4][at / (37 * 16) % 3];
+        }
+        let data = data.rounded(stored, Dtype::F32);
+        let (truth, _) = call.truth(&data);
+        for (name, device) in devices() {
+            for method in [Method::Auto, Method::ThreePasses] {
+                let [q, k, v] = call.operands(&device, &data, stored).unwrap();
+                let out = call.attention().method(method).forward(&q, &k, &v).unwrap();
+                truth.hold(&format!("{stored} by {method} on {name}"), &out, TOLERANCE);
+            }
+        }
     }
 }
 
@@ -66,21 +120,15 @@ fn halves_in_every_order_and_at_odd_widths() {
 fn splits_of_the_keys_join_into_halves() {
     // Few queries over many keys: pieces of the keys, joined in f32.
     let call = Call { q: [1, 2, 3, 8], k: [1, 1, 900, 8], v: [1, 1, 900, 8], ..call(Order::Bhsd, 8, 8) };
-    let mut data = call.data();
-    let halves = |values: &[f32]| -> Vec<f16> { values.iter().map(|&x| f16::from_f32(x)).collect() };
-    let [q, k, v] = [&data.q, &data.k, &data.v].map(|values| halves(values));
-    let wide = |values: &[f16]| -> Vec<f32> { values.iter().map(|x| x.to_f32()).collect() };
-    (data.q, data.k, data.v) = (wide(&q), wide(&k), wide(&v));
+    let data = call.data().rounded(Dtype::F16, Dtype::F32);
     let (truth, _) = call.truth(&data);
     for (name, device) in devices() {
-        let upload = |shape: [usize; 4], values: &[f16]| Tensor::from_slice(&device, &shape, values).unwrap();
-        let (q, k, v) = (upload(call.q, &q), upload(call.k, &k), upload(call.v, &v));
+        let [q, k, v] = call.operands(&device, &data, Dtype::F16).unwrap();
         let (out, profile) = call.attention().lse(true).forward_profiled(&q, &k, &v).unwrap();
         if device.gpu().is_some() {
             assert!(profile.kernels.iter().any(|kernel| kernel.starts_with("merge")), "{name}: {profile:?}");
         }
-        assert_close(&name, &out.output.download().unwrap(), &truth.output, tolerance(Dtype::F16));
-        assert_close(&name, &out.lse.unwrap().download().unwrap(), &truth.lse, 3e-6);
+        truth.hold(&name, &out, TOLERANCE);
     }
 }
 
@@ -131,7 +179,7 @@ fn halves_take_half_the_memory_and_mix_with_f32() {
         masks: vec![(vec![21, 37], MaskMeaning::Keep)],
         ..call(Order::Bhsd, 16, 16)
     };
-    let data = call.data();
+    let data = call.data().rounded(Dtype::F32, Dtype::F16);
     let (truth, _) = call.truth(&data);
     for (name, gpu) in gpus() {
         let device = wgpu_attention::Device::Gpu(gpu.clone());
@@ -139,25 +187,26 @@ fn halves_take_half_the_memory_and_mix_with_f32() {
         let big = Tensor::from_slice(&device, &[1 << 20], &vec![f16::ONE; 1 << 20]).unwrap();
         assert_eq!(gpu.allocation_counts().bytes - before, 2 << 20, "{name}");
         assert_eq!(big.narrow(0, 7, 3).unwrap().download().unwrap(), [1.0; 3]);
-        // A bias of halves; queries of f32 over keys that are not.
+        // A bias of halves gives the bits of the same numbers in f32.
         let bias: Vec<f16> = data.biases[0].iter().map(|&x| f16::from_f32(x)).collect();
-        let rounded: Vec<f32> = bias.iter().map(|x| x.to_f32()).collect();
         let run = |bias: Tensor| {
             let mask = Mask::keep(Tensor::from_bools(&device, &[21, 37], &data.masks[0]).unwrap()).unwrap();
             let [q, k, v] = [(call.q, &data.q), (call.k, &data.k), (call.v, &data.v)]
                 .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
-            call.attention().mask(mask).bias(bias).forward(&q, &k, &v).unwrap().output.download().unwrap()
+            call.attention().mask(mask).bias(bias).forward(&q, &k, &v).unwrap().output
         };
         let half = run(Tensor::from_slice(&device, &[4, 1, 37], &bias).unwrap());
-        assert_eq!(bits(&half), bits(&run(Tensor::from_slice(&device, &[4, 1, 37], &rounded).unwrap())), "{name}");
-        assert_close(&name, &half, &truth.output, 2e-3);
+        let whole = run(Tensor::from_slice(&device, &[4, 1, 37], &data.biases[0]).unwrap());
+        assert_eq!(bits(&half.download().unwrap()), bits(&whole.download().unwrap()), "{name}");
+        truth.hold_output(&name, &half, TOLERANCE);
         // What only f32 kernels read.
         let x: Vec<f16> = (0..60).map(|i| f16::from_f32(i as f32 * 0.1)).collect();
-        let x = Tensor::from_slice(&device, &[3, 4, 5], &x).unwrap();
-        let y = wgpu_attention::softmax(&x, 1).unwrap();
+        let exps: Vec<f64> = x.iter().map(|x| x.to_f64().exp()).collect();
+        let softmax: Vec<f64> =
+            (0..60).map(|at| exps[at] / (0..4).map(|n| exps[at / 20 * 20 + n * 5 + at % 5]).sum::<f64>()).collect();
+        let y = wgpu_attention::softmax(&Tensor::from_slice(&device, &[3, 4, 5], &x).unwrap(), 1).unwrap();
         assert_eq!(y.dtype(), Dtype::F16);
-        let sums: f32 = y.select(2, 0).unwrap().select(0, 0).unwrap().download().unwrap().iter().sum();
-        assert!((sums - 1.0).abs() < 2e-3, "{name}: {sums}");
+        assert_close(&name, &y, &softmax, 1e-6);
     }
 }
 

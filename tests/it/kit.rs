@@ -1,7 +1,10 @@
 //! What the tests share: every device of this machine, and the random calls of `conformance`.
 
-use wgpu_attention::{AdapterSummary, Device, Gpu, GpuOptions, wgpu};
-pub use wgpu_attention_conformance::{Call, Data, Order, assert_close, bits, noise, place, worst};
+use wgpu_attention::{AdapterSummary, Device, Gpu, GpuOptions, Method, wgpu};
+pub use wgpu_attention_conformance::{
+    Call, Data, Order, Truth, assert_close, assert_close_to, assert_logs_close, bits, largest, noise, place, rounding,
+    wide, worst,
+};
 
 /// The CPU backend and every adapter; where all of them have subgroups, the first without as well. (A software
 /// adapter compiles for seconds, and the quick suite of `attn check` has both kinds of kernels on each.) No adapter at
@@ -23,6 +26,21 @@ pub fn devices() -> Vec<(String, Device)> {
         devices.push(open(&adapters[0], true));
     }
     devices
+}
+
+/// Every way to run a call on a device: what planning chooses, then one of each kind.
+pub fn methods(device: &Device) -> Vec<Method> {
+    let every = device.gpu().map(|gpu| Method::every(gpu.capabilities()));
+    [Method::Auto].into_iter().chain(every.into_iter().flatten()).collect()
+}
+
+/// What planning chooses, and `count` of the other ways, others for every `turn`: each compiles kernels of its own, and
+/// all calls of a test together go every way.
+pub fn methods_in_turn(device: &Device, turn: usize, count: usize) -> Vec<Method> {
+    let all = methods(device);
+    let others = all.len() - 1;
+    let turned = (0..count.min(others)).map(|n| all[1 + (turn * count + n) % others]);
+    [Method::Auto].into_iter().chain(turned).collect()
 }
 
 /// The GPU devices alone.

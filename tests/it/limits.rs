@@ -1,6 +1,7 @@
 //! Work larger than an adapter's limits: cut into slices, folded, or refused with the numbers.
 
 use crate::kit::{self, Call, Order, gpus, limited};
+use crate::plans::check;
 use wgpu_attention::kernels::plan::{self, AttentionOperands};
 use wgpu_attention::kernels::{AdapterClass, Capabilities, Method, Plan, Slot, params};
 use wgpu_attention::problem::{Align, Layout, MaskMeaning, Positions, Problem};
@@ -58,36 +59,6 @@ fn plan(
         check(&plan::attention(&problem, &AttentionOperands { method: Method::Auto, ..passes }, adapter)?, adapter);
     }
     planned
-}
-
-/// What must hold of every plan on every adapter.
-fn check(plan: &Plan, adapter: &Capabilities) {
-    assert!(!plan.steps.is_empty());
-    for step in &plan.steps {
-        let name = &step.variant.name;
-        assert!(
-            step.workgroups.iter().all(|&n| n >= 1 && n <= adapter.max_workgroups),
-            "{name}: {:?}",
-            step.workgroups
-        );
-        assert!(step.bindings.len() as u32 <= adapter.max_storage_buffers, "{name}: {} buffers", step.bindings.len());
-        assert!(step.variant.workgroup_memory() <= adapter.workgroup_memory, "{name}");
-        if let Some(most) = adapter.max_operations {
-            assert!(step.cost.operations <= most, "{name}: {:e} operations in one dispatch", step.cost.operations);
-        }
-        let turns = step.cost.turns;
-        assert!(adapter.max_loop_turns.is_none_or(|most| turns <= u64::from(most)), "{name}: {turns} turns");
-        assert!(adapter.subgroup_min.is_some() || !step.variant.uses_subgroups(), "{name} needs subgroups");
-        for binding in &step.bindings {
-            assert!(binding.size <= adapter.max_binding, "{name}: {binding:?}");
-            assert_eq!(binding.offset % adapter.offset_alignment, 0, "{name}: {binding:?}");
-        }
-        let share = step.variant.changes.consts.get("SHARE").map_or("1u", String::as_str);
-        let share: u32 = share.trim_end_matches('u').parse().unwrap();
-        assert!(share == 1 || share <= adapter.subgroup_min.unwrap(), "{name} shares among more lanes than there are");
-        step.variant.source().unwrap();
-    }
-    assert!(plan.scratch.iter().all(|&bytes| bytes <= adapter.max_buffer));
 }
 
 fn adapters() -> Vec<Capabilities> {
@@ -369,12 +340,11 @@ fn a_projection_larger_than_a_binding() {
             let layer = MultiHeadAttention::new(device, config.clone(), 3).unwrap();
             let x = Tensor::from_slice(device, &[3, 50, 48], &x).unwrap();
             let out = layer.forward(&x, &x, &x, &Attention::new().weights(Weights::Averaged)).unwrap();
-            [out.output, out.weights.unwrap()].map(|tensor| tensor.download().unwrap())
+            [out.output, out.weights.unwrap()]
         };
         for config in &configs {
             for (cut, whole) in run(&small, config).iter().zip(&run(&Device::Cpu, config)) {
-                let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
-                kit::assert_close(&name, cut, &whole, 3e-6);
+                kit::assert_close(&name, cut, &kit::wide(&whole.download().unwrap()), 3e-6);
             }
         }
     }
@@ -405,11 +375,10 @@ fn a_cache_larger_than_a_binding() {
                 let x = tokens(capacity - 5, 5.0);
                 cache.write(&[0, 20, capacity], &x, &x, ScatterMode::Circular).unwrap();
                 [step.output, merged.output, cache.keys().unwrap(), cache.values().unwrap()]
-                    .map(|tensor| tensor.download().unwrap())
             };
             for (n, (cut, whole)) in run(&Device::Gpu(gpu)).iter().zip(&run(&Device::Cpu)).enumerate() {
-                let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
-                kit::assert_close(&format!("{name}, result {n}, bindings of {binding}"), cut, &whole, 3e-6);
+                let what = format!("{name}, result {n}, bindings of {binding}");
+                kit::assert_close(&what, cut, &kit::wide(&whole.download().unwrap()), 3e-6);
             }
         }
     }

@@ -23,16 +23,9 @@ fn noise(len: usize, seed: u64) -> Vec<f32> {
     kit::noise(&mut Pcg64::seed_from_u64(seed), len)
 }
 
+/// The largest error of a row relative to its largest value.
 fn largest_error(got: &[f32], want: impl Fn(usize) -> f64) -> f64 {
-    let (mut off, mut most) = (0f64, 0f64);
-    for (at, &got) in got.iter().enumerate() {
-        let want = want(at);
-        let difference = (f64::from(got) - want).abs();
-        // A NaN must not be passed over.
-        off = if difference <= off { off } else { difference };
-        most = most.max(want.abs());
-    }
-    off / most
+    kit::worst(got, &(0..got.len()).map(want).collect::<Vec<_>>()).0
 }
 
 #[test]

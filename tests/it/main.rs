@@ -16,6 +16,7 @@ mod long_rows;
 mod multi_head;
 mod names;
 mod packed;
+mod plans;
 mod position;
 mod profile;
 mod project;

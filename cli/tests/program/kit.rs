@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
+use wgpu_attention_conformance::{Got, assert_close_to};
 
 /// Every adapter of this machine by index, and `cpu`.
 pub fn adapters() -> Vec<String> {
@@ -144,12 +145,18 @@ pub fn load(path: &Path, name: &str) -> (Vec<usize>, Vec<f64>) {
     (view.shape().to_vec(), values)
 }
 
+/// Numbers of the size of 1, each by itself, by the comparer that the library's tests use.
 #[track_caller]
 pub fn close(got: &[f64], expected: &[f64], allowed: f64) {
-    assert_eq!(got.len(), expected.len());
-    for (n, (a, b)) in got.iter().zip(expected).enumerate() {
-        assert!((a - b).abs() <= allowed, "element {n}: {a} instead of {b}");
-    }
+    close_as(wgpu_attention::Dtype::F32, got, expected, allowed);
+}
+
+/// The same where results are rounded to a half type: by half a unit in the last place more.
+#[track_caller]
+pub fn close_as(dtype: wgpu_attention::Dtype, got: &[f64], expected: &[f64], allowed: f64) {
+    let values = got.iter().map(|&x| x as f32).collect();
+    let got = Got { name: "numbers", shape: vec![got.len(), 1], values, dtype };
+    assert_close_to("numbers of the size of 1", &got, expected, |_, _| 1.0, allowed);
 }
 
 /// Even, harmless, different numbers.
