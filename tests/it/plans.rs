@@ -1,7 +1,7 @@
 //! Calls of every kind planned for made-up adapters: every kernel that a plan names is held against naga with what the
 //! adapter has, and against what the step binds.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock, Mutex};
 
 use naga::valid::{Capabilities as NagaCapabilities, ValidationFlags, Validator};
@@ -18,16 +18,16 @@ use wgpu_attention::{Dtype, Error, Result, ScoreStage};
 /// What naga reads of a kernel's text.
 struct Read {
     /// Storage buffers and whether they are written, by what a step calls them.
-    buffers: BTreeMap<u32, bool>,
+    buffers: BTreeMap<String, bool>,
     /// Bytes of the uniform block, which is binding 0.
     params: usize,
     workgroup_memory: u32,
     workgroup_size: [u32; 3],
 }
 
-/// What a step and a text both call a buffer: its number.
-fn called(binding: &Binding) -> u32 {
-    binding.binding
+/// What a step and a text both call a buffer: its name.
+fn called(binding: &Binding) -> String {
+    binding.name.to_string()
 }
 
 fn read(variant: &Variant, subgroups: bool) -> Read {
@@ -42,13 +42,13 @@ fn read(variant: &Variant, subgroups: bool) -> Read {
         .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
     let mut layouter = naga::proc::Layouter::default();
     layouter.update(module.to_ctx()).unwrap();
-    let (mut buffers, mut params, mut workgroup_memory) = (BTreeMap::new(), 0, 0);
+    let (mut buffers, mut numbers, mut params, mut workgroup_memory) = (BTreeMap::new(), BTreeSet::new(), 0, 0);
     for (_, variable) in module.global_variables.iter() {
         let at = variable.binding.as_ref().map(|at| (at.group, at.binding));
         match (variable.space, at) {
             (AddressSpace::Storage { access }, Some((0, binding))) => {
-                let is_new = buffers.insert(binding, access.contains(StorageAccess::STORE)).is_none();
-                assert!(is_new, "{name}: two buffers at {binding}");
+                assert!(numbers.insert(binding), "{name}: two buffers at {binding}");
+                buffers.insert(variable.name.clone().unwrap(), access.contains(StorageAccess::STORE));
             }
             (AddressSpace::Uniform, Some((0, 0))) => params = layouter[variable.ty].size as usize,
             (AddressSpace::WorkGroup, None) => workgroup_memory += layouter[variable.ty].size,
@@ -96,7 +96,7 @@ fn check_step(step: &Step, adapter: &Capabilities) {
     assert!(share == 1 || share <= adapter.subgroup_min.unwrap(), "{name} shares among more lanes than there are");
 
     let read = known(&step.variant);
-    let bound: BTreeMap<u32, bool> = step
+    let bound: BTreeMap<String, bool> = step
         .bindings
         .iter()
         .map(|binding| (called(binding), read.buffers.get(&called(binding)) == Some(&true)))
@@ -509,9 +509,9 @@ fn a_wrong_step_is_found() {
     check(&good, &adapter);
     let wrong: [(&str, &dyn Fn(&mut Step)); 6] = [
         ("a binding less", &|step| step.bindings.truncate(step.bindings.len() - 1)),
-        ("one more", &|step| step.bindings.push(Binding { binding: 30, ..step.bindings[0] })),
-        ("another number", &|step| step.bindings[0].binding = 14),
-        ("the same twice", &|step| step.bindings[1].binding = step.bindings[0].binding),
+        ("one more", &|step| step.bindings.push(Binding { name: "nobody", ..step.bindings[0] })),
+        ("another name", &|step| step.bindings[0].name = "nobody"),
+        ("the same twice", &|step| step.bindings[1].name = step.bindings[0].name),
         ("fewer parameters", &|step| step.params.truncate(step.params.len() - 16)),
         ("a buffer that is read and written", &|step| {
             let written = step.bindings.iter().position(|one| one.slot == wgpu_attention::kernels::Slot::Output);
