@@ -408,7 +408,8 @@ fn long_calls_are_cut_to_every_limit() {
             for step in &plan.steps {
                 if step.variant.name.starts_with("inspect/entropy") {
                     let params: &wgpu_attention::kernels::params::Inspect = bytemuck::from_bytes(&step.params);
-                    pairs += u64::from(params.slice.heads) * u64::from(params.slice.len_q) * u64::from(params.slice.len_k);
+                    pairs +=
+                        u64::from(params.slice.heads) * u64::from(params.slice.len_q) * u64::from(params.slice.len_k);
                 }
             }
             // Where the batch is whole, every query of every head meets every key once.

@@ -1,6 +1,6 @@
 //! Variants of the fused kernels.
 
-use super::{Body, MASK_BLOCK, Changes, Kernel, RelativeKind, Rules, Tile, Variant, share, sink};
+use super::{Body, Changes, Kernel, MASK_BLOCK, RelativeKind, Rules, Tile, Variant, share, sink};
 use crate::kernels::access::{self, Access};
 
 /// Rows per invocation of `flash_tiled.wgsl`.

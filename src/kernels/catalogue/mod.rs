@@ -566,7 +566,11 @@ pub fn combine_biases(source: BiasSource, accumulate: bool) -> Variant {
 pub fn copy(stored: Dtype) -> Variant {
     let mut name = String::from("copy");
     access::name(&mut name, &[("x", Access { wide: false, stored })]);
-    Variant { kernel: Kernel::Copy, changes: access::load(Changes::default(), &access::X, Access { wide: false, stored }), name }
+    Variant {
+        kernel: Kernel::Copy,
+        changes: access::load(Changes::default(), &access::X, Access { wide: false, stored }),
+        name,
+    }
 }
 
 /// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a

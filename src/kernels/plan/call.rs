@@ -1,12 +1,12 @@
 //! An attention call as kernels bind it: its operands and rules of masking, where they lie, what is combined.
 
+use super::super::access::Operand;
 use super::super::capabilities::Capabilities;
 use super::super::catalogue::{self, BiasSource, Rules};
 use super::super::params::{self, View};
+use super::RelativeOperand;
 use super::slice::{Part, window};
 use super::{AttentionOperands, Binding, MINUS_INFINITY, Planner, Slot, Window};
-use super::super::access::Operand;
-use super::RelativeOperand;
 use crate::error::{Error, Result};
 use crate::problem::{Band, Layout, MaskMeaning, NO_BOUND, Problem, checked_len};
 
@@ -295,7 +295,14 @@ impl<'a> Call<'a> {
                 ],
             )?;
         }
-        Ok(View::new(&combined, Window::default()).strides)
+        // Along an axis of one entry all of the slice reads that one.
+        let strides: Vec<u32> = combined
+            .strides()
+            .iter()
+            .zip(shape)
+            .map(|(&stride, len)| if len > 1 { stride as u32 } else { 0 })
+            .collect();
+        Ok(strides.try_into().expect("four axes"))
     }
 }
 

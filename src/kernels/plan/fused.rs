@@ -374,11 +374,8 @@ impl<'a> Fused<'a> {
             true => self.plan_block_mask(planner, at, &bound)?,
             false => View::default(),
         };
-        let mut bindings = vec![
-            Binding::new("q", Slot::Q, q_at),
-            Binding::new("k", Slot::K, k_at),
-            Binding::new("v", Slot::V, v_at),
-        ];
+        let mut bindings =
+            vec![Binding::new("q", Slot::Q, q_at), Binding::new("k", Slot::K, k_at), Binding::new("v", Slot::V, v_at)];
         let split = self.splits > 1;
         let rows = b.count * h.count * i.count;
         // Where a split writes: row-major, apart from the others, rows padded to whole vec4s.
@@ -386,7 +383,8 @@ impl<'a> Fused<'a> {
         let (o, o_access, lse);
         if split {
             let part = Layout::contiguous(&[b.count, h.count, i.count, row_stride])?;
-            (o, o_access) = (View::new(&part, Window::default()), Access { wide: row_stride == problem.dim_v, ..Access::WIDE });
+            (o, o_access) =
+                (View::new(&part, Window::default()), Access { wide: row_stride == problem.dim_v, ..Access::WIDE });
             lse = View::strided([(h.count * i.count) as u32, i.count as u32, 1, rows as u32], 0);
             bindings.push(Binding::whole("o", Slot::Scratch(0), planner.plan.scratch[0]));
             bindings.push(Binding::whole("lse", Slot::Scratch(2), planner.plan.scratch[2]));
@@ -420,7 +418,8 @@ impl<'a> Fused<'a> {
             // Every key of a packed sequence is under its band.
             rule_params.maskable_keys = i32::MAX as u32;
         }
-        let access = FlashAccess { q: operands.q.access(), k: operands.k.access(), v: operands.v.access(), o: o_access };
+        let access =
+            FlashAccess { q: operands.q.access(), k: operands.k.access(), v: operands.v.access(), o: o_access };
         let padded = [self.tile.depth4 as usize * 4 != problem.dim_k, self.tile.cols4 as usize * 4 != problem.dim_v];
         let options = FlashOptions {
             padded,

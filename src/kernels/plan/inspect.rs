@@ -13,8 +13,8 @@ use super::super::turns;
 use super::call::{Call, Sizes, most_groups};
 use super::slice::{Part, halving, slice, window};
 use super::{
-    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, RelativeOperand, Slot, Window,
-    check_buffer, padded_bytes, rows_padded, tile_within,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, RelativeOperand, Slot,
+    Window, check_buffer, padded_bytes, rows_padded, tile_within,
 };
 use crate::error::{INSTEAD_OF_INSPECTED, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};

@@ -45,7 +45,8 @@ pub fn merge(outputs: [&Layout; 2], lses: [&Layout; 2], output: &Layout, adapter
             dim: dim as u32,
             ..Default::default()
         };
-        let bindings = operands.iter().zip(windows).map(|(&(name, slot, _), at)| Binding::new(name, slot, at)).collect();
+        let bindings =
+            operands.iter().zip(windows).map(|(&(name, slot, _), at)| Binding::new(name, slot, at)).collect();
         planner.merge(catalogue::merge_pair(), params, bindings)?;
     }
     Ok(planner.plan)
@@ -57,12 +58,8 @@ impl Planner<'_> {
         let total = u64::from(params.rows) * u64::from(params.dim.div_ceil(4).max(1));
         let splits = params.splits as usize;
         let cost = Cost { turns: turns::merge().of(splits), operations: total as f64 * 16.0 * splits as f64 };
-        let params = params::Merge {
-            total: total as u32,
-            minus_infinity: MINUS_INFINITY,
-            not_a_number: NOT_A_NUMBER,
-            ..params
-        };
+        let params =
+            params::Merge { total: total as u32, minus_infinity: MINUS_INFINITY, not_a_number: NOT_A_NUMBER, ..params };
         self.push_costly(variant, total.div_ceil(64), cost, |_| params, bindings)
     }
 }

@@ -40,9 +40,9 @@ use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
 use super::catalogue::{RelativeKind, Tile, Variant};
 use super::turns;
-use slice::{Part, window};
 use crate::error::{Error, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, ScoreStage};
+use slice::{Part, window};
 
 /// A buffer of a plan. The caller of a plan says which real buffer stands behind each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

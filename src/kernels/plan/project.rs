@@ -48,9 +48,8 @@ pub fn project(
     // Outputs whose weights do not fit come first.
     let ([outs], _) = slice([dim_out], &halve_outputs, 0, |&[o]| fits(&w, &[o], w.element()), |_| true);
     let all_fit = |&[b, l, o]: &[usize; 3]| fits(&x, &[b, l], x.element()) && fits(&y, &[b, l, o], 4);
-    let is_short = |&[b, l, o]: &[usize; 3]| {
-        2.0 * (b * l) as f64 * o as f64 * dim_in as f64 <= adapter.dispatch_operations()
-    };
+    let is_short =
+        |&[b, l, o]: &[usize; 3]| 2.0 * (b * l) as f64 * o as f64 * dim_in as f64 <= adapter.dispatch_operations();
     let order = [halving(0, 1, 1), halving(1, 1, 1), halving(2, 4, 4), halving(2, 1, 1)];
     let (sizes, _) = slice([batch, len, outs], &order, 4, all_fit, is_short);
     for [b, l, o] in Part::grid([batch, len, dim_out], sizes) {

@@ -218,7 +218,12 @@ impl Call<'_> {
                 factor: 1.0 / problem.heads_q as f32,
                 ..Default::default()
             };
-            planner.mean_heads(params, h.start > 0, Binding::new("p", p_slot, p_at), Binding::new("a", Slot::Averaged, to))?;
+            planner.mean_heads(
+                params,
+                h.start > 0,
+                Binding::new("p", p_slot, p_at),
+                Binding::new("a", Slot::Averaged, to),
+            )?;
         }
 
         if problem.dim_v == 0 || !self.output {
@@ -285,11 +290,8 @@ impl Call<'_> {
         let key_blocks = planner.pieces(row_blocks * heads, j.count, 64).max(j.count.div_ceil(longest));
         let keys_per_block = j.count.div_ceil(key_blocks).next_multiple_of(4);
         let key_blocks = j.count.div_ceil(keys_per_block);
-        let mut bindings = vec![
-            Binding::new("q", Slot::Q, q_at),
-            Binding::new("k", Slot::K, k_at),
-            Binding::new("s", s_slot, s_at),
-        ];
+        let mut bindings =
+            vec![Binding::new("q", Slot::Q, q_at), Binding::new("k", Slot::K, k_at), Binding::new("s", s_slot, s_at)];
         if stage == 2 {
             bindings.extend(&bound.bindings);
         }
