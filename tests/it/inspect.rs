@@ -544,3 +544,42 @@ fn every_path_takes_the_same_scores_to_the_bit() {
         }
     }
 }
+
+#[test]
+fn inspected_weights_are_those_of_the_same_scores() {
+    for (rule, distance) in few_digits() {
+        for biases in [1, 2] {
+            let (call, data) = of_order(&distance, biases);
+            for (name, device) in devices() {
+                let what = format!("{rule}, {biases} biases, on {name}");
+                let attention = distance.asked(call.attention(), &device, 4, 8);
+                let attention = call.ruled(&device, &data, attention).unwrap().lse(true);
+                let [q, k, v] = call.operands(&device, &data, Dtype::F32).unwrap();
+                let asked = attention.clone().scores(Some(ScoreStage::Masked));
+                let out = asked.forward(&q, &k, &v).unwrap();
+                let (scores, lse) = (out.scores.unwrap().download().unwrap(), out.lse.unwrap());
+                let logs = lse.download().unwrap();
+                let inspect = |inspect: &Inspect| {
+                    let seen = attention.inspect(&q, &k, &lse, &inspect.clone().weights()).unwrap();
+                    seen.weights.unwrap().download().unwrap()
+                };
+                let weights = inspect(&Inspect::new());
+                for (at, &weight) in weights.iter().enumerate() {
+                    let log = f64::from(scores[at]) - f64::from(logs[at / 40]);
+                    // The difference is rounded once, and the exponential to a few places.
+                    let allowed = (8.0 + log.abs()) * 2f64.powi(-24) * log.exp();
+                    let off = (f64::from(weight) - log.exp()).abs();
+                    // Below the least whole number of f32 nothing is held.
+                    let holds = if log == f64::NEG_INFINITY { weight == 0.0 } else { off <= allowed + 1.2e-38 };
+                    assert!(holds, "[{at}] {weight} instead of {} from a score of {}, {what}", log.exp(), scores[at]);
+                }
+                // The same bits whatever else is chosen.
+                for (heads, queries) in [(vec![3, 0], 0..9), (vec![2], 4..7), (vec![0, 1, 2, 3], 8..9)] {
+                    let some = inspect(&Inspect::new().heads(&heads).queries(queries.clone()));
+                    let same = chosen(&call, &weights, 40, &heads, &queries);
+                    assert_eq!(bits(&some), bits(&same), "heads {heads:?}, queries {queries:?}, {what}");
+                }
+            }
+        }
+    }
+}

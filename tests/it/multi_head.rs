@@ -136,9 +136,7 @@ fn truth(
         q: View { data: &projected[0], layout: &ql },
         k: View { data: &projected[1], layout: &kl },
         v: View { data: &projected[2], layout: &vl },
-        masks: (asked.padding.iter())
-            .map(|data| (View { data: *data, layout: &mask_layout }, MaskMeaning::Drop))
-            .collect(),
+        masks: (asked.padding.iter()).map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Drop)).collect(),
         biases: bias.iter().map(|data| View { data: data.as_slice(), layout: &bias_layout }).collect(),
         sink: None,
     };

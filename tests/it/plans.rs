@@ -201,7 +201,7 @@ impl Drawn {
         let align = if per_batch {
             Align::PerBatch((0..batch).map(|_| rng.random_range(0..=len_k as i64)).collect())
         } else {
-            pick(rng, &[0, 3]).try_into().map(Align::Offset).unwrap()
+            Align::Offset(pick(rng, &[0, 3]))
         };
         let positions = Positions {
             align,
@@ -507,7 +507,8 @@ fn a_wrong_step_is_found() {
     let cut: Method = "rows8x8/keys8/subgroup8".parse().unwrap();
     let good = plan::attention(&drawn.problem, &drawn.attention(rng, cut), &adapter).unwrap();
     check(&good, &adapter);
-    let wrong: [(&str, &dyn Fn(&mut Step)); 6] = [
+    type Change<'a> = &'a dyn Fn(&mut Step);
+    let wrong: [(&str, Change<'_>); 6] = [
         ("a binding less", &|step| step.bindings.truncate(step.bindings.len() - 1)),
         ("one more", &|step| step.bindings.push(Binding { name: "nobody", ..step.bindings[0] })),
         ("another name", &|step| step.bindings[0].name = "nobody"),
