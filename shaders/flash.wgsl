@@ -281,9 +281,11 @@ fn run(index: u32, local: u32, lane: u32) {
     let any_not_finite = any(has_not_finite);
     // @end
     if (any_not_finite) {
+        // A bound that is more than a parameter: see README.md.
+        let columns = select(0u, (params.dim_v + 3u) / 4u, row < work.rows);
         add_not_finite(
             b, head, query, o_base, max(work.rows, row) - row, band, work.v_base, vec2<u32>(work.start, work.end),
-            vec3<u32>(0u, (params.dim_v + 3u) / 4u, 1u),
+            vec3<u32>(0u, columns, 1u),
         );
     }
 }

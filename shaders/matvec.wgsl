@@ -38,7 +38,7 @@ fn run(index: u32, local: u32, lane: u32) {
     }
     var sum: array<f32, ROWS * OUTS>;
     // A bound that is more than a parameter: see README.md.
-    let depth4 = select(0u, (params.dim_in + 3u) / 4u, index < params.workgroups);
+    let depth4 = select(0u, (params.dim_in + 3u) / 4u, first_row < params.rows);
     for (var d = local; d < depth4; d += WORKGROUP) {
         var x4 = array<vec4<f32>, ROWS>();
         // @unroll

@@ -27,7 +27,7 @@ fn run(at: u32) {
     let axes = vec3<u32>(at / (params.width4 * params.len_q), 0u, i);
     let first = row_at(params.p, axes) + j;
     // A bound that is more than a parameter: see README.md.
-    let heads = select(0u, params.heads, at < params.total);
+    let heads = select(0u, params.heads, i < params.len_q);
     var sum = vec4<f32>();
     for (var h = 0u; h < heads; h++) {
         sum += p[first + h * params.p.strides.y];

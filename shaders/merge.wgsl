@@ -41,7 +41,7 @@ fn run(at: u32) {
     let axes = axes_of(row);
 
     // A bound that is more than a parameter: see README.md.
-    let splits = select(0u, params.splits, at < params.total);
+    let splits = select(0u, params.splits, row < params.rows);
     var peak = LEAST;
     var is_nan = false;
     for (var s = 0u; s < splits; s++) {

@@ -50,7 +50,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let at = row_at(params.x, axes_of(min(row, params.rows - 1u)));
 
     // A bound that is more than a parameter: see README.md.
-    let dim4 = select(0u, (params.dim + 3u) / 4u, index < params.workgroups);
+    let dim4 = select(0u, (params.dim + 3u) / 4u, row < params.rows);
     let dim = f32(params.dim);
     var mean = 0.0;
     if (CENTRED) {

@@ -58,7 +58,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let seen = keys_in_band(first_row, last_row, band, vec2<u32>(0u, len_k), KEYS, len_k);
 
     // A bound that is more than a parameter: see README.md.
-    let chunks = select(0u, params.chunks, index < params.workgroups);
+    let chunks = select(0u, params.chunks, tile.row_block < params.row_blocks);
     for (var chunk = 0u; chunk < chunks; chunk++) {
         var q_tile = array<vec4<f32>, ROWS * DEPTH4>();
         // @unroll

@@ -56,7 +56,7 @@ fn run(index: u32, local: u32, lane: u32) {
         sink = sink_of(min(row, params.rows - 1u) / params.len_q % params.heads);
     }
     // A bound that is more than a parameter: see README.md.
-    let width4 = select(0u, params.width4, index < params.workgroups);
+    let width4 = select(0u, params.width4, row < params.rows);
     var highest = vec4<f32>(max(LEAST, sink));
     var is_nan = vec4<bool>(makes_nan(sink));
     for (var j = in_row; j < width4; j += LANES) {

@@ -59,7 +59,9 @@ fn run(index: u32, local: u32, lane: u32) {
     let o_base = row_at(params.o, vec3<u32>(b, h, 0u));
     // Keys that no row of this workgroup can see weigh 0.
     let last_row = min(first_row + WORKGROUP * ROWS, len_q) - 1u;
-    let keys = keys_in_band(first_row, last_row, band, vec2<u32>(0u, len_k), KEYS, len_k);
+    // A bound that is more than a parameter: see README.md.
+    let end = select(0u, len_k, tile.row_block < params.row_blocks);
+    let keys = keys_in_band(first_row, last_row, band, vec2<u32>(0u, end), KEYS, len_k);
 
     var sum: array<vec4<f32>, ROWS * COLS4>;
     var has_not_finite = vec4<bool>();

@@ -87,13 +87,11 @@ fn keys_in_band(first: u32, last: u32, band: vec4<i32>, keys: vec2<u32>, step: u
     }
     let key_0 = params.slice.key_0;
     let low = u32(max(i32(first + params.slice.row_0) + band.y - i32(key_0), 0));
-    if (params.rules.maskable_keys >= key_0 + len_k) {
-        let high = min(i32(last + params.slice.row_0) + band.z, band.x - 1) - i32(key_0);
-        return vec2<u32>(max(keys.x, low / step * step), min(keys.y, u32(max(high + 1, 0))));
-    }
-    // The extra keys at the end are seen by every row.
+    let high = min(i32(last + params.slice.row_0) + band.z, band.x - 1) - i32(key_0);
+    // The extra keys at the end are seen by every row. No branch: see README.md, on bounds.
     let maskable = max(params.rules.maskable_keys, key_0) - key_0;
-    return vec2<u32>(max(keys.x, min(low, maskable) / step * step), keys.y);
+    let end = select(keys.y, min(keys.y, u32(max(high + 1, 0))), maskable >= len_k);
+    return vec2<u32>(max(keys.x, min(low, maskable) / step * step), end);
 }
 
 // The tile of a result that a workgroup works on: a block of its rows and one of its columns.
