@@ -38,7 +38,7 @@ fn run(at: u32) {
     let end = min((key_block + 1u) * BLOCK, params.slice.len_k);
     var found = 0u;
     for (var j = key_block * BLOCK; j < end; j += 4u) {
-        let key = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
+        let key = four_from(j);
         let is_key = key < vec4<u32>(end);
         let seen = rule_of(b, h, vec4<u32>(i), key, vec4<i32>(), true).seen;
         found |= select(0u, 1u, any(seen & is_key)) | select(0u, 2u, any(!seen & is_key));

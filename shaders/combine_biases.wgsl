@@ -24,11 +24,8 @@ struct Params {
 // @use each_element, view
 
 fn run(at: u32) {
-    let j = at % params.shape.w;
-    let i = (at / params.shape.w) % params.shape.z;
-    let h = (at / (params.shape.w * params.shape.z)) % params.shape.y;
-    let b = at / (params.shape.w * params.shape.z * params.shape.y);
-    let place = element_at(params.source, b, h, i, j);
+    let axes = axes_in(params.shape, at);
+    let place = element_at(params.source, axes);
     var value = 0.0;
     var hides = false;
     if (SOURCE == 0u) {
@@ -37,8 +34,8 @@ fn run(at: u32) {
     } else if (SOURCE == 1u) {
         hides = (((source[place / 4u] >> (8u * (place % 4u))) & 255u) != 0u) != (params.keeps != 0u);
     } else {
-        let row = i32(i + params.row_0);
-        let key = i32(j + params.key_0);
+        let row = i32(axes.z + params.row_0);
+        let key = i32(axes.w + params.key_0);
         let first = place * 4u;
         hides = !(key < bitcast<i32>(source[first])
             && key >= row + bitcast<i32>(source[first + 1u])

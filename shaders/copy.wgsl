@@ -1,13 +1,14 @@
-// Y[r, j] = X at any strides; columns behind the end become `fill`
-// X [a, b, c, j]   Y [row, j], row-major over (a, b, c), rows padded
+// Y[a, b, c, j] = X[a, b, c, j], both at any strides; columns of Y behind those of X become `fill`
+// X [a, b, c, columns]   Y [a, b, c, d]
 
 alias XElem = f32;
 
 struct Params {
     x: View,
+    y: View,
+    // Of Y.
     shape: vec4<u32>,
-    y_offset: u32,
-    y_row_stride: u32,
+    columns: u32,
     total: u32,
     fill: u32,
 }
@@ -18,14 +19,10 @@ struct Params {
 // @use each_element, view, element(x)
 
 fn run(at: u32) {
-    let j = at % params.y_row_stride;
-    let row = at / params.y_row_stride;
-    let c = row % params.shape.z;
-    let b = (row / params.shape.z) % params.shape.y;
-    let a = row / (params.shape.z * params.shape.y);
-    if (j < params.shape.w) {
-        y[params.y_offset + at] = element_x(element_at(params.x, a, b, c, j));
-    } else {
-        y[params.y_offset + at] = bitcast<f32>(params.fill);
+    let axes = axes_in(params.shape, at);
+    var value = bitcast<f32>(params.fill);
+    if (axes.w < params.columns) {
+        value = element_x(element_at(params.x, axes));
     }
+    y[element_at(params.y, axes)] = value;
 }

@@ -48,7 +48,7 @@ fn run(index: u32, local: u32, lane: u32) {
         head[r] = at.x;
         query[r] = at.y;
         relative_from[r] = relative_row(b, head[r], query[r]);
-        q_base[r] = q_at(work, at);
+        q_base[r] = row_at(params.q, place_of(work, at));
     }
     // Loads and stores of single lanes are long pieces of code on software adapters, and take longest to
     // compile: one for each row stands in a loop, and selects put what it gives into its register.
@@ -72,11 +72,12 @@ fn run(index: u32, local: u32, lane: u32) {
     for (var d = 0u; d < PAIRS4; d++) {
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
-            let halves = rotated_halves(load_q(q_base[r], d), load_q(q_base[r], d + PAIRS4), d, position_of(work, query[r]));
+            let position = position_of(work, query[r]);
+            let halves = rotated_halves(load_q(q_base[r], d), load_q(q_base[r], d + PAIRS4), d, position);
             // @unroll
             for (var e = 0u; e < PAIRS4; e++) {
-                q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], halves.low, d == e);
-                q_tile[r * DEPTH4 + PAIRS4 + e] = select(q_tile[r * DEPTH4 + PAIRS4 + e], halves.high, d == e);
+                q_tile[r * DEPTH4 + e] = select(q_tile[r * DEPTH4 + e], halves[0], d == e);
+                q_tile[r * DEPTH4 + PAIRS4 + e] = select(q_tile[r * DEPTH4 + PAIRS4 + e], halves[1], d == e);
             }
         }
     }
@@ -104,16 +105,13 @@ fn run(index: u32, local: u32, lane: u32) {
     var has_not_finite = vec4<bool>();
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
-        peak[r] = LEAST;
-        let score = first_score(work, head[r]);
-        if (SINK && bitcast<u32>(score) != params.minus_infinity) {
-            peak[r] = score;
-            total[r] = 1.0;
-            score_bits[r] = bitcast<u32>(score) & 0x7fffffffu;
-        }
+        let sums = first_sums(work, head[r]);
+        peak[r] = sums.peak;
+        total[r] = sums.total;
+        score_bits[r] = sums.score_bits;
     }
-    for (var j = next_key(work.mask_base, work.start, work.end); j < work.end; j = next_key(work.mask_base, j + KEYS, work.end)) {
-        let masked = !block_is_full(work.mask_base, j);
+    for (var j = next_key(work, work.start); j < work.end; j = next_key(work, j + KEYS)) {
+        let masked = !block_is_full(work, j);
         var loaded = vec4<f32>();
         var weight = array<vec4<f32>, ROWS * GROUPS>();
         // Not written out: a quarter of the text, and what the loop carries is little.
@@ -133,8 +131,8 @@ fn run(index: u32, local: u32, lane: u32) {
             // @unroll
             for (var n = 0u; n < APART; n++) {
                 let halves = rotated_halves(parts[n], parts[n + APART], k_part[n], position);
-                parts[n] = halves.low;
-                parts[n + APART] = halves.high;
+                parts[n] = halves[0];
+                parts[n + APART] = halves[1];
             }
             // @end
             var part = array<f32, ROWS>();
@@ -150,8 +148,7 @@ fn run(index: u32, local: u32, lane: u32) {
                 // @end
                 // @unroll
                 for (var r = 0u; r < ROWS; r++) {
-                    let q4 = q_tile[r * DEPTH4 + d];
-                    part[r] = fma(q4.w, k4.w, fma(q4.z, k4.z, fma(q4.y, k4.y, fma(q4.x, k4.x, part[r]))));
+                    part[r] = dot_on(q_tile[r * DEPTH4 + d], k4, part[r]);
                 }
             }
             // @unroll
@@ -201,8 +198,9 @@ fn run(index: u32, local: u32, lane: u32) {
             for (var g = 0u; g < GROUPS; g++) {
                 let key = four_from(j + 4u * g);
                 let is_key = (key < vec4<u32>(work.end)) & (four_from(4u * g) < vec4<u32>(KEYS));
+                let n = r * GROUPS + g;
                 scores[g] = scores_of(
-                    weight[r * GROUPS + g], by_distance[r * GROUPS + g], b, head[r], vec4<u32>(query[r]), key, band, masked, is_key,
+                    weight[n], by_distance[n], b, head[r], vec4<u32>(query[r]), key, band, masked, is_key,
                 );
                 let x = select(vec4<f32>(LEAST), scores[g].x, scores[g].seen);
                 score_bits[r] = largest_bits(score_bits[r], x);
@@ -253,11 +251,12 @@ fn run(index: u32, local: u32, lane: u32) {
     var divisor: array<f32, ROWS>;
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
-        let at = vec2<u32>(head[r], query[r]);
-        o_base[r] = o_at(work, at);
+        let place = place_of(work, vec2<u32>(head[r], query[r]));
+        o_base[r] = row_at(params.o, place) + work.split * params.o_split_stride;
         divisor[r] = inverse_of(total[r], score_bits[r] >= INFINITY_BITS);
         if (row + r < work.rows) {
-            store_lse(lse_at(work, at), lse_of_row(peak[r], total[r], score_bits[r] >= INFINITY_BITS));
+            let lse = lse_of_row(peak[r], total[r], score_bits[r] >= INFINITY_BITS);
+            store_lse(row_at(params.lse, place) + work.split * params.lse.strides.w, lse);
         }
     }
     for (var first = 0u; first < COLS4; first += O_STORES) {

@@ -65,7 +65,7 @@ fn run(index: u32, local: u32, lane: u32) {
     // @unroll
     for (var n = 0u; n < ROW_LOADS; n++) {
         let at = row_of(work, work.first_row + n * (WORKGROUP / ACROSS) + down);
-        q_base[n] = q_at(work, at);
+        q_base[n] = row_at(params.q, place_of(work, at));
         q_position[n] = position_of(work, at.y);
     }
 
@@ -77,20 +77,17 @@ fn run(index: u32, local: u32, lane: u32) {
     var has_not_finite = vec4<bool>();
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
-        peak[r] = LEAST;
-        let score = first_score(work, head[r]);
-        if (SINK && bitcast<u32>(score) != params.minus_infinity) {
-            peak[r] = score;
-            // Of the sums of a row, the first has it.
-            total[r] = select(0.0, 1.0, across == 0u);
-            score_bits[r] = bitcast<u32>(score) & 0x7fffffffu;
-        }
+        let sums = first_sums(work, head[r]);
+        peak[r] = sums.peak;
+        // Of the sums of a row, the first has the sink.
+        total[r] = select(0.0, sums.total, across == 0u);
+        score_bits[r] = sums.score_bits;
     }
     // Workgroup memory holds anything at first; a barrier follows before any value is read.
     if (local == 0u) {
         atomicStore(&any_not_finite, 0u);
     }
-    for (var j = next_key(work.mask_base, work.start, work.end); j < work.end; j = next_key(work.mask_base, j + KEYS, work.end)) {
+    for (var j = next_key(work, work.start); j < work.end; j = next_key(work, j + KEYS)) {
         var product = array<vec4<f32>, ROWS>();
         for (var part = 0u; part < K_PARTS; part++) {
             let d = part * ACROSS + across;
@@ -105,7 +102,8 @@ fn run(index: u32, local: u32, lane: u32) {
             for (var n = 0u; n < KEY_LOADS; n++) {
                 let c = n * (WORKGROUP / ACROSS) + down;
                 let key = min(j + c, work.len_k - 1u);
-                let k4 = rotated_k(work.k_base + key * params.k.strides.z, min(d, DEPTH4 - 1u), key + params.slice.key_0);
+                let from_row = work.k_base + key * params.k.strides.z;
+                let k4 = rotated_k(from_row, min(d, DEPTH4 - 1u), key + params.slice.key_0);
                 keys_part[slot(c, across)] = select(vec4<f32>(), k4, d < DEPTH4);
             }
             workgroupBarrier();
@@ -120,13 +118,12 @@ fn run(index: u32, local: u32, lane: u32) {
                     let q4 = rows_part[slot(down * ROWS + r, e)];
                     // @unroll
                     for (var c = 0u; c < 4u; c++) {
-                        product[r][c] = fma(q4.w, k4[c].w, fma(q4.z, k4[c].z, fma(q4.y, k4[c].y,
-                            fma(q4.x, k4[c].x, product[r][c]))));
+                        product[r][c] = dot_on(q4, k4[c], product[r][c]);
                     }
                 }
             }
         }
-        let masked = !block_is_full(work.mask_base, j);
+        let masked = !block_is_full(work, j);
         let first = j + across * 4u;
         var scores = array<Scores, ROWS>();
         // @unroll
@@ -222,10 +219,10 @@ fn run(index: u32, local: u32, lane: u32) {
             not_finite_scores += of_row[(down * ROWS + r) * ACROSS + n];
         }
         let is_nan = not_finite_scores > 0.0;
-        let at = vec2<u32>(head[r], query[r]);
-        o_base[r] = o_at(work, at);
+        let place = place_of(work, vec2<u32>(head[r], query[r]));
+        o_base[r] = row_at(params.o, place) + work.split * params.o_split_stride;
         if (row + r < work.rows && across == 0u) {
-            store_lse(lse_at(work, at), lse_of_row(peak[r], total[r], is_nan));
+            store_lse(row_at(params.lse, place) + work.split * params.lse.strides.w, lse_of_row(peak[r], total[r], is_nan));
         }
         // @unroll
         for (var part = 0u; part < V_PARTS; part++) {

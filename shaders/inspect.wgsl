@@ -20,7 +20,6 @@ const PADDED: bool = true;
 const RESULT: u32 = 2u;
 const BY_KEY: bool = RESULT == 1u;
 
-const_assert STEP == 4u;
 const_assert STEP * DEPTH4 % SHARE == 0u;
 
 alias OuterElem = f32;
@@ -54,12 +53,8 @@ struct Params {
 // @use each_workgroup, score, softmax_row, load(outer dim PADDED), load(inner dim PADDED)
 
 // @block store_weights
-fn store_weights(at: u32, weights: vec4<f32>) {}
-// @end
-
-// @block store_sum
-fn store_sum(at: u32, sum: f32) {
-    o[at] = sum;
+fn store_weights(at: u32, weights: vec4<f32>) {
+    o[at] = sum_of_four(weights);
 }
 // @end
 
@@ -73,14 +68,7 @@ const LEAST_LOG: f32 = -138.0;
 // P of one outer row with the inner rows `first`, `first + 1`, …, from their products; for the entropy
 // the terms −P·ln P. What may not be seen gives 0.
 fn weights_of(
-    product: vec4<f32>,
-    b: u32,
-    h: u32,
-    row: u32,
-    first: u32,
-    end: u32,
-    row_lse: vec4<f32>,
-    band: vec4<i32>,
+    product: vec4<f32>, b: u32, h: u32, row: u32, first: u32, end: u32, row_lse: vec4<f32>, band: vec4<i32>,
 ) -> vec4<f32> {
     let inner_rows = four_from(first);
     let i = select(vec4<u32>(row), inner_rows, BY_KEY);
@@ -201,8 +189,7 @@ fn run(index: u32, local: u32, lane: u32) {
                         // @end
                         // @unroll
                         for (var r = 0u; r < ROWS; r++) {
-                            let x4 = tile[r * DEPTH4 + d];
-                            part[r] = fma(x4.w, y4.w, fma(x4.z, y4.z, fma(x4.y, y4.y, fma(x4.x, y4.x, part[r]))));
+                            part[r] = dot_on(tile[r * DEPTH4 + d], y4, part[r]);
                         }
                     }
                     // @unroll
@@ -241,8 +228,7 @@ fn run(index: u32, local: u32, lane: u32) {
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         if (RESULT > 0u && row + r < outer_len) {
-            let to = out_base + (row + r) * params.o.strides.z + place.column_block * params.o.strides.w;
-            store_sum(to, sum_of_four(total[r]));
+            store_weights(out_base + (row + r) * params.o.strides.z + place.column_block * params.o.strides.w, total[r]);
         }
     }
 }

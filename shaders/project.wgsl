@@ -14,7 +14,6 @@ const LOADS: u32 = 1u;
 const GROUPS: u32 = 4u;
 const SHARE: u32 = 1u;
 
-const_assert OUTS == 4u;
 const_assert LOADS * GROUPS == DEPTH4;
 
 // @use projection, load_four, store_four
@@ -80,8 +79,7 @@ fn run(index: u32, local: u32, lane: u32) {
                     // @end
                     // @unroll
                     for (var r = 0u; r < ROWS; r++) {
-                        let x4 = x_tile[r * DEPTH4 + d];
-                        part[r] = fma(x4.w, w4.w, fma(x4.z, w4.z, fma(x4.y, w4.y, fma(x4.x, w4.x, part[r]))));
+                        part[r] = dot_on(x_tile[r * DEPTH4 + d], w4, part[r]);
                     }
                 }
                 // @unroll

@@ -12,7 +12,6 @@ const SHARE: u32 = 1u;
 // True when chunks · DEPTH4 · 4 is more than the width of a head.
 const PADDED: bool = true;
 
-const_assert KEYS == 4u;
 const_assert KEYS * DEPTH4 % SHARE == 0u;
 
 alias QElem = f32;
@@ -98,8 +97,7 @@ fn run(index: u32, local: u32, lane: u32) {
                         // @end
                         // @unroll
                         for (var r = 0u; r < ROWS; r++) {
-                            let q4 = q_tile[r * DEPTH4 + d];
-                            part[r] = fma(q4.w, k4.w, fma(q4.z, k4.z, fma(q4.y, k4.y, fma(q4.x, k4.x, part[r]))));
+                            part[r] = dot_on(q_tile[r * DEPTH4 + d], k4, part[r]);
                         }
                     }
                     // @unroll

@@ -8,7 +8,6 @@
 // (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
 
 const LANES: u32 = 64u;
-const LSE: bool = true;
 const SINK: bool = true;
 
 const_assert WORKGROUP % LANES == 0u;
@@ -89,7 +88,7 @@ fn run(index: u32, local: u32, lane: u32) {
         let is_hidden = bitcast<vec4<u32>>(x) == vec4<u32>(params.minus_infinity);
         s[at + j] = select(weight_of(x, peak) * factor, vec4<f32>(), is_hidden);
     }
-    if (LSE && in_row == 0u) {
+    if (in_row == 0u) {
         store_lse(params.lse_offset + row, lse_of_row(peak, sum, row_is_nan));
     }
 }

@@ -15,7 +15,6 @@ const SHARE: u32 = 1u;
 const ACCUMULATE: bool = false;
 const SINK: bool = true;
 
-const_assert KEYS == 4u;
 const_assert KEYS * COLS4 % SHARE == 0u;
 
 alias VElem = f32;

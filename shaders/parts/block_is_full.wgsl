@@ -1,3 +1,3 @@
-fn block_is_full(row: u32, j: u32) -> bool {
-    return block_mask[row + j / BLOCK] == 1u;
+fn block_is_full(work: Work, j: u32) -> bool {
+    return block_mask[work.mask_base + j / BLOCK] == 1u;
 }

@@ -2,9 +2,9 @@
 const BLOCK: u32 = 32u;
 @group(0) @binding(11) var<storage, read> block_mask: array<u32>;
 // The first key from j on whose block any row may see.
-fn next_key(row: u32, j: u32, end: u32) -> u32 {
+fn next_key(work: Work, j: u32) -> u32 {
     var next = j;
-    while (next < end && block_mask[row + next / BLOCK] == 2u) {
+    while (next < work.end && block_mask[work.mask_base + next / BLOCK] == 2u) {
         next = (next / BLOCK + 1u) * BLOCK;
     }
     return next;

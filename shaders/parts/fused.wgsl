@@ -103,23 +103,22 @@ fn row_of(work: Work, row: u32) -> vec2<u32> {
     let at = min(row, work.rows - 1u);
     return vec2<u32>(work.head_kv * params.slice.group + at / work.len_q, at % work.len_q);
 }
-fn q_at(work: Work, row: vec2<u32>) -> u32 {
-    return row_at(params.q, vec3<u32>(work.b, row.x, work.first_query + row.y));
-}
-fn o_at(work: Work, row: vec2<u32>) -> u32 {
-    return row_at(params.o, vec3<u32>(work.b, row.x, work.first_query + row.y)) + work.split * params.o_split_stride;
-}
-fn lse_at(work: Work, row: vec2<u32>) -> u32 {
-    let first = row_at(params.lse, vec3<u32>(work.b, row.x, work.first_query + row.y));
-    return first + work.split * params.lse.strides.w;
+fn place_of(work: Work, row: vec2<u32>) -> vec3<u32> {
+    return vec3<u32>(work.b, row.x, work.first_query + row.y);
 }
 fn position_of(work: Work, query: u32) -> u32 {
     return u32(i32(query + params.slice.row_0) + work.band.w);
 }
-// The sink that a row's sums begin with, those of split 0 alone; −∞ is none.
-fn first_score(work: Work, h: u32) -> f32 {
-    if (SINK && work.split == 0u) {
-        return sink_of(h);
-    }
-    return bitcast<f32>(params.minus_infinity);
+// Maximum, sum and largest bits of a row before any key: the sink's in split 0, unless it is −∞, which is none.
+struct Sums {
+    peak: f32,
+    total: f32,
+    score_bits: u32,
+}
+fn first_sums(work: Work, h: u32) -> Sums {
+    let score = sink_of(h);
+    let is_there = SINK && work.split == 0u && bitcast<u32>(score) != params.minus_infinity;
+    return Sums(
+        select(LEAST, score, is_there), select(0.0, 1.0, is_there), select(0u, bitcast<u32>(score) & 0x7fffffffu, is_there),
+    );
 }

@@ -11,28 +11,17 @@ fn not_finite(x: vec4<f32>) -> vec4<bool> {
 // What values that are not finite add to the first `rows` of some rows. A weight is above 0, so that it is the values
 // alone. Few turns of loops for each key: some drivers count them (src/kernels/turns.rs). Bounds that no compiler
 // knows: written out, this rare part would take longer than all the rest.
+// `columns`: the first vec4 of a row, the one behind the last, how many steps lie between two.
 fn add_not_finite(
-    b: u32,
-    heads: array<u32, ROWS>,
-    queries: array<u32, ROWS>,
-    o_bases: array<u32, ROWS>,
-    rows: u32,
-    band: vec4<i32>,
-    v_base: u32,
-    keys: vec2<u32>,
-    // The first vec4 of a row, the one behind the last, how many steps lie between two.
-    columns: vec3<u32>,
+    b: u32, head: array<u32, ROWS>, query: array<u32, ROWS>, o_base: array<u32, ROWS>, rows: u32, band: vec4<i32>,
+    v_base: u32, keys: vec2<u32>, columns: vec3<u32>,
 ) {
-    var head = heads;
-    var query = queries;
-    var o_base = o_bases;
     for (var j = keys.x; j < keys.y; j += SPAN) {
         // A bit for each key that a row sees.
         var sees = array<u32, ROWS>();
         for (var c = 0u; c < SPAN; c += PAIRS) {
-            let step = vec4<u32>(0u, 1u, 2u, 3u);
-            let key = vec4<u32>(j + c) + step;
-            let is_key = (key < vec4<u32>(keys.y)) & (step < vec4<u32>(PAIRS));
+            let key = four_from(j + c);
+            let is_key = (key < vec4<u32>(keys.y)) & (four_from(0u) < vec4<u32>(PAIRS));
             // @unroll
             for (var r = 0u; r < ROWS; r++) {
                 let seen = rule_of(b, head[r], vec4<u32>(query[r]), key, band, true).seen & is_key;

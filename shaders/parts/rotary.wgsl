@@ -2,15 +2,11 @@
 // the one half of them away (half-split pairs). Angles: cosines, then sines, of each position.
 @group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
 const PAIRS4: u32 = 1u;
-struct Halves {
-    low: vec4<f32>,
-    high: vec4<f32>,
-}
-fn rotated_halves(low: vec4<f32>, high: vec4<f32>, pair: u32, position: u32) -> Halves {
+fn rotated_halves(low: vec4<f32>, high: vec4<f32>, pair: u32, position: u32) -> array<vec4<f32>, 2> {
     let at = position * 2u * PAIRS4 + pair;
     let cosine = angles[at];
     let sine = angles[at + PAIRS4];
-    return Halves(low * cosine - high * sine, high * cosine + low * sine);
+    return array<vec4<f32>, 2>(low * cosine - high * sine, high * cosine + low * sine);
 }
 fn rotated(x: vec4<f32>, other: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {
     let at = position * 2u * PAIRS4 + d4 % PAIRS4;

@@ -48,6 +48,10 @@ struct Slice {
     @size(12) len_k: u32,
 }
 
+fn four_from(first: u32) -> vec4<u32> {
+    return vec4<u32>(first) + vec4<u32>(0u, 1u, 2u, 3u);
+}
+
 struct Rule {
     seen: vec4<bool>,
     maskable: vec4<bool>,

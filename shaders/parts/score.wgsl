@@ -11,10 +11,6 @@ struct Scores {
     seen: vec4<bool>,
 }
 
-fn four_from(first: u32) -> vec4<u32> {
-    return vec4<u32>(first) + vec4<u32>(0u, 1u, 2u, 3u);
-}
-
 // The distances of keys j, j + 1, … from query i.
 fn distances(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
     return vec4<i32>(0, 1, 2, 3)
@@ -23,15 +19,8 @@ fn distances(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
 
 // Of four queries i and keys j from their products; `by_distance` is what their distances add.
 fn scores_of(
-    product: vec4<f32>,
-    by_distance: vec4<f32>,
-    b: u32,
-    h: u32,
-    i: vec4<u32>,
-    j: vec4<u32>,
-    band: vec4<i32>,
-    masked: bool,
-    is_pair: vec4<bool>,
+    product: vec4<f32>, by_distance: vec4<f32>, b: u32, h: u32, i: vec4<u32>, j: vec4<u32>, band: vec4<i32>,
+    masked: bool, is_pair: vec4<bool>,
 ) -> Scores {
     var x = product * params.rules.scale;
     if (SOFTCAP) {

@@ -104,14 +104,12 @@ pub const X: Read = read!("x", "XElem");
 pub const OUTER: Read = read!("outer", "OuterElem");
 /// What `inspect.wgsl` goes through.
 pub const INNER: Read = read!("inner", "InnerElem");
-/// What a gate is the sigmoid of.
-pub const GATE: Read = read!("g", "GElem");
-/// A table of positions.
-pub const TABLE: Read = read!("table", "TableElem");
+/// What tokens are added to or gated by.
+pub const Z: Read = read!("z", "ZElem");
 /// The weight of a projection.
 pub const W: Read = read!("w", "WElem");
 
-const READS: [Read; 9] = [Q, K, V, X, OUTER, INNER, GATE, TABLE, W];
+const READS: [Read; 8] = [Q, K, V, X, OUTER, INNER, Z, W];
 
 /// How `read` is loaded.
 pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {

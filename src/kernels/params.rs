@@ -239,11 +239,6 @@ params! {
 }
 
 params! {
-    /// `append.wgsl`
-    Append { y_offset: u32, y_batch_stride: u32, row_offset: u32, row_stride: u32, width: u32, total: u32 }
-}
-
-params! {
     /// `mean_heads.wgsl`
     MeanHeads { p: View, a: View, heads: u32, len_q: u32, width4: u32, total: u32, factor: f32 }
 }
@@ -263,7 +258,7 @@ params! {
 
 params! {
     /// `copy.wgsl`
-    Copy { x: View, shape: [u32; 4], y_offset: u32, y_row_stride: u32, total: u32, fill: u32 }
+    Copy { x: View, y: View, shape: [u32; 4], columns: u32, total: u32, fill: u32 }
 }
 
 params! {
@@ -308,10 +303,10 @@ params! {
 }
 
 params! {
-    /// `add_positions.wgsl`
-    AddPositions {
+    /// `tokens.wgsl`
+    Tokens {
         x: View,
-        table: View,
+        z: View,
         y_offset: u32,
         heads: u32,
         len: u32,
@@ -319,6 +314,7 @@ params! {
         row_0: u32,
         rows_batch_stride: u32,
         total: u32,
+        not_a_number: u32,
     }
 }
 
@@ -350,11 +346,6 @@ params! {
         workgroups: u32,
         epsilon: f32,
     }
-}
-
-params! {
-    /// `gate.wgsl`
-    Gate { x: View, g: View, y_offset: u32, heads: u32, len: u32, dim: u32, total: u32, not_a_number: u32 }
 }
 
 impl View {

@@ -145,14 +145,14 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
     changes = rules.apply(changes, &mut name);
     changes = rules.apply_relative(changes, &mut name);
     if !block_mask {
-        changes = changes.line("block_mask", "fn next_key(row: u32, j: u32, end: u32) -> u32 { return j; }");
+        changes = changes.line("block_mask", "fn next_key(work: Work, j: u32) -> u32 { return j; }");
     } else {
         name.push_str("/block_mask");
         changes = changes.number("BLOCK", MASK_BLOCK);
     }
     // A bias is added where nothing is hidden too.
     if !block_mask || rules.bias {
-        changes = changes.line("block_is_full", "fn block_is_full(row: u32, j: u32) -> bool { return false; }");
+        changes = changes.line("block_is_full", "fn block_is_full(work: Work, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
     if !tile.is_tiled() {

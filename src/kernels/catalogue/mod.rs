@@ -69,13 +69,11 @@ kernels! {
     Project(Project) => "project",
     /// The same for few rows of X.
     Matvec(Project) => "matvec",
-    /// Extra keys behind a projection.
-    Append(Append) => "append",
     /// Weights averaged over heads.
     MeanHeads(MeanHeads) => "mean_heads",
     /// Masks, biases and bands as one bias.
     CombineBiases(CombineBiases) => "combine_biases",
-    /// A strided view made row-major.
+    /// A view at any strides copied to others.
     Copy(Copy) => "copy",
     /// Multiply-adds in registers, to measure an adapter.
     Probe(Probe) => "probe",
@@ -85,14 +83,12 @@ kernels! {
     BlockMask(BlockMask) => "block_mask",
     /// Pairs of columns rotated by their positions.
     Rotate(Rotate) => "rotate",
-    /// A table's rows added to embeddings.
-    AddPositions(AddPositions) => "add_positions",
+    /// A table's rows added to tokens, or a gate.
+    Tokens(Tokens) => "tokens",
     /// Biases by the distance of query and key.
     Relative(RelativeBias) => "relative",
     /// RMSNorm and LayerNorm of rows.
     Normalise(Normalise) => "normalise",
-    /// `X · σ(G)`.
-    Gate(Gate) => "gate",
 }
 
 impl Kernel {
@@ -395,8 +391,7 @@ pub fn inspect(
     access::name(&mut name, &[("x", outer), ("y", inner)]);
     if inspection == Inspection::Weights {
         changes = (changes.alias("OElem", "vec4<f32>"))
-            .line("store_weights", "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }")
-            .line("store_sum", "fn store_sum(at: u32, sum: f32) {}");
+            .line("store_weights", "fn store_weights(at: u32, weights: vec4<f32>) { o[at / 4u] = weights; }");
     }
     changes = changes.flag("SOFTCAP", softcap);
     if softcap {
@@ -412,7 +407,7 @@ pub fn inspect(
 /// A variant of `softmax.wgsl`: `lanes` invocations per row.
 pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Variant {
     let mut name = format!("softmax/lanes{lanes}x{}", workgroup / lanes);
-    let mut changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("LSE", lse);
+    let mut changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes);
     if lse {
         name.push_str("/lse");
     } else {
@@ -511,27 +506,6 @@ pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: b
     Variant { kernel: Kernel::Normalise, changes, name }
 }
 
-/// A variant of `gate.wgsl`.
-pub fn gate(x: Access, g: Access, wide_y: bool) -> Variant {
-    let mut name = String::from("gate");
-    let changes = access::load(Changes::default(), &access::X, x);
-    let mut changes = access::load(changes, &access::GATE, g);
-    if wide_y {
-        changes = stored_in_fours(changes);
-    }
-    access::name(&mut name, &[("x", x), ("g", g), ("y", Access { wide: wide_y, ..Access::NARROW })]);
-    Variant { kernel: Kernel::Gate, changes, name }
-}
-
-/// A variant of `append.wgsl`: a learned row, or zeros.
-pub fn append(zeros: bool) -> Variant {
-    if !zeros {
-        return Variant { kernel: Kernel::Append, changes: Changes::default(), name: "append".into() };
-    }
-    let changes = Changes::default().line("row", "fn value_of(d: u32) -> f32 { return 0.0; }");
-    Variant { kernel: Kernel::Append, changes, name: "append/zeros".into() }
-}
-
 /// A variant of `mean_heads.wgsl`.
 pub fn mean_heads(accumulate: bool) -> Variant {
     let name = if accumulate { "mean_heads/accumulate" } else { "mean_heads" };
@@ -622,16 +596,19 @@ pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     Variant { kernel: Kernel::Rotate, changes: rows_listed(changes, listed, &mut name), name }
 }
 
-/// A variant of `add_positions.wgsl`.
-pub fn add_positions(x: Access, table: Access, wide_y: bool, listed: bool) -> Variant {
-    let mut name = String::from("add_positions");
-    access::name(&mut name, &[("x", x), ("t", table), ("y", Access { wide: wide_y, ..Access::NARROW })]);
-    let mut changes = access::load(Changes::default(), &access::X, x);
-    changes = access::load(changes, &access::TABLE, table);
+/// A variant of `tokens.wgsl`: tokens gated, or added to.
+pub fn tokens(gate: bool, x: Access, z: Access, wide_y: bool, listed: bool) -> Variant {
+    let mut name = String::from(if gate { "tokens/gate" } else { "tokens/add" });
+    let changes = access::load(Changes::default(), &access::X, x);
+    let mut changes = access::load(changes, &access::Z, z);
+    if gate {
+        changes = changes.line("combined", "    let combined = x4 * sigmoid(z4);");
+    }
     if wide_y {
         changes = stored_in_fours(changes);
     }
-    Variant { kernel: Kernel::AddPositions, changes: rows_listed(changes, listed, &mut name), name }
+    access::name(&mut name, &[("x", x), ("z", z), ("y", Access { wide: wide_y, ..Access::NARROW })]);
+    Variant { kernel: Kernel::Tokens, changes: rows_listed(changes, listed, &mut name), name }
 }
 
 /// A variant of `relative.wgsl`.
@@ -805,7 +782,7 @@ pub fn variants() -> Vec<Variant> {
         all.extend([matvec(tile, wide, wide, true), matvec(tile, narrow, narrow, false)]);
         all.extend([Dtype::F16, Dtype::BF16].map(|stored| matvec(tile, wide, halves(stored)[0], true)));
     }
-    all.extend([append(false), append(true), mean_heads(false), mean_heads(true)]);
+    all.extend([mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
     all.extend([probe(8), probe(64)]);
     all.extend(rules.into_iter().filter(|rules| rules.masks > 0 || rules.bias).map(block_mask));
@@ -816,7 +793,7 @@ pub fn variants() -> Vec<Variant> {
         for x in halves(stored) {
             for listed in [false, true] {
                 all.extend([rotate(x, false, listed), rotate(x, true, listed)]);
-                all.extend([add_positions(x, wide, x.wide, listed), add_positions(narrow, x, false, listed)]);
+                all.extend([tokens(false, x, wide, x.wide, listed), tokens(false, narrow, x, false, listed)]);
             }
         }
     }
@@ -827,7 +804,7 @@ pub fn variants() -> Vec<Variant> {
                 all.extend([false, true].map(|centred| normalise(workgroup, lanes, x, x.wide, centred, centred)));
             }
             all.push(normalise(64, 64, x, x.wide, true, false));
-            all.extend([gate(x, wide, x.wide), gate(narrow, x, false)]);
+            all.extend([tokens(true, x, wide, x.wide, false), tokens(true, narrow, x, false, false)]);
         }
     }
     let mut seen = std::collections::BTreeSet::new();

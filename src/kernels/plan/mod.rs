@@ -5,7 +5,6 @@
 
 mod call;
 mod fused;
-mod gate;
 mod inspect;
 mod merge;
 mod normalise;
@@ -20,7 +19,6 @@ mod softmax;
 mod unfused;
 
 pub use fused::{Cut, packed};
-pub use gate::gate;
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use normalise::{MOST_NORMALISED, normalise};
@@ -29,7 +27,7 @@ pub use normalise::{MOST_NORMALISED, normalise};
 pub use probe::probe;
 pub use project::project;
 pub use relative::relative;
-pub use rows::{add_positions, rotate};
+pub use rows::{add_positions, gate, rotate};
 pub use scatter::scatter;
 pub use softmax::{softmax, widen};
 pub use unfused::attention;

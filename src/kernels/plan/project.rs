@@ -84,24 +84,26 @@ pub fn project(
             planner.many_rows(params, access, wide_y, bindings)?;
         }
     }
+    // Extra rows are copied; one of zeros is filled.
     for (n, row) in extra.iter().enumerate() {
         for b in Part::all(batch, sizes[0]) {
             let y_at = planner.window(&y, &[b, Part { start: len + n, count: 1 }], 4);
-            let mut bindings = vec![Binding::new("y", Slot::Output, y_at)];
             let total = b.count as u64 * dim_out as u64;
-            let mut params = params::Append {
-                y_offset: y_at.first as u32,
-                y_batch_stride: y.strides()[0] as u32,
-                width: dim_out as u32,
+            let mut params = params::Copy {
+                y: View::new(&y, y_at),
+                shape: [b.count as u32, 1, 1, dim_out as u32],
                 total: total as u32,
                 ..Default::default()
             };
+            let mut x = Binding::nothing("x");
             if let Some(layout) = row {
                 let at = planner.window(layout, &[], 4);
-                (params.row_offset, params.row_stride) = (at.first as u32, layout.strides()[0] as u32);
-                bindings.push(Binding::new("row", Slot::Bias(1 + n), at));
+                (params.x, params.columns) = (View::new(layout, at), dim_out as u32);
+                x = Binding::new("x", Slot::Bias(1 + n), at);
+            } else if planner.plan.scratch.is_empty() {
+                planner.plan.scratch.push(16);
             }
-            planner.push(catalogue::append(row.is_none()), total, params, bindings)?;
+            planner.push(catalogue::copy(Dtype::F32), total, params, vec![x, Binding::new("y", Slot::Output, y_at)])?;
         }
     }
     Ok(planner.plan)

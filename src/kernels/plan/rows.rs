@@ -5,7 +5,7 @@ use super::super::capabilities::Capabilities;
 use super::super::catalogue;
 use super::super::params::{self, View};
 use super::slice::Part;
-use super::{Binding, Plan, Planner, Slot, Window, check_buffer, padded_bytes};
+use super::{Binding, NOT_A_NUMBER, Plan, Planner, Slot, Window, check_buffer, padded_bytes};
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, Rows};
 
@@ -58,39 +58,64 @@ pub fn rotate(
 
 /// Adds rows of `table` `[row, d]` (K) to X `[b, i, d]` (Q), both of any strides: Y, row-major (Output, f32).
 pub fn add_positions(x: Operand<'_>, table: Operand<'_>, rows: &Rows, adapter: &Capabilities) -> Result<Plan> {
+    tokens(x, table, Some(rows), "embeddings", adapter)
+}
+
+/// `X · σ(G)` for X (Q) and G (K), both `[b, i, d]` of any strides: Y, row-major (Output, f32).
+pub fn gate(x: Operand<'_>, g: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
+    tokens(x, g, None, "gated rows", adapter)
+}
+
+/// X `[b, i, d]` and Z: some `rows` of a table `[row, d]` to add, or a gate `[b, i, d]`.
+fn tokens(x: Operand<'_>, z: Operand<'_>, rows: Option<&Rows>, what: &str, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let &[batch, len, dim] = x.shape() else { unreachable!("three axes") };
     // One head.
     let x_layout = x.unsqueeze(1)?;
     let y = Layout::contiguous(x_layout.shape())?;
-    check_buffer(adapter, "embeddings", padded_bytes(&y, Dtype::F32))?;
+    check_buffer(adapter, what, padded_bytes(&y, Dtype::F32))?;
     if x.is_empty() {
         return Ok(planner.plan);
     }
-    let table_layout = table.layout;
-    let access = [x.access(), table.access()];
-    let table = planner.table(table, rows, len);
-    let variant = catalogue::add_positions(access[0], access[1], is_wide(&y), table.listed);
+    let z_layout = if rows.is_some() { z.layout.clone() } else { z.unsqueeze(1)? };
+    let table = rows.map(|rows| planner.table(z, rows, len));
+    let listed = table.as_ref().is_some_and(|table| table.listed);
+    let variant = catalogue::tokens(rows.is_none(), x.access(), z.access(), is_wide(&y), listed);
     let axes = [batch, 1, len];
-    let sizes = planner.slices_of(axes, &[(&x_layout, x.element()), (&y, 4)]);
+    let mut operands = vec![(&x_layout, x.element()), (&y, 4)];
+    operands.extend(rows.is_none().then_some((&z_layout, z.element())));
+    let sizes = planner.slices_of(axes, &operands);
     for at in Part::grid(axes, sizes) {
         let (x_at, y_at) = (planner.window(&x_layout, &at, x.element()), planner.window(&y, &at, 4));
         let [b, _, i] = at;
         let total = b.count as u64 * i.count as u64 * dim.div_ceil(4) as u64;
-        let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
-        let params = params::AddPositions {
+        let mut params = params::Tokens {
             x: View::new(&x_layout, x_at),
-            table: View::new(table_layout, table.at),
             y_offset: y_at.first as u32,
             heads: 1,
             len: i.count as u32,
             dim: dim as u32,
-            row_0,
-            rows_batch_stride,
             total: total as u32,
+            not_a_number: NOT_A_NUMBER,
             ..Default::default()
         };
-        planner.push(variant.clone(), total, params, table.bindings("table", x_at, y_at))?;
+        let bindings = match (&table, rows) {
+            (Some(table), Some(rows)) => {
+                (params.row_0, params.rows_batch_stride) = table.rows_at(rows, b, i, len);
+                params.z = View::new(&z_layout, table.at);
+                table.bindings("z", x_at, y_at)
+            }
+            _ => {
+                let z_at = planner.window(&z_layout, &at, z.element());
+                params.z = View::new(&z_layout, z_at);
+                vec![
+                    Binding::new("x", Slot::Q, x_at),
+                    Binding::new("y", Slot::Output, y_at),
+                    Binding::new("z", Slot::K, z_at),
+                ]
+            }
+        };
+        planner.push(variant.clone(), total, params, bindings)?;
     }
     Ok(planner.plan)
 }

@@ -108,9 +108,9 @@ impl Planner<'_> {
             let total = (a * b * c) as u64 * u64::from(width);
             let params = params::Copy {
                 x: View::new(&x, x_at),
-                shape: [a, b, c, dim].map(|n| n as u32),
-                y_offset: y_at.first as u32,
-                y_row_stride: width,
+                y: View::new(out, y_at),
+                shape: [a as u32, b as u32, c as u32, width],
+                columns: dim as u32,
                 total: total as u32,
                 fill: MINUS_INFINITY,
                 ..Default::default()

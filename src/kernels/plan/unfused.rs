@@ -430,9 +430,8 @@ impl Planner<'_> {
         for part in Part::all(elements, (self.adapter.max_binding / 4) as usize) {
             let to = self.window(&whole, &[part], 4);
             let params = params::Copy {
-                shape: [1, 1, 1, 0],
-                y_offset: to.first as u32,
-                y_row_stride: part.count as u32,
+                y: View::new(&whole, to),
+                shape: [1, 1, 1, part.count as u32],
                 total: part.count as u32,
                 fill: value,
                 ..Default::default()
