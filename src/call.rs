@@ -3,7 +3,8 @@
 use crate::error::{Result, value_error};
 use crate::kernels::catalogue::RelativeKind;
 use crate::kernels::plan::{RelativeOperand, RotaryOperand};
-use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows, Sequence};
+use crate::kernels::{KeyRules, TuningKey};
+use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows, Sequence, in_order_of};
 use crate::tensor::Tensor;
 
 /// A boolean mask and what its true entries mean.
@@ -104,7 +105,7 @@ pub(crate) struct Operands {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
-    /// Broadcast to `[batch, heads_q, len_q, ruled_keys]`.
+    /// Broadcast to `[batch, heads_q, len_q, maskable_keys]`.
     pub masks: Vec<Mask>,
     /// Broadcast likewise.
     pub biases: Vec<Tensor>,
@@ -119,6 +120,19 @@ pub(crate) struct Operands {
 }
 
 impl Operands {
+    /// What the call must have in common with others to share what tuning found.
+    pub fn tuning_key(&self, problem: &Problem) -> TuningKey {
+        let rules = KeyRules {
+            masks: !self.masks.is_empty(),
+            biases: !self.biases.is_empty(),
+            relative: self.relative.as_ref().map(|relative| relative.kind),
+            rotary: self.rotary.as_ref().map(|(rotation, _)| rotation.interleaved),
+            sink: self.sink.is_some(),
+            ..KeyRules::default()
+        };
+        TuningKey::of(problem, [&self.q, &self.k, &self.v].map(Tensor::stored), rules)
+    }
+
     /// Without rules.
     pub fn new(q: Tensor, k: Tensor, v: Tensor) -> Operands {
         let (masks, biases) = (Vec::new(), Vec::new());
@@ -168,23 +182,19 @@ pub(crate) struct Rotation {
 }
 
 impl Rotation {
-    pub fn operand(&self) -> RotaryOperand<'_> {
-        RotaryOperand { table: self.fused.layout(), pairs: self.pairs, interleaved: self.interleaved }
+    /// As planning sees it.
+    pub fn operand<'a>(&'a self, [queries, keys]: &'a [Rows; 2]) -> RotaryOperand<'a> {
+        RotaryOperand {
+            table: self.fused.layout(),
+            rotations: self.table.layout(),
+            rows: [queries, keys],
+            pairs: self.pairs,
+            interleaved: self.interleaved,
+        }
     }
 }
 
 /// The output's layout `[b, h, s, d]` in the memory order of the query.
 pub(crate) fn output_layout(problem: &Problem, q: &Layout) -> Result<Layout> {
     in_order_of(q, [problem.batch, problem.heads_q, problem.len_q, problem.dim_v])
-}
-
-/// A layout of `shape` with the heads inside the sequence (`[b, s, h, d]`) when `like` has them so, else
-/// row-major.
-pub(crate) fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -> Result<Layout> {
-    let strides = like.strides();
-    if heads > 1 && len > 1 && strides[1] < strides[2] {
-        Layout::contiguous(&[batch, len, heads, dim])?.permute(&[0, 2, 1, 3])
-    } else {
-        Layout::contiguous(&[batch, heads, len, dim])
-    }
 }

@@ -41,7 +41,7 @@ pub enum Error {
     #[error("the method {method} cannot compute this: {reason}; leave the method on auto")]
     Method {
         /// The method.
-        method: crate::Method,
+        method: String,
         /// Why not.
         reason: String,
     },

@@ -83,7 +83,7 @@ pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, P
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::Inspect;
-pub use kernels::{Cut, Method, ShapeClass};
+pub use kernels::{KeyRules, Method, Tile, TuningKey};
 pub use multi_head::{
     KerasKernels, LoadOptions, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput, Names, NormKind, NormSpan,
     QueryKeyNorm,

@@ -18,7 +18,7 @@ impl Attention {
     ///
     /// Causal, window, offsets (one for all or one per sequence), scale and softcap work as in
     /// [`Attention::forward`], counted within each sequence, and give the same bits as a call over that
-    /// sequence alone with the same [`Method::Cut`]; so does a sink. Masks, biases, weights and scores are refused.
+    /// sequence alone with the same [`Method::Tile`]; so does a sink. Masks, biases, weights and scores are refused.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_packed(
         &self,
@@ -67,7 +67,7 @@ impl Attention {
         }
         if self.method == Method::ThreePasses {
             let reason = "packed sequences run fused only".into();
-            return Err(Error::Method { method: self.method, reason });
+            return Err(Error::Method { method: self.method.to_string(), reason });
         }
         let mut four = Vec::with_capacity(3);
         for (name, tensor) in ["Q", "K", "V"].into_iter().zip(operands) {

@@ -1,4 +1,4 @@
-//! Finding out which kernels are fastest for a class of calls on this adapter.
+//! Finding out which kernels are fastest for a kind of calls on this adapter.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use crate::attention::Attention;
 use crate::call::Operands;
 use crate::error::{Error, Result, value_error};
 use crate::gpu::Gpu;
-use crate::kernels::{Cut, Method, ShapeClass, three_passes_compete};
+use crate::kernels::{Method, Tile, TuningKey, three_passes_compete};
 use crate::lower::Recording;
 use crate::problem::{Problem, Weights};
 use crate::tensor::Tensor;
@@ -16,7 +16,7 @@ use crate::tensor::Tensor;
 mod self_test;
 
 /// Cuts that compete; the three passes make one more.
-const MOST_CUTS: usize = 5;
+const MOST_TILES: usize = 5;
 /// The default stays unless another takes less than this part of its time.
 const CLEARLY_FASTER: f64 = 0.97;
 /// A candidate that takes so many times as long as the best is out after its first round.
@@ -29,7 +29,7 @@ const MOST_ROUNDS: usize = 20;
 /// One way to compute a call.
 #[derive(Clone, Debug)]
 pub struct Candidate {
-    /// [`Method::Cut`] or [`Method::ThreePasses`].
+    /// [`Method::Tile`] or [`Method::ThreePasses`].
     pub method: Method,
     /// Its best time, or why it was not timed: its self-test failed, or the adapter cannot run it.
     pub time: Result<Duration, String>,
@@ -39,10 +39,10 @@ pub struct Candidate {
 #[derive(Clone, Debug)]
 pub struct Tuned {
     /// The calls it holds for.
-    pub class: ShapeClass,
-    /// Six at most, the default first; none where the class was known already.
+    pub key: TuningKey,
+    /// Six at most, the default first; none where the key was known already.
     pub candidates: Vec<Candidate>,
-    /// The fastest, which [`Method::Auto`] now chooses for the class. [`Method::Auto`]: the default, from which
+    /// The fastest, which [`Method::Auto`] now chooses for the key. [`Method::Auto`]: the default, from which
     /// nothing else was clearly apart.
     pub winner: Method,
     /// The file that holds it; `None` where it is known to this [`Gpu`] only.
@@ -57,7 +57,7 @@ impl Attention {
     /// At most five cuts of the fused kernel and the three passes compete, on the tensors given, by the adapter's
     /// clock where it has one: two calls each, and more for about a second. Each must first agree with
     /// the [f64 truth](crate::reference) on a small random call of the same widths, types and kind of rules, positions
-    /// among them; one that does not is reported and never chosen. The default stays where nothing is 3 % faster. A class of calls that is known
+    /// among them; one that does not is reported and never chosen. The default stays where nothing is 3 % faster. A key that is known
     /// already is not timed again ([`Gpu::clear_tuning`] forgets).
     ///
     /// Other kernels sum in another order: the last bits of results may differ before and after. The three passes
@@ -67,16 +67,16 @@ impl Attention {
     /// [`Error::Device`]. A call without work is an [`Error::Value`].
     pub fn tune(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
         let trial = Trial::new(self, q, k, v)?;
-        if let Some(winner) = trial.gpu.tuned(&trial.class) {
+        if let Some(winner) = trial.gpu.tuned(&trial.key) {
             let file = trial.gpu.tuning_file();
-            return Ok(Tuned { class: trial.class, candidates: Vec::new(), winner, file });
+            return Ok(Tuned { key: trial.key, candidates: Vec::new(), winner, file });
         }
         let mut tuned = trial.run()?;
-        tuned.file = trial.gpu.keep_tuned(tuned.class, tuned.winner);
+        tuned.file = trial.gpu.keep_tuned(tuned.key, tuned.winner);
         Ok(tuned)
     }
 
-    /// As [`Attention::tune`], but times known classes too, and keeps and changes nothing.
+    /// As [`Attention::tune`], but times known keys too, and keeps and changes nothing.
     pub fn time_candidates(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
         Trial::new(self, q, k, v)?.run()
     }
@@ -89,7 +89,7 @@ struct Trial<'a> {
     tensors: [&'a Tensor; 3],
     problem: Problem,
     operands: Operands,
-    class: ShapeClass,
+    key: TuningKey,
 }
 
 impl<'a> Trial<'a> {
@@ -109,15 +109,14 @@ impl<'a> Trial<'a> {
                 k.shape()
             ));
         }
-        let masked = !operands.masks.is_empty() || !operands.biases.is_empty();
-        let class = ShapeClass::of(&problem, [q, k, v].map(|x| x.stored()), masked);
+        let key = operands.tuning_key(&problem);
         let attention = attention.clone().weights(Weights::None).scores(None);
-        Ok(Trial { gpu, attention, tensors: [q, k, v], problem, operands, class })
+        Ok(Trial { gpu, attention, tensors: [q, k, v], problem, operands, key })
     }
 
     fn run(&self) -> Result<Tuned> {
-        let cuts = Cut::candidates(&self.problem, self.gpu.capabilities(), MOST_CUTS);
-        let mut methods: Vec<Method> = cuts.into_iter().map(Method::Cut).collect();
+        let tiles = Tile::candidates(&self.problem, self.gpu.capabilities(), MOST_TILES);
+        let mut methods: Vec<Method> = tiles.into_iter().map(Method::Tile).collect();
         if three_passes_compete(&self.problem) {
             methods.push(Method::ThreePasses);
         }
@@ -133,7 +132,7 @@ impl<'a> Trial<'a> {
                 return Err(value_error!("no candidate runs on {}: {}", self.gpu.info().name, reasons.join("; ")));
             }
         };
-        Ok(Tuned { class: self.class, candidates, winner, file: None })
+        Ok(Tuned { key: self.key, candidates, winner, file: None })
     }
 
     fn time(&self, method: Method) -> Result<Times> {
@@ -216,36 +215,36 @@ fn winner(candidates: &[Candidate]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn cut(rows: u32) -> Method {
-        Method::Cut(Cut { workgroup: 8, rows, keys: 4, share: 1 })
+    fn tile(rows: u32) -> Method {
+        Method::Tile(Tile::Registers { workgroup: 8, rows, keys: 4, share: 1 })
     }
 
     /// Made-up times by rows per invocation.
     fn took(method: Method, of: impl Fn(u32) -> u64) -> Result<Times> {
-        let Method::Cut(cut) = method else { panic!("{method}") };
-        let wall = Duration::from_micros(of(cut.rows));
+        let Method::Tile(tile) = method else { panic!("{method}") };
+        let wall = Duration::from_micros(of(tile.rows()));
         Ok(Times { wall, gpu: Some(wall) })
     }
 
     #[test]
     fn what_fails_its_self_test_is_never_chosen() {
-        let methods = [cut(1), cut(2), cut(4), cut(8)];
+        let methods = [tile(1), tile(2), tile(4), tile(8)];
         for broken in [1, 2, 4, 8] {
             let check = |method| {
-                if method == cut(broken) { Err(value_error!("output 3 is 7 instead of 5")) } else { Ok(()) }
+                if method == tile(broken) { Err(value_error!("output 3 is 7 instead of 5")) } else { Ok(()) }
             };
             // The broken one would win by far.
             let time = |method| {
-                assert_ne!(method, cut(broken), "what fails is not even run");
+                assert_ne!(method, tile(broken), "what fails is not even run");
                 took(method, |rows| 100 * u64::from(rows))
             };
             let candidates = compete(&methods, check, time).unwrap();
             let wins = candidates[winner(&candidates).unwrap()].method;
-            assert_eq!(wins, if broken == 1 { cut(2) } else { cut(1) });
+            assert_eq!(wins, if broken == 1 { tile(2) } else { tile(1) });
             for candidate in &candidates {
                 match &candidate.time {
-                    Ok(_) => assert_ne!(candidate.method, cut(broken)),
-                    Err(reason) => assert!(candidate.method == cut(broken) && reason.contains("7 instead of 5")),
+                    Ok(_) => assert_ne!(candidate.method, tile(broken)),
+                    Err(reason) => assert!(candidate.method == tile(broken) && reason.contains("7 instead of 5")),
                 }
             }
         }
@@ -259,7 +258,7 @@ mod tests {
     fn the_default_wins_what_is_close() {
         let run = |default: u64, other: u64| {
             let time = |method| took(method, |rows| if rows == 1 { default } else { other });
-            let candidates = compete(&[cut(1), cut(2)], |_| Ok(()), time).unwrap();
+            let candidates = compete(&[tile(1), tile(2)], |_| Ok(()), time).unwrap();
             winner(&candidates).unwrap()
         };
         assert_eq!([run(100, 100), run(100, 98), run(100, 300), run(100, 96)], [0, 0, 0, 1]);
@@ -274,7 +273,7 @@ mod tests {
             let slow = calls.get() == 3;
             took(method, |rows| if slow { 5_000_000 } else { 100 / u64::from(rows) })
         };
-        let candidates = compete(&[cut(1), cut(2)], |_| Ok(()), time).unwrap();
+        let candidates = compete(&[tile(1), tile(2)], |_| Ok(()), time).unwrap();
         assert_eq!(winner(&candidates), Some(1));
     }
 
@@ -283,9 +282,9 @@ mod tests {
         // By the wall the second is faster, by the adapter's clock, which one lacks, the first.
         let time = |method| {
             took(method, |rows| 100 / u64::from(rows))
-                .map(|times| Times { gpu: (method == cut(2)).then_some(Duration::from_micros(900)), ..times })
+                .map(|times| Times { gpu: (method == tile(2)).then_some(Duration::from_micros(900)), ..times })
         };
-        let candidates = compete(&[cut(1), cut(2)], |_| Ok(()), time).unwrap();
+        let candidates = compete(&[tile(1), tile(2)], |_| Ok(()), time).unwrap();
         assert_eq!(winner(&candidates), Some(1));
         assert_eq!(candidates[1].time, Ok(Duration::from_micros(50)));
     }

@@ -14,8 +14,8 @@ use crate::target::{self, Target};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Shapes are those of attn bench: b,hq,hkv,sq,skv,d, then :causal, or a name; all f32. What is found holds for \
-a class of shapes: query rows per key/value head and keys up to the next power of two, the same width, causal or \
-not, any batch. A class that is known is not timed again.
+calls of one tuning key: query rows per key/value head and keys up to the next power of two, the same width, causal or \
+not, any batch. A key that is known is not timed again.
 
 Each candidate must first agree with float64 on a small random call. The default stays unless another takes \
 3 % less time. Results before and after tuning may differ in their last bits.

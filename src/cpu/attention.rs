@@ -160,7 +160,7 @@ impl Tile<'_> {
     fn run(&self, v: &Values<'_>, stage: Option<ScoreStage>, scratch: &mut Scratch, slices: Slices<'_>) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = pulp::Arch::new();
-        let ruled = self.problem.ruled_keys();
+        let ruled = self.problem.maskable_keys();
         let band = self.problem.band(self.b);
         let Scratch { q, scores, gathered } = scratch;
         self.queries(q);
@@ -288,7 +288,7 @@ impl Tile<'_> {
     /// `range` are the keys its position allows.
     pub fn rules(&self, row: usize, range: Range<usize>, low: usize, line: &mut [f32], stage: ScoreStage) {
         let (h, i) = self.query(row);
-        let ruled = self.problem.ruled_keys();
+        let ruled = self.problem.maskable_keys();
         if stage == ScoreStage::Scaled {
             return;
         }
@@ -345,8 +345,8 @@ impl Tile<'_> {
 
     pub fn visible(&self, h: usize, i: usize, j: usize) -> bool {
         let at = [self.b, h, i, j];
-        j >= self.problem.ruled_keys()
-            || self.problem.band(self.b).range(i, self.problem.ruled_keys()).contains(&j)
+        j >= self.problem.maskable_keys()
+            || self.problem.band(self.b).range(i, self.problem.maskable_keys()).contains(&j)
                 && self.inputs.masks.iter().all(|mask| mask.keeps(at))
                 && self.inputs.biases.iter().all(|bias| bias.data[bias.layout.at(&at)] != f32::NEG_INFINITY)
     }

@@ -131,7 +131,7 @@ impl Sweep<'_> {
         mut each: impl FnMut(usize, &[f32], &[f32]),
     ) {
         let arch = pulp::Arch::new();
-        let ruled = self.problem.ruled_keys();
+        let ruled = self.problem.maskable_keys();
         let band = self.problem.band(b);
         let by_position = |i: usize| band.range(i, ruled);
         let sees = |i: usize| by_position(i).start < keys.end && by_position(i).end > keys.start;

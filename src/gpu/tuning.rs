@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::Gpu;
 use crate::error::Result;
-use crate::kernels::{Method, ShapeClass};
+use crate::kernels::{Method, TuningKey};
 
 /// What tuning found, and the folder where it is kept.
 #[derive(Default)]
@@ -14,7 +14,7 @@ pub struct Tuning(RwLock<Table>);
 
 #[derive(Default)]
 struct Table {
-    methods: HashMap<ShapeClass, Method>,
+    methods: HashMap<TuningKey, Method>,
     folder: Option<PathBuf>,
 }
 
@@ -28,18 +28,18 @@ impl Tuning {
 }
 
 impl Gpu {
-    /// What tuning found for a class of calls; [`Method::Auto`] where the default won.
-    pub(crate) fn tuned(&self, class: &ShapeClass) -> Option<Method> {
-        self.0.tuning.read().methods.get(class).copied()
+    /// What tuning found for calls of a key; [`Method::Auto`] where the default won.
+    pub(crate) fn tuned(&self, key: &TuningKey) -> Option<Method> {
+        self.0.tuning.read().methods.get(key).copied()
     }
 
-    /// Lets [`Method::Auto`] choose `method` for a class of calls from now on; the file that now holds it.
+    /// Lets [`Method::Auto`] choose `method` for calls of a key from now on; the file that now holds it.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn keep_tuned(&self, class: ShapeClass, method: Method) -> Option<PathBuf> {
-        self.0.tuning.write().methods.insert(class, method);
+    pub(crate) fn keep_tuned(&self, key: TuningKey, method: Method) -> Option<PathBuf> {
+        self.0.tuning.write().methods.insert(key, method);
         #[cfg(feature = "tune")]
         if let Some(file) = self.tuning_file() {
-            match file::put(&file, &self.0.info, &self.0.capabilities, Some((class, method))) {
+            match file::put(&file, &self.0.info, &self.0.capabilities, Some((key, method))) {
                 Ok(()) => return Some(file),
                 Err(error) => log::warn!("what tuning found is not kept: {}: {error}", file.display()),
             }
@@ -118,7 +118,7 @@ mod file {
     struct Entry {
         library: String,
         adapter: Adapter,
-        class: String,
+        key: String,
         method: String,
     }
 
@@ -179,22 +179,22 @@ mod file {
     }
 
     /// What the file knows of an adapter.
-    pub fn get(path: &Path, info: &wgpu::AdapterInfo, capabilities: &Capabilities) -> HashMap<ShapeClass, Method> {
+    pub fn get(path: &Path, info: &wgpu::AdapterInfo, capabilities: &Capabilities) -> HashMap<TuningKey, Method> {
         let adapter = Adapter::new(info, capabilities);
         let mut methods = HashMap::new();
         for entry in known(path).entries {
             if entry.library != LIBRARY || entry.adapter != adapter {
                 continue;
             }
-            let parsed = entry.class.parse().and_then(|class| {
+            let parsed = entry.key.parse().and_then(|key| {
                 let method = entry.method.parse()?;
-                if let Method::Cut(cut) = method {
-                    cut.check(capabilities)?;
+                if let Method::Tile(tile) = method {
+                    tile.check(capabilities)?;
                 }
-                Ok((class, method))
+                Ok((key, method))
             });
             match parsed {
-                Ok((class, method)) => _ = methods.insert(class, method),
+                Ok((key, method)) => _ = methods.insert(key, method),
                 Err(error) => log::warn!("an entry of {} is ignored: {error}", path.display()),
             }
         }
@@ -207,19 +207,19 @@ mod file {
         path: &Path,
         info: &wgpu::AdapterInfo,
         capabilities: &Capabilities,
-        found: Option<(ShapeClass, Method)>,
+        found: Option<(TuningKey, Method)>,
     ) -> std::io::Result<()> {
         let folder = path.parent().ok_or(ErrorKind::NotFound)?;
         std::fs::create_dir_all(folder)?;
         let adapter = Adapter::new(info, capabilities);
-        let class = found.map(|(class, _)| class.to_string());
+        let key = found.map(|(key, _)| key.to_string());
         let mut file = known(path);
         file.entries.retain(|entry| {
-            let replaced = entry.adapter == adapter && class.as_ref().is_none_or(|class| entry.class == *class);
+            let replaced = entry.adapter == adapter && key.as_ref().is_none_or(|key| entry.key == *key);
             entry.library == LIBRARY && !replaced
         });
-        if let (Some(class), Some((_, method))) = (class, found) {
-            file.entries.push(Entry { library: LIBRARY.into(), adapter, class, method: method.to_string() });
+        if let (Some(key), Some((_, method))) = (key, found) {
+            file.entries.push(Entry { library: LIBRARY.into(), adapter, key, method: method.to_string() });
         }
         let surplus = file.entries.len().saturating_sub(MOST_ENTRIES);
         file.entries.drain(..surplus);

@@ -4,17 +4,19 @@
 pub mod access;
 mod capabilities;
 pub mod catalogue;
-mod class;
+mod method;
 pub mod params;
 mod parts;
 pub mod plan;
 mod specialise;
+mod tuning_key;
 pub mod turns;
 
 pub use access::{Access, Operand};
 pub use capabilities::{AdapterClass, Capabilities};
 pub use catalogue::{Kernel, Variant, variant_names, variant_source};
-pub use class::ShapeClass;
-pub(crate) use class::three_passes_compete;
-pub use plan::{Binding, Cost, Cut, Method, Plan, Slot, Step};
+pub(crate) use method::three_passes_compete;
+pub use method::{Method, Tile};
+pub use plan::{Binding, Cost, Plan, Slot, Step};
 pub use specialise::{Body, Changes, specialise};
+pub use tuning_key::{KeyRules, TuningKey};

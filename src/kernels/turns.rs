@@ -9,7 +9,8 @@
 //!
 //! A loop that is written out ([`specialise`](super::specialise())) does not turn.
 
-use super::catalogue::{FlashTile, MatvecTile, TILED_ACROSS, TILED_KEYS, Tile};
+use super::catalogue::{FlashTile, MatvecTile, RowTile};
+use super::method::Tile;
 
 /// The turns that Mesa's software drivers (lavapipe, llvmpipe) allow an invocation: 65,535, and some to spare.
 pub const MESA_LOOP_TURNS: u32 = 65_000;
@@ -61,24 +62,24 @@ fn not_finite(columns: u64) -> Turns {
 }
 
 /// Of `flash.wgsl` and `flash_tiled.wgsl`, by keys of a split; `block_mask`: a block mask is looked at.
-pub fn flash(tile: FlashTile, block_mask: bool) -> Turns {
-    let [depth4, cols4] = [tile.depth4, tile.cols4].map(u64::from);
+pub fn flash(flash: FlashTile, block_mask: bool) -> Turns {
+    let [depth4, cols4] = [flash.depth4, flash.cols4].map(u64::from);
     // The next block: a look each step, a turn for each that is passed over, whose steps are saved.
     let next = 1 + u64::from(block_mask);
-    if !tile.is_tiled() {
+    if let Tile::Registers { keys, .. } = flash.tile {
         // Parts of Q in, of O out; with rotary positions a loop of fewer.
         let before = counted(depth4) + counted(cols4) + 2 * next;
-        let keys = u64::from(tile.keys);
+        let keys = u64::from(keys);
         let main = Turns { before, each: next + counted(keys), step: keys };
         return main.and(not_finite(cols4));
     }
-    let across = u64::from(TILED_ACROSS);
-    let (k_parts, v_parts, rows) = (depth4.div_ceil(across), cols4.div_ceil(across), u64::from(tile.rows));
+    let (across, rows) = (u64::from(Tile::ACROSS), u64::from(flash.tile.rows()));
+    let (k_parts, v_parts) = (depth4.div_ceil(across), cols4.div_ceil(across));
     let part = 1 + counted(across);
     let each = next + counted(k_parts * part) + rows * (counted(across) + counted(v_parts)) + counted(v_parts * part);
     // Sums and signs of a row joined.
     let before = 2 * next + 2 * rows * counted(across) + counted(v_parts);
-    Turns { before, each, step: u64::from(TILED_KEYS) }.and(not_finite(cols4.div_ceil(across)))
+    Turns { before, each, step: u64::from(Tile::KEYS_IN_MEMORY) }.and(not_finite(cols4.div_ceil(across)))
 }
 
 /// Of `scores.wgsl`, by keys of a block; `chunks` of the width.
@@ -88,7 +89,7 @@ pub fn scores(chunks: usize) -> Turns {
 }
 
 /// Of `weighted_sum.wgsl`, by keys of a slice.
-pub fn weighted_sum(tile: Tile) -> Turns {
+pub fn weighted_sum(tile: RowTile) -> Turns {
     Turns { before: 1, each: 1, step: 4 }.and(not_finite(u64::from(tile.depth4)))
 }
 

@@ -1,12 +1,12 @@
 //! Calls on an adapter: tensors planned, and bound to the steps of the plan.
 
-use crate::call::{Attended, Inspected, Operands, Relative, Rotation, in_order_of};
+use crate::call::{Attended, Inspected, Operands, Relative, Rotation};
 use crate::error::{Result, value_error};
 use crate::gpu::{GpuBuffer, Purpose, Steps};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
-use crate::kernels::{Method, Operand, Plan, ShapeClass, Slot, three_passes_compete};
-use crate::problem::{Chosen, Dtype, Layout, Problem, Rows, ScoreStage, Sequence, Wanted, Weights};
+use crate::kernels::{Method, Operand, Plan, Slot};
+use crate::problem::{Chosen, Dtype, Layout, Problem, Rows, ScoreStage, Sequence, Wanted, Weights, in_order_of};
 use crate::tensor::{Storage, Tensor};
 
 pub(super) fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
@@ -126,7 +126,6 @@ impl Steps {
         let operands = Operands { sink, ..self.readable(operands)? };
         let Operands { q, k, v, masks, biases, relative, rotary, sink, sequences } = &operands;
         let dtype = q.dtype();
-        let asked_for = layout.clone();
         let layout = output.map_or(layout, |output| output.layout().clone());
         let stored = match output {
             Some(output) => output.stored(),
@@ -142,7 +141,13 @@ impl Steps {
                 layout.offset()
             ));
         }
-        let mut planned = AttentionOperands {
+        let tuned = match sequences {
+            // Three passes add up their output in f32.
+            None => (self.gpu.tuned(&operands.tuning_key(problem)))
+                .filter(|found| *found != Method::ThreePasses || output.is_none() || stored == Dtype::F32),
+            Some(_) => None,
+        };
+        let planned = AttentionOperands {
             q: q.operand(),
             k: k.operand(),
             v: v.operand(),
@@ -150,26 +155,15 @@ impl Steps {
             masks: masks.iter().map(|mask| (mask.tensor().layout(), mask.meaning())).collect(),
             biases: biases.iter().map(Tensor::layout).collect(),
             relative: relative.as_ref().map(Relative::operand),
-            rotary: rotary.as_ref().map(|(rotation, _)| rotation.operand()),
+            rotary: rotary.as_ref().map(|(rotation, rows)| rotation.operand(rows)),
             sink: sink.as_ref().map(Tensor::layout),
             lse: wanted.lse,
             weights: wanted.weights == Weights::PerHead,
             averaged: wanted.weights == Weights::Averaged,
             stage: wanted.scores,
             method,
+            tuned,
         };
-        if method == Method::Auto && sequences.is_none() {
-            let masked = !masks.is_empty() || !biases.is_empty();
-            let class = ShapeClass::of(problem, [q, k, v].map(|x| x.stored()), masked);
-            planned.method = match self.gpu.tuned(&class) {
-                Some(Method::ThreePasses)
-                    if !three_passes_compete(problem) || output.is_some() && stored != Dtype::F32 =>
-                {
-                    Method::Auto
-                }
-                found => found.unwrap_or_default(),
-            };
-        }
         let operations = match sequences {
             None => problem.operations(),
             Some(sequences) => {
@@ -181,26 +175,10 @@ impl Steps {
         };
         let gpu = self.gpu.clone();
         let capabilities = gpu.capabilities_for(operations, !self.are_encoded())?;
-        let make = |planned: &AttentionOperands<'_>| match sequences {
-            None => plan::attention(problem, planned, &capabilities),
-            Some(sequences) => plan::packed(problem, planned, sequences, &capabilities),
-        };
-        let mut plan = match make(&planned) {
-            // Where the kernel cannot turn them, queries and keys are turned before it runs.
-            Err(_) if rotary.is_some() => {
-                let turned = operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))?;
-                return self.attention(problem, &turned, wanted, method, output, asked_for);
-            }
-            // What was found on one call of the class need not fit every other.
-            Err(_) if planned.method != method => {
-                planned.method = method;
-                make(&planned)
-            }
-            plan => plan,
+        let plan = match sequences {
+            None => plan::attention(problem, &planned, &capabilities),
+            Some(sequences) => plan::packed(problem, &planned, sequences, &capabilities),
         }?;
-        if method == Method::Auto && planned.method != Method::Auto {
-            plan.why = format!("tuned for such calls: {}", plan.why);
-        }
         let weights = self.planned("weights", &plan.weights, dtype)?;
         let averaged = self.planned("averaged weights", &plan.averaged, dtype)?;
         let stage = self.planned("scores", &plan.stage, dtype)?;
@@ -217,7 +195,9 @@ impl Steps {
         };
         let mut tensors = scored(&operands);
         tensors.extend([(Slot::V, v), (Slot::Output, &output)]);
-        tensors.extend(rotary.iter().map(|(rotation, _)| (Slot::Angles, &rotation.fused)));
+        if let Some((rotation, _)) = rotary {
+            tensors.extend([(Slot::Angles, &rotation.fused), (Slot::Rotations, &rotation.table)]);
+        }
         let optional = [
             (Slot::Sink, sink),
             (Slot::Lse, &lse),

@@ -7,14 +7,14 @@ mod cpu;
 mod export;
 mod gpu;
 
-use crate::call::{Attended, Inspected, Operands, Rotation, in_order_of, output_layout};
+use crate::call::{Attended, Inspected, Operands, Rotation, output_layout};
 #[cfg(feature = "cpu")]
 use crate::cpu as backend;
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::gpu::{EncodeSlices, Gpu, Profile, Steps};
 use crate::kernels::{Method, Slot, plan};
-use crate::problem::{Chosen, Dtype, Layout, Place, Problem, Rows, Wanted};
+use crate::problem::{Chosen, Dtype, Layout, Place, Problem, Rows, Wanted, in_order_of};
 use crate::tensor::Tensor;
 #[cfg(feature = "cpu")]
 use cpu::view;

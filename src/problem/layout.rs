@@ -12,6 +12,17 @@ pub struct Layout {
     offset: usize,
 }
 
+/// A layout of `shape` with the heads inside the sequence (`[b, s, h, d]`) when `like` has them so, else
+/// row-major.
+pub(crate) fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -> Result<Layout> {
+    let strides = like.strides();
+    if heads > 1 && len > 1 && strides[1] < strides[2] {
+        Layout::contiguous(&[batch, len, heads, dim])?.permute(&[0, 2, 1, 3])
+    } else {
+        Layout::contiguous(&[batch, heads, len, dim])
+    }
+}
+
 /// The number of elements of `shape`, or an error when it does not fit.
 pub fn checked_len(shape: &[usize]) -> Result<usize> {
     if shape.contains(&0) {

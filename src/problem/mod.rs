@@ -7,6 +7,7 @@ mod layout;
 mod wanted;
 
 pub use dtype::{Dtype, Element};
+pub(crate) use layout::in_order_of;
 pub use layout::{Layout, checked_len};
 pub use wanted::Weights;
 pub(crate) use wanted::{Chosen, Wanted};
@@ -271,7 +272,7 @@ impl Problem {
     }
 
     /// The keys that bands, masks and biases speak of; those behind are always visible.
-    pub fn ruled_keys(&self) -> usize {
+    pub fn maskable_keys(&self) -> usize {
         self.len_k - self.extra_keys
     }
 
@@ -282,12 +283,12 @@ impl Problem {
 
     /// True when no position rule hides any key.
     pub fn is_unbanded(&self) -> bool {
-        !self.bands.iter().any(|band| band.hides_any_of(self.ruled_keys()))
+        !self.bands.iter().any(|band| band.hides_any_of(self.maskable_keys()))
     }
 
     /// The shape that masks and biases broadcast to: `[batch, heads_q, len_q, keys]`.
     pub fn mask_shape(&self) -> [usize; 4] {
-        [self.batch, self.heads_q, self.len_q, self.ruled_keys()]
+        [self.batch, self.heads_q, self.len_q, self.maskable_keys()]
     }
 
     /// Floating-point operations of both products, two for a multiply-add, over all pairs of query and key.

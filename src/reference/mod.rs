@@ -75,7 +75,7 @@ pub struct Outputs {
 
 /// Whether query `i` may see key `j`.
 pub fn visible(problem: &Problem, inputs: &Inputs<'_>, b: usize, h: usize, i: usize, j: usize) -> bool {
-    if j >= problem.ruled_keys() {
+    if j >= problem.maskable_keys() {
         return true;
     }
     let band = problem.band(b);

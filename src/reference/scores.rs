@@ -37,7 +37,7 @@ fn score(problem: &Problem, inputs: &Inputs<'_>, stage: ScoreStage, [b, h, i, j]
         let cap = f64::from(cap);
         x = cap * (x / cap).tanh();
     }
-    if is_final && j < problem.ruled_keys() {
+    if is_final && j < problem.maskable_keys() {
         for bias in &inputs.biases {
             x += bias.at(&[b, h, i, j]);
         }

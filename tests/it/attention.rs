@@ -5,7 +5,7 @@ use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{MaskMeaning, Positions};
 use wgpu_attention::{
-    Align, Attention, Cut, Device, Dtype, EmptyRows, Inspect, Mask, Method, ScoreStage, Tensor, Weights,
+    Align, Attention, Device, Dtype, EmptyRows, Inspect, Mask, Method, ScoreStage, Tensor, Tile, Weights,
 };
 
 /// Relative to the largest value of a result.
@@ -212,7 +212,7 @@ fn same_bits_every_run_and_in_every_batch() {
     for (name, device) in devices() {
         let mut methods = vec![Method::Auto, Method::ThreePasses];
         if let Some(gpu) = device.gpu() {
-            methods.extend(Cut::candidates(&call.problem(), gpu.capabilities(), 4).into_iter().map(Method::Cut));
+            methods.extend(Tile::candidates(&call.problem(), gpu.capabilities(), 4).into_iter().map(Method::Tile));
         }
         for method in methods {
             same_bits(&call, &data, &format!("{name}, {method:?}"), &device, method);

@@ -130,7 +130,7 @@ fn replayed_calls_give_the_same_bits() {
                 1 => attention.weights(Weights::Averaged),
                 _ => attention.method(methods[seed as usize % methods.len()]),
             };
-            // Not every cut takes every call.
+            // Not every tile takes every call.
             if attention.forward(&operands[0], &operands[1], &operands[2]).is_err() {
                 attention = attention.method(Method::Auto);
             }

@@ -33,6 +33,7 @@ fn plain<'a>(q: &'a Layout, k: &'a Layout) -> AttentionOperands<'a> {
         averaged: false,
         stage: None,
         method: Method::Auto,
+        tuned: None,
     }
 }
 

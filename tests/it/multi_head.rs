@@ -127,9 +127,14 @@ fn truth(
     let problem =
         Problem::new(ql.shape(), kl.shape(), vl.shape(), config.scale, asked.softcap, &positions, extra).unwrap();
     let bias = asked.distance.as_ref().map(|distance| {
-        distance.bias(View { data: &projected[0], layout: &ql }, &[0], problem.ruled_keys(), f64::from(problem.scale))
+        distance.bias(
+            View { data: &projected[0], layout: &ql },
+            &[0],
+            problem.maskable_keys(),
+            f64::from(problem.scale),
+        )
     });
-    let bias_layout = Layout::contiguous(&[batch, config.num_heads, len_q, problem.ruled_keys()]).unwrap();
+    let bias_layout = Layout::contiguous(&[batch, config.num_heads, len_q, problem.maskable_keys()]).unwrap();
     let mask_layout = Layout::contiguous(&[batch, 1, 1, len_k - extra]).unwrap().broadcast_to(&problem.mask_shape());
     let mask_layout = mask_layout.unwrap();
     let inputs = Inputs {

@@ -4,7 +4,7 @@ use crate::kit::{self, Call, Order, assert_logs_close, bits, devices};
 use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
-use wgpu_attention::kernels::Cut;
+use wgpu_attention::kernels::Tile;
 use wgpu_attention::problem::{MaskMeaning, Positions};
 use wgpu_attention::{Align, Attention, Device, Mask, Method, Tensor, Weights};
 
@@ -84,9 +84,9 @@ impl Ragged {
         }
         let cut = device.gpu().map(|gpu| {
             let share = gpu.capabilities().subgroup_min.map_or(1, |least| if least >= 8 { 8 } else { 4.min(least) });
-            Cut { workgroup: 8, rows: 2, keys: 4, share }
+            Tile::Registers { workgroup: 8, rows: 2, keys: 4, share }
         });
-        for method in [Some(Method::Auto), cut.map(Method::Cut)].into_iter().flatten() {
+        for method in [Some(Method::Auto), cut.map(Method::Tile)].into_iter().flatten() {
             let attention = attention.clone().method(method);
             let packed = attention.forward_packed(&q, &k, &v, &starts_q, &starts_k).unwrap();
             let total = *starts_q.last().unwrap();

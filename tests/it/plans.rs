@@ -182,7 +182,7 @@ struct Drawn {
     masks: Vec<(Layout, MaskMeaning)>,
     biases: Vec<Layout>,
     relative: Option<(Layout, RelativeKind, [i32; 2])>,
-    rotary: Option<(Layout, usize, bool)>,
+    rotary: Option<(Layout, usize, bool, [Rows; 2])>,
     sink: Option<Layout>,
 }
 
@@ -229,7 +229,10 @@ impl Drawn {
         });
         let rotary = (dim_k >= 8 && rng.random_bool(0.3)).then(|| {
             let (pairs, interleaved) = (pick(rng, &[dim_k / 8 * 4, 4]), rng.random_bool(0.5));
-            (Layout::contiguous(&[len_q + 2 * len_k, 2 * pairs]).unwrap(), pairs, interleaved)
+            let listed = |len: usize| Rows::Each { rows: (0..(batch * len) as u32).collect(), per_batch: true };
+            let rows = if rng.random_bool(0.3) { [listed(len_q), listed(len_k)] } else { [3, 0].map(Rows::From) };
+            let positions = (len_q + 2 * len_k).max(batch * len_q).max(batch * len_k);
+            (Layout::contiguous(&[positions, 2 * pairs]).unwrap(), pairs, interleaved, rows)
         });
         let sink = rng.random_bool(0.3).then(|| Layout::contiguous(&[heads]).unwrap());
         let [q, k, v, output] = [q, k, v, [batch, heads, len_q, dim_v]].map(|shape| placed(rng, shape));
@@ -253,8 +256,8 @@ impl Drawn {
 
     fn attention(&self, rng: &mut Pcg64, method: Method) -> AttentionOperands<'_> {
         let operand = |layout, stored| Operand { layout, stored };
-        let is_fused = matches!(method, Method::Fused | Method::Cut(_));
-        // Fused kernels alone turn rows, and give nothing but output and LSE.
+        let is_fused = matches!(method, Method::Fused | Method::Tile(_));
+        // Fused kernels give nothing but output and LSE.
         let mut asked = |chance| !is_fused && rng.random_bool(chance);
         let (weights, averaged, staged) = (asked(0.3), asked(0.2), asked(0.3));
         let stages = [ScoreStage::Scaled, ScoreStage::Capped, ScoreStage::Masked];
@@ -267,10 +270,9 @@ impl Drawn {
             masks: self.masks(),
             biases: self.biases.iter().collect(),
             relative: self.relative(),
-            rotary: (self.rotary.as_ref().filter(|_| is_fused)).map(|&(ref table, pairs, interleaved)| RotaryOperand {
-                table,
-                pairs,
-                interleaved,
+            // Rotated while they are read where that can be, else before.
+            rotary: self.rotary.as_ref().map(|&(ref table, pairs, interleaved, [ref queries, ref keys])| {
+                RotaryOperand { table, rotations: table, rows: [queries, keys], pairs, interleaved }
             }),
             sink: self.sink.as_ref(),
             lse: rng.random_bool(0.5),
@@ -278,6 +280,7 @@ impl Drawn {
             averaged,
             stage: staged.then(|| pick(rng, &stages)),
             method,
+            tuned: rng.random_bool(0.2).then_some(Method::ThreePasses),
         }
     }
 }
@@ -325,7 +328,7 @@ fn what_is_planned_is_valid_where_it_is_planned() {
             let drawn = Drawn::new(rng);
             let operands = drawn.attention(rng, methods[n as usize % methods.len()]);
             let planned = plan::attention(&drawn.problem, &operands, adapter);
-            let is_fused = matches!(operands.method, Method::Fused | Method::Cut(_));
+            let is_fused = matches!(operands.method, Method::Fused | Method::Tile(_));
             attention[usize::from(is_fused)][usize::from(planned.is_err())] += 1;
             tally.add("attention", planned, adapter);
         }

@@ -20,7 +20,7 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 /// Imports that point up all the same: the room, what it uses, and why.
-const EXCEPTIONS: &[(&str, &str, &str)] = &[("error", "kernels", "Error::Method carries the method")];
+const EXCEPTIONS: &[(&str, &str, &str)] = &[];
 
 /// A path that begins with the crate or leaves its module, and the module that it stands in.
 #[derive(Debug)]

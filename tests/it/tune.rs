@@ -55,7 +55,7 @@ fn the_winner_is_one_of_six_and_what_auto_runs() {
             let dry = attention.time_candidates(&x[0], &x[1], &x[2]).unwrap();
             assert_eq!(kernels(&attention, &x), before, "{name}: a dry run changes nothing");
             let tuned = tune(&attention, &x);
-            assert_eq!((tuned.class, &tuned.file), (dry.class, &None));
+            assert_eq!((tuned.key, &tuned.file), (dry.key, &None));
             assert!((3..=6).contains(&tuned.candidates.len()), "{name}: {tuned:?}");
             assert!(tuned.candidates.iter().any(|candidate| candidate.method == Method::ThreePasses));
             for candidate in &tuned.candidates {
@@ -102,17 +102,25 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
         let passes = kernels(&plain.clone().method(Method::ThreePasses), &x);
         assert_eq!(kernels(&plain, &x), passes, "{name}");
         assert_eq!(tune(&plain, &x).winner, Method::ThreePasses);
-        // The batch is no part of the class, and gives the same bits.
+        // The batch is no part of the key, and gives the same bits.
         let twice = operands(gpu, [2, 2, 20, 8], [2, 2, 30, 8]);
         assert_eq!(kernels(&plain, &twice), passes, "{name}");
         let first = |x: &Tensor| x.narrow(0, 0, 1).unwrap();
         let both = plain.forward(&twice[0], &twice[1], &twice[2]).unwrap().output;
         let alone = plain.forward(&first(&twice[0]), &first(&twice[1]), &first(&twice[2])).unwrap().output;
         assert_eq!(kit::bits(&first(&both).download().unwrap()), kit::bits(&alone.download().unwrap()), "{name}");
-        // A mask, a causal rule, more keys, another width: other classes.
+        // A mask, a bias, positions, a sink, a causal rule, more keys, another width: other keys.
         let mask = Mask::keep(Tensor::from_bools(gpu, &[30], &[true; 30]).unwrap()).unwrap();
+        let slopes = Tensor::from_slice(gpu, &[2], &alibi::slopes(2).unwrap()).unwrap();
+        let rotary = Rotary::new(&Device::from(gpu), &RotaryConfig::new(8), 64).unwrap();
+        let sink = Tensor::from_slice(gpu, &[2], &[0.5f32; 2]).unwrap();
+        let bias = Tensor::from_slice(gpu, &[30], &[0.5f32; 30]).unwrap();
         for (attention, q, k) in [
             (plain.clone().mask(mask), [1, 2, 20, 8], [1, 2, 30, 8]),
+            (plain.clone().bias(bias), [1, 2, 20, 8], [1, 2, 30, 8]),
+            (plain.clone().alibi(slopes), [1, 2, 20, 8], [1, 2, 30, 8]),
+            (plain.clone().rotary(rotary), [1, 2, 20, 8], [1, 2, 30, 8]),
+            (plain.clone().sink(sink), [1, 2, 20, 8], [1, 2, 30, 8]),
             (plain.clone().causal(Align::TopLeft), [1, 2, 20, 8], [1, 2, 30, 8]),
             (plain.clone(), [1, 2, 20, 8], [1, 2, 33, 8]),
             (plain.clone(), [1, 2, 20, 12], [1, 2, 30, 12]),
@@ -170,7 +178,7 @@ fn what_cannot_be_believed_is_ignored() {
         ("another version", |entry| entry["library"] = "0.0.0".into()),
         ("another driver", |entry| entry["adapter"]["driver_info"] = "older".into()),
         ("another backend", |entry| entry["adapter"]["backend"] = "other".into()),
-        ("no such class", |entry| entry["class"] = "rows-1".into()),
+        ("no such key", |entry| entry["key"] = "rows-1".into()),
         ("no such method", |entry| entry["method"] = "fast".into()),
         ("a cut that nothing runs", |entry| entry["method"] = "rows3x7/keys9".into()),
         ("a cut of more than there is", |entry| entry["method"] = "rows8x4294967295/keys8".into()),
@@ -212,7 +220,7 @@ fn what_cannot_be_believed_is_ignored() {
 }
 
 #[test]
-fn a_call_that_a_class_does_not_fit_runs_all_the_same() {
+fn a_call_that_a_key_does_not_fit_runs_all_the_same() {
     for (name, gpu) in kit::limited(|limits| limits.max_storage_buffers_per_shader_stage = 5) {
         let folder = tempfile::tempdir().unwrap();
         gpu.keep_tuning_in(Some(folder.path()));
@@ -243,7 +251,8 @@ fn halves_masks_biases_windows_and_sinks_are_tuned_too() {
             .bias(Tensor::from_slice(&gpu, &[10], &[0.5f32; 10]).unwrap())
             .sink(Tensor::from_slice(&gpu, &[2], &[half::f16::ONE; 2]).unwrap());
         let tuned = attention.tune(&q, &q, &q).unwrap();
-        assert!(tuned.class.banded && tuned.class.masked, "{name}: {tuned:?}");
+        let rules = tuned.key.rules;
+        assert!(rules.banded && rules.masks && rules.biases && rules.sink, "{name}: {tuned:?}");
         assert!(tuned.candidates.iter().all(|candidate| candidate.time.is_ok()), "{name}: {tuned:?}");
         // An output of the caller's is written whatever won.
         attention.forward(&q, &q, &q).unwrap().output.download().unwrap();
@@ -300,7 +309,7 @@ fn self_tests_know_positions() {
 fn broken_positions(variant: &Variant, source: &str) -> Option<String> {
     let is_fused = matches!(variant.kernel, Kernel::Flash | Kernel::FlashTiled);
     let broken = (source.replace("-abs(vec4<f32>(distance))", "abs(vec4<f32>(distance))"))
-        .replace("params.relative_factor * ", "2.0 * params.relative_factor * ")
+        .replace("return view.factor * ", "return 2.0 * view.factor * ")
         .replace("let sine = ", "let sine = 1.01 * ")
         .replace("angle.xxyy", "angle.zzww");
     (is_fused && broken != source).then_some(broken)
@@ -317,10 +326,10 @@ fn a_kernel_that_gets_positions_wrong_is_never_chosen() {
             let x = operands(&gpu, q, k);
             let tuned = attention.time_candidates(&x[0], &x[1], &x[2]).unwrap();
             assert_eq!(tuned.winner, Method::ThreePasses, "{name} {word}: {tuned:?}");
-            let (last, cuts) = tuned.candidates.split_last().unwrap();
+            let (last, tiles) = tuned.candidates.split_last().unwrap();
             assert!(last.time.is_ok(), "{name} {word}: {tuned:?}");
-            for cut in cuts {
-                let reason = cut.time.as_ref().unwrap_err();
+            for tile in tiles {
+                let reason = tile.time.as_ref().unwrap_err();
                 assert!(reason.contains("self-test failed"), "{name} {word}: {reason}");
             }
         }
@@ -339,7 +348,7 @@ fn where_there_is_nothing_to_choose_an_error_says_so() {
         let error = Attention::new().tune(&x[0], &x[1], &x[2]).unwrap_err();
         assert!(matches!(&error, Error::Value(message) if message.contains("nothing to tune")), "{error}");
     }
-    // Too wide for the fused kernel: its cuts are reported, the three passes stay.
+    // Too wide for the fused kernel: its tiles are reported, the three passes stay.
     let x = operands(&gpu, [1, 1, 3, 1028], [1, 1, 4, 1028]);
     let tuned = tune(&Attention::new(), &x);
     assert!(tuned.candidates[0].time.as_ref().is_err_and(|reason| reason.contains("1028")), "{tuned:?}");

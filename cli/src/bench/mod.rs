@@ -63,7 +63,7 @@ pub struct BenchArgs {
     /// The lengths are causal
     #[arg(long, requires = "lengths")]
     causal: bool,
-    /// Which kernels: auto, fused, passes (three of them) or a cut of the fused one, as rows8x8/keys8/subgroup8
+    /// Which kernels: auto, fused, passes (three of them) or a tile of the fused one, as rows8x8/keys8/subgroup8
     /// (rows per invocation, invocations, keys per step, lanes that share loads); several for a
     /// comparison. The CPU backend has one way only
     #[arg(long, value_name = "METHOD,…", value_delimiter = ',', default_value = "auto", value_parser = parse_method)]

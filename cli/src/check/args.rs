@@ -27,8 +27,8 @@ report is the suite's, in every form. Its ids, NAME@METHOD, are what --repro tak
 
 Ops keras.MultiHeadAttention, keras.GroupQueryAttention and jax.nn.dot_product_attention hold a call of that function: its arguments by name, missing ones at their defaults, tensors as in.NAME, Keras's weights as param.query/kernel and so on; out32.* (or t32.*) is what the framework itself gives. A tensor that is not known skips the case; an argument that is not known is named with the result.
 
-Methods: auto (what a call runs unless told otherwise), three-passes, fused, a cut of the fused kernel \
-such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of cuts \
+Methods: auto (what a call runs unless told otherwise), three-passes, fused, a tile of the fused kernel \
+such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of tiles \
 with subgroups and without. A case that a method cannot compute is skipped with the reason, and so is \
 one of an op that has no methods. The CPU backend has one way only.
 

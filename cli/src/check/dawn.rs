@@ -302,7 +302,7 @@ mod tests {
             };
             let [q, k, v] = call.operands(&gpu, &data, stored).unwrap();
             let chosen = ruled(&gpu).method(methods[seed as usize % methods.len()]);
-            // Not every cut takes every call.
+            // Not every tile takes every call.
             let exported = chosen.export(&q, &k, &v).or_else(|_| ruled(&gpu).export(&q, &k, &v)).unwrap();
             calls.push(exported);
             let [q, k, v] = call.operands(&Device::Cpu, &data, stored).unwrap();

@@ -92,8 +92,8 @@ fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
         for seen in adapter["observed"].as_array().unwrap() {
             assert_eq!(seen["invocations"], seen["workgroup"], "{adapter}");
         }
-        let cut = of_it.iter().find(|result| result["variant"] == "rows4x64/keys32").unwrap();
-        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the cut rows4x64/keys32 was asked for".into()));
+        let cut = of_it.iter().find(|result| result["variant"] == "workgroup64").unwrap();
+        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the tile workgroup64 was asked for".into()));
         if let Some([least, most]) = adapter["subgroups"].as_array().map(Vec::as_slice) {
             let seen = cut["subgroup"].as_u64().unwrap();
             assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
@@ -153,7 +153,7 @@ fn single_calls_come_out_of_dawn_too() {
     let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver.as_str())];
     let args = ["check", "--quick", "--dawn", "--adapter", "0", "--json", "report.json"];
     let some =
-        ["--op", "alibi", "--op", "rotary", "--op", "attention", "--variant", "fused", "--variant", "rows4x64/keys32"];
+        ["--op", "alibi", "--op", "rotary", "--op", "attention", "--variant", "fused", "--variant", "workgroup64"];
     let ran = attn_with(folder.path(), &[&args[..], &some].concat(), &env);
     ran.succeeded();
     let report = report(folder.path());
@@ -190,7 +190,10 @@ fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
         }
         if fault == "missing-barrier" {
             // Nobody else lost a barrier.
-            assert!(failed.iter().all(|result| result["variant"].as_str().unwrap().ends_with("keys32")), "{failed:?}");
+            assert!(
+                failed.iter().all(|result| result["variant"].as_str().unwrap().ends_with("workgroup64")),
+                "{failed:?}"
+            );
         }
         let id = failed[0]["id"].as_str().unwrap();
         let shrunk = attn(folder.path(), &["check", "--repro", id, "--shrink", "--plant", fault, "--adapter", "0"]);

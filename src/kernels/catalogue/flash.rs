@@ -1,48 +1,25 @@
 //! Variants of the fused kernels.
 
-use super::{Body, Changes, Kernel, MASK_BLOCK, RelativeKind, Rules, Tile, Variant, share, sink};
+use super::{Body, Changes, Kernel, MASK_BLOCK, RelativeKind, RowTile, Rules, Variant, share, sink};
 use crate::kernels::access::{self, Access};
-
-/// Rows per invocation of `flash_tiled.wgsl`.
-pub const TILED_ROWS: u32 = 4;
-/// Keys per step of it; no cut of `flash.wgsl` has as many.
-pub const TILED_KEYS: u32 = 32;
-/// Invocations that share a row of it.
-pub const TILED_ACROSS: u32 = 8;
+use crate::kernels::method::Tile;
 
 /// Bytes of workgroup memory of `flash_tiled.wgsl`: four vec4s and four numbers per invocation, the part of the
 /// keys, one flag.
 pub const fn tiled_memory(workgroup: u32) -> u32 {
-    workgroup.saturating_mul(TILED_ROWS * 20).saturating_add(TILED_KEYS * TILED_ACROSS * 16 + 4)
+    let keys_part = Tile::KEYS_IN_MEMORY * Tile::ACROSS * 16;
+    workgroup.saturating_mul(Tile::ROWS_IN_MEMORY * 20).saturating_add(keys_part + 4)
 }
 
-/// How `flash.wgsl` and `flash_tiled.wgsl` are cut.
+/// The tile of `flash.wgsl` and `flash_tiled.wgsl`, and the vec4s that it holds of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashTile {
-    /// Invocations per workgroup.
-    pub workgroup: u32,
-    /// Rows per invocation.
-    pub rows: u32,
-    /// Keys per step, at most 8; [`TILED_KEYS`]: through workgroup memory.
-    pub keys: u32,
-    /// Lanes that share their loads through subgroup operations; 1 without.
-    pub share: u32,
+    /// Rows and keys.
+    pub tile: Tile,
     /// vec4s of a query and a key.
     pub depth4: u32,
     /// vec4s of a value.
     pub cols4: u32,
-}
-
-impl FlashTile {
-    /// Whether tiles stand in workgroup memory.
-    pub fn is_tiled(&self) -> bool {
-        self.keys == TILED_KEYS
-    }
-    /// Rows per workgroup.
-    pub fn block_rows(&self) -> usize {
-        let across = if self.is_tiled() { TILED_ACROSS } else { 1 };
-        (self.workgroup * self.rows / across) as usize
-    }
 }
 
 /// How the operands of `flash.wgsl` are read and written.
@@ -94,32 +71,38 @@ fn at_once(count: u32) -> u32 {
 }
 
 /// A variant of `flash.wgsl`, or of `flash_tiled.wgsl`.
-pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
+pub fn flash(flash_tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Variant {
     let FlashOptions { padded, softcap, lse, rules, block_mask, packed, rotary, neighbours } = options;
-    let kernel = if tile.is_tiled() { Kernel::FlashTiled } else { Kernel::Flash };
+    let FlashTile { tile, depth4, cols4 } = flash_tile;
+    let kernel = if matches!(tile, Tile::Workgroup { .. }) { Kernel::FlashTiled } else { Kernel::Flash };
     let mut name = String::from(kernel.name());
     let shared = [
         ("share_k", "let k4 = subgroupBroadcast(loaded, d % SHARE);"),
         ("share_v", "let v4 = subgroupBroadcast(loaded, (d * KEYS + c) % SHARE);"),
         ("any_not_finite", "let any_not_finite = subgroupAny(any(has_not_finite));"),
     ];
-    let FlashTile { workgroup, rows, keys, share: lanes, depth4, cols4 } = tile;
-    let mut changes = if tile.is_tiled() {
-        name.push_str(&format!("/rows{rows}x{workgroup}"));
-        Changes::default()
-            .number("WORKGROUP", workgroup)
-            .number("BLOCK_ROWS", tile.block_rows() as u32)
-            .number("KEY_LOADS", TILED_KEYS * TILED_ACROSS / workgroup)
-            .number("K_PARTS", depth4.div_ceil(TILED_ACROSS))
-            .number("V_PARTS", cols4.div_ceil(TILED_ACROSS))
-    } else {
-        share(Changes::default(), Tile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared)
-            .number("KEYS", keys)
-            .number("PAIRS", keys.min(4))
-            .number("GROUPS", keys.div_ceil(4))
-            .number("K_LOADS", depth4.div_ceil(lanes))
-            .number("Q_LOADS", at_once(depth4))
-            .number("O_STORES", at_once(cols4))
+    let (mut changes, keys, lanes) = match tile {
+        Tile::Workgroup { workgroup } => {
+            name.push_str(&format!("/rows{}x{workgroup}", tile.rows()));
+            let changes = Changes::default()
+                .number("WORKGROUP", workgroup)
+                .number("BLOCK_ROWS", tile.block_rows() as u32)
+                .number("KEY_LOADS", Tile::KEYS_IN_MEMORY * Tile::ACROSS / workgroup)
+                .number("K_PARTS", depth4.div_ceil(Tile::ACROSS))
+                .number("V_PARTS", cols4.div_ceil(Tile::ACROSS));
+            (changes, Tile::KEYS_IN_MEMORY, None)
+        }
+        Tile::Registers { workgroup, rows, keys, share: lanes } => {
+            let changes =
+                share(Changes::default(), RowTile { workgroup, rows, share: lanes, depth4 }, &mut name, &shared)
+                    .number("KEYS", keys)
+                    .number("PAIRS", keys.min(4))
+                    .number("GROUPS", keys.div_ceil(4))
+                    .number("K_LOADS", depth4.div_ceil(lanes))
+                    .number("Q_LOADS", at_once(depth4))
+                    .number("O_STORES", at_once(cols4));
+            (changes, keys, Some(lanes))
+        }
     };
     changes = changes.number("DEPTH4", depth4).number("COLS4", cols4);
     changes = changes.flag("PADDED_K", padded[0]).flag("PADDED_V", padded[1]);
@@ -155,12 +138,12 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
         changes = changes.line("block_is_full", "fn block_is_full(work: Work, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
-    if !tile.is_tiled() {
+    if lanes.is_some() {
         changes = match rules.relative {
             // The rows of an invocation are neighbours: what their distances add overlaps.
             Some(RelativeKind::Fours) if neighbours => {
                 name.push_str("/neighbours");
-                changes.block("by_distance", Body::Or("neighbours")).number("NEAR", (rows + 3).div_ceil(4))
+                changes.block("by_distance", Body::Or("neighbours")).number("NEAR", (tile.rows() + 3).div_ceil(4))
             }
             Some(_) => changes,
             None => changes.line("by_distance", ""),
@@ -173,10 +156,10 @@ pub fn flash(tile: FlashTile, access: FlashAccess, options: FlashOptions) -> Var
         Some(FlashRotary { pairs4, interleaved: false }) => {
             name.push_str(&format!("/rotary{}", pairs4 * 8));
             changes = changes.number("PAIRS4", pairs4);
-            if !tile.is_tiled() && 2 * pairs4 == depth4 {
+            if lanes.is_some() && 2 * pairs4 == depth4 {
                 changes = changes.block("load_rows", Body::Or("halves"));
             }
-            if !tile.is_tiled() && pairs4.is_multiple_of(lanes) {
+            if let Some(lanes) = lanes.filter(|&lanes| pairs4.is_multiple_of(lanes)) {
                 // A lane loads both halves of its pairs.
                 changes = (changes.block("load_key", Body::Or("halves")).number("APART", pairs4 / lanes))
                     .line("part_k", "loaded = parts[d / SHARE];");

@@ -2,11 +2,10 @@
 
 mod flash;
 
-pub use flash::{
-    FlashAccess, FlashOptions, FlashRotary, FlashTile, TILED_ACROSS, TILED_KEYS, TILED_ROWS, flash, tiled_memory,
-};
+pub use flash::{FlashAccess, FlashOptions, FlashRotary, FlashTile, flash, tiled_memory};
 
 use super::access::{self, Access};
+use super::method::Tile;
 use super::params::{self, Fields, Member};
 use super::specialise::{Body, Changes, as_it_stands, specialise};
 use crate::error::{Result, value_error};
@@ -153,7 +152,7 @@ impl Variant {
 
 /// How lanes work together on one tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tile {
+pub struct RowTile {
     /// Invocations per workgroup.
     pub workgroup: u32,
     /// Rows per invocation.
@@ -182,7 +181,7 @@ pub struct Rules {
 }
 
 /// How the table of a bias by distance is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RelativeKind {
     /// One slope, times the distance, negated.
     Slope,
@@ -265,7 +264,7 @@ fn sink(changes: Changes, given: bool, name: &mut String) -> Changes {
 const LANE_BUILTIN: &str = "    @builtin(subgroup_invocation_id) subgroup_lane: u32,";
 const LANE: &str = "    let lane = subgroup_lane % SHARE;";
 
-fn share(changes: Changes, tile: Tile, name: &mut String, blocks: &[(&'static str, &'static str)]) -> Changes {
+fn share(changes: Changes, tile: RowTile, name: &mut String, blocks: &[(&'static str, &'static str)]) -> Changes {
     let changes = changes.number("WORKGROUP", tile.workgroup).number("ROWS", tile.rows).number("SHARE", tile.share);
     name.push_str(&format!("/rows{}x{}", tile.rows, tile.workgroup));
     if tile.share == 1 {
@@ -277,7 +276,7 @@ fn share(changes: Changes, tile: Tile, name: &mut String, blocks: &[(&'static st
 }
 
 /// A variant of `scores.wgsl`. `stage`: 0 scaled, 1 after the softcap, 2 after bias and mask.
-pub fn scores(tile: Tile, [q, k]: [Access; 2], padded: bool, softcap: bool, rules: Rules, stage: u32) -> Variant {
+pub fn scores(tile: RowTile, [q, k]: [Access; 2], padded: bool, softcap: bool, rules: Rules, stage: u32) -> Variant {
     // Rules come last.
     let (softcap, rules) = (softcap && stage > 0, if stage < 2 { Rules::default() } else { rules });
     let mut name = String::from("scores");
@@ -302,7 +301,7 @@ pub fn scores(tile: Tile, [q, k]: [Access; 2], padded: bool, softcap: bool, rule
 }
 
 /// A variant of `weighted_sum.wgsl`; `tile.depth4` counts columns.
-pub fn weighted_sum(tile: Tile, v: Access, o: Access, accumulate: bool, rules: Rules) -> Variant {
+pub fn weighted_sum(tile: RowTile, v: Access, o: Access, accumulate: bool, rules: Rules) -> Variant {
     let mut name = String::from("weighted_sum");
     let shared = [("share", "let v4 = subgroupBroadcast(loaded, (d * KEYS + c) % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
@@ -366,7 +365,7 @@ pub enum Inspection {
 /// outer operand of column sums, queries that of the others.
 pub fn inspect(
     inspection: Inspection,
-    tile: Tile,
+    tile: RowTile,
     chunks: u32,
     [outer, inner]: [Access; 2],
     padded: bool,
@@ -427,7 +426,7 @@ pub const fn softmax_memory(workgroup: u32) -> u32 {
 }
 
 /// A variant of `project.wgsl`.
-pub fn project(tile: Tile, x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
+pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
     let mut name = String::from("project");
     let shared = [("share", "let w4 = subgroupBroadcast(loaded, d % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
@@ -639,7 +638,7 @@ pub fn variants() -> Vec<Variant> {
         [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]
     {
         for rows in [1, 2, 4] {
-            let tile = Tile { workgroup, rows, share, depth4 };
+            let tile = RowTile { workgroup, rows, share, depth4 };
             let wide_choices: &[bool] = if rows == 4 { &[true, false] } else { &[true] };
             for &is_wide in wide_choices {
                 let access = if is_wide { Access::WIDE } else { Access::NARROW };
@@ -677,15 +676,17 @@ pub fn variants() -> Vec<Variant> {
         (8, 8, 32, 16, 2),
         (8, 8, 128, 128, 1),
         (8, 4, 1, 3, 4),
-        (64, 1, 16, 16, TILED_KEYS),
-        (128, 1, 5, 33, TILED_KEYS),
+        (64, 1, 16, 16, Tile::KEYS_IN_MEMORY),
+        (128, 1, 5, 33, Tile::KEYS_IN_MEMORY),
     ] {
         let plain = FlashOptions::default();
         for rows in [1, 4] {
-            if rows != TILED_ROWS && keys == TILED_KEYS {
-                continue;
-            }
-            let tile = FlashTile { workgroup, rows, keys, share, depth4, cols4 };
+            let tile = match keys {
+                Tile::KEYS_IN_MEMORY if rows != Tile::ROWS_IN_MEMORY => continue,
+                Tile::KEYS_IN_MEMORY => Tile::Workgroup { workgroup },
+                _ => Tile::Registers { workgroup, rows, keys, share },
+            };
+            let tile = FlashTile { tile, depth4, cols4 };
             let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
             let all_narrow = FlashAccess { q: narrow, k: narrow, v: narrow, o: narrow };
             for (n, rules) in rules.into_iter().enumerate() {
@@ -755,7 +756,7 @@ pub fn variants() -> Vec<Variant> {
         (64, 2, 8, 16, 1),
         (64, 1, 4, 27, 3),
     ] {
-        let tile = Tile { workgroup, rows, share, depth4 };
+        let tile = RowTile { workgroup, rows, share, depth4 };
         for inspection in [Inspection::Weights, Inspection::ColumnSums, Inspection::Entropy] {
             for (n, rules) in rules.into_iter().enumerate() {
                 // Seven buffers at most, the four operands among them.

@@ -86,7 +86,7 @@ impl<'a> Call<'a> {
 
     /// The axes along which any combined rule differs, as long as in the slice.
     pub(super) fn combined_shape(&self, [batch, heads, rows, keys]: Sizes) -> [usize; 4] {
-        let full = [batch, heads, rows, keys.min(self.problem.ruled_keys())];
+        let full = [batch, heads, rows, keys.min(self.problem.maskable_keys())];
         let mut shape = [1; 4];
         for layout in self.lists() {
             for axis in 0..4 {
@@ -120,7 +120,7 @@ impl<'a> Call<'a> {
         }
         .min(self.problem.heads_kv);
         let operands = self.operands;
-        let square = [batch, heads, rows, keys.min(self.problem.ruled_keys())];
+        let square = [batch, heads, rows, keys.min(self.problem.maskable_keys())];
         let combined =
             if self.combine { self.combined_shape(sizes).iter().map(|&n| n as u64).product::<u64>() * 4 } else { 0 };
         let masks = operands.masks.iter().map(|(layout, _)| self.binding_size(layout, &square, 1));
@@ -166,7 +166,7 @@ impl<'a> Call<'a> {
             band: self.band(),
             scale: self.problem.scale,
             softcap: self.problem.softcap.unwrap_or(1.0),
-            maskable_keys: self.problem.ruled_keys() as u32,
+            maskable_keys: self.problem.maskable_keys() as u32,
             ..bound.rules
         }
     }
@@ -224,7 +224,7 @@ impl<'a> Call<'a> {
             let RelativeOperand { low, high, factor, .. } = *relative;
             bound.rules.relative = params::Relative { strides, offset, low, high, factor, ..Default::default() };
         }
-        let parts = [b, h, i, j.within(problem.ruled_keys())];
+        let parts = [b, h, i, j.within(problem.maskable_keys())];
         if self.combine {
             bound.rules.bias = View::strided(self.combine_rules(planner, parts, sizes)?, 0);
             bound.bindings.push(Binding::whole("bias", Slot::Scratch(1), planner.plan.scratch[1]));

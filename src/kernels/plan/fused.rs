@@ -3,15 +3,16 @@
 use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::catalogue::{self, FlashAccess, FlashOptions, FlashRotary, FlashTile};
+use super::super::method::{Method, Tile};
 use super::super::params::{self, View};
 use super::super::turns;
 use super::call::{BoundRules, Call, Sizes};
 use super::slice::{Part, halving, slice, window};
 use super::{
-    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, RotaryOperand, Slot, Window,
-    check_buffer, rows_per_invocation,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Plan, Planner, RotaryOperand, Slot, Window,
+    check_buffer,
 };
-use crate::error::{Error, Result, value_error};
+use crate::error::Result;
 use crate::problem::{Layout, Problem, Sequence, checked_len};
 
 /// The widest head whose rows fit registers: those of a software adapter are memory.
@@ -25,12 +26,6 @@ fn most_dim(adapter: &Capabilities) -> usize {
 /// Wider heads with more rows of a key/value head than this are faster in three passes (docs/performance.md).
 const WIDE_DIM: usize = 512;
 const MOST_WIDE_ROWS: usize = 32;
-/// vec4s of a key and a value from which on an invocation takes fewer keys in a step: the text compiles sooner.
-const WIDE4: usize = 192;
-/// vec4s of Q and O that an invocation of a software adapter keeps: they fill its first cache.
-const KEPT: u32 = 256;
-/// Rows of a key/value head from which tiles in workgroup memory fill.
-const LEAST_TILED_ROWS: usize = 16;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
 /// Keys whose values are added up in one run: a longer row is cut into splits of [`LONG_SPLIT`], or it loses digits.
@@ -39,62 +34,7 @@ const LONG_SPLIT: usize = 512;
 /// Bytes of the outputs of splits that are worth holding: rows beyond are sliced.
 const MOST_PARTIAL: u64 = 32 << 20;
 
-/// The plan of a fused call, or why the call needs scores in memory or does not fit.
-pub(super) fn attention(
-    problem: &Problem,
-    operands: &AttentionOperands<'_>,
-    adapter: &Capabilities,
-) -> Result<std::result::Result<Plan, String>> {
-    match Fused::new(problem, operands, adapter, &[]) {
-        Ok(fused) => {
-            let why = match operands.method {
-                Method::Cut(cut) => format!("the cut {cut} was asked for"),
-                method => {
-                    let kind = match adapter.class {
-                        AdapterClass::Cpu => "software adapters",
-                        AdapterClass::Gpu => "GPUs",
-                    };
-                    let rows = problem.group() * problem.len_q;
-                    let asked = if method == Method::Fused { "asked for" } else { "where nothing else was found" };
-                    let cut = Cut::default_for(problem, adapter);
-                    format!("fused, {asked}; {cut} is the default of {kind} for {rows} rows of a key head")
-                }
-            };
-            Ok(Ok(Plan { why, ..fused.plan()? }))
-        }
-        Err(reason) if matches!(operands.method, Method::Fused | Method::Cut(_)) => {
-            Err(Error::Method { method: operands.method, reason })
-        }
-        Err(reason) => Ok(Err(reason)),
-    }
-}
-
-/// The plan of sequences that lie one behind another in operands of batch 1: Q `[1, hq, total, d]`. `problem`
-/// gives heads, widths, scale and softcap; what a query may see is said by each sequence's band.
-pub fn packed(
-    problem: &Problem,
-    operands: &AttentionOperands<'_>,
-    sequences: &[Sequence],
-    adapter: &Capabilities,
-) -> Result<Plan> {
-    let plan = Plan { output: operands.output.stored, ..Plan::default() };
-    if problem.is_empty() || sequences.iter().all(|sequence| sequence.len_q == 0) {
-        return Ok(plan);
-    }
-    match Fused::new(problem, operands, adapter, sequences) {
-        Ok(fused) => Ok(Plan { output: operands.output.stored, ..fused.plan()? }),
-        Err(reason) if matches!(operands.method, Method::Cut(_)) => {
-            Err(Error::Method { method: operands.method, reason })
-        }
-        Err(reason) => Err(Error::Unsupported {
-            what: "attention over packed sequences".into(),
-            adapter: adapter.adapter.clone(),
-            needs: format!("the fused kernel, but {reason}; run the longest sequences by themselves"),
-        }),
-    }
-}
-
-struct Fused<'a> {
+pub(super) struct Fused<'a> {
     call: Call<'a>,
     adapter: &'a Capabilities,
     tile: FlashTile,
@@ -119,7 +59,9 @@ struct Blocks {
 }
 
 impl<'a> Fused<'a> {
-    fn new(
+    /// A fused call, or why it needs scores in memory or does not fit. `sequences` lie one behind another in operands of
+    /// batch 1; without, every entry of the batch is as long.
+    pub fn new(
         problem: &'a Problem,
         operands: &'a AttentionOperands<'a>,
         adapter: &'a Capabilities,
@@ -138,18 +80,18 @@ impl<'a> Fused<'a> {
         {
             return Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"));
         }
-        let cut = match operands.method {
-            Method::Cut(cut) => cut,
-            _ if sequences.is_empty() => Cut::default_for(problem, adapter),
+        let tile = match operands.method {
+            Method::Tile(tile) => tile,
+            _ if sequences.is_empty() => Tile::default_for(problem, adapter),
             _ => {
                 let longest = |len: fn(&Sequence) -> usize| sequences.iter().map(len).max().unwrap_or(0);
                 let (len_q, len_k) = (longest(|one| one.len_q), longest(|one| one.len_k));
-                Cut::default_for(&Problem { len_q, len_k, ..problem.clone() }, adapter)
+                Tile::default_for(&Problem { len_q, len_k, ..problem.clone() }, adapter)
             }
         };
-        cut.check(adapter).map_err(|error| error.to_string())?;
-        let tile = cut.tile(problem);
-        let cut_keys = |long_split: usize| match sequences {
+        tile.check(adapter).map_err(|error| error.to_string())?;
+        let tile = flash_tile(tile, problem);
+        let split_keys = |long_split: usize| match sequences {
             [] => key_splits(problem, adapter, tile, [len_q, len_k], long_split),
             _ => {
                 let split = |one: &Sequence| key_splits(problem, adapter, tile, [one.len_q, one.len_k], long_split);
@@ -158,12 +100,12 @@ impl<'a> Fused<'a> {
             }
         };
         let mut long_split = LONG_SPLIT;
-        let (mut splits, mut keys_per_split) = cut_keys(long_split);
+        let (mut splits, mut keys_per_split) = split_keys(long_split);
         // Packed rows are not sliced: where the outputs of all splits are too large, as few splits as there must be.
         let partial = |splits: usize| split_bytes(problem, splits, [batch, heads_q, len_q]);
         if !sequences.is_empty() && partial(splits) > adapter.max_binding {
             long_split = usize::MAX;
-            (splits, keys_per_split) = cut_keys(long_split);
+            (splits, keys_per_split) = split_keys(long_split);
         }
 
         let lse = operands.lse || splits > 1;
@@ -214,7 +156,7 @@ impl<'a> Fused<'a> {
         }
         fused.sizes = sizes;
         // One invocation per row and block of keys must be countable too.
-        let countable = |bytes: u64| bytes / 4 * tile.block_rows() as u64 <= u64::from(u32::MAX);
+        let countable = |bytes: u64| bytes / 4 * tile.tile.block_rows() as u64 <= u64::from(u32::MAX);
         fused.block_mask &= fused.mask_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding && countable(bytes));
         Ok(fused)
     }
@@ -229,7 +171,7 @@ impl<'a> Fused<'a> {
         split_bytes(self.call.problem, self.splits, [batch, heads, rows])
     }
 
-    fn plan(&self) -> Result<Plan> {
+    pub fn plan(&self) -> Result<Plan> {
         let Problem { batch, heads_q, len_q, dim_v, .. } = *self.call.problem;
         let mut planner = Planner { adapter: self.adapter, plan: Plan::default() };
         planner.plan.bands = self.call.band_table();
@@ -267,7 +209,7 @@ impl<'a> Fused<'a> {
     /// counted from the start of the table.
     fn plan_sequences(&self, table: &mut Vec<[i32; 4]>) -> Vec<Blocks> {
         let Problem { heads_q, heads_kv, .. } = *self.call.problem;
-        let per_block = self.tile.block_rows();
+        let per_block = self.tile.tile.block_rows();
         let mut dispatches = Vec::new();
         let mut blocks = Vec::new();
         let (mut first, mut work) = (0, 0.0);
@@ -307,7 +249,7 @@ impl<'a> Fused<'a> {
 
     /// Blocks of rows of as many queries.
     fn row_blocks(&self, len_q: usize) -> usize {
-        (self.call.problem.group() * len_q).div_ceil(self.tile.block_rows())
+        (self.call.problem.group() * len_q).div_ceil(self.tile.tile.block_rows())
     }
 
     /// Blocks of keys per block of rows.
@@ -336,7 +278,7 @@ impl<'a> Fused<'a> {
         let group = problem.group();
         let [batch, heads] = self.masked_apart(b.count, h.grouped(group).count);
         let (row_blocks, key_blocks) = (self.row_blocks(i.count), self.key_blocks());
-        let rows_per_block = self.tile.block_rows();
+        let rows_per_block = self.tile.tile.block_rows();
         let entries = checked_len(&[batch, heads, row_blocks, key_blocks])?;
         let total = checked_len(&[entries, rows_per_block])?;
         planner.fill(Slot::Scratch(3), entries, 0)?;
@@ -428,7 +370,7 @@ impl<'a> Fused<'a> {
             rules,
             block_mask: self.block_mask,
             rotary: self.rotary,
-            neighbours: i.count.is_multiple_of(self.tile.rows as usize),
+            neighbours: i.count.is_multiple_of(self.tile.tile.rows() as usize),
             packed: blocks.is_some(),
         };
         planner.push_costly(
@@ -494,6 +436,17 @@ impl<'a> Fused<'a> {
     }
 }
 
+/// The tile with what it holds of rows as wide as these.
+fn flash_tile(tile: Tile, problem: &Problem) -> FlashTile {
+    let [depth4, cols4] = [problem.dim_k, problem.dim_v].map(|dim| dim.div_ceil(4) as u32);
+    // Lanes share whole loads: keys · cols4 vec4s must divide evenly.
+    let multiple = match tile {
+        Tile::Registers { keys, share, .. } => (share / keys).max(1),
+        Tile::Workgroup { .. } => 1,
+    };
+    FlashTile { tile, depth4, cols4: cols4.next_multiple_of(multiple) }
+}
+
 /// How the kernel rotates rows, if it can: in whole vec4s.
 fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Result<FlashRotary, String> {
     let (each, vec4s) = if rotary.interleaved { (2, 1) } else { (4, 2) };
@@ -508,9 +461,9 @@ fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Resu
 /// less often where heads share them.
 fn hides_blocks(call: &Call<'_>, tile: FlashTile) -> bool {
     let shared = call.problem.heads_q > 1 && call.lists().all(|layout| layout.strides()[1] == 0);
-    let few_rows = call.problem.group() * call.problem.len_q < tile.workgroup as usize;
+    let few_rows = call.problem.group() * call.problem.len_q < tile.tile.workgroup() as usize;
     let masked = !call.operands.masks.is_empty() || !call.operands.biases.is_empty() && (shared || few_rows);
-    masked && call.problem.ruled_keys() > catalogue::MASK_BLOCK as usize
+    masked && call.problem.maskable_keys() > catalogue::MASK_BLOCK as usize
 }
 
 /// Bytes of the outputs of splits, rows padded to whole vec4s; none where there is but one split.
@@ -528,7 +481,7 @@ fn key_splits(
     [len_q, len_k]: [usize; 2],
     long_split: usize,
 ) -> (usize, usize) {
-    let row_blocks = (problem.group() * len_q).div_ceil(tile.block_rows());
+    let row_blocks = (problem.group() * len_q).div_ceil(tile.tile.block_rows());
     let target = match adapter.class {
         AdapterClass::Cpu => 16,
         AdapterClass::Gpu => 512,
@@ -540,196 +493,4 @@ fn key_splits(
     let splits = splits.max(len_k.div_ceil(longest.max(32)));
     let keys_per_split = len_k.div_ceil(splits).next_multiple_of(32).max(32);
     (len_k.div_ceil(keys_per_split).max(1), keys_per_split)
-}
-
-/// How the fused kernel is cut, whatever the widths. What is fastest differs by adapter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Cut {
-    /// Invocations per workgroup.
-    pub workgroup: u32,
-    /// Query rows per invocation.
-    pub rows: u32,
-    /// Keys per step: 1 to 8, or 32, which stand in workgroup memory together with the rows that meet them.
-    pub keys: u32,
-    /// Lanes that share their loads through subgroup operations; 1: each lane loads for itself.
-    pub share: u32,
-}
-
-/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share.
-impl std::fmt::Display for Cut {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "rows{}x{}/keys{}", self.rows, self.workgroup, self.keys)?;
-        if self.share > 1 { write!(f, "/subgroup{}", self.share) } else { Ok(()) }
-    }
-}
-
-impl std::str::FromStr for Cut {
-    type Err = Error;
-    fn from_str(text: &str) -> Result<Cut> {
-        let parse = || {
-            let (rows, rest) = text.strip_prefix("rows")?.split_once('x')?;
-            let (workgroup, rest) = rest.split_once("/keys")?;
-            let (keys, share) = rest.split_once("/subgroup").unwrap_or((rest, "1"));
-            let [rows, workgroup, keys, share] = [rows, workgroup, keys, share].map(|n| n.parse().ok());
-            Some(Cut { workgroup: workgroup?, rows: rows?, keys: keys?, share: share? })
-        };
-        parse().ok_or_else(|| {
-            value_error!("{text:?} is no cut of the fused kernel; rows8x8/keys8/subgroup8 and rows4x64/keys4 are")
-        })
-    }
-}
-
-impl Method {
-    /// One of each kind of way to compute a call on an adapter: the three passes, the fused kernel's default cut,
-    /// and cuts of every number of rows and of small and large workgroups, with subgroups and without, through
-    /// workgroup memory too. For tests and checks: a fixed list, not what is fastest.
-    pub fn every(adapter: &Capabilities) -> Vec<Method> {
-        let (workgroup, share) = Cut::lanes(adapter);
-        let other = if workgroup == 64 { 32 } else { 64 };
-        let mut all = vec![Method::ThreePasses, Method::Fused];
-        let cuts = [
-            (workgroup, 8, 8, share),
-            (workgroup, 4, 4, share),
-            (workgroup, 2, 1, share),
-            (workgroup, 1, 4, share),
-            (other, 1, 4, share),
-            (workgroup, 4, 4, 1),
-            (workgroup, 1, 8, 1),
-        ];
-        let cuts = cuts.map(|(workgroup, rows, keys, share)| Cut { workgroup, rows, keys, share });
-        for cut in cuts.into_iter().chain(Cut::TILED) {
-            if cut.check(adapter).is_ok() && !all.contains(&Method::Cut(cut)) {
-                all.push(Method::Cut(cut));
-            }
-        }
-        all
-    }
-}
-
-impl Cut {
-    /// Through workgroup memory: 32 and 64 rows per workgroup.
-    const TILED: [Cut; 2] = [Cut::tiled(64), Cut::tiled(128)];
-
-    const fn tiled(workgroup: u32) -> Cut {
-        Cut { workgroup, rows: catalogue::TILED_ROWS, keys: catalogue::TILED_KEYS, share: 1 }
-    }
-
-    /// Invocations of a workgroup, and lanes that share their loads, unless another cut is chosen.
-    fn lanes(adapter: &Capabilities) -> (u32, u32) {
-        let workgroup: u32 = match adapter.class {
-            AdapterClass::Cpu => 8,
-            AdapterClass::Gpu => 64,
-        };
-        let workgroup = workgroup.min(adapter.max_invocations);
-        let share = match adapter.subgroup_min {
-            Some(8..) if workgroup >= 8 => 8,
-            Some(4..) if workgroup >= 4 => 4,
-            _ => 1,
-        };
-        (workgroup, share)
-    }
-
-    /// The cut that runs unless another is chosen.
-    fn default_for(problem: &Problem, adapter: &Capabilities) -> Cut {
-        if adapter.class == AdapterClass::Gpu
-            && problem.group() * problem.len_q >= LEAST_TILED_ROWS
-            && let Some(tiled) = Cut::TILED.into_iter().find(|cut| cut.check(adapter).is_ok())
-        {
-            return tiled;
-        }
-        let (workgroup, share) = Cut::lanes(adapter);
-        let rows = rows_per_invocation(problem.group() * problem.len_q, workgroup, most_rows(problem, adapter));
-        let keys = match adapter.class {
-            // Where every lane of a software adapter loads for itself, the loads outweigh all else.
-            AdapterClass::Cpu if share == 1 => 1,
-            AdapterClass::Cpu if problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4) >= WIDE4 => 2,
-            _ => 4,
-        };
-        Cut { workgroup, rows, keys, share }
-    }
-
-    /// The cuts worth trying for a call, the default first, at most `most`.
-    pub fn candidates(problem: &Problem, adapter: &Capabilities, most: usize) -> Vec<Cut> {
-        let first = Cut::default_for(problem, adapter);
-        let (workgroups, keys): (&[u32], &[u32]) = match adapter.class {
-            AdapterClass::Cpu => (&[8], &[4, 8, 1]),
-            AdapterClass::Gpu => (&[64, 128, 32], &[4, 8]),
-        };
-        let mut all = vec![first];
-        if adapter.class == AdapterClass::Gpu {
-            all.extend(Cut::TILED.into_iter().filter(|cut| *cut != first && cut.check(adapter).is_ok()));
-        }
-        // Those that differ in one thing first.
-        for far in 0..4 {
-            for &workgroup in workgroups {
-                for &keys in keys {
-                    for rows in [8, 4, 2, 1] {
-                        for share in [first.share, 1] {
-                            let cut = Cut { workgroup, rows, keys, share };
-                            let differs = [
-                                workgroup != first.workgroup,
-                                keys != first.keys,
-                                rows != first.rows,
-                                share != first.share,
-                            ];
-                            if differs.into_iter().filter(|&yes| yes).count() == far
-                                && !all.contains(&cut)
-                                && rows <= most_rows(problem, adapter).max(4)
-                                && cut.check(adapter).is_ok()
-                            {
-                                all.push(cut);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        all.truncate(most.max(1));
-        all
-    }
-
-    pub(crate) fn check(&self, adapter: &Capabilities) -> Result<()> {
-        let Cut { workgroup, rows, keys, share } = *self;
-        let rule = |rule: String| Err(value_error!("the cut {self} cannot run on {}: {rule}", adapter.adapter));
-        if keys == catalogue::TILED_KEYS {
-            let needed = catalogue::tiled_memory(workgroup);
-            return if !Cut::TILED.contains(self) {
-                rule("32 keys go with 4 rows of 64 or 128 invocations that share nothing".into())
-            } else if workgroup > adapter.max_invocations {
-                rule(format!("a workgroup has at most {} invocations", adapter.max_invocations))
-            } else if needed > adapter.workgroup_memory {
-                rule(format!("it takes {needed} bytes of workgroup memory of {}", adapter.workgroup_memory))
-            } else {
-                Ok(())
-            };
-        }
-        if ![1, 2, 4, 8].contains(&rows) || ![1, 2, 4, 8].contains(&keys) {
-            return rule("rows and keys must be 1, 2, 4 or 8, or 32 keys".into());
-        }
-        if ![1, 4, 8].contains(&share) || share > 1 && adapter.subgroup_min.is_none_or(|least| least < share) {
-            let least = adapter.subgroup_min.map_or("none".into(), |least| least.to_string());
-            return rule(format!("1, 4 or 8 lanes share, at most the smallest subgroup, which is {least}"));
-        }
-        if workgroup == 0 || !workgroup.is_multiple_of(share) || workgroup > adapter.max_invocations.min(256) {
-            let most = adapter.max_invocations.min(256);
-            return rule(format!("a workgroup must be a multiple of the lanes that share, at most {most}"));
-        }
-        Ok(())
-    }
-
-    fn tile(self, problem: &Problem) -> FlashTile {
-        let Cut { workgroup, rows, keys, share } = self;
-        let [depth4, cols4] = [problem.dim_k, problem.dim_v].map(|dim| dim.div_ceil(4) as u32);
-        // Lanes share whole loads: keys · cols4 vec4s must divide evenly.
-        FlashTile { workgroup, rows, keys, share, depth4, cols4: cols4.next_multiple_of((share / keys).max(1)) }
-    }
-}
-
-/// Rows that an invocation can keep.
-fn most_rows(problem: &Problem, adapter: &Capabilities) -> u32 {
-    match adapter.class {
-        AdapterClass::Cpu => (KEPT / (problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4)) as u32).max(1),
-        // Registers are few.
-        AdapterClass::Gpu => 1,
-    }
 }

@@ -7,14 +7,15 @@ use std::ops::Range;
 
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, Inspection, Tile};
+use super::super::catalogue::{self, Inspection, RowTile};
+use super::super::method::Method;
 use super::super::params::{self, View};
 use super::super::turns;
 use super::call::{Call, Sizes, most_groups};
 use super::slice::{Part, halving, slice, window};
 use super::{
-    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, RelativeOperand, Slot,
-    Window, check_buffer, padded_bytes, rows_padded, tile_within,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Plan, Planner, RelativeOperand, Slot, Window,
+    check_buffer, padded_bytes, rows_padded, tile_within,
 };
 use crate::error::{INSTEAD_OF_INSPECTED, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
@@ -79,6 +80,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         averaged: false,
         stage: None,
         method: Method::Auto,
+        tuned: None,
     };
     let call = Call::new(problem, &as_call, adapter, 4);
     call.check_relative(adapter)?;
@@ -347,7 +349,7 @@ impl<'a> Sweep<'a> {
     }
 
     /// By the lengths of the call, not of what is chosen: every choice runs the same compiled kernel.
-    fn tile(&self) -> Tile {
+    fn tile(&self) -> RowTile {
         let (outer, _) = self.outer_inner(self.call.problem.len_q, self.call.problem.len_k);
         // vec4s that an invocation keeps: more spill, and take seconds to compile on a software adapter.
         let most = match self.adapter.class {

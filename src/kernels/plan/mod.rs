@@ -3,6 +3,7 @@
 //!
 //! Work that is larger than a limit is sliced (`slice.rs`), so that every binding and every dispatch fits.
 
+mod attention;
 mod call;
 mod fused;
 mod inspect;
@@ -18,7 +19,7 @@ mod slice;
 mod softmax;
 mod unfused;
 
-pub use fused::{Cut, packed};
+pub use attention::{attention, packed};
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use normalise::{MOST_NORMALISED, normalise};
@@ -30,16 +31,16 @@ pub use relative::relative;
 pub use rows::{add_positions, gate, rotate};
 pub use scatter::scatter;
 pub use softmax::{softmax, widen};
-pub use unfused::attention;
 
 use bytemuck::Pod;
 
 use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
-use super::catalogue::{RelativeKind, Tile, Variant};
+use super::catalogue::{RelativeKind, RowTile, Variant};
+use super::method::Method;
 use super::turns;
 use crate::error::{Error, Result};
-use crate::problem::{Dtype, Layout, MaskMeaning, ScoreStage};
+use crate::problem::{Dtype, Layout, MaskMeaning, Rows, ScoreStage};
 use slice::{Part, window};
 
 /// A buffer of a plan. The caller of a plan says which real buffer stands behind each.
@@ -55,8 +56,10 @@ pub enum Slot {
     Mask(usize),
     /// The table of a bias by distance.
     Relative,
-    /// The cosines and sines of positions.
+    /// The cosines and sines of positions as the fused kernels read them.
     Angles,
+    /// The same as `rotate.wgsl` does.
+    Rotations,
     /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
     Bias(usize),
     /// One more score per head.
@@ -185,7 +188,7 @@ pub struct AttentionOperands<'a> {
     pub biases: Vec<&'a Layout>,
     /// A bias by distance.
     pub relative: Option<RelativeOperand<'a>>,
-    /// Positions that queries and keys are turned by as they are read; only the fused kernel does.
+    /// Positions that queries and keys are rotated by: as they are read, where the fused kernel can, else before.
     pub rotary: Option<RotaryOperand<'a>>,
     /// `[hq]`: one more score per head.
     pub sink: Option<&'a Layout>,
@@ -199,6 +202,8 @@ pub struct AttentionOperands<'a> {
     pub stage: Option<ScoreStage>,
     /// Which kernels to use.
     pub method: Method,
+    /// What tuning found for such calls, where `method` leaves it open.
+    pub tuned: Option<Method>,
 }
 
 /// The table of [`Rotary`](crate::position::Rotary): query `i` stands at `i` + its band's offset, key `j` at `j`.
@@ -207,9 +212,13 @@ pub struct RotaryOperand<'a> {
     /// `[positions, 2 · pairs]`, row-major, the pairs whole fours: cosines, then sines. Interleaved: two cosines and
     /// two sines in turn.
     pub table: &'a Layout,
-    /// Pairs of columns that turn.
+    /// The same for `rotate.wgsl`: `[positions, 2 · pairs]`, any strides: cosines, then sines.
+    pub rotations: &'a Layout,
+    /// The rows of it that queries and keys read.
+    pub rows: [&'a Rows; 2],
+    /// Pairs of columns that are rotated.
     pub pairs: usize,
-    /// Whether neighbouring columns turn together.
+    /// Whether neighbouring columns are a pair.
     pub interleaved: bool,
 }
 
@@ -226,21 +235,6 @@ pub struct RelativeOperand<'a> {
     pub high: i32,
     /// What a value of the table is multiplied with.
     pub factor: f32,
-}
-
-/// Which kernels compute a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Method {
-    /// What `Attention::tune` found, else fused wherever it can be. Weights and scores that are asked for are
-    /// computed beside it.
-    #[default]
-    Auto,
-    /// Scores, softmax and weighted sum one after the other.
-    ThreePasses,
-    /// The output from one kernel that holds no scores; an error where that cannot be.
-    Fused,
-    /// The same, cut so.
-    Cut(Cut),
 }
 
 const MINUS_INFINITY: u32 = 0xff80_0000;
@@ -335,7 +329,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    fn tile(&self, rows: usize, depth4: usize) -> Tile {
+    fn tile(&self, rows: usize, depth4: usize) -> RowTile {
         let most_depth = match self.adapter.class {
             // Registers are many.
             AdapterClass::Cpu => 16,
@@ -356,7 +350,7 @@ impl Planner<'_> {
 }
 
 /// The tile of a product of `rows` rows, with at most `most_depth` vec4s of depth in registers.
-fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: usize) -> Tile {
+fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: usize) -> RowTile {
     let workgroup = match adapter.class {
         // One SIMD vector of lanes.
         AdapterClass::Cpu => 8,
@@ -376,12 +370,12 @@ fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: u
         _ => 1,
     };
     let rows = rows_per_invocation(rows, workgroup, 4);
-    Tile { workgroup, rows, share, depth4 }
+    RowTile { workgroup, rows, share, depth4 }
 }
 
 /// How many of `rows` rows an invocation takes, at most `most`. More reuse each load more often, and take
 /// as much longer to compile: a small call is done before that pays.
-fn rows_per_invocation(rows: usize, workgroup: u32, most: u32) -> u32 {
+pub(super) fn rows_per_invocation(rows: usize, workgroup: u32, most: u32) -> u32 {
     let wanted = match rows as u64 / u64::from(workgroup) {
         16.. => 8,
         8.. => 4,

@@ -2,7 +2,7 @@
 
 use super::super::access::{Access, Operand};
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, MatvecTile, Tile};
+use super::super::catalogue::{self, MatvecTile, RowTile};
 use super::super::params::{self, View};
 use super::super::turns;
 use super::slice::{Part, halving, slice, window};
@@ -179,8 +179,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    fn project_tile(&self, rows: usize, dim4: usize) -> Tile {
-        let Tile { workgroup, share, .. } = self.tile(rows, dim4);
+    fn project_tile(&self, rows: usize, dim4: usize) -> RowTile {
+        let RowTile { workgroup, share, .. } = self.tile(rows, dim4);
         match self.adapter.class {
             AdapterClass::Gpu => self.tile(rows, dim4),
             // The rows of X fill the first cache; deep chunks go through Y less often. How deep they are does not depend
@@ -188,7 +188,7 @@ impl Planner<'_> {
             AdapterClass::Cpu => {
                 let rows = rows_per_invocation(rows, workgroup, MOST_ROWS);
                 let chunks = dim4.div_ceil((KEPT / MOST_ROWS) as usize).max(1);
-                Tile { workgroup, rows, share, depth4: dim4.div_ceil(chunks).max(1) as u32 }
+                RowTile { workgroup, rows, share, depth4: dim4.div_ceil(chunks).max(1) as u32 }
             }
         }
     }

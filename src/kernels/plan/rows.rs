@@ -10,50 +10,66 @@ use crate::error::Result;
 use crate::problem::{Dtype, Layout, Rows};
 
 /// Rotates X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K),
-/// `pairs` of them, neighbours where interleaved.
+/// `pairs` of them, and whether they are neighbouring columns.
 pub fn rotate(
     x: Operand<'_>,
     y: &Layout,
     table: &Layout,
-    (pairs, interleaved): (usize, bool),
+    pairs: (usize, bool),
     rows: &Rows,
     adapter: &Capabilities,
 ) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
-    check_buffer(adapter, "rotated rows", padded_bytes(y, Dtype::F32))?;
-    let &[batch, heads, len, dim] = x.shape() else { unreachable!("four axes") };
-    if x.is_empty() {
-        return Ok(planner.plan);
-    }
-    let wide = is_wide(&x) && is_wide(y) && is_wide(table) && pairs.is_multiple_of(4);
-    let units = if wide { pairs / 4 + (dim - 2 * pairs).div_ceil(8) } else { dim.div_ceil(2) };
-    let table = planner.table(table.into(), rows, len);
-    let variant = catalogue::rotate(Access { wide, stored: x.stored }, interleaved, table.listed);
-    let axes = [batch, heads, len];
-    let sizes = planner.slices_of(axes, &[(&x, x.element()), (y, 4)]);
-    for at in Part::grid(axes, sizes) {
-        let (x_at, y_at) = (planner.window(&x, &at, x.element()), planner.window(y, &at, 4));
-        let [b, h, i] = at;
-        let total = (b.count * h.count * i.count * units) as u64;
-        let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
-        let params = params::Rotate {
-            x: View::new(&x, x_at),
-            y: View::new(y, y_at),
-            angles_offset: table.at.first as u32,
-            row_stride: table.width as u32,
-            pairs: pairs as u32,
-            dim: dim as u32,
-            units: units as u32,
-            heads: h.count as u32,
-            len: i.count as u32,
-            row_0,
-            rows_batch_stride,
-            total: total as u32,
-            ..Default::default()
-        };
-        planner.push(variant.clone(), total, params, table.bindings("angles", x_at, y_at))?;
-    }
+    planner.rotate(x, y, table, [Slot::Q, Slot::Output, Slot::K], pairs, rows)?;
     Ok(planner.plan)
+}
+
+impl Planner<'_> {
+    /// Rotates X into Y by the cosines and sines of `table`; `slots` are theirs.
+    pub(super) fn rotate(
+        &mut self,
+        x: Operand<'_>,
+        y: &Layout,
+        table: &Layout,
+        slots: [Slot; 3],
+        (pairs, interleaved): (usize, bool),
+        rows: &Rows,
+    ) -> Result<()> {
+        check_buffer(self.adapter, "rotated rows", padded_bytes(y, Dtype::F32))?;
+        let &[batch, heads, len, dim] = x.shape() else { unreachable!("four axes") };
+        if x.is_empty() {
+            return Ok(());
+        }
+        let wide = is_wide(&x) && is_wide(y) && is_wide(table) && pairs.is_multiple_of(4);
+        let units = if wide { pairs / 4 + (dim - 2 * pairs).div_ceil(8) } else { dim.div_ceil(2) };
+        let table = self.table(table.into(), rows, len);
+        let variant = catalogue::rotate(Access { wide, stored: x.stored }, interleaved, table.listed);
+        let axes = [batch, heads, len];
+        let sizes = self.slices_of(axes, &[(&x, x.element()), (y, 4)]);
+        for at in Part::grid(axes, sizes) {
+            let (x_at, y_at) = (self.window(&x, &at, x.element()), self.window(y, &at, 4));
+            let [b, h, i] = at;
+            let total = (b.count * h.count * i.count * units) as u64;
+            let (row_0, rows_batch_stride) = table.rows_at(rows, b, i, len);
+            let params = params::Rotate {
+                x: View::new(&x, x_at),
+                y: View::new(y, y_at),
+                angles_offset: table.at.first as u32,
+                row_stride: table.width as u32,
+                pairs: pairs as u32,
+                dim: dim as u32,
+                units: units as u32,
+                heads: h.count as u32,
+                len: i.count as u32,
+                row_0,
+                rows_batch_stride,
+                total: total as u32,
+                ..Default::default()
+            };
+            self.push(variant.clone(), total, params, table.bindings("angles", slots, x_at, y_at))?;
+        }
+        Ok(())
+    }
 }
 
 /// Adds rows of `table` `[row, d]` (K) to X `[b, i, d]` (Q), both of any strides: Y, row-major (Output, f32).
@@ -103,7 +119,7 @@ fn tokens(x: Operand<'_>, z: Operand<'_>, rows: Option<&Rows>, what: &str, adapt
             (Some(table), Some(rows)) => {
                 (params.row_0, params.rows_batch_stride) = table.rows_at(rows, b, i, len);
                 params.z = View::new(&z_layout, table.at);
-                table.bindings("z", x_at, y_at)
+                table.bindings("z", [Slot::Q, Slot::Output, Slot::K], x_at, y_at)
             }
             _ => {
                 let z_at = planner.window(&z_layout, &at, z.element());
@@ -125,8 +141,9 @@ struct Table {
     at: Window,
     width: usize,
     first: usize,
-    /// Whether a kernel reads [`Plan::rows`], and how many bytes.
+    /// Whether a kernel reads [`Plan::rows`], from where on, and how many bytes of it.
     listed: bool,
+    first_listed: usize,
     list_bytes: u64,
 }
 
@@ -135,17 +152,14 @@ impl Table {
     fn rows_at(&self, rows: &Rows, b: Part, i: Part, len: usize) -> (u32, u32) {
         match rows {
             Rows::From(start) => ((start - self.first + i.start) as u32, 0),
-            Rows::Each { per_batch: true, .. } => ((b.start * len + i.start) as u32, len as u32),
-            Rows::Each { .. } => (i.start as u32, 0),
+            Rows::Each { per_batch: true, .. } => ((self.first_listed + b.start * len + i.start) as u32, len as u32),
+            Rows::Each { .. } => ((self.first_listed + i.start) as u32, 0),
         }
     }
 
-    fn bindings(&self, table: &'static str, x: Window, y: Window) -> Vec<Binding> {
-        let mut bindings = vec![
-            Binding::new("x", Slot::Q, x),
-            Binding::new("y", Slot::Output, y),
-            Binding::new(table, Slot::K, self.at),
-        ];
+    fn bindings(&self, table: &'static str, [of_x, of_y, of_table]: [Slot; 3], x: Window, y: Window) -> Vec<Binding> {
+        let mut bindings =
+            vec![Binding::new("x", of_x, x), Binding::new("y", of_y, y), Binding::new(table, of_table, self.at)];
         if self.listed {
             bindings.push(Binding::whole("rows", Slot::Rows, self.list_bytes));
         }
@@ -156,15 +170,18 @@ impl Table {
 impl Planner<'_> {
     fn table(&mut self, table: Operand<'_>, rows: &Rows, len: usize) -> Table {
         let used = rows.range(len);
+        let first_listed = self.plan.rows.len();
+        let listed = matches!(rows, Rows::Each { .. });
         if let Rows::Each { rows, .. } = rows {
-            self.plan.rows = rows.iter().map(|row| row - used.start as u32).collect();
+            self.plan.rows.extend(rows.iter().map(|row| row - used.start as u32));
         }
         let list_bytes = (self.plan.rows.len() as u64 * 4).next_multiple_of(16);
         Table {
             at: self.window(&table, &[Part { start: used.start, count: used.len() }], table.element()),
             width: table.shape()[1],
             first: used.start,
-            listed: list_bytes > 0,
+            listed,
+            first_listed,
             list_bytes,
         }
     }

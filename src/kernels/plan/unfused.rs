@@ -8,86 +8,26 @@ use super::super::turns;
 use super::call::{BoundRules, Call, Sizes};
 use super::slice::{Part, halving, slice};
 use super::{
-    AttentionOperands, Binding, Cost, MINUS_INFINITY, Method, NOT_A_NUMBER, Plan, Planner, Slot, Window, check_buffer,
-    fused, padded_bytes, rows_padded,
+    AttentionOperands, Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Plan, Planner, Slot, Window, check_buffer,
+    padded_bytes, rows_padded,
 };
-use crate::error::{Error, INSTEAD_OF_AVERAGED, INSTEAD_OF_WEIGHTS, Result};
+use crate::error::Result;
 use crate::problem::{Dtype, Layout, Problem, ScoreStage, checked_len};
 
 /// Keys whose values are added up in one run: more lose digits, and add up their parts in the output.
 const MOST_SUMMED: usize = 512;
 
-/// The attention call `problem` over `operands`.
-pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
-    let mut planner = Planner { adapter, plan: Plan::default() };
+/// Adds the passes of a call behind what `planner` has: with the output and its LSE, or beside them.
+pub(super) fn passes(
+    planner: &mut Planner<'_>,
+    problem: &Problem,
+    operands: &AttentionOperands<'_>,
+    output: bool,
+) -> Result<()> {
+    let adapter = planner.adapter;
     let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
-    let square = [batch, heads_q, len_q, len_k];
-    if operands.weights || operands.stage == Some(ScoreStage::Weights) {
-        planner.plan.weights = Some(rows_padded(&square)?);
-    }
-    if operands.averaged {
-        planner.plan.averaged = Some(rows_padded(&[batch, len_q, len_k])?);
-    }
-    if operands.stage.is_some_and(|stage| stage != ScoreStage::Weights) {
-        planner.plan.stage = Some(rows_padded(&square)?);
-    }
-    for (what, layout, instead) in [
-        ("the weights", &planner.plan.weights, INSTEAD_OF_WEIGHTS),
-        ("the averaged weights", &planner.plan.averaged, INSTEAD_OF_AVERAGED),
-        ("the scores", &planner.plan.stage, INSTEAD_OF_AVERAGED),
-    ] {
-        if let Some(layout) = layout {
-            check_buffer(adapter, what, padded_bytes(layout, Dtype::F32)).map_err(|error| error.or_rather(instead))?;
-        }
-    }
-    planner.plan.output = operands.output.stored;
-    if problem.is_empty() {
-        if let Some(averaged) = planner.plan.averaged.clone().filter(|layout| !layout.is_empty()) {
-            // The mean over no head is 0.
-            planner.plan.scratch = vec![16];
-            planner.fill(Slot::Averaged, (padded_bytes(&averaged, Dtype::F32) / 4) as usize, 0)?;
-        }
-        return Ok(planner.plan);
-    }
-    if len_k == 0 {
-        planner.plan.scratch = vec![16];
-        Call::new(problem, operands, adapter, 3).nothing_to_see(&mut planner)?;
-        return Ok(planner.plan);
-    }
-
-    let by_fused = match operands.method {
-        Method::ThreePasses => Err("they were asked for".into()),
-        _ => fused::attention(problem, operands, adapter)?,
-    };
-    if let Err(reason) = &by_fused {
-        planner.plan.why = format!("three passes: {reason}");
-    }
-    let by_fused = by_fused.ok();
-    let has_output = by_fused.is_some();
-    if let Some(rotary) = operands.rotary
-        && (!has_output || operands.weights || operands.averaged || operands.stage.is_some())
-    {
-        return Err(Error::Unsupported {
-            what: format!("turning {} pairs of columns while they are read", rotary.pairs),
-            adapter: adapter.adapter.clone(),
-            needs: "a call for the output alone that runs fused; else they are turned before".into(),
-        });
-    }
-    if let Some(fused) = by_fused {
-        if !operands.weights && !operands.averaged && operands.stage.is_none() {
-            return Ok(Plan { output: operands.output.stored, ..fused });
-        }
-        // The output is the fused one whatever else is asked for: asking changes no bit of it.
-        planner.plan.steps = fused.steps;
-        planner.plan.scratch = fused.scratch;
-        planner.plan.bands = fused.bands;
-        planner.plan.why = fused.why + "; weights and scores beside it";
-    } else {
-        // Sums over slices of the keys add up in the output.
-        planner.plan.output = Dtype::F32;
-    }
-    let passes = AttentionOperands { output: operands.output.layout.into(), ..operands.clone() };
-    let call = Call { output: !has_output, ..Call::new(problem, &passes, adapter, 3) };
+    let operands = AttentionOperands { output: operands.output.layout.into(), ..operands.clone() };
+    let call = Call { output, ..Call::new(problem, &operands, adapter, 3) };
     call.check_relative(adapter)?;
     if planner.plan.bands.is_empty() {
         planner.plan.bands = call.band_table();
@@ -113,11 +53,10 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
             None => planner.plan.scratch.push(bytes),
         }
     }
-
     for at in Part::grid([batch, heads_q, len_q], [sizes[0], sizes[1], sizes[2]]) {
-        call.plan_slice(&mut planner, at, sizes)?;
+        call.plan_slice(planner, at, sizes)?;
     }
-    Ok(planner.plan)
+    Ok(())
 }
 
 impl Call<'_> {
@@ -391,7 +330,7 @@ impl Call<'_> {
     }
 
     /// No key at all: outputs 0, LSE −∞ or the sink.
-    fn nothing_to_see(&self, planner: &mut Planner<'_>) -> Result<()> {
+    pub(super) fn nothing_to_see(&self, planner: &mut Planner<'_>) -> Result<()> {
         let Call { problem, operands, .. } = *self;
         let Problem { batch, heads_q, len_q, dim_v, .. } = *problem;
         let [h, i] = [heads_q, len_q].map(|count| Part { start: 0, count });

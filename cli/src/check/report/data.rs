@@ -109,7 +109,7 @@ pub struct CaseResult {
     pub id: String,
     /// `attention`, `softmax` and so on; of a folder's case what the case says.
     pub op: String,
-    /// Which kernels were asked for: `auto`, `three passes`, a cut such as `rows4x64/keys4`.
+    /// Which kernels were asked for: `auto`, `three passes`, a tile such as `rows4x64/keys4`.
     pub variant: String,
     /// `f32`, `f16` or `bf16`: how the operands lie in memory.
     pub storage: String,

@@ -18,7 +18,7 @@ pub struct SuiteArgs {
     /// Only this op (attention, softmax, onnx, torch ...); may be repeated
     #[arg(long = "op", value_name = "NAME")]
     pub ops: Vec<String>,
-    /// Only this variant (auto, fused, three-passes, a cut such as rows4x64/keys4); may be repeated
+    /// Only this variant (auto, fused, three-passes, a tile such as rows4x64/keys4); may be repeated
     #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
     pub variants: Vec<String>,
     /// Print the cases, and run none

@@ -88,10 +88,10 @@ fn change(text: &str, from: &str, to: &str) -> Option<String> {
 }
 
 fn skipped_key(variant: &Variant, text: &str) -> Option<String> {
-    let end = "var end = min(start + sequence.keys_per_split, len_k);";
+    let end = "let end = min(start + sequence.keys_per_split, sequence.len_k);";
     match variant.kernel {
         Kernel::Flash | Kernel::FlashTiled => {
-            change(text, end, &end.replace(";", " - select(0u, 1u, len_k > 8u && start < len_k);"))
+            change(text, end, &end.replace(";", " - select(0u, 1u, sequence.len_k > 8u && start < sequence.len_k);"))
         }
         _ => None,
     }

@@ -1,0 +1,327 @@
+//! Which kernels compute a call: the methods, and the tiles of the fused kernels.
+
+use super::capabilities::{AdapterClass, Capabilities};
+use super::catalogue::tiled_memory;
+use super::plan::rows_per_invocation;
+use crate::error::{Error, Result, value_error};
+use crate::problem::Problem;
+
+/// vec4s of a key and a value from which on an invocation takes fewer keys in a step: the text compiles sooner.
+const WIDE4: usize = 192;
+/// vec4s of Q and O that an invocation of a software adapter keeps: they fill its first cache.
+const KEPT: u32 = 256;
+/// Rows of a key/value head from which tiles in workgroup memory fill.
+const LEAST_TILED_ROWS: usize = 16;
+/// Bytes of scores per batch entry up to which three passes compete with the fused kernel: tuning may not
+/// turn a call that holds no scores into one that fills the memory.
+const MOST_SCORES: usize = 64 << 20;
+
+/// Which kernels compute a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Method {
+    /// What `Attention::tune` found, else fused wherever it can be. Weights and scores that are asked for are
+    /// computed beside it.
+    #[default]
+    Auto,
+    /// Scores, softmax and weighted sum one after the other.
+    ThreePasses,
+    /// The output from one kernel that holds no scores; an error where that cannot be.
+    Fused,
+    /// The same, by this tile.
+    Tile(Tile),
+}
+
+/// What a workgroup of the fused kernel works on at a time, whatever the widths. What is fastest differs by adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tile {
+    /// Rows of Q and O in the registers of an invocation (`flash.wgsl`).
+    Registers {
+        /// Invocations per workgroup.
+        workgroup: u32,
+        /// Query rows per invocation: 1, 2, 4 or 8.
+        rows: u32,
+        /// Keys per step: 1, 2, 4 or 8.
+        keys: u32,
+        /// Lanes that share their loads through subgroup operations; 1: each lane loads for itself.
+        share: u32,
+    },
+    /// Four rows of each invocation, and 32 keys at a time, in workgroup memory (`flash_tiled.wgsl`).
+    Workgroup {
+        /// Invocations per workgroup, eight to four rows: 64 or 128.
+        workgroup: u32,
+    },
+}
+
+impl Tile {
+    /// Rows per invocation of [`Tile::Workgroup`].
+    pub const ROWS_IN_MEMORY: u32 = 4;
+    /// Keys per step of it.
+    pub const KEYS_IN_MEMORY: u32 = 32;
+    /// Invocations that share a row of it.
+    pub const ACROSS: u32 = 8;
+    /// 32 and 64 rows per workgroup.
+    const IN_MEMORY: [Tile; 2] = [Tile::Workgroup { workgroup: 64 }, Tile::Workgroup { workgroup: 128 }];
+
+    /// Invocations per workgroup.
+    pub fn workgroup(self) -> u32 {
+        match self {
+            Tile::Registers { workgroup, .. } | Tile::Workgroup { workgroup } => workgroup,
+        }
+    }
+
+    /// Rows per invocation.
+    pub fn rows(self) -> u32 {
+        match self {
+            Tile::Registers { rows, .. } => rows,
+            Tile::Workgroup { .. } => Tile::ROWS_IN_MEMORY,
+        }
+    }
+
+    /// Rows per workgroup.
+    pub fn block_rows(self) -> usize {
+        match self {
+            Tile::Registers { workgroup, rows, .. } => (workgroup * rows) as usize,
+            Tile::Workgroup { workgroup } => (workgroup * Tile::ROWS_IN_MEMORY / Tile::ACROSS) as usize,
+        }
+    }
+
+    /// Invocations of a workgroup, and lanes that share their loads, unless another tile is chosen.
+    fn lanes(adapter: &Capabilities) -> (u32, u32) {
+        let workgroup: u32 = match adapter.class {
+            AdapterClass::Cpu => 8,
+            AdapterClass::Gpu => 64,
+        };
+        let workgroup = workgroup.min(adapter.max_invocations);
+        let share = match adapter.subgroup_min {
+            Some(8..) if workgroup >= 8 => 8,
+            Some(4..) if workgroup >= 4 => 4,
+            _ => 1,
+        };
+        (workgroup, share)
+    }
+
+    /// The tile that runs unless another is chosen.
+    pub(crate) fn default_for(problem: &Problem, adapter: &Capabilities) -> Tile {
+        if adapter.class == AdapterClass::Gpu
+            && problem.group() * problem.len_q >= LEAST_TILED_ROWS
+            && let Some(tile) = Tile::IN_MEMORY.into_iter().find(|tile| tile.check(adapter).is_ok())
+        {
+            return tile;
+        }
+        let (workgroup, share) = Tile::lanes(adapter);
+        let rows = rows_per_invocation(problem.group() * problem.len_q, workgroup, most_rows(problem, adapter));
+        let keys = match adapter.class {
+            // Where every lane of a software adapter loads for itself, the loads outweigh all else.
+            AdapterClass::Cpu if share == 1 => 1,
+            AdapterClass::Cpu if problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4) >= WIDE4 => 2,
+            _ => 4,
+        };
+        Tile::Registers { workgroup, rows, keys, share }
+    }
+
+    /// The tiles worth trying for a call, the default first, at most `most`.
+    pub fn candidates(problem: &Problem, adapter: &Capabilities, most: usize) -> Vec<Tile> {
+        let default = Tile::default_for(problem, adapter);
+        let (workgroups, keys): (&[u32], &[u32]) = match adapter.class {
+            AdapterClass::Cpu => (&[8], &[4, 8, 1]),
+            AdapterClass::Gpu => (&[64, 128, 32], &[4, 8]),
+        };
+        // What the default is compared with, in four numbers.
+        let first = match default {
+            Tile::Registers { workgroup, rows, keys, share } => [workgroup, rows, keys, share],
+            Tile::Workgroup { workgroup } => [workgroup, Tile::ROWS_IN_MEMORY, Tile::KEYS_IN_MEMORY, 1],
+        };
+        let mut all = vec![default];
+        if adapter.class == AdapterClass::Gpu {
+            all.extend(Tile::IN_MEMORY.into_iter().filter(|tile| *tile != default && tile.check(adapter).is_ok()));
+        }
+        let most_rows = most_rows(problem, adapter).max(4);
+        let mut others = Vec::new();
+        for &workgroup in workgroups {
+            for &keys in keys {
+                for rows in [8, 4, 2, 1].into_iter().filter(|&rows| rows <= most_rows) {
+                    for share in [first[3], 1] {
+                        let tile = Tile::Registers { workgroup, rows, keys, share };
+                        let numbers = [workgroup, rows, keys, share];
+                        let differ = numbers.iter().zip(first).filter(|&(&one, other)| one != other).count();
+                        if differ < first.len() && tile.check(adapter).is_ok() {
+                            others.push((differ, tile));
+                        }
+                    }
+                }
+            }
+        }
+        // Those that differ in one thing first.
+        others.sort_by_key(|&(differ, _)| differ);
+        for (_, tile) in others {
+            if !all.contains(&tile) {
+                all.push(tile);
+            }
+        }
+        all.truncate(most.max(1));
+        all
+    }
+
+    pub(crate) fn check(&self, adapter: &Capabilities) -> Result<()> {
+        let rule = |rule: String| Err(value_error!("the tile {self} cannot run on {}: {rule}", adapter.adapter));
+        let (workgroup, rows, keys, share) = match *self {
+            Tile::Registers { workgroup, rows, keys, share } => (workgroup, rows, keys, share),
+            Tile::Workgroup { workgroup } => {
+                let needed = tiled_memory(workgroup);
+                return if !Tile::IN_MEMORY.contains(self) {
+                    rule("in workgroup memory, it has 64 or 128 invocations".into())
+                } else if workgroup > adapter.max_invocations {
+                    rule(format!("a workgroup has at most {} invocations", adapter.max_invocations))
+                } else if needed > adapter.workgroup_memory {
+                    rule(format!("it takes {needed} bytes of workgroup memory of {}", adapter.workgroup_memory))
+                } else {
+                    Ok(())
+                };
+            }
+        };
+        if ![1, 2, 4, 8].contains(&rows) || ![1, 2, 4, 8].contains(&keys) {
+            return rule("rows and keys must be 1, 2, 4 or 8".into());
+        }
+        if ![1, 4, 8].contains(&share) || share > 1 && adapter.subgroup_min.is_none_or(|least| least < share) {
+            let least = adapter.subgroup_min.map_or("none".into(), |least| least.to_string());
+            return rule(format!("1, 4 or 8 lanes share, at most the smallest subgroup, which is {least}"));
+        }
+        let most = adapter.max_invocations.min(256);
+        if workgroup == 0 || !workgroup.is_multiple_of(share) || workgroup > most {
+            return rule(format!("a workgroup must be a multiple of the lanes that share, at most {most}"));
+        }
+        Ok(())
+    }
+}
+
+/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share; `workgroup64`: in workgroup
+/// memory, by 64 invocations.
+impl std::fmt::Display for Tile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Tile::Registers { workgroup, rows, keys, share } => {
+                write!(f, "rows{rows}x{workgroup}/keys{keys}")?;
+                if share > 1 { write!(f, "/subgroup{share}") } else { Ok(()) }
+            }
+            Tile::Workgroup { workgroup } => write!(f, "workgroup{workgroup}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Tile {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Tile> {
+        let parse = || {
+            if let Some(workgroup) = text.strip_prefix("workgroup") {
+                return Some(Tile::Workgroup { workgroup: workgroup.parse().ok()? });
+            }
+            let (rows, rest) = text.strip_prefix("rows")?.split_once('x')?;
+            let (workgroup, rest) = rest.split_once("/keys")?;
+            let (keys, share) = rest.split_once("/subgroup").unwrap_or((rest, "1"));
+            let [rows, workgroup, keys, share] = [rows, workgroup, keys, share].map(|n| n.parse().ok());
+            Some(Tile::Registers { workgroup: workgroup?, rows: rows?, keys: keys?, share: share? })
+        };
+        parse().ok_or_else(|| {
+            value_error!(
+                "{text:?} is no tile of the fused kernel; rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64 are"
+            )
+        })
+    }
+}
+
+impl Method {
+    /// One of each kind of way to compute a call on an adapter: the three passes, the fused kernel's default tile,
+    /// and tiles of every number of rows and of small and large workgroups, with subgroups and without, in
+    /// workgroup memory too. For tests and checks: a fixed list, not what is fastest.
+    pub fn every(adapter: &Capabilities) -> Vec<Method> {
+        let (workgroup, share) = Tile::lanes(adapter);
+        let other = if workgroup == 64 { 32 } else { 64 };
+        let mut all = vec![Method::ThreePasses, Method::Fused];
+        let tiles = [
+            (workgroup, 8, 8, share),
+            (workgroup, 4, 4, share),
+            (workgroup, 2, 1, share),
+            (workgroup, 1, 4, share),
+            (other, 1, 4, share),
+            (workgroup, 4, 4, 1),
+            (workgroup, 1, 8, 1),
+        ];
+        let tiles = tiles.map(|(workgroup, rows, keys, share)| Tile::Registers { workgroup, rows, keys, share });
+        for tile in tiles.into_iter().chain(Tile::IN_MEMORY) {
+            if tile.check(adapter).is_ok() && !all.contains(&Method::Tile(tile)) {
+                all.push(Method::Tile(tile));
+            }
+        }
+        all
+    }
+}
+
+/// `auto`, `three passes`, `fused` or a [`Tile`].
+impl std::fmt::Display for Method {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Method::Auto => f.write_str("auto"),
+            Method::ThreePasses => f.write_str("three passes"),
+            Method::Fused => f.write_str("fused"),
+            Method::Tile(tile) => tile.fmt(f),
+        }
+    }
+}
+
+impl std::str::FromStr for Method {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Method> {
+        Ok(match text {
+            "auto" => Method::Auto,
+            "three passes" | "three-passes" => Method::ThreePasses,
+            "fused" => Method::Fused,
+            tile => Method::Tile(tile.parse().map_err(|_| {
+                value_error!(
+                    "{text:?} is no method: auto, three-passes, fused and tiles of the fused kernel, such as \
+                     rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64, are"
+                )
+            })?),
+        })
+    }
+}
+
+/// Rows that an invocation can keep.
+fn most_rows(problem: &Problem, adapter: &Capabilities) -> u32 {
+    match adapter.class {
+        AdapterClass::Cpu => (KEPT / (problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4)) as u32).max(1),
+        // Registers are few.
+        AdapterClass::Gpu => 1,
+    }
+}
+
+/// Whether three passes may stand in for the fused kernel. The batch has no say.
+pub(crate) fn three_passes_compete(problem: &Problem) -> bool {
+    let bytes = [problem.heads_q, problem.len_q, problem.len_k, 4].into_iter().try_fold(1, usize::checked_mul);
+    bytes.is_some_and(|bytes| bytes <= MOST_SCORES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::Positions;
+
+    #[test]
+    fn texts_are_read_as_written() {
+        for method in ["auto", "three passes", "fused", "rows8x8/keys8/subgroup8", "rows4x64/keys4", "workgroup64"] {
+            assert_eq!(method.parse::<Method>().unwrap().to_string(), method);
+        }
+        assert_eq!("three-passes".parse::<Method>().unwrap(), Method::ThreePasses);
+        let message = "fast".parse::<Method>().unwrap_err().to_string();
+        assert!(message.contains("\"fast\"") && message.contains("three-passes"), "{message}");
+    }
+
+    #[test]
+    fn three_passes_compete_where_scores_are_few() {
+        let of = |batch, len| {
+            let shape = [batch, 8, len, 64];
+            Problem::new(&shape, &shape, &shape, None, None, &Positions::default(), 0).unwrap()
+        };
+        assert!(three_passes_compete(&of(1, 1024)) && three_passes_compete(&of(1000, 1024)));
+        assert!(!three_passes_compete(&of(1, 2048)));
+    }
+}
