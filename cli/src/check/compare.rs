@@ -116,9 +116,20 @@ pub fn largest_finite(values: &[f64]) -> f64 {
 pub fn compare(
     output: &str,
     against: &'static str,
+    got: (&[usize], &[f64]),
+    expected: (&[usize], &[f64]),
+    allowed: impl Fn(f64) -> f64,
+) -> Comparison {
+    compare_each(output, against, got, expected, |_, x| allowed(x))
+}
+
+/// The same with a tolerance from the place of an element too.
+pub fn compare_each(
+    output: &str,
+    against: &'static str,
     (shape, got): (&[usize], &[f64]),
     (expected_shape, expected): (&[usize], &[f64]),
-    allowed: impl Fn(f64) -> f64,
+    allowed: impl Fn(usize, f64) -> f64,
 ) -> Comparison {
     let mut hasher = DefaultHasher::new();
     got.iter().for_each(|x| x.to_bits().hash(&mut hasher));
@@ -145,7 +156,7 @@ pub fn compare(
     let mut ok = true;
     let mut worst: Option<(usize, f64, f64)> = None;
     for (at, (&got, &expected)) in got.iter().zip(expected).enumerate() {
-        let (off, limit) = (difference(got, expected), allowed(expected));
+        let (off, limit) = (difference(got, expected), allowed(at, expected));
         // An infinity or NaN that is expected allows nothing but itself.
         let limit = if expected.is_finite() { limit } else { 0.0 };
         // An infinite tolerance comes of an answer that is broken itself.
