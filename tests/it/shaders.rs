@@ -59,7 +59,7 @@ fn every_variant_is_valid_and_what_planning_counts() {
             validate(name, &by_64_bits.source().unwrap());
         }
     }
-    assert!(loaded.len() > 40, "{} kinds of loads by 64 bits", loaded.len());
+    assert!(loaded.len() >= 40, "{} kinds of loads by 64 bits", loaded.len());
 }
 
 #[test]
