@@ -25,7 +25,7 @@ fn add_not_finite(
             // @unroll
             for (var r = 0u; r < ROWS; r++) {
                 let seen = rule_of(b, head[r], vec4<u32>(query[r]), key, band, true).seen & is_key;
-                let bits = select(vec4<u32>(), vec4<u32>(1u, 2u, 4u, 8u), seen & vec4<bool>(r < rows));
+                let bits = vec4<u32>(seen & vec4<bool>(r < rows)) * vec4<u32>(1u, 2u, 4u, 8u);
                 sees[r] |= (bits.x | bits.y | bits.z | bits.w) << c;
             }
         }
