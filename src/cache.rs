@@ -200,12 +200,12 @@ impl KvCache {
 
     /// Turns every key by its position as it is appended or written, and every query as it attends (Su et al.
     /// 2021): positions go on from call to call and count keys that a window dropped. [`KvCache::keys`] are the
-    /// turned ones. Only an empty cache takes it.
+    /// rotated ones. Only an empty cache takes it.
     pub fn with_rotary(mut self, rotary: Rotary) -> Result<KvCache> {
         self.device.expect_same(&rotary.rotation().table.device())?;
         if let Some((b, sequence)) = self.sequences.iter().enumerate().find(|(_, sequence)| sequence.len > 0) {
             return Err(value_error!(
-                "batch entry {b} holds {} keys that were not turned; give the rotary to an empty cache",
+                "batch entry {b} holds {} keys that were not rotated; give the rotary to an empty cache",
                 sequence.len
             ));
         }
@@ -220,8 +220,8 @@ impl KvCache {
         Ok(self)
     }
 
-    /// X, of which the first `counts[b]` tokens stand from `starts[b]` on, turned where a rotary is given.
-    fn turned(&self, recording: &mut Recording, x: &Tensor, starts: &[usize], counts: &[usize]) -> Result<Tensor> {
+    /// X, of which the first `counts[b]` tokens stand from `starts[b]` on, rotated where a rotary is given.
+    fn rotated(&self, recording: &mut Recording, x: &Tensor, starts: &[usize], counts: &[usize]) -> Result<Tensor> {
         let Some(rotary) = &self.rotary else { return Ok(x.clone()) };
         let len = x.as_four_axes("x")?.shape()[2];
         // What lies behind the tokens that count stands where the last of them does.
@@ -306,7 +306,7 @@ impl KvCache {
     /// Several queries with a [bias](Attention::bias) must say `causal` or `not_causal`: a bias may be a mask. Key
     /// padding and key lengths (at most as many keys as are held) hide keys and leave the rule as it is. The window of
     /// the cache, that of `attention`, positional biases and the cache's rotary go by the positions of queries in every
-    /// case. An `align` that puts queries elsewhere is refused where a rotary turns them, or once a window dropped keys.
+    /// case. An `align` that puts queries elsewhere is refused where a rotary rotates them, or once a window dropped keys.
     ///
     /// Everything else is as in [`Attention::forward`] over [`KvCache::keys`] and [`KvCache::values`]; a mask or
     /// bias is as wide as those are long. Where no rule goes by position there may be more queries than keys.
@@ -460,7 +460,7 @@ impl KvCache {
         }
         let recording = Recording::for_step(&self.device);
         let record = |to: &mut Recording| {
-            let k = self.turned(to, &k, starts, &vec![count; starts.len()])?;
+            let k = self.rotated(to, &k, starts, &vec![count; starts.len()])?;
             [&k, &v].into_iter().zip(&mut self.rows).try_for_each(|(source, rows)| to.scatter(source, rows, &places))
         };
         recording.submit(record).await?;
@@ -529,7 +529,7 @@ impl KvCache {
         self.expect_order("an append")?;
         let [k, v] = self.operands(k, v)?;
         let counts = self.counts(lengths, "K", &k)?;
-        let operands = [self.turned(recording, &k, &self.positions(), &counts)?, v];
+        let operands = [self.rotated(recording, &k, &self.positions(), &counts)?, v];
         let capacity = self.config.capacity;
         let mut sequences = self.sequences.clone();
         let mut kept = Vec::with_capacity(counts.len());
@@ -607,7 +607,7 @@ impl KvCache {
         let Appended { sequences, moved, counts } = held;
         if attention.rotary.is_some() {
             return Err(value_error!(
-                "a cache turns keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
+                "a cache rotates keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
             ));
         }
         let (needs_places, says_places) = attention.needs_places(counts, self.config.window)?;
@@ -620,12 +620,12 @@ impl KvCache {
         let [k, v] = moved.as_ref().unwrap_or(&self.rows);
         let (k, v) = (view(k, sequences, self.config.dim_k)?, view(v, sequences, self.config.dim_v)?);
         self.device.expect_same(&attention.device(q, &k, &v)?)?;
-        let held = Held { sequences, counts, window: self.config.window, turns: self.rotary.is_some() };
+        let held = Held { sequences, counts, window: self.config.window, rotates: self.rotary.is_some() };
         let attention = attention.behind(&held)?;
-        // Only a cache that turns needs them, and has checked them.
+        // Only a cache that rotates needs them, and has checked them.
         let starts: Vec<usize> =
             sequences.iter().zip(counts).map(|(at, &count)| (at.first + at.len).saturating_sub(count)).collect();
-        let q = &self.turned(recording, q, &starts, counts)?;
+        let q = &self.rotated(recording, q, &starts, counts)?;
         attention.record(recording, q, &k, &v, output)
     }
 

@@ -139,7 +139,7 @@ impl Operands {
         Operands { q, k, v, masks, biases, relative: None, rotary: None, sink: None, sequences: None }
     }
 
-    /// With queries and keys as `rotate` turns them, where they are to be.
+    /// With queries and keys as `rotate` makes them, where they are to be.
     pub fn rotated(&self, mut rotate: impl FnMut(&Tensor, &Rotation, &Rows) -> Result<Tensor>) -> Result<Operands> {
         let mut operands = self.clone();
         if let Some((rotation, [rows_q, rows_k])) = operands.rotary.take() {
@@ -168,14 +168,14 @@ impl Relative {
     }
 }
 
-/// What turns rows by their positions.
+/// What rotates rows by their positions.
 #[derive(Clone, Debug)]
 pub(crate) struct Rotation {
     /// `[positions, 2 · columns]`: cosines and sines, each row of either padded to whole vec4s.
     pub table: Tensor,
-    /// Pairs of columns that turn.
+    /// Pairs of columns that are rotated.
     pub pairs: usize,
-    /// Whether neighbouring columns turn together.
+    /// Whether neighbouring columns are a pair.
     pub interleaved: bool,
     /// The table as the fused kernel reads it. Interleaved, in whole vec4s: two cosines and two sines in turn.
     pub fused: Tensor,

@@ -12,8 +12,8 @@ pub(super) struct Held<'a> {
     pub counts: &'a [usize],
     /// Keys before its own that a query of the cache sees.
     pub window: Option<usize>,
-    /// Whether the cache turns queries by their positions.
-    pub turns: bool,
+    /// Whether the cache rotates queries by their positions.
+    pub rotates: bool,
 }
 
 impl Attention {
@@ -63,7 +63,7 @@ impl Attention {
         };
         for (b, (offset, end)) in given.iter().zip(&ends).enumerate().filter(|(_, (offset, end))| offset != end) {
             let why = match held.sequences[b].first {
-                _ if held.turns => "by which the cache's rotary turns it".to_string(),
+                _ if held.rotates => "by which the cache's rotary rotates it".to_string(),
                 0 => continue,
                 first => format!("counted from position {first} on, since the window dropped the keys before"),
             };

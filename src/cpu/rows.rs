@@ -12,7 +12,7 @@ fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> V
     y
 }
 
-/// X `[b, h, i, d]` with the first `2 · pairs` columns of each row turned by the cosines and sines of its row of
+/// X `[b, h, i, d]` with the first `2 · pairs` columns of each row rotated by the cosines and sines of its row of
 /// `table` `[row, 2 · columns]`. `layout` is the result's: rows of `d` one behind another.
 pub(crate) fn rotate(
     x: View<'_>,

@@ -284,7 +284,7 @@ impl Steps {
         Ok(out.with_layout(layout.permute(&back)?))
     }
 
-    /// X `[b, h, i, d]` turned by the angles of its rows, in X's memory order.
+    /// X `[b, h, i, d]` rotated by the angles of its rows, in X's memory order.
     pub(super) fn rotate(&mut self, x: &Tensor, rotation: &Rotation, rows: &Rows) -> Result<Tensor> {
         let layout = in_order_of(x.layout(), x.four_axes())?;
         let Rotation { table, pairs, interleaved, .. } = rotation;

@@ -168,7 +168,7 @@ impl Recording {
         operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))
     }
 
-    /// X `[b, h, i, d]` turned by the angles of its rows, in X's memory order.
+    /// X `[b, h, i, d]` rotated by the angles of its rows, in X's memory order.
     pub fn rotate(&mut self, x: &Tensor, rotation: &Rotation, rows: &Rows) -> Result<Tensor> {
         match self {
             Recording::Gpu(steps) => steps.rotate(x, rotation, rows),

@@ -1,5 +1,5 @@
 //! Positional methods: where a token stands, told to attention by its embedding (sinusoidal, learned), by
-//! turning queries and keys ([`Rotary`]) or by a bias on the scores ([`alibi`], [`t5`], [`shaw`]).
+//! rotating queries and keys ([`Rotary`]) or by a bias on the scores ([`alibi`], [`t5`], [`shaw`]).
 //!
 //! Every table is computed on the host in f64 and rounded once to f32: sines and cosines of adapters are
 //! off by up to 4e-4. What depends on data runs on the tensor's device.

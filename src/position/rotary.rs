@@ -11,7 +11,7 @@ use crate::problem::{Problem, Rows, checked_len};
 use crate::state_dict::HostTensor;
 use crate::tensor::{Tensor, common_device};
 
-/// Which columns of a head turn together, of the first `dim`.
+/// Which columns of a head are a pair, of the first `dim`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Pairing {
     /// `i` and `i + dim / 2`: GPT-NeoX, Llama, transformers' `rotate_half`.
@@ -114,11 +114,11 @@ pub struct LongRope {
 /// Which rotation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RotaryConfig {
-    /// Columns that turn, an even number; those of a head from `dim` on stay as they are.
+    /// Columns that are rotated, an even number; those of a head from `dim` on stay as they are.
     pub dim: usize,
-    /// Pair `i` turns by `position · base^(−2i / dim)`.
+    /// Pair `i` is rotated by `position · base^(−2i / dim)`.
     pub base: f64,
-    /// Which columns turn together.
+    /// Which columns are a pair.
     pub pairing: Pairing,
     /// For long sequences.
     pub scaling: RotaryScaling,
@@ -142,7 +142,7 @@ impl RotaryConfig {
         self.base = base;
         self
     }
-    /// Which columns turn together.
+    /// Which columns are a pair.
     pub fn pairing(mut self, pairing: Pairing) -> Self {
         self.pairing = pairing;
         self
@@ -226,7 +226,7 @@ impl RotaryConfig {
         }
     }
 
-    /// By how much each pair turns per position, `[dim / 2]`, in a sequence of `len` positions in all (of which
+    /// By how much each pair is rotated per position, `[dim / 2]`, in a sequence of `len` positions in all (of which
     /// only dynamic NTK and LongRoPE take notice).
     pub fn frequencies(&self, len: usize) -> Result<Vec<f64>> {
         self.check()?;
@@ -330,7 +330,7 @@ impl RotaryConfig {
     }
 }
 
-/// Queries and keys turned by their positions, so that their products depend on distances alone:
+/// Queries and keys rotated by their positions, so that their products depend on distances alone:
 ///
 /// ```text
 /// y₀ = x₀ · cos − x₁ · sin      y₁ = x₁ · cos + x₀ · sin
@@ -346,8 +346,8 @@ impl RotaryConfig {
 /// let device = Device::new()?;
 /// let rotary = Rotary::new(&device, &RotaryConfig::new(8).base(500_000.0), 128)?; // positions 0 to 127
 /// let x = Tensor::from_slice(&device, &[1, 2, 3, 8], &[0.5f32; 48])?;
-/// let turned = rotary.rotate(&x, &TokenPositions::From(0))?;
-/// let attended = Attention::new().causal(Align::TopLeft).forward(&turned, &turned, &x)?;
+/// let rotated = rotary.rotate(&x, &TokenPositions::From(0))?;
+/// let attended = Attention::new().causal(Align::TopLeft).forward(&rotated, &rotated, &x)?;
 /// # assert_eq!(attended.output.shape(), [1, 2, 3, 8]);
 /// # Ok(())
 /// # }
@@ -411,11 +411,11 @@ impl Rotary {
     pub fn positions(&self) -> usize {
         self.rotation.table.shape()[0]
     }
-    /// Columns that turn.
+    /// Columns that are rotated.
     pub fn dim(&self) -> usize {
         2 * self.rotation.pairs
     }
-    /// Which columns turn together.
+    /// Which columns are a pair.
     pub fn pairing(&self) -> Pairing {
         if self.rotation.interleaved { Pairing::Interleaved } else { Pairing::HalfSplit }
     }
@@ -479,7 +479,7 @@ impl Rotary {
         Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
-    /// Refuses rows of `dim` columns that are fewer than turn.
+    /// Refuses rows of `dim` columns that are fewer than are rotated.
     pub(crate) fn check_width(&self, name: &str, shape: &[usize], dim: usize) -> Result<()> {
         if self.dim() > dim {
             return Err(shape_error!("the rotary dimension {} is more than the width of {name} {shape:?}", self.dim()));

@@ -1,7 +1,7 @@
 use super::View;
 use crate::problem::Rows;
 
-/// X `[b, h, i, d]` with each pair of its first columns turned: `x₀·cos − x₁·sin` and `x₁·cos + x₀·sin`, with
+/// X `[b, h, i, d]` with each pair of its first columns rotated: `x₀·cos − x₁·sin` and `x₁·cos + x₀·sin`, with
 /// cosines and sines `[row, pairs]`; pairs are neighbours where `interleaved`, else half of those columns apart.
 pub fn rotate(x: View<'_>, cos: View<'_>, sin: View<'_>, interleaved: bool, rows: &Rows) -> Vec<f64> {
     let (&[batch, heads, len, dim], &[_, pairs]) = (x.layout.shape(), cos.layout.shape()) else {

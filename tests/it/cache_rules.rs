@@ -262,7 +262,7 @@ fn rotary_positions_do_not_depend_on_the_rule() {
             }
             let one = tensor(&device, [BATCH, HEADS[0], 1, DIM], &data.q[..BATCH * HEADS[0] * DIM]);
             let elsewhere = cache.attend(&Attention::new().causal(Align::TopLeft), &one);
-            says(&name, elsewhere, "by which the cache's rotary turns it, but the attention's align says 0");
+            says(&name, elsewhere, "by which the cache's rotary rotates it, but the attention's align says 0");
             let many = Tensor::from_slice(&device, &[BATCH, HEADS[0], len + 1, DIM], &vec![0.5f32; (len + 1) * 64]);
             says(&name, cache.attend(&Attention::new().not_causal(), &many.unwrap()), "are no tokens of the cache");
         }

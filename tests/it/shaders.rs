@@ -132,3 +132,176 @@ fn variables_of_loops_have_initial_values() {
     }
     assert!(checked > 1000, "{checked}");
 }
+
+/// What a value is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Made {
+    OfConstants,
+    OfParameters,
+    OfMore,
+}
+
+/// Reads what the conditions of branches and loops are made of, through calls.
+struct Conditions<'a> {
+    module: &'a naga::Module,
+    /// Functions that have one of parameters alone.
+    found: BTreeSet<String>,
+}
+
+impl Conditions<'_> {
+    fn function(&mut self, function: &naga::Function, arguments: &[Made]) -> Made {
+        let mut locals = vec![Made::OfConstants; function.local_variables.len()];
+        let mut calls = BTreeMap::new();
+        let mut returned = Made::OfConstants;
+        // What variables hold grows until nothing does.
+        loop {
+            let before = (locals.clone(), returned);
+            let values = self.values(function, arguments, &locals, &calls);
+            self.block(&function.body, function, &values, &mut locals, &mut calls, &mut returned);
+            if before == (locals.clone(), returned) {
+                break;
+            }
+        }
+        returned
+    }
+
+    fn values(
+        &self,
+        function: &naga::Function,
+        arguments: &[Made],
+        locals: &[Made],
+        calls: &BTreeMap<usize, Made>,
+    ) -> Vec<Made> {
+        use naga::Expression as E;
+        let mut values: Vec<Made> = Vec::new();
+        for (handle, expression) in function.expressions.iter() {
+            let of = |handle: naga::Handle<naga::Expression>| values[handle.index()];
+            let made = match *expression {
+                E::Literal(_) | E::Constant(_) | E::ZeroValue(_) | E::Override(_) => Made::OfConstants,
+                E::FunctionArgument(n) => arguments[n as usize],
+                E::GlobalVariable(variable) => match self.module.global_variables[variable].space {
+                    naga::AddressSpace::Uniform => Made::OfParameters,
+                    _ => Made::OfMore,
+                },
+                E::LocalVariable(variable) => locals[variable.index()],
+                E::Load { pointer } => of(pointer),
+                E::Access { base, index } => of(base).max(of(index)),
+                E::AccessIndex { base, .. } => of(base),
+                E::Splat { value, .. } => of(value),
+                E::Swizzle { vector, .. } => of(vector),
+                E::Compose { ref components, .. } => {
+                    components.iter().map(|&one| of(one)).max().unwrap_or(Made::OfConstants)
+                }
+                E::Unary { expr, .. } | E::As { expr, .. } => of(expr),
+                E::Binary { left, right, .. } => of(left).max(of(right)),
+                E::Select { condition, accept, reject } => of(condition).max(of(accept)).max(of(reject)),
+                E::Relational { argument, .. } => of(argument),
+                E::Math { arg, arg1, arg2, arg3, .. } => {
+                    [arg1, arg2, arg3].into_iter().flatten().map(of).fold(of(arg), Ord::max)
+                }
+                E::CallResult(_) => calls.get(&handle.index()).copied().unwrap_or(Made::OfConstants),
+                _ => Made::OfMore,
+            };
+            values.push(made);
+        }
+        values
+    }
+
+    fn block(
+        &mut self,
+        block: &naga::Block,
+        function: &naga::Function,
+        values: &[Made],
+        locals: &mut [Made],
+        calls: &mut BTreeMap<usize, Made>,
+        returned: &mut Made,
+    ) {
+        use naga::{Expression as E, Statement as S};
+        let condition = |found: &mut BTreeSet<String>, handle: naga::Handle<E>| {
+            if values[handle.index()] == Made::OfParameters {
+                found.insert(function.name.clone().unwrap_or_else(|| "main".into()));
+            }
+        };
+        for statement in block.iter() {
+            match statement {
+                S::Block(inner) => self.block(inner, function, values, locals, calls, returned),
+                S::If { condition: of, accept, reject } => {
+                    condition(&mut self.found, *of);
+                    self.block(accept, function, values, locals, calls, returned);
+                    self.block(reject, function, values, locals, calls, returned);
+                }
+                S::Loop { body, continuing, break_if } => {
+                    self.block(body, function, values, locals, calls, returned);
+                    self.block(continuing, function, values, locals, calls, returned);
+                    if let Some(of) = break_if {
+                        condition(&mut self.found, *of);
+                    }
+                }
+                S::Store { pointer, value } => {
+                    let mut root = *pointer;
+                    let variable = loop {
+                        match function.expressions[root] {
+                            E::Access { base, .. } | E::AccessIndex { base, .. } => root = base,
+                            E::LocalVariable(variable) => break Some(variable),
+                            _ => break None,
+                        }
+                    };
+                    if let Some(variable) = variable {
+                        let made = &mut locals[variable.index()];
+                        *made = (*made).max(values[value.index()]);
+                    }
+                }
+                S::Call { function: called, arguments, result } => {
+                    let arguments: Vec<Made> = arguments.iter().map(|one| values[one.index()]).collect();
+                    let made = self.function(&self.module.functions[*called], &arguments);
+                    if let Some(result) = result {
+                        calls.insert(result.index(), made);
+                    }
+                }
+                S::Return { value: Some(value) } => *returned = (*returned).max(values[value.index()]),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn conditions_of_parameters(source: &str) -> BTreeSet<String> {
+    let (module, _) = validate("conditions", source);
+    let mut conditions = Conditions { module: &module, found: BTreeSet::new() };
+    let main = &module.entry_points[0].function;
+    conditions.function(main, &vec![Made::OfMore; main.arguments.len()]);
+    conditions.found
+}
+
+/// lavapipe compiles a kernel anew for every dispatch where a branch or the bound of a loop is made of parameters alone.
+#[test]
+fn no_branch_or_bound_is_made_of_parameters_alone() {
+    for variant in catalogue::variants() {
+        // It measures, and its rounds are one number in all calls.
+        if variant.kernel == Kernel::Probe {
+            continue;
+        }
+        let found = conditions_of_parameters(&variant.source().unwrap());
+        assert!(found.is_empty(), "{}: in {found:?}", variant.name);
+    }
+    // Through a call, a loop that begins at 0, and a branch.
+    let text = |run: &str| {
+        format!(
+            "struct Params {{ a: u32, b: u32 }}
+            @group(0) @binding(0) var<uniform> params: Params;
+            @group(0) @binding(1) var<storage, read_write> y: array<u32>;
+            fn most(a: u32) -> u32 {{ return max(a, params.b) + 1u; }}
+            @compute @workgroup_size(1) fn main(@builtin(workgroup_id) id: vec3<u32>) {{ {run} }}"
+        )
+    };
+    for (run, is_found) in [
+        ("for (var j = 0u; j < most(3u); j += 4u) { y[j] = id.x; }", true),
+        ("var end = params.a; if (id.x > 3u) { end = params.b; } for (var j = 0u; j < end; j++) { y[j] = 1u; }", true),
+        ("if (params.a > params.b) { y[id.x] = 1u; }", true),
+        ("for (var j = 0u; j < most(id.x); j += 4u) { y[j] = id.x; }", false),
+        ("for (var j = id.x; j < params.a; j += 4u) { y[j] = id.x; }", false),
+        ("for (var j = 0u; j < 7u; j++) { y[j] = params.a; }", false),
+    ] {
+        assert_eq!(!conditions_of_parameters(&text(run)).is_empty(), is_found, "{run}");
+    }
+}
