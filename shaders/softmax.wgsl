@@ -57,7 +57,8 @@ fn run(index: u32, local: u32, lane: u32) {
     // A bound that is more than a parameter: see README.md.
     let width4 = select(0u, params.width4, row < params.rows);
     var highest = vec4<f32>(max(LEAST, sink));
-    var is_nan = vec4<bool>(makes_nan(sink));
+    let sink_bits = bitcast<u32>(sink);
+    var is_nan = vec4<bool>(((sink_bits & 0x7fffffffu) >= INFINITY_BITS) & (sink_bits != params.minus_infinity));
     for (var j = in_row; j < width4; j += LANES) {
         let x = s[at + j];
         highest = max(highest, x);

@@ -141,6 +141,16 @@ enum Made {
     OfMore,
 }
 
+/// What is known of a function so far.
+#[derive(Clone, PartialEq, Eq)]
+struct Known {
+    locals: Vec<Made>,
+    /// Variables that loops change.
+    counting: Vec<usize>,
+    calls: BTreeMap<usize, Made>,
+    returned: Made,
+}
+
 /// Reads what the conditions of branches and loops are made of, through calls.
 struct Conditions<'a> {
     module: &'a naga::Module,
@@ -150,19 +160,27 @@ struct Conditions<'a> {
 
 impl Conditions<'_> {
     fn function(&mut self, function: &naga::Function, arguments: &[Made]) -> Made {
-        let mut locals = vec![Made::OfConstants; function.local_variables.len()];
-        let mut calls = BTreeMap::new();
-        let mut returned = Made::OfConstants;
-        // What variables hold grows until nothing does.
+        let mut known = Known {
+            locals: vec![Made::OfConstants; function.local_variables.len()],
+            counting: Vec::new(),
+            calls: BTreeMap::new(),
+            returned: Made::OfConstants,
+        };
+        let found = self.found.clone();
+        // What variables hold grows until nothing does; what is found counts then.
         loop {
-            let before = (locals.clone(), returned);
-            let values = self.values(function, arguments, &locals, &calls);
-            self.block(&function.body, function, &values, &mut locals, &mut calls, &mut returned);
-            if before == (locals.clone(), returned) {
-                break;
+            self.found.clone_from(&found);
+            let before = known.clone();
+            let values = self.values(function, arguments, &known.locals, &known.calls);
+            // A variable that changes from turn to turn is a bound's alone, not a branch's.
+            let mut changing = known.locals.clone();
+            known.counting.iter().for_each(|&n: &usize| changing[n] = Made::OfMore);
+            let branches = self.values(function, arguments, &changing, &known.calls);
+            self.block(&function.body, function, [&values, &branches], &mut known, false);
+            if before == known {
+                return known.returned;
             }
         }
-        returned
     }
 
     fn values(
@@ -211,31 +229,26 @@ impl Conditions<'_> {
         &mut self,
         block: &naga::Block,
         function: &naga::Function,
-        values: &[Made],
-        locals: &mut [Made],
-        calls: &mut BTreeMap<usize, Made>,
-        returned: &mut Made,
+        [values, branches]: [&[Made]; 2],
+        known: &mut Known,
+        in_loop: bool,
     ) {
         use naga::{Expression as E, Statement as S};
-        let condition = |found: &mut BTreeSet<String>, handle: naga::Handle<E>| {
-            if values[handle.index()] == Made::OfParameters {
-                found.insert(function.name.clone().unwrap_or_else(|| "main".into()));
-            }
-        };
         for statement in block.iter() {
             match statement {
-                S::Block(inner) => self.block(inner, function, values, locals, calls, returned),
-                S::If { condition: of, accept, reject } => {
-                    condition(&mut self.found, *of);
-                    self.block(accept, function, values, locals, calls, returned);
-                    self.block(reject, function, values, locals, calls, returned);
-                }
-                S::Loop { body, continuing, break_if } => {
-                    self.block(body, function, values, locals, calls, returned);
-                    self.block(continuing, function, values, locals, calls, returned);
-                    if let Some(of) = break_if {
-                        condition(&mut self.found, *of);
+                S::Block(inner) => self.block(inner, function, [values, branches], known, in_loop),
+                S::If { condition, accept, reject } => {
+                    let ends_loop = |block: &naga::Block| matches!(block.iter().as_slice(), [S::Break]);
+                    let of = if ends_loop(accept) || ends_loop(reject) { values } else { branches };
+                    if of[condition.index()] == Made::OfParameters {
+                        self.found.insert(function.name.clone().unwrap_or_else(|| "main".into()));
                     }
+                    self.block(accept, function, [values, branches], known, in_loop);
+                    self.block(reject, function, [values, branches], known, in_loop);
+                }
+                S::Loop { body, continuing, .. } => {
+                    self.block(body, function, [values, branches], known, true);
+                    self.block(continuing, function, [values, branches], known, true);
                 }
                 S::Store { pointer, value } => {
                     let mut root = *pointer;
@@ -247,18 +260,21 @@ impl Conditions<'_> {
                         }
                     };
                     if let Some(variable) = variable {
-                        let made = &mut locals[variable.index()];
+                        let made = &mut known.locals[variable.index()];
                         *made = (*made).max(values[value.index()]);
+                        if in_loop && !known.counting.contains(&variable.index()) {
+                            known.counting.push(variable.index());
+                        }
                     }
                 }
                 S::Call { function: called, arguments, result } => {
-                    let arguments: Vec<Made> = arguments.iter().map(|one| values[one.index()]).collect();
+                    let arguments: Vec<Made> = arguments.iter().map(|one| branches[one.index()]).collect();
                     let made = self.function(&self.module.functions[*called], &arguments);
                     if let Some(result) = result {
-                        calls.insert(result.index(), made);
+                        known.calls.insert(result.index(), made);
                     }
                 }
-                S::Return { value: Some(value) } => *returned = (*returned).max(values[value.index()]),
+                S::Return { value: Some(value) } => known.returned = known.returned.max(values[value.index()]),
                 _ => {}
             }
         }
@@ -266,7 +282,8 @@ impl Conditions<'_> {
 }
 
 fn conditions_of_parameters(source: &str) -> BTreeSet<String> {
-    let (module, _) = validate("conditions", source);
+    let module =
+        naga::front::wgsl::parse_str(source).unwrap_or_else(|error| panic!("{}", error.emit_to_string(source)));
     let mut conditions = Conditions { module: &module, found: BTreeSet::new() };
     let main = &module.entry_points[0].function;
     conditions.function(main, &vec![Made::OfMore; main.arguments.len()]);
@@ -301,6 +318,7 @@ fn no_branch_or_bound_is_made_of_parameters_alone() {
         ("for (var j = 0u; j < most(id.x); j += 4u) { y[j] = id.x; }", false),
         ("for (var j = id.x; j < params.a; j += 4u) { y[j] = id.x; }", false),
         ("for (var j = 0u; j < 7u; j++) { y[j] = params.a; }", false),
+        ("for (var j = 0u; j < 7u; j++) { if (j < params.a) { y[j] = 1u; } }", false),
     ] {
         assert_eq!(!conditions_of_parameters(&text(run)).is_empty(), is_found, "{run}");
     }
