@@ -10,6 +10,10 @@ use super::{AttentionOperands, Plan, Planner, RotaryOperand, Slot, check_buffer,
 use crate::error::{Error, INSTEAD_OF_AVERAGED, INSTEAD_OF_WEIGHTS, Result};
 use crate::problem::{Dtype, Problem, ScoreStage, Sequence, in_order_of};
 
+/// Wider heads with more rows of a key/value head than this are faster in three passes (docs/performance.md).
+const WIDE_DIM: usize = 512;
+const MOST_WIDE_ROWS: usize = 32;
+
 /// The attention call `problem` over `operands`.
 pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: results(problem, operands, adapter)? };
@@ -39,8 +43,13 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         }
     }
     let is_alone = !operands.weights && !operands.averaged && operands.stage.is_none();
+    let rows = problem.group() * problem.len_q;
+    let is_wide = problem.dim_k.max(problem.dim_v) > WIDE_DIM && rows > MOST_WIDE_ROWS;
     let fused = match operands.method {
         Method::ThreePasses => Err("they were asked for".into()),
+        Method::Auto if is_wide => {
+            Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"))
+        }
         _ => Fused::new(problem, operands, adapter, &[]),
     };
     if let Some(rotary) = operands.rotary

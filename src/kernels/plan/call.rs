@@ -4,9 +4,8 @@ use super::super::access::Operand;
 use super::super::capabilities::Capabilities;
 use super::super::catalogue::{self, BiasSource, Rules};
 use super::super::params::{self, View};
-use super::RelativeOperand;
 use super::slice::{Part, window};
-use super::{AttentionOperands, Binding, MINUS_INFINITY, Planner, Slot, Window};
+use super::{AttentionOperands, Binding, MINUS_INFINITY, Planner, RelativeOperand, Slot, Window};
 use crate::error::{Error, Result};
 use crate::problem::{Band, Layout, MaskMeaning, NO_BOUND, Problem, checked_len};
 

@@ -23,9 +23,6 @@ fn most_dim(adapter: &Capabilities) -> usize {
     }
 }
 
-/// Wider heads with more rows of a key/value head than this are faster in three passes (docs/performance.md).
-const WIDE_DIM: usize = 512;
-const MOST_WIDE_ROWS: usize = 32;
 /// Keys of a split: fewer are not worth joining.
 const LEAST_SPLIT: usize = 256;
 /// Keys whose values are added up in one run: a longer row is cut into splits of [`LONG_SPLIT`], or it loses digits.
@@ -71,14 +68,6 @@ impl<'a> Fused<'a> {
         let most = most_dim(adapter);
         if dim_k == 0 || dim_v == 0 || dim_k > most || dim_v > most {
             return Err(format!("dim_k = {dim_k} and dim_v = {dim_v} must be from 1 to {most}"));
-        }
-        let rows = problem.group() * len_q;
-        if operands.method == Method::Auto
-            && sequences.is_empty()
-            && dim_k.max(dim_v) > WIDE_DIM
-            && rows > MOST_WIDE_ROWS
-        {
-            return Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"));
         }
         let tile = match operands.method {
             Method::Tile(tile) => tile,
