@@ -133,12 +133,12 @@ fn variables_of_loops_have_initial_values() {
     assert!(checked > 1000, "{checked}");
 }
 
-/// What a value is made of.
+/// What a value is made of, at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Made {
-    OfConstants,
-    OfParameters,
-    OfMore,
+    Constants,
+    Parameters,
+    More,
 }
 
 /// What is known of a function so far.
@@ -161,10 +161,10 @@ struct Conditions<'a> {
 impl Conditions<'_> {
     fn function(&mut self, function: &naga::Function, arguments: &[Made]) -> Made {
         let mut known = Known {
-            locals: vec![Made::OfConstants; function.local_variables.len()],
+            locals: vec![Made::Constants; function.local_variables.len()],
             counting: Vec::new(),
             calls: BTreeMap::new(),
-            returned: Made::OfConstants,
+            returned: Made::Constants,
         };
         let found = self.found.clone();
         // What variables hold grows until nothing does; what is found counts then.
@@ -174,7 +174,7 @@ impl Conditions<'_> {
             let values = self.values(function, arguments, &known.locals, &known.calls);
             // A variable that changes from turn to turn is a bound's alone, not a branch's.
             let mut changing = known.locals.clone();
-            known.counting.iter().for_each(|&n: &usize| changing[n] = Made::OfMore);
+            known.counting.iter().for_each(|&n: &usize| changing[n] = Made::More);
             let branches = self.values(function, arguments, &changing, &known.calls);
             self.block(&function.body, function, [&values, &branches], &mut known, false);
             if before == known {
@@ -195,11 +195,11 @@ impl Conditions<'_> {
         for (handle, expression) in function.expressions.iter() {
             let of = |handle: naga::Handle<naga::Expression>| values[handle.index()];
             let made = match *expression {
-                E::Literal(_) | E::Constant(_) | E::ZeroValue(_) | E::Override(_) => Made::OfConstants,
+                E::Literal(_) | E::Constant(_) | E::ZeroValue(_) | E::Override(_) => Made::Constants,
                 E::FunctionArgument(n) => arguments[n as usize],
                 E::GlobalVariable(variable) => match self.module.global_variables[variable].space {
-                    naga::AddressSpace::Uniform => Made::OfParameters,
-                    _ => Made::OfMore,
+                    naga::AddressSpace::Uniform => Made::Parameters,
+                    _ => Made::More,
                 },
                 E::LocalVariable(variable) => locals[variable.index()],
                 E::Load { pointer } => of(pointer),
@@ -208,7 +208,7 @@ impl Conditions<'_> {
                 E::Splat { value, .. } => of(value),
                 E::Swizzle { vector, .. } => of(vector),
                 E::Compose { ref components, .. } => {
-                    components.iter().map(|&one| of(one)).max().unwrap_or(Made::OfConstants)
+                    components.iter().map(|&one| of(one)).max().unwrap_or(Made::Constants)
                 }
                 E::Unary { expr, .. } | E::As { expr, .. } => of(expr),
                 E::Binary { left, right, .. } => of(left).max(of(right)),
@@ -217,8 +217,8 @@ impl Conditions<'_> {
                 E::Math { arg, arg1, arg2, arg3, .. } => {
                     [arg1, arg2, arg3].into_iter().flatten().map(of).fold(of(arg), Ord::max)
                 }
-                E::CallResult(_) => calls.get(&handle.index()).copied().unwrap_or(Made::OfConstants),
-                _ => Made::OfMore,
+                E::CallResult(_) => calls.get(&handle.index()).copied().unwrap_or(Made::Constants),
+                _ => Made::More,
             };
             values.push(made);
         }
@@ -240,7 +240,7 @@ impl Conditions<'_> {
                 S::If { condition, accept, reject } => {
                     let ends_loop = |block: &naga::Block| matches!(block.iter().as_slice(), [S::Break]);
                     let of = if ends_loop(accept) || ends_loop(reject) { values } else { branches };
-                    if of[condition.index()] == Made::OfParameters {
+                    if of[condition.index()] == Made::Parameters {
                         self.found.insert(function.name.clone().unwrap_or_else(|| "main".into()));
                     }
                     self.block(accept, function, [values, branches], known, in_loop);
@@ -286,7 +286,7 @@ fn conditions_of_parameters(source: &str) -> BTreeSet<String> {
         naga::front::wgsl::parse_str(source).unwrap_or_else(|error| panic!("{}", error.emit_to_string(source)));
     let mut conditions = Conditions { module: &module, found: BTreeSet::new() };
     let main = &module.entry_points[0].function;
-    conditions.function(main, &vec![Made::OfMore; main.arguments.len()]);
+    conditions.function(main, &vec![Made::More; main.arguments.len()]);
     conditions.found
 }
 

@@ -112,7 +112,7 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
         // A mask, a bias, positions, a sink, a causal rule, more keys, another width: other keys.
         let mask = Mask::keep(Tensor::from_bools(gpu, &[30], &[true; 30]).unwrap()).unwrap();
         let slopes = Tensor::from_slice(gpu, &[2], &alibi::slopes(2).unwrap()).unwrap();
-        let rotary = Rotary::new(&Device::from(gpu), &RotaryConfig::new(8), 64).unwrap();
+        let rotary = Rotary::new(Device::from(gpu), &RotaryConfig::new(8), 64).unwrap();
         let sink = Tensor::from_slice(gpu, &[2], &[0.5f32; 2]).unwrap();
         let bias = Tensor::from_slice(gpu, &[30], &[0.5f32; 30]).unwrap();
         for (attention, q, k) in [
