@@ -214,7 +214,7 @@ mod tests {
         let passes = |got: f32, expected: f64| {
             std::panic::catch_unwind(|| assert_logs_close("x", &([got, 9.0], 2), &[expected, 9.0], 1e-6)).is_ok()
         };
-        // Each by itself, whatever stands beside it.
+        // Each by itself, whatever is beside it.
         assert!(passes(9e-7, 0.0) && !passes(2e-6, 0.0));
         assert!(passes(1e3, 1e3 + 9e-4) && !passes(1e3, 1e3 + 2e-3));
     }

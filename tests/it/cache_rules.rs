@@ -227,11 +227,11 @@ fn rotary_positions_do_not_depend_on_the_rule() {
     for (name, device) in devices() {
         let rotary = Rotary::new(&device, &RotaryConfig::new(DIM).pairing(Pairing::HalfSplit), len).unwrap();
         // Turned by hand.
-        let turned = |shape: [usize; 4], data: &[f32]| {
+        let rotated = |shape: [usize; 4], data: &[f32]| {
             let x = Tensor::from_slice(&device, &shape, data).unwrap();
             rotary.rotate(&x, &TokenPositions::From(0)).unwrap().download().unwrap()
         };
-        let by_hand = Data { q: turned(whole.q, &data.q), k: turned(whole.k, &data.k), ..data.clone() };
+        let by_hand = Data { q: rotated(whole.q, &data.q), k: rotated(whole.k, &data.k), ..data.clone() };
         for window in [None, Some(5)] {
             let capacity = if window.is_some() { 13 } else { len };
             let config = KvCacheConfig::new(BATCH, HEADS[1], capacity, DIM).window(window);

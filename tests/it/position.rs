@@ -215,7 +215,7 @@ fn halves_turn<T: Element>() {
 }
 
 #[test]
-fn halves_are_turned_in_f32() {
+fn halves_are_rotated_in_f32() {
     halves_turn::<f16>();
     halves_turn::<bf16>();
 }
@@ -226,9 +226,9 @@ fn ranks_and_empty_tensors() {
         let rotary = Rotary::new(&device, &RotaryConfig::new(4), 8).unwrap();
         let data = noise(&mut Pcg64::seed_from_u64(4), 2 * 3 * 2 * 5 * 6);
         let five = Tensor::from_slice(&device, &[2, 3, 2, 5, 6], &data).unwrap();
-        let turned = rotary.rotate(&five, &TokenPositions::From(2)).unwrap();
-        assert_eq!(turned.shape(), [2, 3, 2, 5, 6]);
-        let all = turned.download().unwrap();
+        let rotated = rotary.rotate(&five, &TokenPositions::From(2)).unwrap();
+        assert_eq!(rotated.shape(), [2, 3, 2, 5, 6]);
+        let all = rotated.download().unwrap();
         let three = five.select(0, 1).unwrap().select(0, 2).unwrap();
         let part = rotary.rotate(&three, &TokenPositions::From(2)).unwrap();
         assert_eq!(part.shape(), [2, 5, 6]);
@@ -616,7 +616,7 @@ fn into_a_callers_encoder() {
         let positions = TokenPositions::FromEach(vec![0, 4]);
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let sum = table.encode(&gpu, &mut encoder, &x, &TokenPositions::From(5)).unwrap();
-        let turned = rotary.encode(&gpu, &mut encoder, &sum, &positions).unwrap();
+        let rotated = rotary.encode(&gpu, &mut encoder, &sum, &positions).unwrap();
         gpu.queue().submit([encoder.finish()]);
         let keys = RelativeKeys::new(&table.tensor().narrow(0, 0, 4).unwrap(), 1, 2).unwrap();
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
@@ -625,7 +625,7 @@ fn into_a_callers_encoder() {
         let alone = keys.bias(&x, 5, 1, None).unwrap();
         assert_eq!(bits(&bias.download().unwrap()), bits(&alone.download().unwrap()), "{name}");
         let apart = rotary.rotate(&table.add(&x, &TokenPositions::From(5)).unwrap(), &positions).unwrap();
-        assert_eq!(bits(&turned.download().unwrap()), bits(&apart.download().unwrap()), "{name}");
+        assert_eq!(bits(&rotated.download().unwrap()), bits(&apart.download().unwrap()), "{name}");
     }
 }
 

@@ -86,9 +86,9 @@ pub fn written_out(config: &RotaryConfig, len: usize) -> (Vec<f64>, f64) {
     }
 }
 
-/// X `[b, h, i, d]` turned in f64 as complex numbers, query `i` of batch entry `b` at `starts[b] + i` of a sequence of
+/// X `[b, h, i, d]` rotated in f64 as complex numbers, query `i` of batch entry `b` at `starts[b] + i` of a sequence of
 /// `len` in all.
-pub fn turned(config: &RotaryConfig, len: usize, shape: [usize; 4], x: &[f32], starts: &[usize]) -> Vec<f64> {
+pub fn rotated(config: &RotaryConfig, len: usize, shape: [usize; 4], x: &[f32], starts: &[usize]) -> Vec<f64> {
     let (frequencies, factor) = written_out(config, len);
     let [_, heads, rows, dim] = shape;
     let mut y = wide(x);
@@ -180,7 +180,7 @@ fn every_scaling_turns_rows_and_attention_by_its_formula() {
     for config in configs() {
         for (n, scaling) in scalings(config.dim).into_iter().enumerate() {
             let config = config.clone().scaling(scaling);
-            let turn = |shape, x: &[f32], starts: &[usize]| turned(&config, LEN, shape, x, starts);
+            let turn = |shape, x: &[f32], starts: &[usize]| rotated(&config, LEN, shape, x, starts);
             let (q, k) = (turn(call.q, &data.q, &starts), turn(call.k, &data.k, &[0; 2]));
             let truth = call.with_operands(&data, [q.clone(), k, wide(&data.v)], Truth::new);
             for (name, device) in devices() {
@@ -214,7 +214,7 @@ fn attention_turns_what_it_is_given() {
         ),
     ];
     for (n, config) in configs().into_iter().enumerate() {
-        let turn = |shape, x: &[f32], starts: &[usize]| turned(&config, LEN, shape, x, starts);
+        let turn = |shape, x: &[f32], starts: &[usize]| rotated(&config, LEN, shape, x, starts);
         for (positions, starts) in &rules {
             let call = Call { positions: positions.clone(), ..base.clone() };
             let (q, k) = (turn(call.q, &data.q, starts), turn(call.k, &data.k, &[0; 2]));
@@ -297,11 +297,11 @@ fn a_cache_goes_on_where_it_stood() {
                 let rotary = Rotary::new(&device, &config, TOKENS).unwrap();
                 let [q, k, v] = call.operands(&device, &data, dtype).unwrap();
                 // Turned keys are rounded to what the cache holds.
-                let turned_k = rotary.rotate(&k, &TokenPositions::From(0)).unwrap();
-                let exact = turned(&config, TOKENS, call.k, &data.k, &[0; 2]);
-                assert_close(&name, &turned_k, &exact, 3e-7);
-                let turned_q = turned(&config, TOKENS, call.q, &data.q, &[0; 2]);
-                let operands = [turned_q, wide(&turned_k.download().unwrap()), wide(&data.v)];
+                let rotated_k = rotary.rotate(&k, &TokenPositions::From(0)).unwrap();
+                let exact = rotated(&config, TOKENS, call.k, &data.k, &[0; 2]);
+                assert_close(&name, &rotated_k, &exact, 3e-7);
+                let rotated_q = rotated(&config, TOKENS, call.q, &data.q, &[0; 2]);
+                let operands = [rotated_q, wide(&rotated_k.download().unwrap()), wide(&data.v)];
                 let truth = call.with_operands(&data, operands, Truth::new);
                 let capacity = if window.is_some() { 24 } else { TOKENS };
                 let held = KvCacheConfig::new(2, 2, capacity, 16).window(window).dtype(dtype);

@@ -4,6 +4,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use wgpu_attention::Dtype;
+pub use wgpu_attention_conformance::{difference, largest as largest_finite};
 
 /// The element of a comparison that is furthest beyond its tolerance, or nearest to it.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,29 +88,12 @@ impl Stats {
     }
 }
 
-/// Difference of two elements: 0 when both are NaN or both the same infinity, ∞ when only one of
-/// them is finite.
-pub fn difference(got: f64, expected: f64) -> f64 {
-    if got == expected || got.is_nan() && expected.is_nan() {
-        0.0
-    } else if got.is_finite() && expected.is_finite() {
-        (got - expected).abs()
-    } else {
-        f64::INFINITY
-    }
-}
-
 /// The largest difference; a length that does not fit counts as ∞.
 pub fn largest_difference(got: &[f32], expected: &[f64]) -> f64 {
     if got.len() != expected.len() {
         return f64::INFINITY;
     }
     got.iter().zip(expected).map(|(&got, &expected)| difference(got.into(), expected)).fold(0.0, f64::max)
-}
-
-/// The largest finite magnitude.
-pub fn largest_finite(values: &[f64]) -> f64 {
-    values.iter().filter(|x| x.is_finite()).fold(0.0, |most, x| most.max(x.abs()))
 }
 
 /// Compares element by element; `allowed` gives the tolerance from the expected value.
