@@ -1,11 +1,12 @@
 // What hides the key of a pair, and what biases add to its score: the only place.
-// @use view, bands, mask(a 5), mask(b 6), bias
+// @use view, bands, mask(a 5), mask(b 6), bias(a 7), bias(b 14)
 
 // Pairs that are looked at together; the others of four are not.
 const PAIRS: u32 = 4u;
 const BANDED: bool = true;
 // True with a mask or a bias.
 const MASKED: bool = true;
+const TWO_BIASES: bool = true;
 
 struct Mask {
     view: View,
@@ -25,7 +26,8 @@ struct Rules {
     band: vec4<i32>,
     mask_a: Mask,
     mask_b: Mask,
-    bias: View,
+    bias_a: View,
+    bias_b: View,
     relative: Relative,
     scale: f32,
     softcap: f32,
@@ -55,7 +57,8 @@ fn four_from(first: u32) -> vec4<u32> {
 struct Rule {
     seen: vec4<bool>,
     maskable: vec4<bool>,
-    bias: vec4<f32>,
+    bias_a: vec4<f32>,
+    bias_b: vec4<f32>,
 }
 
 // Of four pairs of queries i and keys j of the slice. Masks and biases are read where `masked`.
@@ -63,7 +66,7 @@ fn rule_of(b: u32, h: u32, i: vec4<u32>, j: vec4<u32>, band: vec4<i32>, masked: 
     let row = vec4<i32>(i + params.slice.row_0);
     let key = vec4<i32>(j + params.slice.key_0);
     let maskable = key < vec4<i32>(i32(params.rules.maskable_keys));
-    var rule = Rule(vec4<bool>(true), maskable, vec4<f32>());
+    var rule = Rule(vec4<bool>(true), maskable, vec4<f32>(), vec4<f32>());
     if (BANDED) {
         let inside = (key < vec4<i32>(band.x)) & (key >= row + vec4<i32>(band.y)) & (key <= row + vec4<i32>(band.z));
         rule.seen = inside | !maskable;
@@ -72,11 +75,16 @@ fn rule_of(b: u32, h: u32, i: vec4<u32>, j: vec4<u32>, band: vec4<i32>, masked: 
         // @unroll
         for (var c = 0u; c < 4u; c++) {
             if (c < PAIRS) {
-                let bias = bias_at(b, h, i[c], j[c]);
-                let passes = passes_a(b, h, i[c], j[c]) & passes_b(b, h, i[c], j[c])
+                let bias = added_a(b, h, i[c], j[c]);
+                var passes = passes_a(b, h, i[c], j[c]) & passes_b(b, h, i[c], j[c])
                     & (bitcast<u32>(bias) != params.minus_infinity);
+                rule.bias_a[c] = select(0.0, bias, maskable[c]);
+                if (TWO_BIASES) {
+                    let second = added_b(b, h, i[c], j[c]);
+                    passes &= bitcast<u32>(second) != params.minus_infinity;
+                    rule.bias_b[c] = select(0.0, second, maskable[c]);
+                }
                 rule.seen[c] = rule.seen[c] & (passes | !maskable[c]);
-                rule.bias[c] = select(0.0, bias, maskable[c]);
             }
         }
     }

@@ -1,4 +1,4 @@
-// The score of a pair, the only place: scale, softcap, what its distance adds, biases, masks, in this order.
+// The score of a pair, the only place: scale, softcap, what its distance adds, biases in the order given, masks.
 // @use rules, relative, tanh
 
 const SOFTCAP: bool = true;
@@ -32,7 +32,10 @@ fn scores_of(
         x += select(vec4<f32>(), by_distance, rule.maskable);
     }
     if (MASKED && masked) {
-        x += rule.bias;
+        x += rule.bias_a;
+        if (TWO_BIASES) {
+            x += rule.bias_b;
+        }
     }
     return Scores(x, is_pair & rule.seen & (bitcast<vec4<u32>>(x) != vec4<u32>(params.minus_infinity)));
 }

@@ -238,6 +238,38 @@ fn same_bits_every_run_and_in_every_batch() {
     }
 }
 
+/// Two biases of ±2²⁸ round a small score away; added to each other first, they would
+/// leave it as it is. So every key weighs the same.
+#[test]
+fn two_biases_are_added_one_after_the_other() {
+    let shape = [1, 2, 5, 8];
+    let [q, k] = [1, 2].map(|seed| noise(&mut Pcg64::seed_from_u64(seed), 80));
+    for (name, device) in devices() {
+        if device.gpu().is_some_and(|gpu| gpu.capabilities().max_storage_buffers < 10) {
+            continue;
+        }
+        let q = Tensor::from_slice(&device, &shape, &q).unwrap();
+        let k = Tensor::from_slice(&device, &shape, &k).unwrap();
+        let bias = |shape: &[usize], value: f32| {
+            Tensor::from_slice(&device, shape, &vec![value; shape.iter().product()]).unwrap()
+        };
+        for method in methods_in_turn(&device, 0, usize::MAX) {
+            let attention = Attention::new()
+                .scale(0.1)
+                .method(method)
+                .bias(bias(&[1, 5], (1 << 28) as f32))
+                .bias(bias(&[2, 5, 1], -(1 << 28) as f32))
+                .weights(Weights::PerHead)
+                .lse(true);
+            let attended = attention.forward(&q, &k, &k).unwrap();
+            let lse = attended.lse.unwrap().download().unwrap();
+            assert!(lse.iter().all(|lse| (lse - 5f32.ln()).abs() < 1e-6), "{name}, {method}: {lse:?}");
+            let weights = attended.weights.unwrap().download().unwrap();
+            assert!(weights.iter().all(|weight| (weight - 0.2).abs() < 1e-6), "{name}, {method}: {weights:?}");
+        }
+    }
+}
+
 #[test]
 fn a_thousand_forwards_allocate_nothing() {
     let call = Call::plain([2, 2, 16, 16], [2, 2, 24, 16], [2, 2, 24, 16]);

@@ -153,9 +153,15 @@ fn rules_that_do_not_fit_are_folded_into_one_bias() {
     let four = Capabilities { max_storage_buffers: 4, ..Capabilities::webgpu_minimum() };
     let folded = plan([2, 4, 9, 8], [2, 4, 9, 8], 1, 1, &four).unwrap();
     assert!(folded.steps.iter().any(|step| step.variant.name.starts_with("combine_biases/")));
-    let direct = plan([2, 4, 9, 8], [2, 4, 9, 8], 2, 1, &Capabilities::webgpu_minimum()).unwrap();
-    assert!(!direct.steps.iter().any(|step| step.variant.name.starts_with("combine_biases/")));
-    assert!(direct.steps.iter().any(|step| step.bindings.iter().any(|b| b.slot == Slot::Mask(1))));
+    let minimum = Capabilities::webgpu_minimum();
+    let native = Capabilities { max_storage_buffers: 16, ..minimum.clone() };
+    for (masks, biases, adapter) in [(2, 1, &minimum), (2, 2, &native)] {
+        let direct = plan([2, 4, 9, 8], [2, 4, 9, 8], masks, biases, adapter).unwrap();
+        assert!(!direct.steps.iter().any(|step| step.variant.name.starts_with("combine_biases/")));
+        for slot in [Slot::Mask(masks - 1), Slot::Bias(biases - 1)] {
+            assert!(direct.steps.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == slot)), "{slot:?}");
+        }
+    }
 }
 
 #[test]

@@ -134,7 +134,7 @@ pub fn flash(flash_tile: FlashTile, access: FlashAccess, options: FlashOptions) 
         changes = changes.number("BLOCK", MASK_BLOCK);
     }
     // A bias is added where nothing is hidden too.
-    if !block_mask || rules.bias {
+    if !block_mask || rules.biases > 0 {
         changes = changes.line("block_is_full", "fn block_is_full(work: Work, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);

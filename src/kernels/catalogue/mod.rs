@@ -170,8 +170,8 @@ pub struct Rules {
     pub bands: bool,
     /// Boolean masks, 0 to 2.
     pub masks: u32,
-    /// An additive bias.
-    pub bias: bool,
+    /// Additive biases, 0 to 2.
+    pub biases: u32,
     /// Whether any band hides anything.
     pub banded: bool,
     /// A bias by the distance of key and query.
@@ -194,7 +194,7 @@ pub enum RelativeKind {
 impl Rules {
     /// Storage buffers that the rules of masking take.
     pub fn buffers(&self) -> u32 {
-        u32::from(self.bands) + self.masks + u32::from(self.bias) + u32::from(self.relative.is_some())
+        u32::from(self.bands) + self.masks + self.biases + u32::from(self.relative.is_some())
     }
 
     fn apply(&self, mut changes: Changes, name: &mut String) -> Changes {
@@ -237,16 +237,23 @@ impl Rules {
         if self.masks < 2 {
             changes = changes.line("mask_b", "fn passes_b(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
         }
-        changes = changes.flag("MASKED", self.masks > 0 || self.bias);
+        changes = changes.flag("MASKED", self.masks > 0 || self.biases > 0);
+        changes = changes.flag("TWO_BIASES", self.biases > 1);
         match self.masks {
             0 => {}
             1 => name.push_str("/mask"),
             _ => name.push_str("/masks"),
         }
-        if self.bias {
-            name.push_str("/bias");
-        } else {
-            changes = changes.line("bias", "fn bias_at(b: u32, h: u32, i: u32, j: u32) -> f32 { return 0.0; }");
+        if self.biases < 1 {
+            changes = changes.line("bias_a", "fn added_a(b: u32, h: u32, i: u32, j: u32) -> f32 { return 0.0; }");
+        }
+        if self.biases < 2 {
+            changes = changes.line("bias_b", "fn added_b(b: u32, h: u32, i: u32, j: u32) -> f32 { return 0.0; }");
+        }
+        match self.biases {
+            0 => {}
+            1 => name.push_str("/bias"),
+            _ => name.push_str("/biases"),
         }
         changes
     }
@@ -326,7 +333,7 @@ pub const MASK_BLOCK: u32 = 32;
 /// A variant of `block_mask.wgsl`: masks and bias alone.
 pub fn block_mask(rules: Rules) -> Variant {
     let mut name = String::from("block_mask");
-    let lists = Rules { masks: rules.masks, bias: rules.bias, ..Rules::default() };
+    let lists = Rules { masks: rules.masks, biases: rules.biases, ..Rules::default() };
     let changes = lists.apply(Changes::default(), &mut name).number("BLOCK", MASK_BLOCK);
     Variant { kernel: Kernel::BlockMask, changes, name }
 }
@@ -627,8 +634,8 @@ pub fn variants() -> Vec<Variant> {
         Rules::default(),
         Rules { banded: true, ..Rules::default() },
         Rules { masks: 1, ..Rules::default() },
-        Rules { bias: true, ..Rules::default() },
-        Rules { bands: true, masks: 2, bias: true, banded: true, ..Rules::default() },
+        Rules { biases: 1, ..Rules::default() },
+        Rules { bands: true, masks: 2, biases: 2, banded: true, ..Rules::default() },
         Rules { relative: Some(RelativeKind::Slope), ..Rules::default() },
         Rules { relative: Some(RelativeKind::Table), banded: true, ..Rules::default() },
         Rules { relative: Some(RelativeKind::Fours), ..Rules::default() },
@@ -691,13 +698,10 @@ pub fn variants() -> Vec<Variant> {
             let all_narrow = FlashAccess { q: narrow, k: narrow, v: narrow, o: narrow };
             for (n, rules) in rules.into_iter().enumerate() {
                 let access = if n == 2 { all_narrow } else { all_wide };
-                // Seven buffers at most, the four operands among them.
-                let rules = Rules { masks: rules.masks.min(1), ..rules };
-                let lse = rules.buffers() < 3;
                 if rows == 4 || n == 0 {
-                    let options = FlashOptions { padded: [n == 2; 2], softcap: n == 2, lse, rules, ..plain };
+                    let options = FlashOptions { padded: [n == 2; 2], softcap: n == 2, lse: true, rules, ..plain };
                     all.push(flash(tile, access, options));
-                    if lse && (rules.masks > 0 || rules.bias) {
+                    if rules.masks > 0 || rules.biases > 0 {
                         all.push(flash(tile, access, FlashOptions { block_mask: true, ..options }));
                     }
                 }
@@ -722,7 +726,6 @@ pub fn variants() -> Vec<Variant> {
             }
             let by_distance = Rules { relative: Some(RelativeKind::Fours), ..Rules::default() };
             all.push(flash(tile, all_wide, FlashOptions { rules: by_distance, neighbours: true, ..plain }));
-            // Seven buffers with the LSE and a mask.
             all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));
             all.push(flash(
                 tile,
@@ -759,8 +762,6 @@ pub fn variants() -> Vec<Variant> {
         let tile = RowTile { workgroup, rows, share, depth4 };
         for inspection in [Inspection::Weights, Inspection::ColumnSums, Inspection::Entropy] {
             for (n, rules) in rules.into_iter().enumerate() {
-                // Seven buffers at most, the four operands among them.
-                let rules = Rules { masks: rules.masks.min(1), ..rules };
                 let access = if n == 1 { narrow } else { wide };
                 all.push(inspect(inspection, tile, chunks, [access; 2], n == 1, n == 2, rules));
             }
@@ -786,7 +787,7 @@ pub fn variants() -> Vec<Variant> {
     all.extend([mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
     all.extend([probe(8), probe(64)]);
-    all.extend(rules.into_iter().filter(|rules| rules.masks > 0 || rules.bias).map(block_mask));
+    all.extend(rules.into_iter().filter(|rules| rules.masks > 0 || rules.biases > 0).map(block_mask));
     for source in [BiasSource::Bias, BiasSource::Mask, BiasSource::Bands] {
         all.extend([combine_biases(source, false), combine_biases(source, true)]);
     }

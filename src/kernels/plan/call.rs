@@ -37,18 +37,16 @@ impl<'a> Call<'a> {
         let mut rules = Rules {
             bands: problem.bands.len() > 1,
             masks: operands.masks.len() as u32,
-            bias: !operands.biases.is_empty(),
+            biases: operands.biases.len() as u32,
             banded: !problem.is_unbanded(),
             relative: operands.relative.as_ref().map(|relative| relative.kind),
             // No pass reads rules and a sink.
             sink: false,
         };
-        // Metal's compiler needs one of eight for itself.
-        let most = adapter.max_storage_buffers.min(7);
-        let too_many = |rules: Rules| others + rules.buffers() > most;
-        let combine = rules.masks > 2 || operands.biases.len() > 1 || too_many(rules);
+        let too_many = |rules: Rules| others + rules.buffers() > adapter.max_storage_buffers;
+        let combine = rules.masks > 2 || rules.biases > 2 || too_many(rules);
         if combine {
-            (rules.masks, rules.bias) = (0, true);
+            (rules.masks, rules.biases) = (0, 1);
         }
         let combine_bands = combine && too_many(rules);
         if combine_bands {
@@ -225,8 +223,8 @@ impl<'a> Call<'a> {
         }
         let parts = [b, h, i, j.within(problem.maskable_keys())];
         if self.combine {
-            bound.rules.bias = View::strided(self.combine_rules(planner, parts, sizes)?, 0);
-            bound.bindings.push(Binding::whole("bias", Slot::Scratch(1), planner.plan.scratch[1]));
+            bound.rules.bias_a = View::strided(self.combine_rules(planner, parts, sizes)?, 0);
+            bound.bindings.push(Binding::whole("bias_a", Slot::Scratch(1), planner.plan.scratch[1]));
             return Ok(bound);
         }
         for (n, &(layout, meaning)) in operands.masks.iter().enumerate() {
@@ -236,10 +234,10 @@ impl<'a> Call<'a> {
             let mask = params::Mask { view: View::new(layout, at), keeps, ..Default::default() };
             *[&mut bound.rules.mask_a, &mut bound.rules.mask_b][n] = mask;
         }
-        if let Some(&layout) = operands.biases.first() {
+        for (n, &layout) in operands.biases.iter().enumerate() {
             let at = window(layout, &parts, 4, self.align);
-            bound.bindings.push(Binding::new("bias", Slot::Bias(0), at));
-            bound.rules.bias = View::new(layout, at);
+            bound.bindings.push(Binding::new(["bias_a", "bias_b"][n], Slot::Bias(n), at));
+            *[&mut bound.rules.bias_a, &mut bound.rules.bias_b][n] = View::new(layout, at);
         }
         Ok(bound)
     }

@@ -105,14 +105,14 @@ impl<'a> Fused<'a> {
         let mut call = Call::new(problem, operands, adapter, others);
         call.rules.sink = sink;
         call.rules.banded |= sequences.iter().any(|one| one.band.hides_any_of(one.len_k));
-        if others + call.rules.buffers() > adapter.max_storage_buffers.min(7) {
+        if others + call.rules.buffers() > adapter.max_storage_buffers {
             return Err(format!("{} storage buffers are too few", adapter.max_storage_buffers));
         }
         call.check_relative(adapter).map_err(|error| error.to_string())?;
         if rotary.is_some() && call.combine_bands {
             return Err("combined bands do not say where each query stands".into());
         }
-        let spare = adapter.max_storage_buffers.min(7) - (others + call.rules.buffers());
+        let spare = adapter.max_storage_buffers - (others + call.rules.buffers());
         let mut fused = Fused {
             block_mask: spare > 0 && hides_blocks(&call, tile),
             rotary,
