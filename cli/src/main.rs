@@ -35,24 +35,25 @@ use error::Result;
     version,
     about = "Attention on any GPU, with a CPU backend",
     after_help = "\
-Without a command: a real layer attends over a real sentence, the result is held against \
-float64, and a heatmap is written to attn-heatmap.png.
+Without a command, attn runs a real layer on a real sentence, compares the result with float64 and writes a heatmap \
+to attn-heatmap.png.
 
 Examples:
-  attn                                             the layer and the sentence, on the best adapter
-  attn --adapter all                               the same on every adapter and on the CPU backend
-  attn devices                                     what this machine has
+  attn                                             run the layer on the best adapter
+  attn --adapter all                               run it on every adapter and on the CPU backend
+  attn devices                                     list the adapters of this machine
   attn run in.safetensors -o out.safetensors       attention over your own q, k and v
   attn mha --weights layer.safetensors --heads 8 --query x.npy -o y.npy
-  attn check --quick                               whether attention comes out right on every adapter
-  attn bench --shape P1 --adapter all              how long calls take
-  attn tune --shape P1                             find the fastest kernels, and keep them
-  attn plot attention --html page.html             where each head looks, as a page to explore
+  attn check --quick                               check attention on every adapter
+  attn bench --shape P1 --adapter all              measure how long calls take
+  attn tune --shape P1                             find the fastest kernels and keep them
+  attn plot attention --html page.html             write an interactive page of what each head attends to
 
-Exit status: 0 when all went well, 1 for a failure, 2 for a wrong call, 3 where no adapter answers."
+Exit status: 0 for success, 1 for a failure, 2 for wrong usage, 3 if no adapter answers."
 )]
 struct Cli {
-    /// An adapter's index or part of its name, or vulkan, metal, dx12, gl, both (gl:llvmpipe), cpu (the CPU backend), all
+    /// An adapter's index or part of its name, a backend (vulkan, metal, dx12, gl), both (gl:llvmpipe), cpu (the CPU
+    /// backend) or all
     #[arg(long, global = true, value_name = "WHICH")]
     adapter: Option<String>,
     #[command(subcommand)]
@@ -61,24 +62,24 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Attention over your own tensors
+    /// Compute attention over your own tensors
     Run(run::RunArgs),
-    /// A multi-head layer over your own tensors
+    /// Run a multi-head layer on your own tensors
     Mha(mha::MhaArgs),
-    /// The adapters of this machine
+    /// List the adapters of this machine
     Devices(devices::DevicesArgs),
-    /// Whether attention comes out right: the built-in suite, or a folder of cases
+    /// Check attention on adapters: the built-in suite, or a folder of cases
     Check(check::CheckArgs),
-    /// How long calls take
+    /// Measure how long calls take
     Bench(bench::BenchArgs),
-    /// Finds the fastest kernels for a shape on an adapter, and keeps them
+    /// Find the fastest kernels for a shape on an adapter, and keep them
     Tune(tune::TuneArgs),
-    /// Pictures of attention weights and of positional encodings
+    /// Draw attention weights and positional encodings
     #[command(subcommand)]
     Plot(plot::PlotCommand),
-    /// The WGSL of a kernel variant as it runs
+    /// Print the WGSL of a kernel variant as it runs
     Shader(shader::ShaderArgs),
-    /// A completion script for a shell
+    /// Print a completion script for a shell
     #[command(after_help = "Example: attn completions bash > ~/.local/share/bash-completion/completions/attn")]
     Completions { shell: clap_complete::Shell },
 }

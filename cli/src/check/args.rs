@@ -10,30 +10,33 @@ use crate::error::{Result, usage};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Without DIR the suite runs, on every adapter and on the CPU backend, each in a process of its own: the cases of \
-ONNX, PyTorch, transformers, Keras and JAX that the program carries, and more than 5,100 that are drawn from --seed, over every \
-op, storage type and kernel variant. A drawn f32 result may be off by 3e-6 of the largest value (3e-5 for sums \
-over recomputed weights) with an NMSE of at most 1e-10 against float64; f16 and bf16 results may be rounded besides. \
-Each case runs twice and must give the same bits. What a report says: docs/check.md.
+Without DIR, attn check runs the suite on every adapter and on the CPU backend, each in its own process. The suite \
+has the built-in cases of ONNX, PyTorch, transformers, Keras and JAX, and more than 5,100 cases drawn from --seed, \
+over every op, storage type and kernel variant. A drawn f32 result may be off by 3e-6 of the largest value (3e-5 for \
+sums over recomputed weights), with an NMSE of at most 1e-10 against float64. f16 and bf16 results may also be off \
+by their rounding. Each case runs twice and must give the same bits. docs/check.md explains the report.
 
-With DIR, a folder of cases, on the best adapter or on those of --adapter: safetensors files whose header's __metadata__ holds a JSON text `case` that says \
-what to compute. Tensors: in.* and param.* go in, out.* (ONNX), ref64.* (float64) and out32.* \
-(transformers) are expected. Allowed there: for ONNX the case's own tolerance, and for f32 also 5e-6 of the largest \
-value from float64; for PyTorch f32 twice the error of PyTorch's own f32 and 8 ulp, f16 the error of \
-PyTorch's own f16. Weights, for which PyTorch records no error, may be as far off as its output, \
-relative to the largest value. For transformers likewise twice the error of its own f32, or 5e-6 of \
-the largest value where none is recorded. Each case runs twice here too; what failed is printed as it comes, and the \
-report is the suite's, in every form. Its ids, NAME@METHOD, are what --repro takes with the same DIR.
+With DIR, attn check runs a folder of cases on the best adapter or on those that --adapter selects. Cases are \
+safetensors files whose header's __metadata__ holds a JSON text `case` that says what to compute. in.* and param.* \
+are input tensors; out.* (ONNX), ref64.* (float64) and out32.* (transformers) are expected results. Tolerances: for \
+ONNX the case's own, and for f32 also 5e-6 of the largest value from float64. For PyTorch f32 twice the error of \
+PyTorch's own f32 and 8 ulp, for f16 the error of PyTorch's own f16. PyTorch records no error for weights; they may \
+be as far off as its output, relative to the largest value. For transformers twice the error of its own f32, or 5e-6 \
+of the largest value if none is recorded. Each case runs twice. Failures are printed as they happen. The report has \
+the same forms as the suite's. Its ids, NAME@METHOD, can be passed to --repro with the same DIR.
 
-Ops keras.MultiHeadAttention, keras.GroupQueryAttention and jax.nn.dot_product_attention hold a call of that function: its arguments by name, missing ones at their defaults, tensors as in.NAME, Keras's weights as param.query/kernel and so on; out32.* (or t32.*) is what the framework itself gives. A tensor that is not known skips the case; an argument that is not known is named with the result.
+Ops keras.MultiHeadAttention, keras.GroupQueryAttention and jax.nn.dot_product_attention hold a call of that function: \
+arguments by name (missing ones have their defaults), tensors as in.NAME, Keras's weights as param.query/kernel and so \
+on. out32.* (or t32.*) is the framework's own result. An unknown tensor skips the case; an unknown argument is named \
+with the result.
 
-Methods: auto (what a call runs unless told otherwise), three-passes, fused, a tile of the fused kernel \
-such as rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of tiles \
-with subgroups and without. A case that a method cannot compute is skipped with the reason, and so is \
-one of an op that has no methods. The CPU backend has one way only.
+Methods: auto (the default of a call), three-passes, fused, a tile of the fused kernel such as \
+rows8x8/keys8/subgroup8 or rows4x64/keys4, or all: three-passes, fused and a fixed list of tiles with and without \
+subgroups. If a method cannot compute a case, or an op has no methods, the case is skipped with the reason. The CPU \
+backend has one method only.
 
-Exit status: 0 when all passed or failed as known, 1 for a failure and where every case was skipped, 2 for a wrong \
-call, 3 without an adapter.
+Exit status: 0 if all cases passed or failed as known, 1 for a failure or if every case was skipped, 2 for wrong \
+usage, 3 without an adapter.
 
 Examples:
   attn check --quick
@@ -46,27 +49,27 @@ Examples:
   attn check tests/cases/torch --adapter cpu --filter mask --verbose
   attn check tests/cases/torch --repro sdpa_dim005@fused")]
 pub struct CheckArgs {
-    /// A folder instead of the suite; its index.json lists the cases, without one every .safetensors file is a case
+    /// A folder of cases instead of the suite; index.json lists them, or else every .safetensors file is a case
     dir: Option<PathBuf>,
     #[command(flatten)]
     suite: suite::SuiteArgs,
-    /// Only cases whose name contains this
+    /// Run only cases whose name contains this
     #[arg(long, value_name = "SUBSTR")]
     filter: Option<String>,
-    /// Computes the cases in this way; may be repeated
+    /// Compute the cases with this method; may be repeated
     #[arg(long = "method", value_name = "NAME", value_parser = suite::parse_method, default_value = "auto")]
     methods: Vec<String>,
-    /// Lines for every case of a folder, not only for failing ones
+    /// Print every case of a folder, not only those that fail
     #[arg(short, long)]
     verbose: bool,
     #[command(flatten)]
     forms: report::Forms,
-    /// Run nothing: show a report that --json wrote, and write it in other forms; exit status 0 whatever it tells
+    /// Run nothing: show a report that --json wrote, and write it in other forms; exit status 0 whatever it contains
     #[arg(long, value_name = "REPORT", help_heading = "Report", conflicts_with_all = ["dir", "filter", "methods", "verbose", "SuiteArgs"])]
     from: Option<PathBuf>,
-    /// Run nothing: tell what changed from one report that --json wrote to another; exit status 1 where a case fails
-    /// that did not, one that passed is skipped or no longer there, a second run gives other bits, or an adapter is
-    /// gone or ended early
+    /// Run nothing: show what changed between two reports that --json wrote; exit status 1 if a case fails that did not
+    /// fail before, a case that passed is skipped or missing, a second run gives other bits, or an adapter is missing or
+    /// ended early
     #[arg(long, value_names = ["OLD", "NEW"], num_args = 2, help_heading = "Report",
         conflicts_with_all = ["dir", "filter", "methods", "verbose", "from", "SuiteArgs", "Forms"])]
     diff: Option<Vec<PathBuf>>,

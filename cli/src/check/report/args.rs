@@ -13,19 +13,19 @@ use crate::files;
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Report")]
 pub struct Forms {
-    /// Write the result of every case, as --from and --diff read it
+    /// Write the result of every case as JSON, for --from and --diff
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// Write JUnit XML: a suite for each adapter, known issues as skipped
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
-    /// Write a Markdown table of what passes where: a row for each op
+    /// Write a Markdown table of the results: a row for each op
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// In --markdown, a row for each op, variant and storage type
+    /// Write a row for each op, variant and storage type in --markdown
     #[arg(long, requires = "markdown")]
     long: bool,
-    /// Write a page to look into every result, one file that needs no network
+    /// Write an interactive page with every result: one file, no network
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }

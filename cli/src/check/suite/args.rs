@@ -12,40 +12,40 @@ use super::variant::parse_variant;
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Suite")]
 pub struct SuiteArgs {
-    /// Some hundred cases instead of thousands
+    /// Run a few hundred cases instead of thousands
     #[arg(long)]
     pub quick: bool,
-    /// Only this op (attention, softmax, onnx, torch ...); may be repeated
+    /// Run only this op (attention, softmax, onnx, torch ...); may be repeated
     #[arg(long = "op", value_name = "NAME")]
     pub ops: Vec<String>,
-    /// Only this variant (auto, fused, three-passes, a tile such as rows4x64/keys4); may be repeated
+    /// Run only this variant (auto, fused, three-passes, a tile such as rows4x64/keys4); may be repeated
     #[arg(long = "variant", value_name = "NAME", value_parser = parse_variant)]
     pub variants: Vec<String>,
-    /// Print the cases, and run none
+    /// List the cases without running them
     #[arg(long, conflicts_with_all = ["Forms", "repro"])]
     pub list: bool,
-    /// What random cases are drawn from
+    /// Draw random cases from this seed
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// How long a case may take, compilation included, before its driver counts as hung
+    /// Time that a case may take, compilation included, before its driver counts as hung
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub time_limit: u64,
-    /// Run one case, by the id that a report gives
+    /// Run one case, by its id in a report
     #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter", "methods", "verbose"])]
     pub repro: Option<String>,
-    /// Make the case of --repro as small as it still fails, and print all that a bug report needs
+    /// Shrink the case of --repro as far as it still fails, and print everything a bug report needs
     #[arg(long, requires = "repro", conflicts_with = "dawn")]
     pub shrink: bool,
-    /// Known faults of drivers, instead of those that the program carries
+    /// Known driver faults, instead of the built-in list
     #[arg(long, value_name = "FILE")]
     pub known_issues: Option<PathBuf>,
-    /// Break something on purpose, to see that it is found
+    /// Introduce a fault on purpose, to test that it is found
     #[arg(long, value_name = "FAULT", value_enum)]
     pub plant: Option<Fault>,
-    /// Run single calls on Dawn for Node too, Chrome's WebGPU, from exported plans (ATTN_DAWN says where it is)
+    /// Also run single calls on Dawn for Node, Chrome's WebGPU, from exported plans (ATTN_DAWN says where it is)
     #[arg(long)]
     pub dawn: bool,
-    /// For the program's own use
+    /// For internal use
     #[arg(long, hide = true, value_name = "ORDER")]
     pub worker: Option<String>,
 }
