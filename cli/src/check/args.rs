@@ -11,7 +11,7 @@ use crate::error::{Result, usage};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Without DIR, attn check runs the suite on every adapter and on the CPU backend, each in its own process. The suite \
-has the built-in cases of ONNX, PyTorch, transformers, Keras and JAX, and more than 5,100 cases drawn from --seed, \
+has the built-in cases of ONNX, PyTorch, transformers, Keras and JAX, and more than 5,400 cases drawn from --seed, \
 over every op, storage type and kernel variant. A drawn f32 result may be off by 3e-6 of the largest value (3e-5 for \
 sums over recomputed weights), with an NMSE of at most 1e-10 against float64. f16 and bf16 results may also be off \
 by their rounding. Each case runs twice and must give the same bits. docs/check.md explains the report.
