@@ -122,7 +122,7 @@ fn scaling(device: &Device, out: &mut String) -> Result<RgbImage> {
 /// The same three tokens where "milk" is padding, and as a decoder sees them.
 fn masks(device: &Device, out: &mut String) -> Result<()> {
     let [q, k, v] = operands(device)?;
-    let padding = Mask::drop(Tensor::from_bools(device, &[3], &[false, false, true])?)?;
+    let padding = Mask::hide_where(Tensor::from_bools(device, &[3], &[false, false, true])?)?;
     let padded = Attention::new().key_padding(padding).weights(Weights::PerHead).forward(&q, &k, &v)?;
     show(out, "weights, \"milk\" masked as padding", &padded.weights.expect("asked for").download()?)?;
     let causal = Attention::new().causal(Align::TopLeft).weights(Weights::PerHead).forward(&q, &k, &v)?;

@@ -13,9 +13,13 @@ use crate::position::t5::Buckets;
 use crate::position::{Distance, Rotary, TokenPositions};
 use crate::problem::{Align, Positions, ScoreStage, Weights};
 use crate::tensor::{Tensor, common_device};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// What a query gets that may attend to no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum EmptyRows {
     /// 0, as the weights of such a query are.
     #[default]
@@ -33,6 +37,7 @@ pub enum EmptyRows {
 /// A query that may attend to nothing gets output 0, weights 0 and LSE −∞ (with a [sink](Attention::sink), that
 /// sink). What a masked key or value holds, NaN and ∞ included, changes no bit of the result.
 #[derive(Clone, Debug, Default)]
+#[must_use]
 pub struct Attention {
     pub(crate) scale: Option<f32>,
     pub(crate) softcap: Option<f32>,
@@ -230,11 +235,16 @@ impl Attention {
     /// taken as batch 1, further leading axes as one batch.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
-        pollster::block_on(self.forward_async(q, k, v))
+        wait_for(self.run(q, k, v))
     }
 
     /// As [`Attention::forward`], without blocking.
     pub async fn forward_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+        let (attention, q, k, v) = (self.clone(), q.clone(), k.clone(), v.clone());
+        apart(async move { attention.run(&q, &k, &v).await }).await
+    }
+
+    async fn run(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         Recording::new(&self.device(q, k, v)?).submit(|to| self.record(to, q, k, v, None)).await
     }
 
@@ -242,12 +252,34 @@ impl Attention {
     /// long where the adapter counts. Only such calls pay for the counting.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_profiled(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
-        pollster::block_on(self.forward_profiled_async(q, k, v))
+        wait_for(self.run_profiled(q, k, v))
     }
 
     /// As [`Attention::forward_profiled`], without blocking.
     pub async fn forward_profiled_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
+        let (attention, q, k, v) = (self.clone(), q.clone(), k.clone(), v.clone());
+        apart(async move { attention.run_profiled(&q, &k, &v).await }).await
+    }
+
+    async fn run_profiled(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
         Recording::new(&self.device(q, k, v)?).submit_profiled(|to| self.record(to, q, k, v, None)).await
+    }
+
+    /// Compiles the kernels of [`Attention::forward`] over operands of these shapes, strides and types, and runs
+    /// nothing: the first call then takes no longer than the next. Their values are not read.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn warm_up(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        wait_for(self.compile(q, k, v))
+    }
+
+    /// As [`Attention::warm_up`], without blocking.
+    pub async fn warm_up_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (attention, q, k, v) = (self.clone(), q.clone(), k.clone(), v.clone());
+        apart(async move { attention.compile(&q, &k, &v).await }).await
+    }
+
+    async fn compile(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        Recording::new(&self.device(q, k, v)?).warm_up(|to| self.record(to, q, k, v, None)).await
     }
 
     /// What [`Attention::forward`] would run, as data: WGSL, buffers and dispatches for another implementation of
@@ -256,14 +288,15 @@ impl Attention {
     pub fn export(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<crate::ExportedCall> {
         // Parameters stay on the host.
         let recording = Recording::for_step(&self.device(q, k, v)?);
-        pollster::block_on(recording.export(|to| self.record(to, q, k, v, None)))
+        wait_for(recording.export(|to| self.record(to, q, k, v, None)))
     }
 
     /// Records the work into the caller's encoder: nothing is submitted, nothing waits. `output`, if
     /// given, is the tensor to write, `[batch, heads_q, len_q, dim_v]` with any strides.
     ///
-    /// Keep the inputs and the returned tensors until the encoder is submitted: a dropped tensor's
-    /// buffer may be used again. Work of more than half a second or so belongs into several submits:
+    /// Inputs and results may be dropped at once: their buffers are not reused before the encoder's work is done, or
+    /// the encoder is dropped. An `output` in a buffer that the call reads is [`Error::Aliased`](crate::Error::Aliased);
+    /// inputs may be parts of one buffer. Split work of more than half a second or so into several submits with
     /// [`Attention::encode_slices`].
     pub fn encode(
         &self,
@@ -274,7 +307,7 @@ impl Attention {
         v: &Tensor,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let recording = Recording::for_encoder(gpu, &self.device(q, k, v)?)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device(q, k, v)?)?;
         recording.encode(encoder, |to| self.record(to, q, k, v, output))
     }
 
@@ -288,7 +321,7 @@ impl Attention {
         v: &Tensor,
         output: Option<&Tensor>,
     ) -> Result<(Attended, EncodeSlices)> {
-        Recording::for_encoder(gpu, &self.device(q, k, v)?)?.slices(|to| self.record(to, q, k, v, output))
+        Recording::for_encoders(gpu, &self.device(q, k, v)?)?.slices(|to| self.record(to, q, k, v, output))
     }
 
     /// The device of all tensors of a call.

@@ -2,8 +2,6 @@
 
 mod rules;
 
-use std::sync::{Arc, Weak};
-
 use self::rules::Held;
 use crate::attention::Attention;
 use crate::call::Attended;
@@ -14,9 +12,13 @@ use crate::lower::Recording;
 use crate::position::{Rotary, TokenPositions};
 use crate::problem::{Dtype, Layout, MAX_LEN, Place, checked_len, expect_per_batch};
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// The shape of a [`KvCache`].
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+#[non_exhaustive]
 pub struct KvCacheConfig {
     /// Independent sequences.
     pub batch: usize,
@@ -89,6 +91,7 @@ impl KvCacheConfig {
 
 /// How [`KvCache::write`] treats rows behind the capacity: the modes of ONNX's TensorScatter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ScatterMode {
     /// There must be none.
     #[default]
@@ -140,13 +143,11 @@ pub struct KvCache {
     /// A write went around the end: rows no longer lie in the order of positions.
     is_ring: bool,
     rotary: Option<Rotary>,
-    /// Buffers that work in a caller's encoder still reads, until its token is dropped.
-    retired: Vec<(Weak<()>, [Tensor; 2])>,
 }
 
 /// The state after an append, in force once the work is submitted: until then nothing that is held is
 /// written over, so a call that fails or is given up changes nothing.
-struct Appended {
+pub(crate) struct Appended {
     sequences: Vec<Sequence>,
     /// Other buffers, where old keys were dropped.
     moved: Option<[Tensor; 2]>,
@@ -166,7 +167,6 @@ impl KvCache {
             device,
             is_ring: false,
             rotary: None,
-            retired: Vec::new(),
         })
     }
 
@@ -273,19 +273,28 @@ impl KvCache {
     /// Appends K `[batch, heads_kv, n, dim_k]` and V `[batch, heads_kv, n, dim_v]`, any strides.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
-        pollster::block_on(self.append_async(k, v, None))
+        wait_for(self.run_append(k, v, None))
     }
 
     /// As [`KvCache::append`]; of batch entry `b` only the first `lengths[b]` of the `n` tokens.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn append_lengths(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
-        pollster::block_on(self.append_async(k, v, Some(lengths)))
+        wait_for(self.run_append(k, v, Some(lengths)))
     }
 
-    /// As [`KvCache::append`] or, with lengths, [`KvCache::append_lengths`], without blocking.
-    pub async fn append_async(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
+    /// As [`KvCache::append`], without blocking; the CPU backend copies before this returns.
+    pub async fn append_async(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.run_append(k, v, None).await
+    }
+
+    /// As [`KvCache::append_lengths`], without blocking; the CPU backend copies before this returns.
+    pub async fn append_lengths_async(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
+        self.run_append(k, v, Some(lengths)).await
+    }
+
+    async fn run_append(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
         let appended = Recording::for_step(&self.device).submit(|to| self.record_append(to, k, v, lengths)).await?;
-        drop(self.commit(appended));
+        self.commit(appended);
         Ok(())
     }
 
@@ -326,18 +335,27 @@ impl KvCache {
     /// ```
     #[cfg(not(target_arch = "wasm32"))]
     pub fn attend(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
-        pollster::block_on(self.attend_async(attention, q, None))
+        wait_for(self.run_attend(attention, q, None))
     }
 
     /// As [`KvCache::attend`]; of batch entry `b` only the first `lengths[b]` queries count, and they are
     /// its last positions. What comes out of the others means nothing.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn attend_lengths(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
-        pollster::block_on(self.attend_async(attention, q, Some(lengths)))
+        wait_for(self.run_attend(attention, q, Some(lengths)))
     }
 
-    /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
-    pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
+    /// As [`KvCache::attend`], without blocking; the CPU backend computes before this returns.
+    pub async fn attend_async(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
+        self.run_attend(attention, q, None).await
+    }
+
+    /// As [`KvCache::attend_lengths`], without blocking; the CPU backend computes before this returns.
+    pub async fn attend_lengths_async(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
+        self.run_attend(attention, q, Some(lengths)).await
+    }
+
+    async fn run_attend(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
         let counts = self.counts(lengths, "Q", q)?;
         let held = Appended { sequences: self.sequences.clone(), moved: None, counts };
         let recording = Recording::for_step(&self.device);
@@ -348,7 +366,7 @@ impl KvCache {
     /// `attention` says what queries see, as [`KvCache::attend`] explains.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
-        pollster::block_on(self.step_async(attention, q, k, v, None))
+        wait_for(self.run_step(attention, [q, k, v], None))
     }
 
     /// As [`KvCache::step`]; of batch entry `b` only the first `lengths[b]` tokens.
@@ -361,22 +379,36 @@ impl KvCache {
         v: &Tensor,
         lengths: &[usize],
     ) -> Result<Attended> {
-        pollster::block_on(self.step_async(attention, q, k, v, Some(lengths)))
+        wait_for(self.run_step(attention, [q, k, v], Some(lengths)))
     }
 
-    /// As [`KvCache::step`] or, with lengths, [`KvCache::step_lengths`], without blocking.
-    pub async fn step_async(
+    /// As [`KvCache::step`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_async(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+        self.run_step(attention, [q, k, v], None).await
+    }
+
+    /// As [`KvCache::step_lengths`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_lengths_async(
         &mut self,
         attention: &Attention,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        lengths: &[usize],
+    ) -> Result<Attended> {
+        self.run_step(attention, [q, k, v], Some(lengths)).await
+    }
+
+    async fn run_step(
+        &mut self,
+        attention: &Attention,
+        operands: [&Tensor; 3],
         lengths: Option<&[usize]>,
     ) -> Result<Attended> {
         let recording = Recording::for_step(&self.device);
-        let step = recording.submit(|to| self.record_step(to, attention, [q, k, v], lengths, None));
+        let step = recording.submit(|to| self.record_step(to, attention, operands, lengths, None));
         let (appended, attended) = step.await?;
-        drop(self.commit(appended));
+        self.commit(appended);
         Ok(attended)
     }
 
@@ -384,7 +416,7 @@ impl KvCache {
     /// nothing is submitted, nothing waits. `output`, if given, is the tensor to write.
     ///
     /// The cache counts the tokens as appended at once. Submit the encoder before any call of the cache
-    /// that submits by itself, and keep the cache, the inputs and the returned tensors until then.
+    /// that submits by itself. Everything may be dropped before that.
     #[allow(clippy::too_many_arguments, reason = "Attention::encode and the lengths")]
     pub fn encode(
         &mut self,
@@ -397,15 +429,10 @@ impl KvCache {
         lengths: Option<&[usize]>,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device)?;
         let record = |to: &mut Recording| self.record_step(to, attention, [q, k, v], lengths, output);
         let (appended, attended) = recording.encode(encoder, record)?;
-        if let Some(old) = self.commit(appended) {
-            // The encoder reads them once more: nobody may get their buffers before that.
-            let token = Arc::new(());
-            self.retired.push((Arc::downgrade(&token), old));
-            encoder.on_submitted_work_done(move || drop(token));
-        }
+        self.commit(appended);
         Ok(attended)
     }
 
@@ -417,7 +444,7 @@ impl KvCache {
     /// [`Attention::not_causal`]), and [`KvCache::clear`] starts afresh.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn write(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
-        pollster::block_on(self.write_async(starts, k, v, mode))
+        wait_for(self.write_async(starts, k, v, mode))
     }
 
     /// As [`KvCache::write`], without blocking.
@@ -468,11 +495,12 @@ impl KvCache {
         Ok(())
     }
 
-    /// Puts what was appended in force; returns the buffers it left.
-    fn commit(&mut self, appended: Appended) -> Option<[Tensor; 2]> {
-        self.retired.retain(|(token, _)| token.strong_count() > 0);
+    /// Puts what was appended in force.
+    pub(crate) fn commit(&mut self, appended: Appended) {
         self.sequences = appended.sequences;
-        appended.moved.map(|moved| std::mem::replace(&mut self.rows, moved))
+        if let Some(moved) = appended.moved {
+            self.rows = moved;
+        }
     }
 
     fn expect_order(&self, what: &str) -> Result<()> {
@@ -575,7 +603,7 @@ impl KvCache {
         Ok(Appended { sequences, moved, counts })
     }
 
-    fn record_step(
+    pub(crate) fn record_step(
         &mut self,
         recording: &mut Recording,
         attention: &Attention,

@@ -7,10 +7,11 @@ use crate::kernels::{KeyRules, TuningKey};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows, Sequence, in_order_of};
 use crate::tensor::Tensor;
 
-/// A boolean mask and what its true entries mean.
+/// A boolean mask and what its true entries mean: [`Mask::keep_where`] or [`Mask::hide_where`].
 ///
 /// It broadcasts to `[batch, heads_q, len_q, len_k]`: missing leading axes and axes of length 1 repeat.
 #[derive(Clone, Debug)]
+#[must_use]
 pub struct Mask {
     tensor: Tensor,
     meaning: MaskMeaning,
@@ -18,12 +19,12 @@ pub struct Mask {
 
 impl Mask {
     /// True keeps the key: PyTorch's `scaled_dot_product_attention`, JAX, Keras, ONNX.
-    pub fn keep(tensor: Tensor) -> Result<Mask> {
+    pub fn keep_where(tensor: Tensor) -> Result<Mask> {
         Mask::new(tensor, MaskMeaning::Keep)
     }
-    /// True drops the key: PyTorch's `MultiheadAttention`, burn.
-    pub fn drop(tensor: Tensor) -> Result<Mask> {
-        Mask::new(tensor, MaskMeaning::Drop)
+    /// True hides the key: PyTorch's `MultiheadAttention`, burn.
+    pub fn hide_where(tensor: Tensor) -> Result<Mask> {
+        Mask::new(tensor, MaskMeaning::Hide)
     }
     /// The meaning as a value.
     pub fn new(tensor: Tensor, meaning: MaskMeaning) -> Result<Mask> {
@@ -51,6 +52,7 @@ impl Mask {
 
 /// What [`Attention::forward`](crate::Attention::forward) and [`merge`](crate::merge) return.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Attended {
     /// `[batch, heads_q, len_q, dim_v]`, in the memory order of the query.
     pub output: Tensor,
@@ -89,6 +91,7 @@ impl Attended {
 /// What [`Attention::inspect`](crate::Attention::inspect) returns. The leading axes are those of the query, the heads
 /// axis as long as the list of chosen heads; a query `[len, dim]` gives results without a heads axis.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Inspected {
     /// `[batch, heads, queries, len_k]`: `P = exp(S − LSE)`, in the type of the query.
     pub weights: Option<Tensor>,
@@ -134,6 +137,17 @@ impl Operands {
     }
 
     /// Without rules.
+    /// All tensors with their names in messages.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let Operands { q, k, v, masks, biases, relative, rotary, sink, .. } = self;
+        let masks = masks.iter().map(|mask| ("a mask", mask.tensor()));
+        let biases = biases.iter().map(|bias| ("a bias", bias));
+        let relative = relative.iter().map(|relative| ("the table of a bias by distance", &relative.table));
+        let rotary = rotary.iter().map(|(rotation, _)| ("the rotary table", &rotation.table));
+        let sink = sink.iter().map(|sink| ("the sink", sink));
+        [("Q", q), ("K", k), ("V", v)].into_iter().chain(masks).chain(biases).chain(relative).chain(rotary).chain(sink)
+    }
+
     pub fn new(q: Tensor, k: Tensor, v: Tensor) -> Operands {
         let (masks, biases) = (Vec::new(), Vec::new());
         Operands { q, k, v, masks, biases, relative: None, rotary: None, sink: None, sequences: None }

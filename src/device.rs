@@ -3,8 +3,12 @@
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, GpuOptions};
 
+#[cfg(feature = "cpu")]
+static FALLBACK_REASON: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+
 /// An adapter, or the CPU backend. Cheap to clone.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum Device {
     /// An adapter, through wgpu.
     Gpu(Gpu),
@@ -22,16 +26,32 @@ impl Device {
         Device::with_options(&GpuOptions::default())
     }
 
-    /// As [`Device::new`], with a say in which adapter.
+    /// As [`Device::new`], with a choice of adapter; the name `cpu` is the CPU backend.
     pub fn with_options(options: &GpuOptions) -> Result<Device> {
+        #[cfg(feature = "cpu")]
+        if options.adapter.as_deref().is_some_and(|name| name.eq_ignore_ascii_case("cpu")) {
+            return Ok(Device::Cpu);
+        }
         match Gpu::with_options(options) {
             Ok(gpu) => Ok(Device::Gpu(gpu)),
             #[cfg(feature = "cpu")]
-            Err(Error::NoAdapter(reason)) if !options.names_an_adapter() => {
+            Err(error @ Error::NoAdapter { .. }) if !options.names_an_adapter() => {
+                let reason = error.to_string();
                 log::warn!("{}", Device::fallback_notice(&reason));
+                let _ = FALLBACK_REASON.set(reason);
                 Ok(Device::Cpu)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Why [`Device::new`] took the CPU backend in this process, for programs without a logger; `None` on an adapter,
+    /// and where no call fell back.
+    pub fn fallback_reason(&self) -> Option<&'static str> {
+        match self {
+            Device::Gpu(_) => None,
+            #[cfg(feature = "cpu")]
+            Device::Cpu => FALLBACK_REASON.get().map(String::as_str),
         }
     }
 
@@ -84,8 +104,7 @@ impl Device {
         if self.same_as(of_tensors) {
             return Ok(());
         }
-        let [here, there] = [self.name(), of_tensors.name()];
-        Err(Error::Device(format!("the tensors live on {there} but the call runs on {here}")))
+        Err(Error::Device { what: "a tensor".into(), there: of_tensors.name(), here: self.name() })
     }
 
     pub(crate) fn same_as(&self, other: &Device) -> bool {

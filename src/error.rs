@@ -10,9 +10,27 @@ pub enum Error {
     /// An option whose value is outside its rule.
     #[error("{0}")]
     Value(String),
-    /// Tensors that live on different devices.
-    #[error("{0}")]
-    Device(String),
+    /// A tensor or buffer of another device than the one that the call runs on.
+    #[error("{what} lives on {there} but the call runs on {here}; upload it there")]
+    Device {
+        /// The operand.
+        what: String,
+        /// Its device.
+        there: String,
+        /// The call's device.
+        here: String,
+    },
+    /// An output in a buffer that the same call reads.
+    #[error(
+        "the output is in the same buffer as {operand} ({}); WebGPU lets no dispatch read and write one buffer, so give \
+         the output a buffer of its own", if *overlaps { "the ranges overlap" } else { "the ranges do not overlap" }
+    )]
+    Aliased {
+        /// The operand.
+        operand: String,
+        /// Whether the range of elements from the first to the last overlaps the output's.
+        overlaps: bool,
+    },
     /// A size that does not fit in 64-bit arithmetic.
     #[error("{what} overflows: {factors} does not fit in 64 bits")]
     Overflow {
@@ -56,8 +74,13 @@ pub enum Error {
         needs: String,
     },
     /// No adapter answers to the request.
-    #[error("{0}")]
-    NoAdapter(String),
+    #[error("{}", no_adapter(asked.as_deref(), found))]
+    NoAdapter {
+        /// The name that was asked for, if any.
+        asked: Option<String>,
+        /// The adapters that there are: index, name and backend.
+        found: Vec<String>,
+    },
     /// The device is gone; a new [`Gpu`](crate::Gpu) works again.
     #[error("the device of {adapter} was lost ({reason}); create a new Gpu to go on")]
     DeviceLost {
@@ -107,6 +130,16 @@ pub(crate) const INSTEAD_OF_AVERAGED: &str =
     "Attention::inspect gives weights of chosen heads and queries, column sums and entropies without the whole matrix";
 /// And where an inspection does not.
 pub(crate) const INSTEAD_OF_INSPECTED: &str = "Inspect::heads and Inspect::queries choose fewer";
+
+fn no_adapter(asked: Option<&str>, found: &[String]) -> String {
+    match asked {
+        Some(asked) if !found.is_empty() => {
+            let hint = if asked.eq_ignore_ascii_case("cpu") { "; the CPU backend is Device::Cpu" } else { "" };
+            format!("no adapter answers to \"{asked}\"; there are {}{hint}", found.join(", "))
+        }
+        _ => "wgpu found none that can compute".into(),
+    }
+}
 
 fn behind(way_out: &str) -> String {
     if way_out.is_empty() { String::new() } else { format!("; {way_out}") }

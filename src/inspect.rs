@@ -9,6 +9,9 @@ use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::problem::{Chosen, Problem};
 use crate::tensor::{Tensor, common_device};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// What [`Attention::inspect`] returns, and of which heads and queries: all unless chosen.
 ///
@@ -17,6 +20,7 @@ use crate::tensor::{Tensor, common_device};
 /// let inspect = Inspect::new().heads(&[1, 3]).queries(100..164).weights().column_sums().entropy();
 /// ```
 #[derive(Clone, Debug, Default)]
+#[must_use]
 pub struct Inspect {
     heads: Option<Vec<usize>>,
     queries: Option<Range<usize>>,
@@ -117,11 +121,16 @@ impl Attention {
     /// ```
     #[cfg(not(target_arch = "wasm32"))]
     pub fn inspect(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
-        pollster::block_on(self.inspect_async(q, k, lse, inspect))
+        wait_for(self.run_inspect(q, k, lse, inspect))
     }
 
     /// As [`Attention::inspect`], without blocking.
     pub async fn inspect_async(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
+        let (attention, q, k, lse, inspect) = (self.clone(), q.clone(), k.clone(), lse.clone(), inspect.clone());
+        apart(async move { attention.run_inspect(&q, &k, &lse, &inspect).await }).await
+    }
+
+    async fn run_inspect(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
         common_device(q, [("LSE", lse)])?;
         Recording::new(&self.device(q, k, k)?).submit(|to| self.record_inspect(to, q, k, lse, inspect)).await
     }
@@ -138,7 +147,7 @@ impl Attention {
         inspect: &Inspect,
     ) -> Result<Inspected> {
         common_device(q, [("LSE", lse)])?;
-        let recording = Recording::for_encoder(gpu, &self.device(q, k, k)?)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device(q, k, k)?)?;
         recording.encode(encoder, |to| self.record_inspect(to, q, k, lse, inspect))
     }
 

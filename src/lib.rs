@@ -20,9 +20,15 @@
 //! ```
 //!
 //! Where things are: [`Attention`], [`MultiHeadAttention`] and [`KvCache`] are what a user calls; [`Device`], [`Gpu`] and
-//! [`Tensor`] say where; [`position`] tells attention where tokens stand; [`problem`] holds the rules in checked
-//! arithmetic; [`kernels`] the shaders as plain data and the planning of a call; [`mod@reference`] the f64 truth that
-//! tests lean on.
+//! [`Tensor`] are where it runs; [`position`] holds positional methods. [`variant_names`] and [`variant_source`] list and
+//! print the kernels. Modules that do not appear here are for this project's own tests and tools, and change without
+//! notice.
+//!
+//! # Blocking and async calls
+//!
+//! A call without `_async` returns when its work is submitted; `download` waits for the results. Its `_async` twin takes
+//! the same arguments and does not block the executor's thread: drivers compile and wait on a thread of a pool. Where
+//! one does block, its documentation says so.
 //!
 //! New to attention? `docs/guide/` in the repository teaches it in five lessons.
 //!
@@ -60,6 +66,7 @@ mod device;
 mod error;
 mod gpu;
 mod inspect;
+#[doc(hidden)]
 pub mod kernels;
 mod lower;
 mod memory;
@@ -67,12 +74,15 @@ mod multi_head;
 mod ops;
 mod packed;
 pub mod position;
+#[doc(hidden)]
 pub mod problem;
+#[doc(hidden)]
 pub mod reference;
 mod state_dict;
 mod tensor;
 #[cfg(not(target_arch = "wasm32"))]
 mod tune;
+mod wait;
 
 pub use attention::{Attention, EmptyRows};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};
@@ -83,14 +93,15 @@ pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, P
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::Inspect;
-pub use kernels::{KeyRules, Method, Tile, TuningKey};
+pub use kernels::catalogue::{Variant, variant_names, variant_source};
+pub use kernels::{AdapterClass, Capabilities, KeyRules, Method, Tile, TuningKey};
 pub use multi_head::{
     KerasKernels, LoadOptions, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput, Names, NormKind, NormSpan,
-    QueryKeyNorm,
+    Projections, QueryKeyNorm,
 };
+pub use ops::{encode_project, merge_async, project_async, softmax_async};
 #[cfg(not(target_arch = "wasm32"))]
 pub use ops::{merge, project, softmax};
-pub use ops::{merge_async, project_async, softmax_async};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage, Weights};
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;

@@ -8,6 +8,9 @@ use crate::lower::Recording;
 use crate::position::{TokenPositions, first_position};
 use crate::problem::{Positions, Problem, Wanted, Weights};
 use crate::tensor::Tensor;
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 impl Attention {
     /// Attention over sequences of any lengths that lie one behind another ("varlen"), in one dispatch:
@@ -28,7 +31,7 @@ impl Attention {
         cu_seqlens_q: &[usize],
         cu_seqlens_k: &[usize],
     ) -> Result<Attended> {
-        pollster::block_on(self.forward_packed_async(q, k, v, cu_seqlens_q, cu_seqlens_k))
+        wait_for(self.run_packed([q, k, v], cu_seqlens_q, cu_seqlens_k))
     }
 
     /// As [`Attention::forward_packed`], without blocking.
@@ -40,7 +43,19 @@ impl Attention {
         cu_seqlens_q: &[usize],
         cu_seqlens_k: &[usize],
     ) -> Result<Attended> {
-        let record = |to: &mut Recording| self.record_packed(to, [q, k, v], cu_seqlens_q, cu_seqlens_k);
+        let (attention, operands) = (self.clone(), [q, k, v].map(Tensor::clone));
+        let lengths = [cu_seqlens_q, cu_seqlens_k].map(<[usize]>::to_vec);
+        apart(async move { attention.run_packed(operands.each_ref(), &lengths[0], &lengths[1]).await }).await
+    }
+
+    async fn run_packed(
+        &self,
+        operands: [&Tensor; 3],
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        let [q, k, v] = operands;
+        let record = |to: &mut Recording| self.record_packed(to, operands, cu_seqlens_q, cu_seqlens_k);
         Recording::new(&self.device(q, k, v)?).submit(record).await
     }
 

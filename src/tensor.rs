@@ -8,6 +8,9 @@ use crate::gpu::{Gpu, GpuBuffer, Purpose};
 use crate::kernels::Operand;
 use crate::kernels::plan::{check_buffer, padded_bytes};
 use crate::problem::{Dtype, Element, Layout, as_four_axes, checked_len};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
 ///
@@ -77,6 +80,7 @@ impl Tensor {
         if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
             return Err(value_error!("the buffer's usage {:?} must include STORAGE", buffer.usage()));
         }
+        gpu.expect_own(buffer)?;
         let available = (buffer.size() / dtype.stored_size()) as usize;
         let layout = Layout::strided(shape, strides, offset, available)?;
         Ok(Tensor { storage: Storage::Gpu(gpu.adopt(buffer)), layout, dtype, stored: dtype })
@@ -193,7 +197,7 @@ impl Tensor {
     /// The elements in row-major order, rounded to the tensor's type; waits for the device.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn download(&self) -> Result<Vec<f32>> {
-        pollster::block_on(self.download_async())
+        wait_for(self.read())
     }
 
     /// As [`Tensor::download`], in another element type.
@@ -204,6 +208,11 @@ impl Tensor {
 
     /// The elements in row-major order, rounded to the tensor's type.
     pub async fn download_async(&self) -> Result<Vec<f32>> {
+        let tensor = self.clone();
+        apart(async move { tensor.read().await }).await
+    }
+
+    async fn read(&self) -> Result<Vec<f32>> {
         if self.dtype == Dtype::Bool {
             return Err(value_error!("a bool tensor is read back with download_bools"));
         }
@@ -247,7 +256,7 @@ impl Tensor {
         match &self.storage {
             Storage::Gpu(buffer) => {
                 let end = (self.layout.end() as u64).next_multiple_of(4);
-                pollster::block_on(buffer.read(0..end, gather))
+                wait_for(buffer.read(0..end, gather))
             }
             #[cfg(feature = "cpu")]
             Storage::CpuBool(data) => Ok(gather(data)),
@@ -259,6 +268,22 @@ impl Tensor {
     /// True when both see the same elements of the same buffer.
     pub(crate) fn is_same_view(&self, other: &Tensor) -> bool {
         self.layout == other.layout && self.shares_buffer(other)
+    }
+
+    /// An error where a call that reads `operands` cannot write this tensor.
+    pub(crate) fn expect_writable<'a>(&self, operands: impl Iterator<Item = (&'static str, &'a Tensor)>) -> Result<()> {
+        if !self.layout.is_one_to_one() {
+            return Err(value_error!(
+                "the output {:?} with strides {:?} has elements that share a place in memory",
+                self.shape(),
+                self.layout.strides()
+            ));
+        }
+        for (name, operand) in operands.filter(|(_, operand)| operand.shares_buffer(self)) {
+            let overlaps = operand.layout.offset() < self.layout.end() && self.layout.offset() < operand.layout.end();
+            return Err(Error::Aliased { operand: name.into(), overlaps });
+        }
+        Ok(())
     }
 
     pub(crate) fn shares_buffer(&self, other: &Tensor) -> bool {
@@ -284,7 +309,7 @@ impl Tensor {
     pub(crate) fn expect_float(&self, name: &str) -> Result<()> {
         if self.dtype == Dtype::Bool {
             return Err(value_error!(
-                "{name} is a bool tensor; floats are needed (masks are made with Mask::keep or Mask::drop)"
+                "{name} is a bool tensor; floats are needed (masks are made with Mask::keep_where or Mask::hide_where)"
             ));
         }
         Ok(())
@@ -299,11 +324,7 @@ pub(crate) fn common_device<'a>(
     let device = tensor.device();
     for (name, other) in others {
         if !device.same_as(&other.device()) {
-            return Err(Error::Device(format!(
-                "{name} lives on {} but the call runs on {}; upload it there",
-                other.device().name(),
-                device.name()
-            )));
+            return Err(Error::Device { what: name.into(), there: other.device().name(), here: device.name() });
         }
     }
     Ok(device)

@@ -28,6 +28,7 @@ const MOST_ROUNDS: usize = 20;
 
 /// One way to compute a call.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Candidate {
     /// [`Method::Tile`] or [`Method::ThreePasses`].
     pub method: Method,
@@ -37,6 +38,7 @@ pub struct Candidate {
 
 /// What [`Attention::tune`] found.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Tuned {
     /// The calls it holds for.
     pub key: TuningKey,
@@ -96,10 +98,11 @@ impl<'a> Trial<'a> {
     fn new(attention: &Attention, q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> Result<Trial<'a>> {
         let device = attention.device(q, k, v)?;
         let Some(gpu) = device.gpu().cloned() else {
-            return Err(Error::Device(format!(
-                "tuning chooses among the kernels of an adapter, but the tensors live on {}, which has one way only",
-                device.name()
-            )));
+            return Err(Error::Device {
+                what: "a tensor to tune with".into(),
+                there: device.name(),
+                here: "an adapter, whose kernels tuning chooses among".into(),
+            });
         };
         let (problem, operands) = attention.operands(&mut Recording::new(&device), q, k, v)?;
         if problem.is_empty() || problem.len_k == 0 {

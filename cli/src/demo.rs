@@ -55,7 +55,7 @@ impl Example {
     /// The layer, what it attends over, and how.
     fn upload(&self, device: &Device) -> Result<(MultiHeadAttention, Tensor, Attention)> {
         let layer = MultiHeadAttention::from_state_dict(device, &self.state, "", HEADS)?;
-        let padding = Mask::drop(self.padding.upload_bools("key_padding_mask", device)?)?;
+        let padding = Mask::hide_where(self.padding.upload_bools("key_padding_mask", device)?)?;
         let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
         Ok((layer, self.x.upload("x", device)?, attention))
     }

@@ -59,7 +59,7 @@ pub fn devices(args: &DevicesArgs, adapter: Option<&str>) -> Result<()> {
     let opened: Vec<(AdapterSummary, Result<Vec<String>>)> = adapters
         .into_iter()
         .map(|adapter| {
-            let options = GpuOptions { adapter: Some(adapter.index.to_string()), ..Default::default() };
+            let options = GpuOptions::adapter(adapter.index.to_string());
             let names = Gpu::with_options(&options).map_err(Error::from).and_then(|gpu| kernels(&Device::Gpu(gpu)));
             (adapter, names)
         })
@@ -82,7 +82,7 @@ fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool,
     let mut table = table();
     table.set_header(["", "adapter", "subgroups", "features", "limits", "kernels"]);
     for (adapter, names) in opened {
-        let AdapterSummary { index, info, limits, features } = adapter;
+        let AdapterSummary { index, info, limits, features, .. } = adapter;
         let has: Vec<&str> =
             FEATURES.iter().filter(|(_, bit)| features.contains(*bit)).map(|(name, _)| *name).collect();
         table.add_row([
@@ -129,7 +129,7 @@ fn print_json(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool, 
     let mut rows: Vec<serde_json::Value> = opened
         .iter()
         .map(|(adapter, names)| {
-            let AdapterSummary { index, info, limits, features } = adapter;
+            let AdapterSummary { index, info, limits, features, .. } = adapter;
             let has: Vec<&str> = FEATURES.iter().filter(|(_, bit)| features.contains(*bit)).map(|(n, _)| *n).collect();
             json!({
                 "index": index,

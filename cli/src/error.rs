@@ -33,7 +33,7 @@ impl std::fmt::Display for Error {
 impl From<wgpu_attention::Error> for Error {
     fn from(error: wgpu_attention::Error) -> Error {
         match error {
-            wgpu_attention::Error::NoAdapter(_) => Error::NoAdapter(error.to_string()),
+            wgpu_attention::Error::NoAdapter { .. } => Error::NoAdapter(error.to_string()),
             _ => Error::Failed(error.to_string()),
         }
     }

@@ -133,7 +133,7 @@ impl AttentionArgs {
         }
         let meaning = match self.mask {
             Some(MaskWord::Keep) => MaskMeaning::Keep,
-            Some(MaskWord::Drop) => MaskMeaning::Drop,
+            Some(MaskWord::Drop) => MaskMeaning::Hide,
             None => usage!(
                 "there is a {name}, but not what true means in it: add --mask keep (true may be attended to) \
                  or --mask drop (true is masked out)"

@@ -74,8 +74,8 @@ pub fn target(which: Option<&str>) -> Result<Target> {
         return match Gpu::new() {
             Ok(gpu) => Ok(Target::of(gpu)),
             // An adapter that the environment names and that is not there is an error, never a fallback.
-            Err(wgpu_attention::Error::NoAdapter(reason)) if std::env::var_os("WGPU_ADAPTER_NAME").is_none() => {
-                Ok(Target { device: Device::Cpu, notice: Some(Device::fallback_notice(&reason)) })
+            Err(error @ wgpu_attention::Error::NoAdapter { .. }) if std::env::var_os("WGPU_ADAPTER_NAME").is_none() => {
+                Ok(Target { device: Device::Cpu, notice: Some(Device::fallback_notice(&error.to_string())) })
             }
             Err(error) => Err(error.into()),
         };
@@ -88,7 +88,7 @@ pub fn target(which: Option<&str>) -> Result<Target> {
     }
     match Gpu::with_options(&options(which)) {
         Ok(gpu) => Ok(Target::of(gpu)),
-        Err(wgpu_attention::Error::NoAdapter(_)) => {
+        Err(wgpu_attention::Error::NoAdapter { .. }) => {
             Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}", known())))
         }
         Err(error) => Err(error.into()),
@@ -96,7 +96,7 @@ pub fn target(which: Option<&str>) -> Result<Target> {
 }
 
 fn options(which: &str) -> GpuOptions {
-    GpuOptions { adapter: Some(which.into()), ..Default::default() }
+    GpuOptions::adapter(which)
 }
 
 fn known() -> String {

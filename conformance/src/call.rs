@@ -110,7 +110,7 @@ impl Call {
             let rank = rng.random_range(1..=4usize);
             full[4 - rank..].iter().map(|&n| if rng.random_bool(0.4) { 1 } else { n }).collect()
         };
-        let meaning = |rng: &mut Pcg64| pick(rng, &[MaskMeaning::Keep, MaskMeaning::Drop]);
+        let meaning = |rng: &mut Pcg64| pick(rng, &[MaskMeaning::Keep, MaskMeaning::Hide]);
         let mask_count = pick(rng, &[0, 0, 1, 1, 2, 3]);
         let bias_count = pick(rng, &[0, 0, 1, 2]);
         Call {

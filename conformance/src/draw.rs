@@ -85,7 +85,7 @@ pub fn draw(form: &Form, seed: u64) -> Call {
         let rank = rng.random_range(1..=4usize);
         full[4 - rank..].iter().map(|&n| if rng.random_bool(0.4) { 1 } else { n }).collect()
     };
-    let meanings = [MaskMeaning::Keep, MaskMeaning::Drop];
+    let meanings = [MaskMeaning::Keep, MaskMeaning::Hide];
     Call {
         q: [batch, heads_q, len_q, form.dims[0]],
         k: [batch, heads_kv, len_k, form.dims[0]],

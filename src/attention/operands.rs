@@ -128,7 +128,7 @@ impl Attention {
             return Ok(None);
         }
         let valid: Vec<bool> = lengths.iter().flat_map(|&len| (0..len_q).map(move |i| i < len)).collect();
-        Mask::keep(recording.bools(&[batch, 1, len_q, 1], &valid)?).map(Some)
+        Mask::keep_where(recording.bools(&[batch, 1, len_q, 1], &valid)?).map(Some)
     }
 
     pub(crate) fn checked_sink(&self, problem: &Problem) -> Result<Option<Tensor>> {

@@ -7,6 +7,8 @@ use crate::memory::system_memory;
 
 /// Which adapter to take.
 #[derive(Clone, Debug, Default)]
+#[must_use]
+#[non_exhaustive]
 pub struct GpuOptions {
     /// A backend word (`vulkan`, `metal`, `dx12`, `gl`), an index into [`Gpu::adapters`](crate::Gpu::adapters),
     /// part of an adapter's name, or both a backend and part of a name: `gl:llvmpipe`. `None`: `WGPU_BACKEND` and
@@ -34,6 +36,36 @@ impl GpuOptions {
         GpuOptions { adapter: Some(which.into()), ..Default::default() }
     }
 
+    /// The best adapter, with all that it offers.
+    pub fn new() -> GpuOptions {
+        GpuOptions::default()
+    }
+    /// Sets [`GpuOptions::without_subgroups`].
+    pub fn without_subgroups(mut self, yes: bool) -> Self {
+        self.without_subgroups = yes;
+        self
+    }
+    /// Sets [`GpuOptions::limits`].
+    pub fn limits(mut self, limits: wgpu::Limits) -> Self {
+        self.limits = Some(limits);
+        self
+    }
+    /// Sets [`GpuOptions::max_loop_turns`].
+    pub fn max_loop_turns(mut self, turns: u32) -> Self {
+        self.max_loop_turns = Some(turns);
+        self
+    }
+    /// Sets [`GpuOptions::seconds_per_submit`].
+    pub fn seconds_per_submit(mut self, seconds: f64) -> Self {
+        self.seconds_per_submit = Some(seconds);
+        self
+    }
+    /// Sets [`GpuOptions::rewrite`].
+    pub fn rewrite(mut self, rewrite: fn(&Variant, &str) -> Option<String>) -> Self {
+        self.rewrite = Some(rewrite);
+        self
+    }
+
     /// True when one adapter was asked for, here or by `WGPU_ADAPTER_NAME`.
     pub(crate) fn names_an_adapter(&self) -> bool {
         self.adapter.is_some() || environment_name().is_some()
@@ -46,6 +78,7 @@ fn environment_name() -> Option<String> {
 
 /// One adapter of this machine.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AdapterSummary {
     /// Place in [`Gpu::adapters`](crate::Gpu::adapters); accepted as [`GpuOptions::adapter`].
     pub index: usize,
@@ -174,7 +207,7 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
         })
         .collect();
     if found.is_empty() {
-        return Err(Error::NoAdapter("wgpu found none that can compute".into()));
+        return Err(Error::NoAdapter { asked: options.adapter.clone().or_else(environment_name), found: names });
     }
     let has_name =
         |adapter: &wgpu::Adapter, part: &str| adapter.get_info().name.to_lowercase().contains(&part.to_lowercase());
@@ -185,10 +218,7 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     };
     match at {
         Some(at) => Ok(found.swap_remove(at)),
-        None => {
-            let asked = options.adapter.clone().or_else(environment_name).unwrap_or_default();
-            Err(Error::NoAdapter(format!("no adapter answers to \"{asked}\"; there are {}", names.join(", "))))
-        }
+        None => Err(Error::NoAdapter { asked: options.adapter.clone().or_else(environment_name), found: names }),
     }
 }
 

@@ -1,12 +1,13 @@
 //! Device buffers: pooled, so that a call of a shape that was seen before allocates nothing.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::{AllocationCounts, Gpu, lock};
-use crate::error::Result;
+use crate::error::{Error, Result, value_error};
 use crate::kernels::plan::check_buffer;
 
 /// Bytes of idle buffers that are kept for the next call.
@@ -18,11 +19,8 @@ const CONSTANT: wgpu::BufferUsages = wgpu::BufferUsages::UNIFORM.union(wgpu::Buf
 /// What a pooled buffer may be reused for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Purpose {
-    /// Tensors and working memory of calls that are submitted at once.
+    /// Tensors and working memory.
     Call,
-    /// Working memory of work recorded into a caller's encoder. It may still wait for its submit when
-    /// it comes back, so an upload, which runs before that submit, must never get it.
-    Encoder,
     /// Uniform blocks and tables of a call whose parameters are new every time.
     Parameters,
     /// Reading back.
@@ -44,12 +42,57 @@ pub struct Pool {
     idle: Mutex<Idle>,
     created: AtomicU64,
     created_bytes: AtomicU64,
+    /// What was recorded into encoders that are not done yet, by encoder.
+    recorded: Mutex<HashMap<u64, Weak<Recorded>>>,
 }
 
 #[derive(Default)]
 struct Idle {
     buffers: BTreeMap<(Purpose, u64), Vec<wgpu::Buffer>>,
     bytes: u64,
+}
+
+/// The buffers of all calls recorded into one encoder of a caller. Nobody else gets them before the encoder's work is
+/// done, or the encoder is dropped: an upload would run before that work, another submit might.
+pub(crate) struct Recorded {
+    gpu: Gpu,
+    encoder: u64,
+    /// Those that only calls recorded before read and write, by size: later calls in the same encoder run after those.
+    idle: Mutex<BTreeMap<u64, Vec<wgpu::Buffer>>>,
+    /// Operands and results.
+    held: Mutex<Vec<GpuBuffer>>,
+}
+
+impl Recorded {
+    /// Takes what a recorded call binds: working memory for the next call in this encoder, all else to be held.
+    pub fn keep(&self, buffers: impl Iterator<Item = GpuBuffer>) {
+        let mut buffers: Vec<GpuBuffer> = buffers.filter(|buffer| buffer.0.purpose.is_some()).collect();
+        buffers.sort_by_key(|buffer| Arc::as_ptr(&buffer.0));
+        buffers.dedup_by(|a, b| Arc::ptr_eq(&a.0, &b.0));
+        for GpuBuffer(buffer) in buffers {
+            match Arc::try_unwrap(buffer) {
+                Ok(mut owned) => {
+                    // Not back to the pool of all calls.
+                    owned.purpose = None;
+                    lock(&self.idle).entry(owned.buffer.size()).or_default().push(owned.buffer.clone());
+                }
+                Err(used) => lock(&self.held).push(GpuBuffer(used)),
+            }
+        }
+    }
+
+    fn take(&self, size: u64) -> Option<wgpu::Buffer> {
+        lock(&self.idle).get_mut(&size)?.pop()
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        let pool = &self.gpu.0.pool;
+        let idle = std::mem::take(&mut *lock(&self.idle));
+        idle.into_values().flatten().for_each(|buffer| pool.give(Purpose::Call, buffer));
+        lock(&pool.recorded).remove(&self.encoder);
+    }
 }
 
 impl Pool {
@@ -155,11 +198,40 @@ impl std::fmt::Debug for GpuBuffer {
 }
 
 impl Gpu {
+    /// What was recorded into this encoder so far.
+    pub(crate) fn recorded(&self, encoder: &wgpu::CommandEncoder) -> Arc<Recorded> {
+        let mut hasher = DefaultHasher::new();
+        encoder.hash(&mut hasher);
+        let key = hasher.finish();
+        let mut all = lock(&self.0.pool.recorded);
+        if let Some(recorded) = all.get(&key).and_then(Weak::upgrade) {
+            return recorded;
+        }
+        let recorded =
+            Arc::new(Recorded { gpu: self.clone(), encoder: key, idle: Mutex::default(), held: Mutex::default() });
+        all.insert(key, Arc::downgrade(&recorded));
+        let until_done = recorded.clone();
+        encoder.on_submitted_work_done(move || drop(until_done));
+        recorded
+    }
+
     pub(crate) fn allocate(&self, what: &str, bytes: u64, purpose: Purpose) -> Result<GpuBuffer> {
+        self.allocate_in(None, what, bytes, purpose)
+    }
+
+    /// As [`Gpu::allocate`], of what calls recorded before into the same encoder no longer need, if there is any.
+    pub(crate) fn allocate_in(
+        &self,
+        recorded: Option<&Recorded>,
+        what: &str,
+        bytes: u64,
+        purpose: Purpose,
+    ) -> Result<GpuBuffer> {
         self.check()?;
         check_buffer(&self.0.capabilities, what, bytes)?;
         let size = size_class(bytes, self.0.capabilities.max_buffer);
-        let buffer = match self.0.pool.take(purpose, size) {
+        let idle = recorded.and_then(|recorded| recorded.take(size));
+        let buffer = match idle.or_else(|| self.0.pool.take(purpose, size)) {
             Some(buffer) => buffer,
             None => {
                 let descriptor = wgpu::BufferDescriptor {
@@ -182,13 +254,6 @@ impl Gpu {
         Ok(buffer)
     }
 
-    /// As [`Gpu::upload`], into a buffer that is never written again.
-    pub(crate) fn upload_once(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
-        self.check()?;
-        check_buffer(&self.0.capabilities, what, bytes.len() as u64)?;
-        self.scoped_now(what, || self.constant(bytes))
-    }
-
     fn write(&self, what: &str, buffer: &GpuBuffer, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
@@ -203,6 +268,38 @@ impl Gpu {
                 self.0.queue.write_buffer(buffer.raw(), whole as u64, &last);
             }
         })
+    }
+
+    /// An error unless the buffer was made by this adapter's device.
+    pub(crate) fn expect_own(&self, buffer: &wgpu::Buffer) -> Result<()> {
+        let size = wgpu::BufferSize::new(buffer.size().min(16) / 4 * 4);
+        let Some(size) = size else {
+            return Err(value_error!("a buffer of {} bytes holds no element", buffer.size()));
+        };
+        let during = "taking a buffer";
+        let bound = self.scoped_now(during, || {
+            self.0.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some(during),
+                layout: &self.0.one_buffer,
+                entries: &[wgpu::BindGroupEntry {
+                    binding: 0,
+                    resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                        buffer,
+                        offset: 0,
+                        size: Some(size),
+                    }),
+                }],
+            })
+        });
+        match bound {
+            Ok(_) => Ok(()),
+            Err(Error::Gpu { adapter, .. }) => Err(Error::Device {
+                what: "the buffer".into(),
+                there: "another device, or was destroyed,".into(),
+                here: adapter,
+            }),
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) fn adopt(&self, buffer: &wgpu::Buffer) -> GpuBuffer {
@@ -251,7 +348,7 @@ impl GpuBuffer {
         let gpu = self.gpu();
         gpu.check()?;
         if !self.0.buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
-            return Err(gpu.failure(DURING, "the caller's buffer lacks the usage COPY_SRC"));
+            return Err(value_error!("a tensor over a buffer without the usage COPY_SRC cannot be read back"));
         }
         let size = (range.end - range.start).next_multiple_of(4);
         let staging = gpu.allocate("staging", size, Purpose::Staging)?;

@@ -39,6 +39,7 @@ use crate::problem::{Dtype, Layout};
 /// `maxComputeWorkgroupsPerDimension`, and `minStorageBufferOffsetAlignment`, the largest that the plan's offsets
 /// agree with. The version grows when a member goes, changes its type or its meaning.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedCall {
     /// [`ExportedCall::SCHEMA`]
     pub schema: &'static str,
@@ -60,6 +61,7 @@ pub struct ExportedCall {
 
 /// A buffer of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedBuffer {
     /// `operand`, `parameters`, or `results`, working memory included.
     pub label: &'static str,
@@ -72,6 +74,7 @@ pub struct ExportedBuffer {
 
 /// A dispatch of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedStep {
     /// Name of the kernel variant.
     pub kernel: String,
@@ -85,6 +88,7 @@ pub struct ExportedStep {
 
 /// A part of a buffer bound to a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedBinding {
     /// The `@binding` number.
     pub binding: u32,
@@ -101,6 +105,7 @@ pub struct ExportedBinding {
 /// How a kernel declares a binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum BindingKind {
     /// `var<uniform>`
     Uniform,
@@ -112,6 +117,7 @@ pub enum BindingKind {
 
 /// A result of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedOutput {
     /// The member of [`Attended`](crate::Attended).
     pub name: &'static str,

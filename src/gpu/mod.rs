@@ -27,6 +27,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::kernels::{AdapterClass, Capabilities, Variant};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 use buffers::{Constants, Pool};
 use run::Pipeline;
 use tuning::Tuning;
@@ -45,6 +48,8 @@ struct Inner {
     /// into a caller's encoder reads what it was recorded with.
     constants: Mutex<Constants>,
     pool: Pool,
+    /// A bind group layout of one storage buffer, to see whose a buffer is.
+    one_buffer: wgpu::BindGroupLayout,
     tuning: Tuning,
     /// Wide loads are of words of 64 bits: software adapters load word by word.
     loads_64_bits: bool,
@@ -70,6 +75,7 @@ const SURELY_SHORT: f64 = 1e9;
 
 /// How many buffers an adapter has made so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct AllocationCounts {
     /// Buffers created: tensors, working memory, staging, uniform blocks.
     pub buffers: u64,
@@ -105,12 +111,16 @@ impl Gpu {
     /// As [`Gpu::new`], with a say in which adapter.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn with_options(options: &GpuOptions) -> Result<Gpu> {
-        pollster::block_on(Gpu::request(options))
+        wait_for(Gpu::open(options.clone()))
     }
 
     /// As [`Gpu::with_options`], without blocking.
     pub async fn request(options: &GpuOptions) -> Result<Gpu> {
-        let adapter = adapters::choose(options).await?;
+        apart(Gpu::open(options.clone())).await
+    }
+
+    async fn open(options: GpuOptions) -> Result<Gpu> {
+        let adapter = adapters::choose(&options).await?;
         let mut used = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
         if adapters::class(&adapter.get_info()) == AdapterClass::Cpu {
             used |= wgpu::Features::SHADER_INT64;
@@ -128,7 +138,7 @@ impl Gpu {
             during: "creating the device".into(),
             message: error.to_string(),
         })?;
-        let gpu = Gpu::assemble(info, device, queue, options);
+        let gpu = Gpu::assemble(info, device, queue, &options);
         // Our own device: what no scope catches is kept and reported by the next call.
         let fault = gpu.0.fault.clone();
         gpu.0.device.on_uncaptured_error(Arc::new(move |error| {
@@ -152,6 +162,19 @@ impl Gpu {
         let capabilities = adapters::capabilities(&info, &device, options);
         let loads_64_bits =
             capabilities.class == AdapterClass::Cpu && device.features().contains(wgpu::Features::SHADER_INT64);
+        let one_buffer = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: Some("one buffer"),
+            entries: &[wgpu::BindGroupLayoutEntry {
+                binding: 0,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: true },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            }],
+        });
         let gpu = Gpu(Arc::new(Inner {
             info,
             capabilities,
@@ -160,6 +183,7 @@ impl Gpu {
             pipelines: Mutex::default(),
             constants: Mutex::default(),
             pool: Pool::default(),
+            one_buffer,
             tuning: Tuning::default(),
             loads_64_bits,
             rewrite: options.rewrite,

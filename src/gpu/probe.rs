@@ -6,6 +6,8 @@ use super::buffers::{GpuBuffer, Purpose};
 use super::{Gpu, Steps, lock};
 use crate::error::Result;
 use crate::kernels::{Slot, plan};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// Seconds that a measurement takes at least, next to which a submit is nothing.
 const LONG_ENOUGH: f64 = 0.01;
@@ -48,7 +50,7 @@ impl Gpu {
         steps.add(plan, &[(Slot::Output, &y)])?;
         self.wait()?;
         let start = Instant::now();
-        pollster::block_on(steps.submit())?;
+        wait_for(steps.submit())?;
         self.wait()?;
         let seconds = start.elapsed().as_secs_f64();
         Ok((seconds, operations / seconds, y))
@@ -68,7 +70,7 @@ mod tests {
             let rounds = 5;
             let (plan, bytes, operations) = plan::probe(rounds, gpu.capabilities()).unwrap();
             let (_, _, y) = gpu.probe(rounds).unwrap();
-            let y: Vec<f32> = pollster::block_on(y.read(0..bytes, bytemuck::pod_collect_to_vec)).unwrap();
+            let y: Vec<f32> = wait_for(y.read(0..bytes, bytemuck::pod_collect_to_vec)).unwrap();
 
             let number = |name: &str| -> u32 {
                 let source = Kernel::Probe.source().unwrap();

@@ -6,10 +6,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::buffers::{GpuBuffer, Purpose};
+use super::buffers::{GpuBuffer, Purpose, Recorded};
 use super::{Gpu, lock};
 use crate::error::{Result, value_error};
 use crate::kernels::{Capabilities, Plan, Slot, Step, Variant};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::{may_block, wait_for};
 
 /// A compiled variant.
 pub struct Pipeline {
@@ -113,6 +115,7 @@ impl Gpu {
 
 /// What ran in a call, and for how long.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Profile {
     /// The kernel variants in the order they ran, each once; none on the CPU backend.
     pub kernels: Vec<String>,
@@ -123,6 +126,7 @@ pub struct Profile {
 
 /// A kernel as it was sent to the adapter.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Traced {
     /// The kernel; [`Gpu::source`] gives its text.
     pub variant: Variant,
@@ -136,8 +140,7 @@ pub struct Traced {
 /// ([`GpuOptions::seconds_per_submit`](crate::GpuOptions::seconds_per_submit)): a GPU that works on one submit for two
 /// seconds is reset by Windows and by some drivers.
 ///
-/// Encode the slices in order, each into an encoder of its own, and submit these in that order. Keep this, the inputs and
-/// the results until the last is submitted.
+/// Encode the slices in order, each into an encoder of its own, and submit these in that order.
 pub struct EncodeSlices {
     steps: Steps,
     pipelines: Vec<Arc<Pipeline>>,
@@ -170,7 +173,10 @@ impl EncodeSlices {
         let Some(range) = self.ranges.get(n) else {
             return Err(value_error!("there is no slice {n}: there are {}, from 0 on", self.len()));
         };
-        self.record(range.clone(), encoder)
+        self.record(range.clone(), encoder)?;
+        let buffers = self.steps.bound[range.clone()].iter().flat_map(|bound| &bound.parts);
+        self.steps.gpu.recorded(encoder).keep(buffers.filter_map(|(_, part)| part.buffer.clone()));
+        Ok(())
     }
 
     fn record(&self, range: Range<usize>, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
@@ -200,7 +206,10 @@ pub(super) struct Bound {
 pub(crate) struct Steps {
     pub gpu: Gpu,
     pub(super) bound: Vec<Bound>,
-    purpose: Purpose,
+    /// Whether they wait in a caller's encoder.
+    are_encoded: bool,
+    /// What was recorded before into the encoder that they go into, where that is one and known.
+    recorded: Option<Arc<Recorded>>,
     /// Uniform blocks and tables that go into one pooled buffer; `None` keeps each by its content.
     pub(super) parameters: Option<Vec<u8>>,
     /// Whether it measures the adapter: in one submit, whatever it takes, and out of sight of [`Gpu::trace`].
@@ -212,7 +221,14 @@ const ALIGNMENT: usize = 256;
 
 impl Steps {
     pub fn new(gpu: &Gpu) -> Steps {
-        Steps { gpu: gpu.clone(), bound: Vec::new(), purpose: Purpose::Call, parameters: None, measures: false }
+        Steps {
+            gpu: gpu.clone(),
+            bound: Vec::new(),
+            are_encoded: false,
+            recorded: None,
+            parameters: None,
+            measures: false,
+        }
     }
 
     /// For a step of a sequence: its parameters are new every time, and not worth keeping.
@@ -220,9 +236,10 @@ impl Steps {
         Steps { parameters: Some(Vec::new()), ..Steps::new(gpu) }
     }
 
-    /// For work that waits in a caller's encoder.
-    pub fn for_encoder(gpu: &Gpu) -> Steps {
-        Steps { purpose: Purpose::Encoder, ..Steps::new(gpu) }
+    /// For work that waits in a caller's encoder, or in several.
+    pub fn for_encoders(gpu: &Gpu, encoder: Option<&wgpu::CommandEncoder>) -> Steps {
+        let recorded = encoder.map(|encoder| gpu.recorded(encoder));
+        Steps { are_encoded: true, recorded, ..Steps::new(gpu) }
     }
 
     #[cfg(not(target_arch = "wasm32"))]
@@ -230,24 +247,26 @@ impl Steps {
         Steps { measures: true, ..Steps::new(gpu) }
     }
 
-    /// Whether they wait in a caller's encoder.
-    pub fn are_encoded(&self) -> bool {
-        self.purpose == Purpose::Encoder
+    /// Memory that is written before it is read.
+    pub fn allocate(&self, what: &str, bytes: u64) -> Result<GpuBuffer> {
+        self.gpu.allocate_in(self.recorded.as_deref(), what, bytes, Purpose::Call)
     }
 
     /// What planning knows of the adapter before work of so many operations.
     pub fn capabilities_for(&self, operations: f64) -> Result<Cow<'_, Capabilities>> {
-        // To measure the adapter for a caller's encoder would be a submit that nobody asked for.
-        self.gpu.capabilities_for(operations, !self.are_encoded())
+        // To measure the adapter for a caller's encoder would be a submit that nobody asked for, and on the thread of
+        // an executor it would block that.
+        #[cfg(not(target_arch = "wasm32"))]
+        let may_measure = !self.are_encoded && may_block();
+        #[cfg(target_arch = "wasm32")]
+        let may_measure = false;
+        self.gpu.capabilities_for(operations, may_measure)
     }
 
     /// Adds the steps of a plan whose slots stand for these buffers.
     pub fn add(&mut self, plan: Plan, buffers: &[(Slot, &GpuBuffer)]) -> Result<()> {
-        let scratch = plan
-            .scratch
-            .iter()
-            .map(|&bytes| self.gpu.allocate("working memory", bytes, self.purpose))
-            .collect::<Result<Vec<_>>>()?;
+        let scratch =
+            plan.scratch.iter().map(|&bytes| self.allocate("working memory", bytes)).collect::<Result<Vec<_>>>()?;
         let bands = self.constant(bytemuck::cast_slice(&plan.bands));
         let places = self.constant(bytemuck::cast_slice(&plan.places));
         let rows = self.constant(bytemuck::cast_slice(&plan.rows));
@@ -321,6 +340,12 @@ impl Steps {
             pipelines.push(self.gpu.pipeline(&bound.step.variant).await?);
         }
         Ok(pipelines)
+    }
+
+    /// Compiles all pipelines.
+    pub async fn compile(self) -> Result<()> {
+        self.gpu.check()?;
+        self.pipelines().await.map(drop)
     }
 
     fn label(&self) -> String {
@@ -461,14 +486,18 @@ impl Steps {
             return self.gpu.check();
         }
         let slices = self.slices()?;
-        slices.record(0..slices.steps.bound.len(), encoder)
+        let recorded = slices.record(0..slices.steps.bound.len(), encoder);
+        let Steps { gpu, bound, .. } = slices.steps;
+        let parts = bound.into_iter().flat_map(|bound| bound.parts);
+        gpu.recorded(encoder).keep(parts.filter_map(|(_, part)| part.buffer));
+        recorded
     }
 
     /// For the caller's encoders, in slices that each take no longer than a submit may.
     pub fn slices(self) -> Result<EncodeSlices> {
         self.gpu.check()?;
         #[cfg(not(target_arch = "wasm32"))]
-        let pipelines = pollster::block_on(self.pipelines())?;
+        let pipelines = wait_for(self.pipelines())?;
         #[cfg(target_arch = "wasm32")]
         let pipelines = {
             let ready: Vec<_> = {

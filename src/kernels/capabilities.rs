@@ -2,6 +2,7 @@
 
 /// Which kind of machine stands behind an adapter. Tiles are chosen by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdapterClass {
     /// A software adapter: lanes are SIMD lanes, registers are cheap, loads and barriers are dear.
     Cpu,

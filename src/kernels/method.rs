@@ -18,6 +18,7 @@ const MOST_SCORES: usize = 64 << 20;
 
 /// Which kernels compute a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Method {
     /// What `Attention::tune` found, else fused wherever it can be. Weights and scores that are asked for are
     /// computed beside it.
@@ -33,6 +34,7 @@ pub enum Method {
 
 /// What a workgroup of the fused kernel works on at a time, whatever the widths. What is fastest differs by adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Tile {
     /// Rows of Q and O in the registers of an invocation (`flash.wgsl`).
     Registers {

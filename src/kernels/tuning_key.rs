@@ -7,6 +7,7 @@ use crate::problem::{Dtype, NO_BOUND, Problem};
 /// What calls must have in common to share what tuning found: all that tells the kernels apart that a call may run.
 /// Neither the batch nor the key lengths of its entries belong to it: the same row gives the same bits in every batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct TuningKey {
     /// Query rows per key/value head, the grouped heads' together, rounded up to a power of two.
     pub rows: usize,
@@ -24,6 +25,7 @@ pub struct TuningKey {
 
 /// What a call reads beside Q, K and V.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct KeyRules {
     /// Causal, or with a window.
     pub banded: bool,

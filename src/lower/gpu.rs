@@ -2,7 +2,7 @@
 
 use crate::call::{Attended, Inspected, Operands, Relative, Rotation};
 use crate::error::{Result, value_error};
-use crate::gpu::{GpuBuffer, Purpose, Steps};
+use crate::gpu::{GpuBuffer, Steps};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
 use crate::kernels::{Method, Operand, Plan, Slot};
@@ -40,7 +40,7 @@ impl Steps {
 
     /// A new tensor held as `stored`.
     fn output_stored(&self, what: &str, layout: Layout, dtype: Dtype, stored: Dtype) -> Result<Tensor> {
-        let buffer = self.gpu.allocate(what, plan::padded_bytes(&layout, stored), Purpose::Call)?;
+        let buffer = self.allocate(what, plan::padded_bytes(&layout, stored))?;
         Ok(Tensor::from_gpu(buffer, layout, dtype, stored))
     }
 
@@ -62,17 +62,6 @@ impl Steps {
         let output = self.output(what, layout, dtype)?;
         self.bind(plan, &[tensors, &[(Slot::Output, &output)]].concat())?;
         Ok(output)
-    }
-
-    /// A boolean tensor of this call's own. One for a caller's encoder gets a buffer that is never written again: the
-    /// tensor is gone before the encoder is submitted, and an upload of another call must not write over it.
-    pub(super) fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
-        if !self.are_encoded() {
-            return Tensor::from_bools(&self.gpu, shape, data);
-        }
-        let layout = Layout::contiguous(shape)?;
-        let bytes: Vec<u8> = data.iter().map(|&x| u8::from(x)).collect();
-        Ok(Tensor::from_gpu(self.gpu.upload_once("mask", &bytes)?, layout, Dtype::Bool, Dtype::Bool))
     }
 
     /// One number in a tensor of `layout`, in a buffer that is never written again.
@@ -122,6 +111,9 @@ impl Steps {
         output: Option<&Tensor>,
         layout: Layout,
     ) -> Result<Attended> {
+        if let Some(output) = output {
+            output.expect_writable(operands.named())?;
+        }
         let sink = operands.sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
         let operands = Operands { sink, ..self.readable(operands)? };
         let Operands { q, k, v, masks, biases, relative, rotary, sink, sequences } = &operands;
@@ -173,8 +165,7 @@ impl Steps {
                 sequences.iter().map(of).sum()
             }
         };
-        let gpu = self.gpu.clone();
-        let capabilities = gpu.capabilities_for(operations, !self.are_encoded())?;
+        let capabilities = self.capabilities_for(operations)?;
         let plan = match sequences {
             None => plan::attention(problem, &planned, &capabilities),
             Some(sequences) => plan::packed(problem, &planned, sequences, &capabilities),

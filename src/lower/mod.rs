@@ -16,6 +16,7 @@ use crate::gpu::{EncodeSlices, Gpu, Profile, Steps};
 use crate::kernels::{Method, Slot, plan};
 use crate::problem::{Chosen, Dtype, Layout, Place, Problem, Rows, Wanted, in_order_of};
 use crate::tensor::Tensor;
+use crate::wait::apart;
 #[cfg(feature = "cpu")]
 use cpu::view;
 
@@ -44,15 +45,21 @@ impl Recording {
     }
 
     /// For work that is encoded, not submitted, on tensors of `device`.
-    pub fn for_encoder(gpu: &Gpu, device: &Device) -> Result<Recording> {
+    pub fn for_encoders(gpu: &Gpu, device: &Device) -> Result<Recording> {
         Device::from(gpu).expect_same(device)?;
-        Ok(Recording::Gpu(Steps::for_encoder(gpu)))
+        Ok(Recording::Gpu(Steps::for_encoders(gpu, None)))
+    }
+
+    /// As [`Recording::for_encoders`], for one that is known.
+    pub fn for_encoder(gpu: &Gpu, encoder: &wgpu::CommandEncoder, device: &Device) -> Result<Recording> {
+        Device::from(gpu).expect_same(device)?;
+        Ok(Recording::Gpu(Steps::for_encoders(gpu, Some(encoder))))
     }
 
     /// A boolean tensor of this call's own.
     pub fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
         match self {
-            Recording::Gpu(steps) => steps.bools(shape, data),
+            Recording::Gpu(steps) => Tensor::from_bools(&steps.gpu, shape, data),
             #[cfg(feature = "cpu")]
             Recording::Cpu => Tensor::from_bools(Device::Cpu, shape, data),
         }
@@ -315,7 +322,7 @@ impl Recording {
     pub async fn submit<T>(mut self, record: impl FnOnce(&mut Recording) -> Result<T>) -> Result<T> {
         let recorded = record(&mut self)?;
         match self {
-            Recording::Gpu(steps) => steps.submit().await?,
+            Recording::Gpu(steps) => apart(steps.submit()).await?,
             #[cfg(feature = "cpu")]
             Recording::Cpu => {}
         }
@@ -329,10 +336,21 @@ impl Recording {
     ) -> Result<(T, Profile)> {
         let recorded = record(&mut self)?;
         match self {
-            Recording::Gpu(steps) => Ok((recorded, steps.submit_profiled().await?)),
+            Recording::Gpu(steps) => Ok((recorded, apart(steps.submit_profiled()).await?)),
             #[cfg(feature = "cpu")]
             Recording::Cpu => Ok((recorded, Profile::default())),
         }
+    }
+
+    /// Compiles what `record` would run, and runs nothing. The CPU backend has nothing to compile.
+    pub async fn warm_up<T>(mut self, record: impl FnOnce(&mut Recording) -> Result<T>) -> Result<()> {
+        #[cfg(feature = "cpu")]
+        if matches!(self, Recording::Cpu) {
+            return Ok(());
+        }
+        record(&mut self)?;
+        let steps = self.steps("")?;
+        apart(async move { steps.compile().await }).await
     }
 
     /// Writes what `record` records into the caller's encoder.

@@ -5,6 +5,8 @@ use crate::problem::checked_len;
 
 /// The shape of a [`MultiHeadAttention`](crate::MultiHeadAttention).
 #[derive(Clone, Debug, PartialEq)]
+#[must_use]
+#[non_exhaustive]
 pub struct MultiHeadConfig {
     /// Width of the queries that come in.
     pub embed_dim: usize,
@@ -43,6 +45,8 @@ pub struct MultiHeadConfig {
 
 /// A norm of queries and keys, each with a learned weight: `(x − m) / √(s + ε) · w + b`.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[must_use]
+#[non_exhaustive]
 pub struct QueryKeyNorm {
     /// Which norm.
     pub kind: NormKind,
@@ -56,6 +60,7 @@ pub struct QueryKeyNorm {
 
 /// Which norm a [`QueryKeyNorm`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NormKind {
     /// `x / √(mean of x² + ε) · w` (Zhang and Sennrich 2019): Qwen 3, Gemma 3, OLMo 2.
     Rms,
@@ -65,11 +70,24 @@ pub enum NormKind {
 
 /// What a [`QueryKeyNorm`] normalises together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NormSpan {
     /// Each head by itself; the weight is `[head_dim]`, one for all heads.
     Head,
     /// All heads of a token; the weight is as wide as the projection (OLMo 2).
     Width,
+}
+
+impl QueryKeyNorm {
+    /// A norm without a bias.
+    pub const fn new(kind: NormKind, span: NormSpan, epsilon: f32) -> QueryKeyNorm {
+        QueryKeyNorm { kind, span, epsilon, bias: false }
+    }
+    /// Whether it has a bias beside its weight.
+    pub const fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
 }
 
 impl MultiHeadConfig {

@@ -15,6 +15,7 @@ use crate::state_dict::{HostTensor, NOT_OPENED, StateDict, closest, edits};
 
 /// How a layer is read from a [`StateDict`], where its tensors do not say it.
 #[derive(Clone, Debug, PartialEq)]
+#[must_use]
 pub struct LoadOptions {
     num_heads: usize,
     heads_kv: Option<usize>,

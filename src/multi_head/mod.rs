@@ -12,12 +12,16 @@ pub use names::Names;
 use rand::{Rng, RngExt, SeedableRng};
 
 use crate::attention::Attention;
+use crate::cache::{Appended, KvCache};
 use crate::call::Attended;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::{EncodeSlices, Gpu, Profile};
 use crate::lower::Recording;
 use crate::tensor::{Tensor, common_device};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// A projection on the host, row-major: the weight is `[out, in]`.
 struct Projection {
@@ -82,6 +86,7 @@ pub struct MultiHeadAttention {
 
 /// What [`MultiHeadAttention::forward`] returns.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct MultiHeadOutput {
     /// `[batch, len_q, output_dim]`, or `[len_q, batch, output_dim]` when not batch first.
     pub output: Tensor,
@@ -94,8 +99,47 @@ pub struct MultiHeadOutput {
     pub scores: Option<Tensor>,
 }
 
+/// The operands of a layer's attention, `[batch, heads, len, dim]`, and its gate `[batch, len, heads · dim]`.
+struct Projected {
+    gate: Option<Tensor>,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+/// The projections of a layer as tensors on its device: see [`MultiHeadAttention::from_projections`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Projections {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+}
+
+impl Projections {
+    /// Weights `[out, in]`, as `nn.Linear` has them: queries `[heads · head_dim, embed_dim]`, keys
+    /// `[heads_kv · head_dim, kdim]`, values `[heads_kv · value_head_dim, vdim]`, output
+    /// `[output_dim, heads · value_head_dim]`.
+    pub fn new(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Projections {
+        let [q, k, v, out] = [q, k, v, out].map(|weight| Linear { weight, bias: None });
+        Projections { q, k, v, out }
+    }
+    /// Biases of queries, keys and values, each as long as its weight has rows.
+    pub fn biases(mut self, q: Tensor, k: Tensor, v: Tensor) -> Self {
+        (self.q.bias, self.k.bias, self.v.bias) = (Some(q), Some(k), Some(v));
+        self
+    }
+    /// The bias of the output, `[output_dim]`.
+    pub fn out_bias(mut self, bias: Tensor) -> Self {
+        self.out.bias = Some(bias);
+        self
+    }
+}
+
 /// Kernels as Keras's `MultiHeadAttention` and `GroupedQueryAttention` hold them, row-major.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct KerasKernels<'a> {
     /// `[query_dim, heads, key_dim]`.
     pub query: &'a [f32],
@@ -111,6 +155,23 @@ pub struct KerasKernels<'a> {
     pub gate: Option<&'a [f32]>,
     /// `[heads, value_dim]`, where there are a gate and biases.
     pub gate_bias: Option<&'a [f32]>,
+}
+
+impl<'a> KerasKernels<'a> {
+    /// Without biases and without a gate.
+    pub fn new(query: &'a [f32], key: &'a [f32], value: &'a [f32], output: &'a [f32]) -> KerasKernels<'a> {
+        KerasKernels { query, key, value, output, ..KerasKernels::default() }
+    }
+    /// The biases of query, key, value and output.
+    pub fn biases(mut self, biases: [&'a [f32]; 4]) -> Self {
+        self.biases = Some(biases);
+        self
+    }
+    /// The gate's kernel and, of a layer with biases, its bias.
+    pub fn gate(mut self, kernel: &'a [f32], bias: Option<&'a [f32]>) -> Self {
+        (self.gate, self.gate_bias) = (Some(kernel), bias);
+        self
+    }
 }
 
 impl MultiHeadAttention {
@@ -240,6 +301,42 @@ impl MultiHeadAttention {
         Self::from_parameters(device.into(), config, &parameters)
     }
 
+    /// A layer over weights that are on the device already, of heads of any width: nothing is copied. `config` gives
+    /// the widths ([`MultiHeadConfig::with_head_dims`]); its `bias` and `out_bias` must agree with the biases given.
+    /// Norms, a gate and `add_bias_kv` come from a [`StateDict`](crate::StateDict) only.
+    pub fn from_projections(config: MultiHeadConfig, projections: Projections) -> Result<Self> {
+        config.check()?;
+        if config.norm.is_some() || config.gate || config.add_bias_kv {
+            return Err(value_error!("norms, a gate and add_bias_kv are read by from_state_dict only"));
+        }
+        let Projections { q, k, v, out } = projections;
+        let joined = config.joined_width()?;
+        let device = q.weight.device();
+        for (name, linear, shape, biased) in [
+            ("query", &q, [config.q_width()?, config.embed_dim], config.bias),
+            ("key", &k, [config.k_width()?, config.kdim], config.bias),
+            ("value", &v, [config.v_width()?, config.vdim], config.bias),
+            ("output", &out, [config.output_dim, joined], config.out_bias),
+        ] {
+            if linear.weight.shape() != shape {
+                return Err(shape_error!("the {name} weight {:?} must be {shape:?}", linear.weight.shape()));
+            }
+            if linear.bias.is_some() != biased {
+                let has = if linear.bias.is_some() { "has" } else { "lacks" };
+                return Err(value_error!("the {name} projection {has} a bias, but the config says {biased}"));
+            }
+            if let Some(bias) = linear.bias.as_ref().filter(|bias| bias.shape() != &shape[..1]) {
+                return Err(shape_error!("the {name} bias {:?} must be {:?}", bias.shape(), &shape[..1]));
+            }
+            for tensor in [&linear.weight].into_iter().chain(&linear.bias) {
+                tensor.expect_float(name)?;
+                device.expect_same(&tensor.device())?;
+            }
+        }
+        let (packed, gate, norms, bias_kv) = (None, None, None, None);
+        Ok(MultiHeadAttention { config, device, packed, gate, q, k, v, out, norms, bias_kv })
+    }
+
     /// The layer's shape.
     pub fn config(&self) -> &MultiHeadConfig {
         &self.config
@@ -276,11 +373,23 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        pollster::block_on(self.forward_async(query, key, value, attention))
+        wait_for(self.run(query, key, value, attention))
     }
 
     /// As [`MultiHeadAttention::forward`], without blocking.
     pub async fn forward_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<MultiHeadOutput> {
+        let (layer, [query, key, value]) = (self.clone(), [query, key, value].map(Tensor::clone));
+        let attention = attention.clone();
+        apart(async move { layer.run(&query, &key, &value, &attention).await }).await
+    }
+
+    async fn run(
         &self,
         query: &Tensor,
         key: &Tensor,
@@ -300,7 +409,7 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, Profile)> {
-        pollster::block_on(self.forward_profiled_async(query, key, value, attention))
+        wait_for(self.run_profiled(query, key, value, attention))
     }
 
     /// As [`MultiHeadAttention::forward_profiled`], without blocking.
@@ -311,11 +420,132 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, Profile)> {
+        let (layer, [query, key, value]) = (self.clone(), [query, key, value].map(Tensor::clone));
+        let attention = attention.clone();
+        apart(async move { layer.run_profiled(&query, &key, &value, &attention).await }).await
+    }
+
+    async fn run_profiled(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, Profile)> {
         Recording::new(&self.device).submit_profiled(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Keep the
-    /// inputs and the results until the encoder is submitted.
+    /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys and
+    /// values, and attends, in one submit. Which keys a query sees, and where rotary positions come from, is said by
+    /// [`KvCache::attend`]: causal unless `attention` says otherwise, rotated by [`KvCache::with_rotary`].
+    ///
+    /// ```
+    /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, Tensor};
+    ///
+    /// fn main() -> wgpu_attention::Result<()> {
+    ///     let device = Device::new()?;
+    ///     let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(32, 4)?.heads_kv(2), 0)?;
+    ///     let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 2, 128, 8))?; // 2 key/value heads of width 8
+    ///     let prompt = Tensor::from_slice(&device, &[1, 5, 32], &[0.1f32; 160])?;
+    ///     layer.step(&mut cache, &prompt, &Attention::new())?;
+    ///     let token = Tensor::from_slice(&device, &[1, 1, 32], &[0.2f32; 32])?;
+    ///     let output = layer.step(&mut cache, &token, &Attention::new())?.output;
+    ///     assert_eq!((output.shape(), cache.lengths()), (&[1, 1, 32][..], vec![6]));
+    ///     Ok(())
+    /// }
+    /// ```
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn step(&self, cache: &mut KvCache, x: &Tensor, attention: &Attention) -> Result<MultiHeadOutput> {
+        wait_for(self.run_step(cache, x, attention, None))
+    }
+
+    /// As [`MultiHeadAttention::step`]; of batch entry `b` only the first `lengths[b]` tokens.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn step_lengths(
+        &self,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: &[usize],
+    ) -> Result<MultiHeadOutput> {
+        wait_for(self.run_step(cache, x, attention, Some(lengths)))
+    }
+
+    /// As [`MultiHeadAttention::step`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_async(&self, cache: &mut KvCache, x: &Tensor, attention: &Attention) -> Result<MultiHeadOutput> {
+        self.run_step(cache, x, attention, None).await
+    }
+
+    /// As [`MultiHeadAttention::step_lengths`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_lengths_async(
+        &self,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: &[usize],
+    ) -> Result<MultiHeadOutput> {
+        self.run_step(cache, x, attention, Some(lengths)).await
+    }
+
+    async fn run_step(
+        &self,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: Option<&[usize]>,
+    ) -> Result<MultiHeadOutput> {
+        self.device.expect_same(cache.device())?;
+        let recording = Recording::for_step(&self.device);
+        let recorded = recording.submit(|to| self.record_step(to, cache, x, attention, lengths));
+        let (appended, output) = recorded.await?;
+        cache.commit(appended);
+        Ok(output)
+    }
+
+    /// Records [`MultiHeadAttention::step`] (or, with lengths, [`MultiHeadAttention::step_lengths`]) into the caller's
+    /// encoder, under the terms of [`KvCache::encode`].
+    pub fn encode_step(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: Option<&[usize]>,
+    ) -> Result<MultiHeadOutput> {
+        self.device.expect_same(cache.device())?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device)?;
+        let (appended, output) = recording.encode(encoder, |to| self.record_step(to, cache, x, attention, lengths))?;
+        cache.commit(appended);
+        Ok(output)
+    }
+
+    /// Compiles the kernels of [`MultiHeadAttention::forward`] over inputs of these shapes, and runs nothing: see
+    /// [`Attention::warm_up`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn warm_up(&self, query: &Tensor, key: &Tensor, value: &Tensor, attention: &Attention) -> Result<()> {
+        wait_for(self.compile(query, key, value, attention))
+    }
+
+    /// As [`MultiHeadAttention::warm_up`], without blocking.
+    pub async fn warm_up_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<()> {
+        let (layer, [query, key, value]) = (self.clone(), [query, key, value].map(Tensor::clone));
+        let attention = attention.clone();
+        apart(async move { layer.compile(&query, &key, &value, &attention).await }).await
+    }
+
+    async fn compile(&self, query: &Tensor, key: &Tensor, value: &Tensor, attention: &Attention) -> Result<()> {
+        Recording::new(&self.device).warm_up(|to| self.record(to, query, key, value, attention)).await
+    }
+
+    /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Inputs and results may be
+    /// dropped at once, as with [`Attention::encode`].
     pub fn encode(
         &self,
         gpu: &Gpu,
@@ -325,7 +555,7 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device)?;
         recording.encode(encoder, |to| self.record(to, query, key, value, attention))
     }
 
@@ -339,7 +569,7 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, EncodeSlices)> {
-        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let recording = Recording::for_encoders(gpu, &self.device)?;
         recording.slices(|to| self.record(to, query, key, value, attention))
     }
 
@@ -386,7 +616,7 @@ impl MultiHeadAttention {
                 value.shape()
             ));
         }
-        let [batch, len_q] = [q_in.shape()[0], q_in.shape()[1]];
+        let batch = q_in.shape()[0];
         if k_in.shape()[..2] != v_in.shape()[..2] || k_in.shape()[0] != batch {
             return Err(shape_error!(
                 "query {:?}, key {:?} and value {:?} must have one batch size, key and value one length",
@@ -395,6 +625,53 @@ impl MultiHeadAttention {
                 value.shape()
             ));
         }
+        let Projected { gate, q, k, v } = self.project(recording, &q_in, &k_in, &v_in)?;
+        let mut attention = self.rules(attention, batch)?;
+        attention.extra_keys = self.extra_rows(|(k, _)| k).len();
+        let attended = attention.record(recording, &q, &k, &v, None)?;
+        self.finish(recording, query, gate, attended)
+    }
+
+    /// One step of decoding: [`MultiHeadAttention::record`] of self-attention over what the cache holds and `x`.
+    fn record_step(
+        &self,
+        recording: &mut Recording,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: Option<&[usize]>,
+    ) -> Result<(Appended, MultiHeadOutput)> {
+        let config = &self.config;
+        if config.add_bias_kv || config.add_zero_attn {
+            return Err(value_error!("a layer with add_bias_kv or add_zero_attn cannot use a cache"));
+        }
+        if [config.kdim, config.vdim] != [config.embed_dim; 2] {
+            return Err(value_error!(
+                "a step is self-attention: kdim = {} and vdim = {} must be embed_dim = {}",
+                config.kdim,
+                config.vdim,
+                config.embed_dim
+            ));
+        }
+        common_device(&self.q.weight, [("x", x)])?;
+        let x_in = self.batched("x", x, config.embed_dim)?;
+        let Projected { gate, q, k, v } = self.project(recording, &x_in, &x_in, &x_in)?;
+        let attention = self.rules(attention, x_in.shape()[0])?;
+        let (appended, attended) = cache.record_step(recording, &attention, [&q, &k, &v], lengths, None)?;
+        Ok((appended, self.finish(recording, x, gate, attended)?))
+    }
+
+    /// The rules of a call over the heads of this layer.
+    fn rules(&self, attention: &Attention, batch: usize) -> Result<Attention> {
+        let mut attention = attention.clone().for_layer(batch, self.config.num_heads)?;
+        attention.scale = attention.scale.or(self.config.scale);
+        Ok(attention)
+    }
+
+    /// Queries, keys and values by head, and the gate, of inputs `[batch, len, width]`.
+    fn project(&self, recording: &mut Recording, q_in: &Tensor, k_in: &Tensor, v_in: &Tensor) -> Result<Projected> {
+        let config = &self.config;
+        let batch = q_in.shape()[0];
         let (rows_q, rows_k, rows_v) = (config.q_width()?, config.k_width()?, config.v_width()?);
         let joined_width = config.joined_width()?;
         let rows_gate = if config.gate { joined_width } else { 0 };
@@ -408,22 +685,22 @@ impl MultiHeadAttention {
         };
         let gated = |both: &Tensor| config.gate.then(|| both.narrow(2, 0, rows_gate)).transpose();
         let (gate, q, k, v) = match &self.packed {
-            Some(packed) if extra_k.is_empty() && same(&q_in, &k_in) && same(&k_in, &v_in) => {
-                let all = one(&q_in, packed, &[])?;
+            Some(packed) if extra_k.is_empty() && same(q_in, k_in) && same(k_in, v_in) => {
+                let all = one(q_in, packed, &[])?;
                 let part = |start, len| all.narrow(2, rows_gate + start, len);
                 (gated(&all)?, part(0, rows_q)?, part(rows_q, rows_k)?, part(rows_q + rows_k, rows_v)?)
             }
-            Some(packed) if extra_k.is_empty() && same(&k_in, &v_in) => {
-                let first = one(&q_in, &packed.rows(0, rows_gate + rows_q)?, &[])?;
-                let both = one(&k_in, &packed.rows(rows_gate + rows_q, rows_k + rows_v)?, &[])?;
+            Some(packed) if extra_k.is_empty() && same(k_in, v_in) => {
+                let first = one(q_in, &packed.rows(0, rows_gate + rows_q)?, &[])?;
+                let both = one(k_in, &packed.rows(rows_gate + rows_q, rows_k + rows_v)?, &[])?;
                 let q = first.narrow(2, rows_gate, rows_q)?;
                 (gated(&first)?, q, both.narrow(2, 0, rows_k)?, both.narrow(2, rows_k, rows_v)?)
             }
             _ => (
-                self.gate.as_ref().map(|gate| one(&q_in, gate, &[])).transpose()?,
-                one(&q_in, &self.q, &[])?,
-                one(&k_in, &self.k, &extra_k)?,
-                one(&v_in, &self.v, &extra_v)?,
+                self.gate.as_ref().map(|gate| one(q_in, gate, &[])).transpose()?,
+                one(q_in, &self.q, &[])?,
+                one(k_in, &self.k, &extra_k)?,
+                one(v_in, &self.v, &extra_v)?,
             ),
         };
         // [batch, len, heads, dim]
@@ -443,17 +720,27 @@ impl MultiHeadAttention {
         let q = heads_first(normalised(&q, 0, config.num_heads)?)?;
         let k = heads_first(normalised(&k, 1, config.heads_kv)?)?;
         let v = heads_first(split(&v, config.heads_kv, config.value_head_dim)?)?;
-        let mut attention = attention.clone().for_layer(batch, config.num_heads)?;
-        attention.extra_keys = extra_k.len();
-        attention.scale = attention.scale.or(config.scale);
-        let Attended { output, weights, lse, scores } = attention.record(recording, &q, &k, &v, None)?;
-        let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, joined_width])?;
+        Ok(Projected { gate, q, k, v })
+    }
+
+    /// What a layer returns for a `query`, from what its heads attended to.
+    fn finish(
+        &self,
+        recording: &mut Recording,
+        query: &Tensor,
+        gate: Option<Tensor>,
+        attended: Attended,
+    ) -> Result<MultiHeadOutput> {
+        let config = &self.config;
+        let Attended { output, weights, lse, scores } = attended;
+        let [batch, _, len_q, _] = output.four_axes();
+        let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, config.joined_width()?])?;
         if let Some(gate) = &gate {
             joined = recording.gate(&joined, gate)?;
         }
         let output = recording.project(&joined, &self.out.weight, self.out.bias.as_ref(), &[])?;
         let output = output.with_dtype(query.dtype())?;
-        let unbatched = ranks[0] == 2;
+        let unbatched = query.layout().rank() == 2;
         let of_batch = |result: Option<Tensor>| {
             result.map(|result| if unbatched { result.select(0, 0) } else { Ok(result) }).transpose()
         };

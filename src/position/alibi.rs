@@ -5,6 +5,8 @@ use super::{check_len, check_table};
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::tensor::Tensor;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// One slope per head: `2^(−8h / heads)`, `h` from 1, where `heads` is a power of two. Else those of the power
 /// of two below, and behind them every second one of twice that power (the paper's code; BLOOM, MPT).
@@ -34,7 +36,7 @@ fn exact_slopes(heads: usize) -> Result<Vec<f64>> {
 /// instead, which differs by a constant per query and so gives the same weights.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn bias(device: impl Into<Device>, heads: usize, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    pollster::block_on(bias_async(device, heads, len_q, len_k, offset))
+    wait_for(bias_async(device, heads, len_q, len_k, offset))
 }
 
 /// As [`bias`], without blocking.

@@ -25,6 +25,7 @@ use crate::problem::{MAX_LEN, Rows, checked_len};
 
 /// Where the tokens `[batch, len]` of a call stand.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TokenPositions {
     /// Token `i` at `start + i`.
     From(usize),

@@ -10,6 +10,8 @@ use crate::memory::check_floats;
 use crate::problem::{Problem, Rows, checked_len};
 use crate::state_dict::HostTensor;
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// Which columns of a head are a pair, of the first `dim`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -24,6 +26,7 @@ pub enum Pairing {
 /// How frequencies are changed for sequences longer than a model was trained on, as in transformers'
 /// `modeling_rope_utils`.
 #[derive(Clone, Debug, PartialEq, Default)]
+#[non_exhaustive]
 pub enum RotaryScaling {
     /// Not at all.
     #[default]
@@ -113,6 +116,8 @@ pub struct LongRope {
 
 /// Which rotation.
 #[derive(Clone, Debug, PartialEq)]
+#[must_use]
+#[non_exhaustive]
 pub struct RotaryConfig {
     /// Columns that are rotated, an even number; those of a head from `dim` on stay as they are.
     pub dim: usize,
@@ -457,7 +462,7 @@ impl Rotary {
     /// to X's type on download.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn rotate(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
-        pollster::block_on(self.rotate_async(x, positions))
+        wait_for(self.rotate_async(x, positions))
     }
 
     /// As [`Rotary::rotate`], without blocking.
@@ -476,7 +481,7 @@ impl Rotary {
         positions: &TokenPositions,
     ) -> Result<Tensor> {
         let device = common_device(&self.rotation.table, [("x", x)])?;
-        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
+        Recording::for_encoder(gpu, encoder, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
     /// Refuses rows of `dim` columns that are fewer than are rotated.

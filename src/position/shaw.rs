@@ -6,6 +6,8 @@ use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::problem::{MAX_LEN, checked_len};
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// A learned key per clipped distance, `[left + right + 1, dim]`, shared by all heads.
 ///
@@ -87,7 +89,7 @@ impl RelativeKeys {
     /// 3.3).
     #[cfg(not(target_arch = "wasm32"))]
     pub fn bias(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
-        pollster::block_on(self.bias_async(q, len_k, offset, scale))
+        wait_for(self.bias_async(q, len_k, offset, scale))
     }
 
     /// As [`RelativeKeys::bias`], without blocking.
@@ -108,7 +110,7 @@ impl RelativeKeys {
         scale: Option<f32>,
     ) -> Result<Tensor> {
         let device = common_device(&self.table, [("Q", q)])?;
-        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, q, len_k, offset, scale))
+        Recording::for_encoder(gpu, encoder, &device)?.encode(encoder, |to| self.record(to, q, len_k, offset, scale))
     }
 
     fn record(

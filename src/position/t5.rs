@@ -7,6 +7,8 @@ use crate::error::{Result, shape_error, value_error};
 use crate::lower::Recording;
 use crate::problem::MAX_LEN;
 use crate::tensor::Tensor;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// How distances fall into buckets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +119,7 @@ fn columns_of(table: &Tensor, buckets: &Buckets) -> Result<Tensor> {
 /// stands at key `i + offset`. T5 does not scale its scores: [`Attention::scale`](crate::Attention::scale) is 1.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn bias(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    pollster::block_on(bias_async(table, buckets, len_q, len_k, offset))
+    wait_for(bias_async(table, buckets, len_q, len_k, offset))
 }
 
 /// As [`bias`], without blocking.

@@ -7,6 +7,8 @@ use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::problem::checked_len;
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// A vector per position, `[max_len, dim]`, to be added to the embedding of the token that stands there:
 /// learned (Gehring et al. 2017, section 3.1; BERT, GPT-2) or sinusoidal (Vaswani et al. 2017, section 3.5).
@@ -56,7 +58,7 @@ impl PositionTable {
     /// result is row-major, held as f32 and rounded to X's type on download.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn add(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
-        pollster::block_on(self.add_async(x, positions))
+        wait_for(self.add_async(x, positions))
     }
 
     /// As [`PositionTable::add`], without blocking.
@@ -75,7 +77,7 @@ impl PositionTable {
         positions: &TokenPositions,
     ) -> Result<Tensor> {
         let device = common_device(&self.table, [("x", x)])?;
-        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
+        Recording::for_encoder(gpu, encoder, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
     fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {

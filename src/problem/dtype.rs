@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 /// The element type a tensor was given in, and is given back in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Dtype {
     /// 32-bit float.
     #[default]

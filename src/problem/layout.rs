@@ -115,6 +115,20 @@ impl Layout {
     pub fn end(&self) -> usize {
         self.checked_end().expect("checked when the layout was made")
     }
+    /// True when no two elements share a place in memory; false as well for some axes that interleave without sharing.
+    pub fn is_one_to_one(&self) -> bool {
+        let mut axes: Vec<(usize, usize)> =
+            self.strides.iter().copied().zip(self.shape.iter().copied()).filter(|&(_, len)| len > 1).collect();
+        axes.sort_unstable();
+        let mut reach = 0;
+        self.is_empty()
+            || axes.iter().all(|&(stride, len)| {
+                let is_beyond = stride > reach;
+                reach += stride * (len - 1);
+                is_beyond
+            })
+    }
+
     /// True when elements lie one after another in row-major order.
     pub fn is_contiguous(&self) -> bool {
         let mut expected = 1;

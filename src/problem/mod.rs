@@ -25,6 +25,7 @@ pub const MAX_LEN: usize = 1 << 29;
 ///                              ■ ■ · ·               ■ ■ ■ ■
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Align {
     /// Offset 0: query `i` stands at key `i` (PyTorch's `is_causal`, JAX, Keras).
     #[default]
@@ -44,11 +45,12 @@ pub enum MaskMeaning {
     /// True: the query may attend to the key.
     Keep,
     /// True: the query may not attend to the key.
-    Drop,
+    Hide,
 }
 
 /// Which scores to hand out beside the output: ONNX's `qk_matmul_output_mode` 0 to 3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ScoreStage {
     /// `scale · Q·Kᵀ` (mode 0).
     Scaled,

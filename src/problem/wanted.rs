@@ -7,6 +7,7 @@ use crate::error::Result;
 
 /// Which attention weights to return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Weights {
     /// None.
     #[default]

@@ -377,7 +377,7 @@ fn wrong_calls_are_errors_with_the_numbers() {
         );
         expect(plain.forward(&zeros(&[8]), &x, &x), "at least two axes");
         expect(plain.forward(&bools(&[2, 4, 3, 8]), &x, &x), "bool tensor");
-        let mask = Mask::keep(bools(&[5, 3])).unwrap();
+        let mask = Mask::keep_where(bools(&[5, 3])).unwrap();
         expect(
             plain.clone().mask(mask).forward(&x, &x, &x),
             "[5, 3] does not broadcast to [batch, heads_q, len_q, len_k] = [2, 4, 3, 3]",
@@ -387,7 +387,7 @@ fn wrong_calls_are_errors_with_the_numbers() {
         expect(plain.clone().scale(f32::NAN).forward(&x, &x, &x), "scale = NaN");
         expect(plain.clone().key_lengths(vec![1]).forward(&x, &x, &x), "key_lengths has 1 entries");
         expect(plain.clone().key_lengths(vec![1, 4]).forward(&x, &x, &x), "key_lengths[1] = 4 is more than len_k = 3");
-        assert!(Mask::keep(x.clone()).unwrap_err().to_string().contains("bias"));
+        assert!(Mask::keep_where(x.clone()).unwrap_err().to_string().contains("bias"));
         assert!(Tensor::from_slice(&device, &[2, 3], &[0.0f32; 5]).is_err());
         assert!(Tensor::from_slice(&device, &[usize::MAX, 3], &[0.0f32; 5]).is_err());
         if device.gpu().is_some() {
@@ -409,7 +409,7 @@ fn queries_behind_their_lengths_see_nothing() {
     let positions = Positions { causal: true, key_lengths: Some(vec![33, 20, 9]), ..Positions::default() };
     let ruled = Call {
         positions,
-        masks: vec![(vec![3, 1, 20, 1], MaskMeaning::Keep), (vec![20, 33], MaskMeaning::Drop)],
+        masks: vec![(vec![3, 1, 20, 1], MaskMeaning::Keep), (vec![20, 33], MaskMeaning::Hide)],
         biases: vec![vec![4, 20, 33]],
         softcap: Some(5.0),
         sink: true,
@@ -480,7 +480,10 @@ fn lengths_and_padding_that_do_not_fit() {
             (Attention::new().key_padding_bias(floats(&[2, 5])), "must be [batch, len_k] = [2, 9]"),
             (Attention::new().key_padding_bias(floats(&[2, 1, 9])), "is a mask or a bias, not key padding"),
             (Attention::new().key_padding_bias(bools(&[2, 9])), "a bias is a bool tensor"),
-            (Attention::new().key_padding(Mask::drop(bools(&[9, 2])).unwrap()), "must be [batch, len_k] = [2, 9]"),
+            (
+                Attention::new().key_padding(Mask::hide_where(bools(&[9, 2])).unwrap()),
+                "must be [batch, len_k] = [2, 9]",
+            ),
         ] {
             let error = attention.forward(&q, &k, &k).unwrap_err().to_string();
             assert!(error.contains(say), "{name}: {error}");

@@ -294,7 +294,7 @@ fn steps_recorded_into_a_callers_encoder() {
         let mut on_cpu = KvCache::new(&other, KvCacheConfig::new(1, 1, 4, 8)).unwrap();
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let x = floats(&other, &[1, 1, 1, 8], 0.0);
-        says(&name, on_cpu.encode(&gpu, &mut encoder, &Attention::new(), &x, &x, &x, None, None), "live on cpu");
+        says(&name, on_cpu.encode(&gpu, &mut encoder, &Attention::new(), &x, &x, &x, None, None), "lives on cpu");
     }
 }
 

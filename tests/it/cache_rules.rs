@@ -118,20 +118,20 @@ fn a_mask_stands_in_for_the_causal_rule() {
         // A step: both queries see both keys, weights 1/2 and 1/(1 + e) to e/(1 + e).
         let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 1, 4, 1)).unwrap();
         let x = Tensor::from_slice(&device, &[1, 1, 2, 1], &[0.0f32, 1.0]).unwrap();
-        let keeps_all = Mask::keep(Tensor::from_bools(&device, &[2, 2], &[true; 4]).unwrap()).unwrap();
+        let keeps_all = Mask::keep_where(Tensor::from_bools(&device, &[2, 2], &[true; 4]).unwrap()).unwrap();
         let stepped = cache.step(&Attention::new().mask(keeps_all), &x, &x, &x).unwrap().output;
         let e = std::f64::consts::E;
         assert_close(&name, &stepped, &[0.5, e / (1.0 + e)], TOLERANCE);
         // Key padding, as a mask and as a bias, hides keys and says nothing about what comes later.
         let mut call = call(bottom_right(true));
-        call.masks = vec![(vec![BATCH, 1, 1, KEYS], MaskMeaning::Drop)];
+        call.masks = vec![(vec![BATCH, 1, 1, KEYS], MaskMeaning::Hide)];
         call.biases = vec![vec![BATCH, 1, 1, KEYS]];
         let data = call.data();
         let (truth, _) = call.truth(&data);
         let (cache, q) = filled(&device, &call, &data, config());
         let padding = Tensor::from_bools(&device, &[BATCH, KEYS], &data.masks[0]).unwrap();
         let bias = Tensor::from_slice(&device, &[BATCH, KEYS], &data.biases[0]).unwrap();
-        let attention = Attention::new().key_padding(Mask::drop(padding).unwrap()).key_padding_bias(bias);
+        let attention = Attention::new().key_padding(Mask::hide_where(padding).unwrap()).key_padding_bias(bias);
         let output = cache.attend(&attention, &q).unwrap().output;
         truth.hold_output(&name, &output, TOLERANCE);
     }
@@ -271,7 +271,7 @@ fn rotary_positions_do_not_depend_on_the_rule() {
 
 /// A mask that keeps all.
 fn all(device: &Device) -> Mask {
-    Mask::keep(Tensor::from_bools(device, &[1, 1], &[true]).unwrap()).unwrap()
+    Mask::keep_where(Tensor::from_bools(device, &[1, 1], &[true]).unwrap()).unwrap()
 }
 
 #[test]

@@ -101,7 +101,7 @@ fn replay(gpu: &Gpu, call: &ExportedCall) -> Vec<Vec<u8>> {
 fn compare(what: &str, gpu: &Gpu, attention: &Attention, [q, k, v]: &[Tensor; 3]) -> ExportedCall {
     let call = attention.export(q, k, v).unwrap_or_else(|error| panic!("{what}: {error}"));
     let bytes = replay(gpu, &call);
-    let Attended { output, lse, weights, scores } = attention.forward(q, k, v).unwrap();
+    let Attended { output, lse, weights, scores, .. } = attention.forward(q, k, v).unwrap();
     let expected = [("output", Some(output)), ("lse", lse), ("weights", weights), ("scores", scores)];
     let expected: Vec<_> = expected.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
     assert_eq!(call.outputs.len(), expected.len(), "{what}");

@@ -190,7 +190,7 @@ fn halves_take_half_the_memory_and_mix_with_f32() {
         // A bias of halves gives the bits of the same numbers in f32.
         let bias: Vec<f16> = data.biases[0].iter().map(|&x| f16::from_f32(x)).collect();
         let run = |bias: Tensor| {
-            let mask = Mask::keep(Tensor::from_bools(&device, &[21, 37], &data.masks[0]).unwrap()).unwrap();
+            let mask = Mask::keep_where(Tensor::from_bools(&device, &[21, 37], &data.masks[0]).unwrap()).unwrap();
             let [q, k, v] = [(call.q, &data.q), (call.k, &data.k), (call.v, &data.v)]
                 .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
             call.attention().mask(mask).bias(bias).forward(&q, &k, &v).unwrap().output

@@ -311,7 +311,7 @@ fn plans_fit_small_adapters_and_lose_nothing() {
             key_lengths: Some(vec![170, 200]),
             ..Default::default()
         },
-        masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
+        masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Hide)],
         biases: vec![vec![4, 1, 200]],
         ..plain([0; 4], [0; 4])
     };
@@ -331,7 +331,7 @@ fn plans_fit_small_adapters_and_lose_nothing() {
             let lse = Tensor::from_slice(&gpu, &call.q[..3], &whole.lse.download().unwrap()).unwrap();
             let mask = Tensor::from_bools(&gpu, &call.masks[0].0, &data.masks[0]).unwrap();
             let bias = Tensor::from_slice(&gpu, &call.biases[0], &data.biases[0]).unwrap();
-            let attention = call.attention().mask(Mask::drop(mask).unwrap()).bias(bias);
+            let attention = call.attention().mask(Mask::hide_where(mask).unwrap()).bias(bias);
             let seen = attention.inspect(&q, &k, &lse, &all().heads(&[3, 0, 1]).queries(3..60)).unwrap();
             let truth = call.inspected(&data, &[3, 0, 1], 3..60);
             compare(|part| format!("{part} on {name}"), &download(seen), truth, call.k[2]);

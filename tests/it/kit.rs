@@ -13,8 +13,7 @@ pub fn devices() -> Vec<(String, Device)> {
     let adapters = Gpu::adapters();
     assert!(!adapters.is_empty(), "no GPU adapter at all; ./test installs Mesa's software adapter");
     let open = |adapter: &AdapterSummary, without_subgroups: bool| {
-        let options =
-            GpuOptions { adapter: Some(adapter.index.to_string()), without_subgroups, ..GpuOptions::default() };
+        let options = GpuOptions::adapter(adapter.index.to_string()).without_subgroups(without_subgroups);
         let kernels = if without_subgroups { ", plain kernels" } else { "" };
         let name = format!("{} ({}{kernels})", adapter.info.name, adapter.info.backend);
         let gpu = Gpu::with_options(&options).unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -175,7 +175,7 @@ fn slices_give_the_same_results() {
     };
     let calls = [
         Call {
-            masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
+            masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Hide)],
             biases: vec![vec![4, 1, 200]],
             positions,
             ..base.clone()
@@ -304,9 +304,9 @@ fn long_work_goes_into_several_submits_with_the_same_bits() {
     let data = call.data();
     for adapter in Gpu::adapters() {
         let open = |seconds_per_submit| {
-            let adapter = Some(adapter.index.to_string());
-            Gpu::with_options(&wgpu_attention::GpuOptions { adapter, seconds_per_submit, ..Default::default() })
-                .unwrap()
+            let mut options = wgpu_attention::GpuOptions::adapter(adapter.index.to_string());
+            options.seconds_per_submit = seconds_per_submit;
+            Gpu::with_options(&options).unwrap()
         };
         let (whole, cut) = (open(None), open(Some(1e-3)));
         let run = |gpu: &Gpu, method| {
@@ -340,7 +340,7 @@ fn a_projection_larger_than_a_binding() {
     for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = 8 * KIB) {
         let small = Device::Gpu(gpu);
         let config = MultiHeadConfig::new(48, 4).unwrap();
-        let norm = QueryKeyNorm { kind: NormKind::Layer, span: NormSpan::Head, epsilon: 1e-5, bias: true };
+        let norm = QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-5).bias(true);
         let configs = [config.clone().add_bias_kv(true).add_zero_attn(true), config.gate(true).norm(Some(norm))];
         let x: Vec<f32> = (0..3 * 50 * 48).map(|i| (i as f32 * 0.37).sin()).collect();
         let run = |device: &Device, config: &MultiHeadConfig| {

@@ -30,12 +30,7 @@ fn counting(_: &Variant, text: &str) -> Option<String> {
 /// Every adapter with such kernels; `max_loop_turns` is what planning knows of them.
 fn counters(max_loop_turns: u32) -> Vec<(String, Device)> {
     let open = |adapter: wgpu_attention::AdapterSummary| {
-        let options = GpuOptions {
-            adapter: Some(adapter.index.to_string()),
-            max_loop_turns: Some(max_loop_turns),
-            rewrite: Some(counting),
-            ..GpuOptions::default()
-        };
+        let options = GpuOptions::adapter(adapter.index.to_string()).max_loop_turns(max_loop_turns).rewrite(counting);
         let name = format!("{} ({}), loops of {TURNS} turns", adapter.info.name, adapter.info.backend);
         (name, Device::Gpu(Gpu::with_options(&options).unwrap()))
     };
@@ -49,7 +44,7 @@ fn sines(len: usize) -> Vec<f32> {
 #[test]
 fn loops_that_a_driver_ends_are_split_before() {
     let (q, k, v) = ([2, 4, 9, 16], [2, 2, 1500, 16], [2, 2, 1500, 24]);
-    let masks = vec![(vec![2, 1, 1, 1500], MaskMeaning::Drop)];
+    let masks = vec![(vec![2, 1, 1, 1500], MaskMeaning::Hide)];
     let positions = Positions {
         causal: true,
         align: Align::PerBatch(vec![1490, 900]),
@@ -133,7 +128,7 @@ fn loops_that_a_driver_ends_are_split_before() {
 
 #[test]
 fn loops_that_cannot_be_split_are_refused_with_the_numbers() {
-    let options = GpuOptions { max_loop_turns: Some(20), ..GpuOptions::default() };
+    let options = GpuOptions::new().max_loop_turns(20);
     let device = Device::Gpu(Gpu::with_options(&options).unwrap());
     let x = Tensor::from_slice(&device, &[1, 1, 300, 64], &vec![0.5f32; 300 * 64]).unwrap();
     for method in [Method::Fused, Method::ThreePasses] {

@@ -5,6 +5,8 @@ mod attention;
 mod cache;
 mod cache_rules;
 mod distance;
+mod encode;
+mod executor;
 mod export;
 mod guide;
 mod half;

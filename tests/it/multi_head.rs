@@ -141,7 +141,7 @@ fn truth(
         q: View { data: &projected[0], layout: &ql },
         k: View { data: &projected[1], layout: &kl },
         v: View { data: &projected[2], layout: &vl },
-        masks: (asked.padding.iter()).map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Drop)).collect(),
+        masks: (asked.padding.iter()).map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Hide)).collect(),
         biases: bias.iter().map(|data| View { data: data.as_slice(), layout: &bias_layout }).collect(),
         sink: None,
     };
@@ -188,7 +188,7 @@ fn truth(
     (output, averaged)
 }
 
-const RMS: QueryKeyNorm = QueryKeyNorm { kind: NormKind::Rms, span: NormSpan::Head, epsilon: 1e-6, bias: false };
+const RMS: QueryKeyNorm = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-6);
 
 /// The same layer with every parameter another number, biases and the weights of norms too.
 fn shaken(layer: &MultiHeadAttention, device: &Device) -> MultiHeadAttention {
@@ -216,8 +216,8 @@ fn self_and_cross_attention_match_the_truth() {
         base().gate(true).output_dim(10).head_dims(7, 5),
         base().gate(true).kdim(10).bias(false).heads_kv(2),
         base().norm(Some(RMS)).heads_kv(2).head_dims(5, 7).out_bias(false),
-        base().norm(Some(QueryKeyNorm { kind: NormKind::Layer, bias: true, epsilon: 1e-3, ..RMS })).scale(Some(1.0)),
-        base().norm(Some(QueryKeyNorm { span: NormSpan::Width, ..RMS })).heads_kv(1).vdim(9).gate(true),
+        base().norm(Some(QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-3).bias(true))).scale(Some(1.0)),
+        base().norm(Some(QueryKeyNorm::new(NormKind::Rms, NormSpan::Width, 1e-6))).heads_kv(1).vdim(9).gate(true),
         base(),
         base().bias(false),
         base().heads_kv(2),
@@ -242,7 +242,7 @@ fn self_and_cross_attention_match_the_truth() {
                 .map(|(len, width)| (vec![batch, len, width], noise(&mut rng, batch * len * width)));
             let [q, k, v] = [0, 1, 2].map(|i| Tensor::from_slice(&device, &data[i].0, &data[i].1).unwrap());
 
-            let mask = Mask::drop(Tensor::from_bools(&device, &[batch, len_k], &padding).unwrap()).unwrap();
+            let mask = Mask::hide_where(Tensor::from_bools(&device, &[batch, len_k], &padding).unwrap()).unwrap();
             let attention = Attention::new().key_padding(mask).weights(Weights::Averaged);
             let out = layer.forward(&q, &k, &v, &attention).unwrap();
             let views = [0, 1, 2].map(|i| (data[i].0.as_slice(), data[i].1.as_slice()));
@@ -307,7 +307,7 @@ fn positions_in_a_layer_match_the_truth() {
                 let mut attention = Attention::new();
                 if let Some(padding) = asked.padding {
                     let mask = Tensor::from_bools(&device, &[batch, len_k], padding).unwrap();
-                    attention = attention.key_padding(Mask::drop(mask).unwrap());
+                    attention = attention.key_padding(Mask::hide_where(mask).unwrap());
                 }
                 if asked.causal {
                     attention = attention.causal(Align::TopLeft);
@@ -341,7 +341,7 @@ fn positions_in_a_layer_match_the_truth() {
 #[test]
 fn wide_rows_are_normalised_by_several_invocations() {
     // 70,400 and 17,600 wide: 64 and 8 invocations share a row.
-    let norm = QueryKeyNorm { kind: NormKind::Layer, span: NormSpan::Width, epsilon: 1e-5, bias: true };
+    let norm = QueryKeyNorm::new(NormKind::Layer, NormSpan::Width, 1e-5).bias(true);
     let config = MultiHeadConfig::with_head_dims(2, 1100, 64, 1).unwrap().heads_kv(275).norm(Some(norm));
     let data = noise(&mut Pcg64::seed_from_u64(3), 2 * 3 * 2);
     for (name, device) in devices() {
@@ -404,7 +404,8 @@ fn three_axes_of_a_mask_have_one_meaning() {
                     Attention::new().bias(Tensor::from_slice(&device, shape, values).unwrap())
                 } else {
                     let bools: Vec<bool> = values.iter().map(|&x| x < 0.3).collect();
-                    Attention::new().mask(Mask::keep(Tensor::from_bools(&device, shape, &bools).unwrap()).unwrap())
+                    Attention::new()
+                        .mask(Mask::keep_where(Tensor::from_bools(&device, shape, &bools).unwrap()).unwrap())
                 };
                 layer.forward(&q, &k, &k, &attention).and_then(|out| out.output.download())
             };
@@ -470,13 +471,11 @@ fn weights_move_over_unchanged() {
             MultiHeadConfig::new(12, 3).unwrap().out_bias(false).scale(Some(0.5)),
             MultiHeadConfig::new(12, 3).unwrap().norm(Some(RMS)),
             MultiHeadConfig::new(12, 1).unwrap().norm(Some(RMS)).heads_kv(1),
-            MultiHeadConfig::new(12, 3).unwrap().norm(Some(QueryKeyNorm { kind: NormKind::Layer, ..RMS })),
-            MultiHeadConfig::new(12, 4).unwrap().heads_kv(2).norm(Some(QueryKeyNorm {
-                kind: NormKind::Layer,
-                span: NormSpan::Width,
-                epsilon: 0.0,
-                bias: true,
-            })),
+            MultiHeadConfig::new(12, 3).unwrap().norm(Some(QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-6))),
+            MultiHeadConfig::new(12, 4)
+                .unwrap()
+                .heads_kv(2)
+                .norm(Some(QueryKeyNorm::new(NormKind::Layer, NormSpan::Width, 0.0).bias(true))),
         ] {
             let layer = MultiHeadAttention::new(&device, config.clone(), 5).unwrap();
             let state = layer.state_dict().unwrap();
@@ -549,23 +548,20 @@ fn keras(heads_kv: usize, to: usize, gated: bool) {
         }
     }
     for (name, device) in devices() {
-        let kernels = KerasKernels {
-            query: &query,
-            key: &key,
-            value: &value,
-            output: &output,
-            biases: Some([&biases[0], &biases[1], &biases[2], &biases[3]]),
-            gate: gated.then_some(gate.as_slice()),
-            gate_bias: gated.then_some(gate_bias.as_slice()),
-        };
+        let mut kernels = KerasKernels::new(&query, &key, &value, &output);
+        kernels = kernels.biases([&biases[0], &biases[1], &biases[2], &biases[3]]);
+        if gated {
+            kernels = kernels.gate(&gate, Some(&gate_bias));
+        }
         let layer = MultiHeadAttention::from_keras(&device, config.clone(), kernels).unwrap();
         let x = Tensor::from_slice(&device, &[1, 4, dim], &x).unwrap();
         let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
         assert_close(&name, &out, &expected, TOLERANCE);
-        let wrong = KerasKernels { query: &query[1..], ..kernels };
+        let mut wrong = kernels;
+        wrong.query = &query[1..];
         let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
         assert!(message.contains(&format!("query kernel has {} values", query.len() - 1)), "{message}");
-        let wrong = KerasKernels { gate_bias: None, gate: Some(&gate), ..kernels };
+        let wrong = kernels.gate(&gate, None);
         let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
         assert!(message.contains("gate"), "{message}");
     }

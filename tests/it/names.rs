@@ -311,7 +311,7 @@ fn fused_projections() {
 #[test]
 fn norms_of_queries_and_keys() {
     let options = LoadOptions::new(4);
-    let rms = QueryKeyNorm { kind: NormKind::Rms, span: NormSpan::Head, epsilon: 1e-6, bias: false };
+    let rms = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-6);
     let with = |norm, names: [&str; 2], seed| {
         let config = plain().heads_kv(2).bias(false).norm(Some(norm));
         let truth = random(config.clone(), seed);
@@ -328,7 +328,7 @@ fn norms_of_queries_and_keys() {
     refused(&state, "", &options, &["q_norm.weight [3]", "qwen3", "gemma3", "--names"]);
     same(&state, "", &options.clone().names(Names::Qwen3), &config, &truth);
     same(&state, "", &options.clone().model("qwen3_moe", None), &config, &truth);
-    let told = config.clone().norm(Some(QueryKeyNorm { epsilon: 1e-3, ..rms }));
+    let told = config.clone().norm(Some(QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-3)));
     let layer = load(&state, "", &options.clone().model("qwen3", Some(1e-3))).unwrap();
     assert_eq!(layer.config(), &told);
     let layer = load(&state, "", &options.clone().names(Names::Qwen3).norm_epsilon(1e-3)).unwrap();
@@ -340,20 +340,21 @@ fn norms_of_queries_and_keys() {
     }
     refused(&state, "", &options.clone().model("a model of tomorrow", None), &["qwen3"]);
     // OLMo 2: over all heads, of which there is no doubt.
-    let (config, truth, state) = with(QueryKeyNorm { span: NormSpan::Width, ..rms }, ["q_norm", "k_norm"], 9);
+    let (config, truth, state) = with(QueryKeyNorm::new(NormKind::Rms, NormSpan::Width, 1e-6), ["q_norm", "k_norm"], 9);
     same(&state, "", &options, &config, &truth);
     // A norm with a bias is LayerNorm.
-    let layer_norm = QueryKeyNorm { kind: NormKind::Layer, bias: true, ..rms };
+    let layer_norm = QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-6).bias(true);
     let (config, truth, state) = with(layer_norm, ["q_norm", "k_norm"], 10);
     same(&state, "", &options.clone().norm_epsilon(1e-6), &config, &truth);
-    let (config, truth, state) = with(QueryKeyNorm { epsilon: 1e-5, ..layer_norm }, ["q_layernorm", "k_layernorm"], 11);
+    let (config, truth, state) =
+        with(QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-5).bias(true), ["q_layernorm", "k_layernorm"], 11);
     same(&state, "", &options, &config, &truth);
     // Without a bias it is LFM2's RMSNorm or a LayerNorm.
-    let bare = QueryKeyNorm { epsilon: 1e-5, bias: false, ..layer_norm };
+    let bare = QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-5);
     let (config, truth, unbiased) = with(bare, ["q_layernorm", "k_layernorm"], 14);
     refused(&unbiased, "", &options, &["q_layernorm.weight", "has no bias", "LFM2", "qwen3", "llama"]);
     same(&unbiased, "", &options.clone().names(Names::Llama), &config, &truth);
-    let rms_so_called = QueryKeyNorm { kind: NormKind::Rms, ..bare };
+    let rms_so_called = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-5);
     let (config, truth, lfm2) = with(rms_so_called, ["q_layernorm", "k_layernorm"], 15);
     same(&lfm2, "", &options.clone().names(Names::Qwen3), &config, &truth);
     same(&lfm2, "", &options.clone().model("lfm2", None), &config, &truth);

@@ -130,7 +130,9 @@ fn adapters() -> Vec<Capabilities> {
                 change(&mut one);
                 one
             };
-            all.extend([4, 5, 6, 7, 8, 10, 16].map(|n| named(&format!("{n} buffers"), &|one| one.max_storage_buffers = n)));
+            all.extend(
+                [4, 5, 6, 7, 8, 10, 16].map(|n| named(&format!("{n} buffers"), &|one| one.max_storage_buffers = n)),
+            );
             all.push(named("small bindings", &|one| one.max_binding = 256 << 10));
             all.push(named("small bindings, five buffers", &|one| {
                 (one.max_binding, one.max_storage_buffers) = (256 << 10, 5);
@@ -214,7 +216,7 @@ impl Drawn {
         let full = problem.mask_shape();
         let (masks, biases) = (pick(rng, &[0, 0, 1, 2, 3]), pick(rng, &[0, 0, 1, 2]));
         let masks =
-            (0..masks).map(|_| (spread(rng, full), pick(rng, &[MaskMeaning::Keep, MaskMeaning::Drop]))).collect();
+            (0..masks).map(|_| (spread(rng, full), pick(rng, &[MaskMeaning::Keep, MaskMeaning::Hide]))).collect();
         let biases = (0..biases).map(|_| spread(rng, full)).collect();
         let relative = rng.random_bool(0.4).then(|| {
             let table = |shape: [usize; 4]| {

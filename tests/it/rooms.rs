@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["error"],
     &["problem"],
-    &["memory"],
+    &["memory", "wait"],
     &["kernels", "reference", "state_dict"],
     &["gpu", "cpu"],
     &["device"],
@@ -16,7 +16,8 @@ const FLOORS: &[&[&str]] = &[
     &["lower"],
     &["position"],
     &["attention", "ops"],
-    &["cache", "inspect", "multi_head", "packed", "tune"],
+    &["cache", "inspect", "packed", "tune"],
+    &["multi_head"],
 ];
 
 /// A path that begins with the crate or leaves its module, and the module that it stands in.

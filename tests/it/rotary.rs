@@ -83,6 +83,7 @@ pub fn written_out(config: &RotaryConfig, len: usize) -> (Vec<f64>, f64) {
             let hotter = || (1.0 + long.factor.ln().max(0.0) / (long.original_len as f64).ln()).sqrt();
             (pairs.map(|i| theta(i) / factors[i]).collect(), long.attention_factor.unwrap_or_else(hotter))
         }
+        other => panic!("no formula for {other:?}"),
     }
 }
 

@@ -25,7 +25,7 @@ fn calls() -> impl Strategy<Value = Call> {
     let orders = select(vec![Order::Bhsd, Order::Bshd, Order::Bhds, Order::Packed]);
     let positions = (any::<bool>(), option::of(0..9usize), option::of(0..9usize), option::of(vec(0..=72usize, 0..=4)));
     let spreads = || vec((1..=5usize, any::<[bool; 5]>()), 0..=2);
-    let meanings = select(vec![MaskMeaning::Keep, MaskMeaning::Drop]);
+    let meanings = select(vec![MaskMeaning::Keep, MaskMeaning::Hide]);
     // One axis of one operand, set to another size.
     let misfit = prop_oneof![2 => Just(None), 1 => (0..7usize, 0..4usize, 0..=5usize).prop_map(Some)];
     (sizes, orders, positions, spreads(), meanings, spreads(), misfit, any::<u32>()).prop_map(

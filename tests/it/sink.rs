@@ -303,7 +303,7 @@ fn rules_make_room_for_it() {
     // What does not fit beside the sink is combined.
     let call = Call {
         sink: true,
-        masks: vec![(vec![2, 1, 9, 20], MaskMeaning::Keep), (vec![9, 20], MaskMeaning::Drop)],
+        masks: vec![(vec![2, 1, 9, 20], MaskMeaning::Keep), (vec![9, 20], MaskMeaning::Hide)],
         biases: vec![vec![4, 1, 20]],
         positions: causal(Align::PerBatch(vec![3, 11])),
         ..Call::plain([2, 4, 9, 8], [2, 2, 20, 8], [2, 2, 20, 8])

@@ -110,7 +110,7 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
         let alone = plain.forward(&first(&twice[0]), &first(&twice[1]), &first(&twice[2])).unwrap().output;
         assert_eq!(kit::bits(&first(&both).download().unwrap()), kit::bits(&alone.download().unwrap()), "{name}");
         // A mask, a bias, positions, a sink, a causal rule, more keys, another width: other keys.
-        let mask = Mask::keep(Tensor::from_bools(gpu, &[30], &[true; 30]).unwrap()).unwrap();
+        let mask = Mask::keep_where(Tensor::from_bools(gpu, &[30], &[true; 30]).unwrap()).unwrap();
         let slopes = Tensor::from_slice(gpu, &[2], &alibi::slopes(2).unwrap()).unwrap();
         let rotary = Rotary::new(Device::from(gpu), &RotaryConfig::new(8), 64).unwrap();
         let sink = Tensor::from_slice(gpu, &[2], &[0.5f32; 2]).unwrap();
@@ -246,8 +246,8 @@ fn halves_masks_biases_windows_and_sinks_are_tuned_too() {
         let mask = |bools: &[bool]| Tensor::from_bools(&gpu, &[10, 10], bools).unwrap();
         let attention = (Attention::new().softcap(5.0).window(Some(6), Some(2)).align(Align::BottomRight))
             .key_lengths(vec![9])
-            .mask(Mask::keep(mask(&bools)).unwrap())
-            .mask(Mask::drop(mask(&[false; 100])).unwrap())
+            .mask(Mask::keep_where(mask(&bools)).unwrap())
+            .mask(Mask::hide_where(mask(&[false; 100])).unwrap())
             .bias(Tensor::from_slice(&gpu, &[10], &[0.5f32; 10]).unwrap())
             .sink(Tensor::from_slice(&gpu, &[2], &[half::f16::ONE; 2]).unwrap());
         let tuned = attention.tune(&q, &q, &q).unwrap();
@@ -318,8 +318,7 @@ fn broken_positions(variant: &Variant, source: &str) -> Option<String> {
 #[test]
 fn a_kernel_that_gets_positions_wrong_is_never_chosen() {
     for (index, (name, _)) in kit::gpus().iter().enumerate() {
-        let options =
-            GpuOptions { adapter: Some(index.to_string()), rewrite: Some(broken_positions), ..GpuOptions::default() };
+        let options = GpuOptions::adapter(index.to_string()).rewrite(broken_positions);
         let gpu = Gpu::with_options(&options).unwrap();
         gpu.keep_tuning_in(None);
         for (word, attention, q, k) in positional(&gpu) {
@@ -340,7 +339,7 @@ fn a_kernel_that_gets_positions_wrong_is_never_chosen() {
 fn where_there_is_nothing_to_choose_an_error_says_so() {
     let x = operands(&Device::Cpu, [1, 1, 4, 4], [1, 1, 4, 4]);
     let error = Attention::new().tune(&x[0], &x[1], &x[2]).unwrap_err();
-    assert!(matches!(&error, Error::Device(message) if message.contains("cpu")), "{error}");
+    assert!(matches!(&error, Error::Device { there, .. } if there == "cpu"), "{error}");
     let (_, gpu): (_, Gpu) = kit::gpus().swap_remove(0);
     gpu.keep_tuning_in(None);
     for (q, k) in [([1, 1, 0, 4], [1, 1, 4, 4]), ([1, 1, 4, 4], [1, 1, 0, 4]), ([0, 1, 4, 4], [0, 1, 4, 4])] {

@@ -112,7 +112,9 @@ impl Prepared {
                 let trace = ran.map(|(done, trace)| done.map(|()| trace)).transpose()?.unwrap_or_default();
                 let mut kernels: Vec<String> = trace.into_iter().map(|one| one.variant.name).collect();
                 kernels.dedup();
-                Profile { kernels, gpu_time: None }
+                let mut profile = Profile::default();
+                profile.kernels = kernels;
+                profile
             }
         })
     }
@@ -193,7 +195,7 @@ fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device
         Extra::Mask => {
             let seen = |at: usize| at % len_k <= at / len_k + start;
             let keep: Vec<bool> = (0..len_q * len_k).map(seen).collect();
-            attention.mask(Mask::keep(Tensor::from_bools(device, &[len_q, len_k], &keep)?)?)
+            attention.mask(Mask::keep_where(Tensor::from_bools(device, &[len_q, len_k], &keep)?)?)
         }
     })
 }

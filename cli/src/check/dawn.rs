@@ -270,8 +270,8 @@ mod tests {
 
     /// Plans for any implementation: WebGPU's own limits.
     fn planner(without_subgroups: bool) -> Gpu {
-        let limits = Some(wgpu::Limits::default());
-        Gpu::with_options(&GpuOptions { limits, without_subgroups, ..Default::default() }).unwrap()
+        let options = GpuOptions::new().limits(wgpu::Limits::default()).without_subgroups(without_subgroups);
+        Gpu::with_options(&options).unwrap()
     }
 
     fn run(dawn: &Dawn, calls: &[ExportedCall]) -> (Option<Adapter>, Vec<DawnResult>) {

@@ -95,7 +95,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
         attention = mean_where_nothing_is_seen(attention, &seen, device)?;
     } else {
         if let Some(mask) = &mask {
-            attention = attention.mask(Mask::keep(mask.upload(device)?)?);
+            attention = attention.mask(Mask::keep_where(mask.upload(device)?)?);
         }
         if let Some(lengths) = key_lengths {
             attention = attention.key_lengths(lengths);

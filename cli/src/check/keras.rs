@@ -226,21 +226,21 @@ impl Call {
             return mean_where_nothing_is_seen(attention, &seen, device);
         }
         if self.rank() != 3 || self.axes != [1] {
-            return Ok(attention.mask(Mask::keep(seen.upload(device)?)?));
+            return Ok(attention.mask(Mask::keep_where(seen.upload(device)?)?));
         }
         let mut attention = attention;
         if let Some(mask) = self.query_mask.as_ref().filter(|_| reading.has_query_mask) {
-            attention = attention.mask(Mask::keep(mask.clone().expand(1)?.expand(3)?.upload(device)?)?);
+            attention = attention.mask(Mask::keep_where(mask.clone().expand(1)?.expand(3)?.upload(device)?)?);
         }
         for mask in &self.key_masks {
-            attention = attention.key_padding(Mask::keep(mask.upload(device)?)?);
+            attention = attention.key_padding(Mask::keep_where(mask.upload(device)?)?);
         }
         if let Some(mask) = &self.attention_mask {
             let mut mask = mask.clone();
             while mask.shape.len() < 4 {
                 mask = mask.expand(3)?;
             }
-            attention = attention.mask(Mask::keep(mask.upload(device)?)?);
+            attention = attention.mask(Mask::keep_where(mask.upload(device)?)?);
         }
         Ok(self.near.rules(attention))
     }
@@ -416,15 +416,13 @@ impl Kernels {
             .output_dim(output_dim)
             .bias(biased)
             .gate(gated);
-        let kernels = KerasKernels {
-            query: &query,
-            key: &key,
-            value: &value,
-            output: &output,
-            biases: biased.then_some([&b_query, &b_key, &b_value, &b_output]),
-            gate: gated.then_some(&gate),
-            gate_bias: (gated && biased).then_some(&b_gate),
-        };
+        let mut kernels = KerasKernels::new(&query, &key, &value, &output);
+        if biased {
+            kernels = kernels.biases([&b_query, &b_key, &b_value, &b_output]);
+        }
+        if gated {
+            kernels = kernels.gate(&gate, biased.then_some(&b_gate));
+        }
         Ok(MultiHeadAttention::from_keras(device, config, kernels)?)
     }
 }

@@ -94,7 +94,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
     }
     if let Some(mask) = case.optional("attn_mask")? {
         let mask = pad_keys(&mask, len_k)?;
-        attention = add_mask(attention, "attn_mask", &mask, Mask::keep, device)?;
+        attention = add_mask(attention, "attn_mask", &mask, Mask::keep_where, device)?;
     }
     let stage = match int(case, "qk_matmul_output_mode")?.unwrap_or(0) {
         0 => ScoreStage::Scaled,

@@ -336,7 +336,7 @@ pub fn mean_where_nothing_is_seen(attention: Attention, seen: &Bits, device: &De
     for (row, _) in kept.data.chunks_mut(width).zip(&blind.data).filter(|(_, blind)| **blind) {
         row.fill(true);
     }
-    Ok(attention.bias(bias).mask(Mask::keep(kept.upload(device)?)?))
+    Ok(attention.bias(bias).mask(Mask::keep_where(kept.upload(device)?)?))
 }
 
 /// An answer: its own name first, then others that it goes by.

@@ -56,10 +56,7 @@ fn every_method_passes_every_case_on_the_first_adapter() {
         let file = format!("{name}.safetensors");
         std::fs::copy(cases("torch").join(&file), folder.path().join(&file)).unwrap();
     }
-    let gpu = wgpu_attention::Gpu::with_options(&wgpu_attention::GpuOptions {
-        adapter: Some(adapters()[0].clone()),
-        ..Default::default()
-    });
+    let gpu = wgpu_attention::Gpu::with_options(&wgpu_attention::GpuOptions::adapter(adapters()[0].clone()));
     let methods = wgpu_attention::Method::every(gpu.unwrap().capabilities());
     assert!(methods.len() >= 8, "{methods:?}");
     let first = adapters()[0].clone();

@@ -369,7 +369,7 @@ fn own_weights_and_own_queries_are_drawn() {
     let mask = ("mask", safetensors::Dtype::BOOL, vec![3, 3], hides.map(u8::from).to_vec());
     save(&at("more.safetensors"), &[mask, floats("bias", &[3, 3], &bias)]);
     let device = Device::Cpu;
-    let mask = wgpu_attention::Mask::drop(Tensor::from_bools(&device, &[3, 3], &hides).unwrap()).unwrap();
+    let mask = wgpu_attention::Mask::hide_where(Tensor::from_bools(&device, &[3, 3], &hides).unwrap()).unwrap();
     let attention = Attention::new().mask(mask).bias(Tensor::from_slice(&device, &[3, 3], &bias).unwrap());
     let attention = attention.weights(Weights::PerHead);
     let truth = attention.forward(&tensor(&q), &tensor(&k), &tensor(&k)).unwrap().weights.unwrap().download().unwrap();

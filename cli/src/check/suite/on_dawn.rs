@@ -34,13 +34,8 @@ pub fn patience(limit: Duration) -> Duration {
 
 /// What plans are made on: an adapter with WebGPU's own limits and without subgroups.
 pub fn planner(index: usize, fault: Option<Fault>) -> Result<Device> {
-    let options = GpuOptions {
-        adapter: Some(index.to_string()),
-        without_subgroups: true,
-        limits: Some(wgpu::Limits::default()),
-        rewrite: fault.and_then(Fault::rewrite),
-        ..GpuOptions::default()
-    };
+    let mut options = GpuOptions::adapter(index.to_string()).without_subgroups(true).limits(wgpu::Limits::default());
+    options.rewrite = fault.and_then(Fault::rewrite);
     Ok(Device::Gpu(Gpu::with_options(&options)?))
 }
 

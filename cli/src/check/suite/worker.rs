@@ -114,7 +114,8 @@ pub fn open(place: &Place, fault: Option<Fault>) -> Result<Device, String> {
     };
     fault.iter().for_each(|fault| fault.seen());
     let rewrite = fault.and_then(Fault::rewrite);
-    let options = GpuOptions { adapter: Some(index.to_string()), rewrite, ..GpuOptions::default() };
+    let mut options = GpuOptions::adapter(index.to_string());
+    options.rewrite = rewrite;
     let gpu = Gpu::with_options(&options).map_err(|error| error.to_string())?;
     let found = (gpu.info().name.as_str(), backend_name(gpu.info().backend));
     if found != (name.as_str(), backend.as_str()) {
