@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,13 +21,14 @@ import loops
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 WORK = ROOT / "target/gpu"
+INTEL = WORK / "intel"
 TABLE = HERE / "table.tsv"
 PAGE = ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- ./gpu-compilers -->", "<!-- end -->"
 
 SECONDS = 10  # of processor time for a text; on real seconds, a busy machine would fail
 REAL_SECONDS = 300  # a compiler that waits for nothing
-SAMPLE = 20  # of what is on record, every so manieth is compiled all the same
+SAMPLE = 20  # of what is on record, one in so many is compiled all the same
 WORSE = 0.005  # of a share, what rounding may take
 COLUMNS = "gpu variant hash result subgroup registers spills fills scratch shared waves code seconds share".split()
 
@@ -39,10 +41,10 @@ GPUS = [
     Gpu("navi31", "AMD Navi 31 (RDNA 3)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi31"}, True),
     Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
     Gpu("turing", "NVIDIA Turing (TU102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
-    Gpu("ampere", "NVIDIA Ampere (GA102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
-    Gpu("adreno740", "Qualcomm Adreno 740", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, True),
+    Gpu("ampere", "NVIDIA Ampere (GA102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, False),
+    Gpu("adreno740", "Qualcomm Adreno 740", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, False),
     Gpu("m1", "Apple M1", "asahi", "asahi", {}, True),
-    Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, True),
+    Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, False),
     Gpu("dg2", "Intel DG2 (Xe-HPG)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "dg2"}, False),
     Gpu("bmg", "Intel Battlemage (Xe2)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "bmg"}, False),
 ]
@@ -66,8 +68,8 @@ STATISTICS = {
         "waves": ("Threads", 1 / 32), "code": ("Code size", 1),
     },
     "intel": {
-        "registers": ("GRF registers", 1), "spills": ("Spill count", 1), "fills": ("Fill count", 1),
-        "scratch": ("Scratch Memory Size", 1), "shared": ("Workgroup Memory Size", 1), "code": ("Code size", 1),
+        "registers": ("Max live registers", 1), "spills": ("Spill count", 1), "fills": ("Fill count", 1),
+        "scratch": ("Scratch Memory Size", 1), "shared": ("Workgroup Memory Size", 1),
     },
 }
 SHARES = {"radeon": loops.amd, "nouveau": loops.nvidia, "intel": loops.intel}
@@ -84,16 +86,19 @@ class Compiler:
 
     def start(self):
         libraries = WORK / "root/usr/lib/x86_64-linux-gnu"
-        shim = f"lib{self.gpu.shim}_noop_drm_shim.so"
-        shim = WORK / shim if (WORK / shim).exists() else libraries / shim
+        shim, path, drivers = libraries / f"lib{self.gpu.shim}_noop_drm_shim.so", str(libraries), WORK / "root"
+        if self.gpu.driver == "intel":
+            # Built here, and a driver of the same version.
+            shim, drivers = INTEL / shim.name, INTEL / "root"
+            path = f"{drivers}/usr/lib/x86_64-linux-gnu:{path}"
         environment = {
             "HOME": self.folder.name,
             "XDG_RUNTIME_DIR": self.folder.name,
             "MESA_SHADER_CACHE_DISABLE": "true",
-            "VK_DRIVER_FILES": str(WORK / f"root/usr/share/vulkan/icd.d/{self.gpu.driver}_icd.json"),
+            "VK_DRIVER_FILES": str(drivers / f"usr/share/vulkan/icd.d/{self.gpu.driver}_icd.json"),
             **self.gpu.environment,
         }
-        command = [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, "--preload", shim,
+        command = [libraries / "ld-linux-x86-64.so.2", "--library-path", path, "--preload", shim,
                    WORK / "compile", str(SECONDS)]
         if self.gpu.driver in SHARES:
             command.append(self.folder.name)
@@ -168,7 +173,9 @@ def read_table():
 
 def version():
     """What makes the record void: other drivers."""
-    return "# " + (WORK / "installed").read_text().strip()
+    installer = (HERE / "install").read_text()
+    found = dict(re.findall(r"^(\w*version)=(\S+)$", installer, re.M))
+    return f"# Mesa {found['version']}, Intel's {found['intel_version']}"
 
 
 def write_table(rows):
@@ -176,7 +183,9 @@ def write_table(rows):
     lines = [version(), "\t".join(COLUMNS)]
     for key in sorted(rows, key=lambda key: (key[1], order.index(key[0]))):
         lines.append("\t".join(rows[key][column] for column in COLUMNS))
-    TABLE.write_text("\n".join(lines) + "\n")
+    new = TABLE.with_suffix(".new")
+    new.write_text("\n".join(lines) + "\n")
+    new.replace(TABLE)
 
 
 def number(text):
@@ -197,8 +206,8 @@ def what_is_worse(row, before):
     return ""
 
 
-def of_gpu(gpu, texts, rows, full):
-    """Compiles what is not on record, and a sample of what is."""
+def of_gpu(gpu, texts, rows, full, take):
+    """Compiles what is not on record, and a sample of what is; hands each row to `take`, one at a time."""
     todo, seen = [], collections.Counter()
     for variant, (path, digest) in texts.items():
         kernel = variant.split("/")[0]
@@ -221,14 +230,15 @@ def of_gpu(gpu, texts, rows, full):
         row = compiler.compile(path)
         with lock:
             free.append(compiler)
-        return {**row, "gpu": gpu.name, "variant": variant, "hash": digest}
+            take({**row, "gpu": gpu.name, "variant": variant, "hash": digest})
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(one, todo))
+        for _ in pool.map(one, todo):
+            pass
     for compiler in all_compilers:
         compiler.stop()
         compiler.folder.cleanup()
-    return done, next((compiler.device for compiler in all_compilers if compiler.device), "")
+    return len(todo), next((compiler.device for compiler in all_compilers if compiler.device), "")
 
 
 def pages(rows, texts, defaults):
@@ -259,11 +269,11 @@ def pages(rows, texts, defaults):
 
     cells("spilled registers", lambda row: row["spills"] + ("" if row["fills"] == "-" or row["spills"] == "0"
                                                             else "/" + row["fills"]))
-    cells("registers, waves", lambda row: row["registers"] if row["waves"] == "-" else
-          f"{row['registers']}, {row['waves']}", [gpu for gpu in gpus if gpu.driver != "intel"])
+    cells("registers, waves", lambda row: row["registers"] + ("" if row["waves"] == "-" else ", " + row["waves"]))
     cells("share of multiply-adds, %", lambda row: "" if row["share"] == "-" else f"{100 * number(row['share']):.0f}",
           [gpu for gpu in gpus if gpu.driver in SHARES])
-    cells("code, KB", lambda row: f"{number(row['code']) / 1000:.1f}")
+    cells("code, KB", lambda row: f"{number(row['code']) / 1000:.1f}",
+          [gpu for gpu in gpus if gpu.driver != "intel"])
     return "\n".join(out)
 
 
@@ -305,14 +315,15 @@ def main():
     for gpu in GPUS:
         if chosen and gpu.name not in chosen:
             continue
-        if gpu.shim == "intel" and not (WORK / "libintel_noop_drm_shim.so").exists():
-            bad.append(f"{gpu.label} is not to be had here: no shim for its driver")
+        if gpu.driver == "intel" and not (INTEL / "libintel_noop_drm_shim.so").exists():
+            print(f"{gpu.label} is not to be had here: no fake kernel driver", file=sys.stderr)
             continue
         began = time.monotonic()
         ours = texts if gpu.every else of_defaults
-        done, device = of_gpu(gpu, ours, rows, full)
         compared = collections.Counter()
-        for row in done:
+        saved = [began]
+
+        def take(row):
             key = gpu.name, row["variant"]
             before = rows.get(key)
             worse = what_is_worse(row, before)
@@ -326,8 +337,13 @@ def main():
                 same = before is not None and all(
                     before[column] == row[column] for column in COLUMNS if column != "seconds")
                 rows[key] = before if same else row
+                # A run that is broken off goes on from here.
+                if time.monotonic() - saved[0] > 20:
+                    saved[0] = time.monotonic()
+                    write_table(rows)
             elif before is None or before["hash"] != row["hash"]:
                 compared["not on record"] += 1
+        count, device = of_gpu(gpu, ours, dict(rows), full, take)
         for key in [key for key in rows if key[0] == gpu.name and key[1] not in ours]:
             if write:
                 del rows[key]
@@ -335,8 +351,8 @@ def main():
                 compared["in the table, but no more"] += 1
         if write:
             write_table(rows)
-        words = ", ".join(f"{count} {word}" for word, count in compared.items())
-        print(f"{gpu.label}{f' ({device})' if device else ''}: {len(done)} of {len(ours)} compiled in "
+        words = ", ".join(f"{n} {word}" for word, n in compared.items())
+        print(f"{gpu.label}{f' ({device})' if device else ''}: {count} of {len(ours)} compiled in "
               f"{time.monotonic() - began:.0f} s: {words}", file=sys.stderr)
     for line in news[:20] if not write else []:
         print(line, file=sys.stderr)
