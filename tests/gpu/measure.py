@@ -309,8 +309,9 @@ def main():
     of_defaults = {variant: texts[variant] for _, variant in defaults}
 
     rows = read_table()
-    if not TABLE.exists() or TABLE.read_text().splitlines()[0] != version():
-        full = True
+    if TABLE.exists() and TABLE.read_text().splitlines()[0] != version():
+        for row in rows.values():
+            row["hash"] = "-"
     bad, news = [], []
     for gpu in GPUS:
         if chosen and gpu.name not in chosen:
