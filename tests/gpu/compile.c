@@ -4,7 +4,7 @@
 //   stat SUBGROUP NAME=VALUE ...  per executable (VK_KHR_pipeline_executable_properties)
 //   done RESULT MILLISECONDS      VkResult, and the processor time of the compilation
 // A compilation that takes more than SECONDS of processor time ends the program by SIGPROF.
-// call: compile SECONDS [FOLDER]; with a folder, its listings are written there as NAME.SUBGROUP.txt.
+// call: compile SECONDS FOLDER. Of a path with a + before it, the listing is written there, as NAME.SUBGROUP.txt.
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <stdint.h>
@@ -94,7 +94,7 @@ static void write_listings(VkPipelineExecutableInfoKHR *info, const char *path, 
     free(all);
 }
 
-static void print_statistics(VkPipeline pipeline, const char *path) {
+static void print_statistics(VkPipeline pipeline, const char *path, int listing) {
     VkPipelineInfoKHR of = {VK_STRUCTURE_TYPE_PIPELINE_INFO_KHR, 0, pipeline};
     uint32_t executables = 0;
     get_properties(device, &of, &executables, 0);
@@ -120,12 +120,14 @@ static void print_statistics(VkPipeline pipeline, const char *path) {
         }
         printf("\n");
         free(all);
-        if (folder) write_listings(&info, path, properties[i].subgroupSize);
+        if (listing) write_listings(&info, path, properties[i].subgroupSize);
     }
     free(properties);
 }
 
 static void compile(const char *path, long seconds) {
+    int listing = path[0] == '+';
+    path += listing;
     FILE *file = fopen(path, "rb");
     if (!file) need(VK_ERROR_UNKNOWN, path);
     fseek(file, 0, SEEK_END);
@@ -163,7 +165,7 @@ static void compile(const char *path, long seconds) {
         VkComputePipelineCreateInfo info = {
             .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
             .flags = VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR
-                | (folder ? VK_PIPELINE_CREATE_CAPTURE_INTERNAL_REPRESENTATIONS_BIT_KHR : 0),
+                | (listing ? VK_PIPELINE_CREATE_CAPTURE_INTERNAL_REPRESENTATIONS_BIT_KHR : 0),
             // As wgpu does for devices with subgroup operations.
             .stage = {VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, 0,
                 VK_PIPELINE_SHADER_STAGE_CREATE_ALLOW_VARYING_SUBGROUP_SIZE_BIT, VK_SHADER_STAGE_COMPUTE_BIT, module,
@@ -176,7 +178,7 @@ static void compile(const char *path, long seconds) {
     double ms = processor_ms() - began;
     limit(0);
     if (result == VK_SUCCESS) {
-        print_statistics(pipeline, path);
+        print_statistics(pipeline, path, listing);
         vkDestroyPipeline(device, pipeline, 0);
         vkDestroyShaderModule(device, module, 0);
     }
@@ -234,11 +236,11 @@ static void open_device(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 2 || argc > 3 || atol(argv[1]) < 1) {
-        fprintf(stderr, "usage: compile SECONDS [FOLDER] <PATHS\n");
+    if (argc != 3 || atol(argv[1]) < 1) {
+        fprintf(stderr, "usage: compile SECONDS FOLDER <PATHS\n");
         return 2;
     }
-    folder = argc == 3 ? argv[2] : 0;
+    folder = argv[2];
     setvbuf(stdout, 0, _IOLBF, 0);
     open_device();
     char *line = 0;

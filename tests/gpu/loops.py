@@ -1,20 +1,24 @@
 """The share of multiply-adds in the loop over keys, from the listings of compilers.
 
-That loop is taken to be the outermost one with the most multiply-adds. Each instruction in it counts once, however often
-an inner loop runs it, so shares of one kernel compare, and shares of different kernels do so only roughly.
+How often a loop runs is not in a listing, so each loop is taken to run ten times whenever the one around it does, as
+compilers themselves guess. Of the outermost loops, that with the most multiply-adds is taken.
 """
+import collections
 import re
+
+TIMES = 10
 
 
 def share(instructions, loops):
-    """`instructions`: True for each multiply-add, False for each other one; `loops`: first and last of each."""
+    """`instructions`: True for each multiply-add, False for each other one; `loops`: the places in it of each loop."""
+    loops = [set(loop) for loop in loops]
+    depths = collections.Counter(at for loop in loops for at in loop)
     best = (0, None)
-    outermost = [one for one in loops
-                 if not any(other != one and other[0] <= one[0] and one[1] <= other[1] for other in loops)]
-    for first, last in outermost:
-        inside = instructions[first:last + 1]
-        if sum(inside) > best[0]:
-            best = (sum(inside), sum(inside) / len(inside))
+    for loop in loops:
+        if not any(loop < other for other in loops):
+            adds = sum(TIMES ** depths[at] for at in loop if instructions[at])
+            if adds > best[0]:
+                best = (adds, adds / sum(TIMES ** depths[at] for at in loop))
     return best[1]
 
 
@@ -43,26 +47,52 @@ def amd(text):
         first = labels.get(label)
         if first is not None and first <= at:
             last[first] = max(at, last.get(first, 0))
-    return share(instructions, list(last.items()))
+    return share(instructions, [range(first, end + 1) for first, end in last.items()])
+
+
+def natural_loops(entered):
+    """The blocks of each loop, by the blocks that each block is entered from; block 0 is the first."""
+    every = set(range(len(entered)))
+    dominators = [{0}] + [every] * (len(entered) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(entered)):
+            over = [dominators[other] for other in entered[block]]
+            new = (set.intersection(*over) if over else set()) | {block}
+            if new != dominators[block]:
+                dominators[block], changed = new, True
+    loops = {}
+    for head in range(len(entered)):
+        todo = [tail for tail in entered[head] if head in dominators[tail]]
+        if todo:
+            body = {head}
+            while todo:
+                block = todo.pop()
+                if block not in body:
+                    body.add(block)
+                    todo += entered[block]
+            loops[head] = body
+    return list(loops.values())
 
 
 def nvidia(text):
-    """NAK's: `block 7 L2 [6, 9] -> {`, with the blocks that it is entered from; a later one closes a loop."""
-    instructions, blocks = [], []
+    """NAK's: `block 7 L2 [6, 9] -> {`, with the blocks that it is entered from."""
+    instructions, firsts, entered = [], [], []
     for line in text.splitlines():
-        head = re.match(r"\s*block\S*\s+(\d+)\s+\S+\s+\[([^\]]*)\]", line)
+        head = re.match(r"\s*block\S*\s+\d+\s+\S+\s+\[([^\]]*)\]", line)
         if head:
-            blocks.append((len(instructions), [int(other) for other in head[2].split(",") if other.strip()]))
+            firsts.append(len(instructions))
+            entered.append([int(other) for other in head[1].split(",") if other.strip()])
             continue
         body = line.split("//")[0].strip()
-        if not blocks or not body or body.startswith("}"):
+        if not firsts or not body or body.startswith("}"):
             continue
         words = [word for word in (body.split("=", 1)[1] if "=" in body else body).split() if not word.startswith("@")]
         instructions.append(bool(words) and words[0].split(".")[0] == "ffma")
-    ends = [first for first, _ in blocks[1:]] + [len(instructions)]
-    loops = [(first, ends[max(entered)] - 1) for at, (first, entered) in enumerate(blocks)
-             if entered and max(entered) >= at]
-    return share(instructions, loops)
+    firsts.append(len(instructions))
+    return share(instructions, [{at for block in loop for at in range(firsts[block], firsts[block + 1])}
+                                for loop in natural_loops(entered)])
 
 
 def intel(text):
@@ -79,6 +109,6 @@ def intel(text):
         if found[1] == "while":
             to = re.search(r"JIP:\s*(LABEL\d+)", line)
             if to and labels.get(to[1], len(instructions)) < len(instructions):
-                loops.append((labels[to[1]], len(instructions)))
+                loops.append(range(labels[to[1]], len(instructions) + 1))
         instructions.append(found[1] == "mad")
     return share(instructions, loops)

@@ -41,7 +41,7 @@ GPUS = [
     Gpu("navi31", "AMD Navi 31 (RDNA 3)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi31"}, True),
     Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
     Gpu("turing", "NVIDIA Turing (TU102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
-    Gpu("ampere", "NVIDIA Ampere (GA102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, False),
+    Gpu("ampere", "NVIDIA Ampere (GA102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
     Gpu("adreno740", "Qualcomm Adreno 740", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, False),
     Gpu("m1", "Apple M1", "asahi", "asahi", {}, True),
     Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, False),
@@ -68,7 +68,7 @@ STATISTICS = {
         "waves": ("Threads", 1 / 32), "code": ("Code size", 1),
     },
     "intel": {
-        "registers": ("Max live registers", 1), "spills": ("Spill count", 1), "fills": ("Fill count", 1),
+        "registers": ("Max live registers", 1), "spills": ("Spill Count", 1), "fills": ("Fill Count", 1),
         "scratch": ("Scratch Memory Size", 1), "shared": ("Workgroup Memory Size", 1),
     },
 }
@@ -99,9 +99,7 @@ class Compiler:
             **self.gpu.environment,
         }
         command = [libraries / "ld-linux-x86-64.so.2", "--library-path", path, "--preload", shim,
-                   WORK / "compile", str(SECONDS)]
-        if self.gpu.driver in SHARES:
-            command.append(self.folder.name)
+                   WORK / "compile", str(SECONDS), self.folder.name]
         self.errors = open(WORK / f"{self.gpu.name}.log", "a")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
                                         env=environment, text=True, errors="replace")
@@ -116,7 +114,7 @@ class Compiler:
             self.process.wait()
             self.process = None
 
-    def compile(self, path):
+    def compile(self, path, with_share):
         """The columns of one text, but for gpu, variant and hash."""
         if not self.process:
             self.start()
@@ -126,7 +124,7 @@ class Compiler:
         row = dict.fromkeys(COLUMNS, "-")
         statistics = []
         try:
-            process.stdin.write(f"{path}\n")
+            process.stdin.write(f"{'+' if with_share else ''}{path}\n")
             process.stdin.flush()
             for line in process.stdout:
                 word, *fields = line.rstrip("\n").split("\t")
@@ -206,7 +204,7 @@ def what_is_worse(row, before):
     return ""
 
 
-def of_gpu(gpu, texts, rows, full, take):
+def of_gpu(gpu, texts, defaults, rows, full, take):
     """Compiles what is not on record, and a sample of what is; hands each row to `take`, one at a time."""
     todo, seen = [], collections.Counter()
     for variant, (path, digest) in texts.items():
@@ -227,7 +225,7 @@ def of_gpu(gpu, texts, rows, full, take):
                 all_compilers.append(Compiler(gpu))
                 free.append(all_compilers[-1])
             compiler = free.pop()
-        row = compiler.compile(path)
+        row = compiler.compile(path, variant in defaults and gpu.driver in SHARES)
         with lock:
             free.append(compiler)
             take({**row, "gpu": gpu.name, "variant": variant, "hash": digest})
@@ -344,7 +342,7 @@ def main():
                     write_table(rows)
             elif before is None or before["hash"] != row["hash"]:
                 compared["not on record"] += 1
-        count, device = of_gpu(gpu, ours, dict(rows), full, take)
+        count, device = of_gpu(gpu, ours, of_defaults, dict(rows), full, take)
         for key in [key for key in rows if key[0] == gpu.name and key[1] not in ours]:
             if write:
                 del rows[key]
