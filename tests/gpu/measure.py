@@ -34,7 +34,7 @@ COLUMNS = "gpu variant hash result subgroup registers spills fills scratch share
 
 Gpu = collections.namedtuple("Gpu", "name label driver shim environment every")
 NVK = {"NVK_I_WANT_A_BROKEN_VULKAN_DRIVER": "1"}
-# Of each compiler, one GPU takes every variant, the others only the default kernels.
+# `every`: whether a GPU takes every variant, or the default kernels only.
 GPUS = [
     Gpu("polaris10", "AMD Polaris 10 (GCN 4)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "polaris10"}, False),
     Gpu("navi21", "AMD Navi 21 (RDNA 2)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi21"}, True),
@@ -42,7 +42,7 @@ GPUS = [
     Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
     Gpu("turing", "NVIDIA Turing (TU102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
     Gpu("ampere", "NVIDIA Ampere (GA102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
-    Gpu("adreno740", "Qualcomm Adreno 740", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, False),
+    Gpu("adreno740", "Qualcomm Adreno 740", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, True),
     Gpu("m1", "Apple M1", "asahi", "asahi", {}, True),
     Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, False),
     Gpu("dg2", "Intel DG2 (Xe-HPG)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "dg2"}, False),
@@ -247,11 +247,12 @@ def pages(rows, texts, defaults):
     for gpu in gpus:
         of = [row for row in rows.values() if row["gpu"] == gpu.name]
         count = lambda test: sum(1 for row in of if test(row))
+        code = max(number(row["code"]) for row in of) / 1000
         over = count(lambda row: row["result"] == "time-out")
         out.append(
             f"| {gpu.label} | {len(of)} | {count(lambda row: number(row['spills']) > 0)} "
             f"| {count(lambda row: row['result'] not in ('ok', 'time-out'))} | {over} "
-            f"| {max(number(row['code']) for row in of) / 1000:.0f} "
+            f"| {f'{code:.0f}' if code else 'not told'} "
             f"| {sum(number(row['seconds']) for row in of) + SECONDS * over:.0f} |")
 
     def cells(title, cell, of=gpus):
