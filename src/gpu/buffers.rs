@@ -57,32 +57,30 @@ struct Idle {
 pub(crate) struct Recorded {
     gpu: Gpu,
     encoder: u64,
-    /// Those that only calls recorded before read and write, by size: later calls in the same encoder run after those.
+    /// What calls recorded before made and nobody needs any more, by size: later calls in the same encoder run after
+    /// those.
     idle: Mutex<BTreeMap<u64, Vec<wgpu::Buffer>>>,
-    /// Operands and results.
+    /// What was not made for this encoder.
     held: Mutex<Vec<GpuBuffer>>,
 }
 
 impl Recorded {
-    /// Takes what a recorded call binds: working memory for the next call in this encoder, all else to be held.
-    pub fn keep(&self, buffers: impl Iterator<Item = GpuBuffer>) {
-        let mut buffers: Vec<GpuBuffer> = buffers.filter(|buffer| buffer.0.purpose.is_some()).collect();
-        buffers.sort_by_key(|buffer| Arc::as_ptr(&buffer.0));
-        buffers.dedup_by(|a, b| Arc::ptr_eq(&a.0, &b.0));
-        for GpuBuffer(buffer) in buffers {
-            match Arc::try_unwrap(buffer) {
-                Ok(mut owned) => {
-                    // Not back to the pool of all calls.
-                    owned.purpose = None;
-                    lock(&self.idle).entry(owned.buffer.size()).or_default().push(owned.buffer.clone());
-                }
-                Err(used) => lock(&self.held).push(GpuBuffer(used)),
-            }
-        }
+    /// Holds what a recorded call binds, but for what comes back here by itself and what is a caller's own.
+    pub fn hold(&self, buffers: impl Iterator<Item = GpuBuffer>) {
+        let comes_back = |buffer: &GpuBuffer| match &buffer.0.home {
+            Home::Caller => true,
+            Home::Encoder(recorded) => std::ptr::eq(recorded.as_ptr(), self),
+            Home::Pool(_) => false,
+        };
+        lock(&self.held).extend(buffers.filter(|buffer| !comes_back(buffer)));
     }
 
     fn take(&self, size: u64) -> Option<wgpu::Buffer> {
         lock(&self.idle).get_mut(&size)?.pop()
+    }
+
+    fn give(&self, buffer: wgpu::Buffer) {
+        lock(&self.idle).entry(buffer.size()).or_default().push(buffer);
     }
 }
 
@@ -175,14 +173,28 @@ fn size_class(bytes: u64, limit: u64) -> u64 {
 struct Owned {
     gpu: Gpu,
     buffer: wgpu::Buffer,
-    /// `None` for a caller's own buffer.
-    purpose: Option<Purpose>,
+    home: Home,
+}
+
+/// Where a buffer goes that nobody holds any more.
+enum Home {
+    /// A caller's own, or a constant.
+    Caller,
+    Pool(Purpose),
+    /// To later calls in the encoder that it was made for, until that is done.
+    Encoder(Weak<Recorded>),
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        if let Some(purpose) = self.purpose {
-            self.gpu.0.pool.give(purpose, self.buffer.clone());
+        let buffer = self.buffer.clone();
+        match &self.home {
+            Home::Caller => {}
+            Home::Pool(purpose) => self.gpu.0.pool.give(*purpose, buffer),
+            Home::Encoder(recorded) => match recorded.upgrade() {
+                Some(recorded) => recorded.give(buffer),
+                None => self.gpu.0.pool.give(Purpose::Call, buffer),
+            },
         }
     }
 }
@@ -216,13 +228,13 @@ impl Gpu {
     }
 
     pub(crate) fn allocate(&self, what: &str, bytes: u64, purpose: Purpose) -> Result<GpuBuffer> {
-        self.allocate_in(None, what, bytes, purpose)
+        self.allocate_for(None, what, bytes, purpose)
     }
 
-    /// As [`Gpu::allocate`], of what calls recorded before into the same encoder no longer need, if there is any.
-    pub(crate) fn allocate_in(
+    /// As [`Gpu::allocate`], for a call in an encoder.
+    pub(crate) fn allocate_for(
         &self,
-        recorded: Option<&Recorded>,
+        recorded: Option<&Arc<Recorded>>,
         what: &str,
         bytes: u64,
         purpose: Purpose,
@@ -245,7 +257,8 @@ impl Gpu {
                 buffer
             }
         };
-        Ok(GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer, purpose: Some(purpose) })))
+        let home = recorded.map_or(Home::Pool(purpose), |recorded| Home::Encoder(Arc::downgrade(recorded)));
+        Ok(GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer, home })))
     }
 
     pub(crate) fn upload(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
@@ -303,7 +316,7 @@ impl Gpu {
     }
 
     pub(crate) fn adopt(&self, buffer: &wgpu::Buffer) -> GpuBuffer {
-        GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), purpose: None }))
+        GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), home: Home::Caller }))
     }
 
     /// An immutable buffer of these bytes, made once as long as it is kept.

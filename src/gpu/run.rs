@@ -175,7 +175,7 @@ impl EncodeSlices {
         };
         self.record(range.clone(), encoder)?;
         let buffers = self.steps.bound[range.clone()].iter().flat_map(|bound| &bound.parts);
-        self.steps.gpu.recorded(encoder).keep(buffers.filter_map(|(_, part)| part.buffer.clone()));
+        self.steps.gpu.recorded(encoder).hold(buffers.filter_map(|(_, part)| part.buffer.clone()));
         Ok(())
     }
 
@@ -249,7 +249,7 @@ impl Steps {
 
     /// Memory that is written before it is read.
     pub fn allocate(&self, what: &str, bytes: u64) -> Result<GpuBuffer> {
-        self.gpu.allocate_in(self.recorded.as_deref(), what, bytes, Purpose::Call)
+        self.gpu.allocate_for(self.recorded.as_ref(), what, bytes, Purpose::Call)
     }
 
     /// What planning knows of the adapter before work of so many operations.
@@ -489,7 +489,7 @@ impl Steps {
         let recorded = slices.record(0..slices.steps.bound.len(), encoder);
         let Steps { gpu, bound, .. } = slices.steps;
         let parts = bound.into_iter().flat_map(|bound| bound.parts);
-        gpu.recorded(encoder).keep(parts.filter_map(|(_, part)| part.buffer));
+        gpu.recorded(encoder).hold(parts.filter_map(|(_, part)| part.buffer));
         recorded
     }
 

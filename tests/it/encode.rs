@@ -1,12 +1,13 @@
 //! Calls in a caller's encoder: whose buffers they hold, what an output may lie in, whose tensors they take.
 
 use crate::kit::{bits, gpus, noise};
+use half::f16;
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::{Rotary, RotaryConfig, TokenPositions};
 use wgpu_attention::{
-    Align, Attention, Device, Dtype, Error, Gpu, Inspect, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig,
-    Tensor, encode_project, project, wgpu,
+    Align, Attention, Device, Dtype, Error, Gpu, Inspect, KvCache, KvCacheConfig, Method, MultiHeadAttention,
+    MultiHeadConfig, Tensor, Weights, encode_project, project, wgpu,
 };
 
 const SHAPE: [usize; 4] = [1, 2, 40, 16];
@@ -24,9 +25,13 @@ fn downloaded(tensor: &Tensor) -> Vec<u32> {
     bits(&tensor.download().unwrap())
 }
 
-/// Uploads into every buffer that went back to the pool.
+/// Uploads into every buffer of these sizes that went back to the pool: operands, and weights.
 fn overwrite(gpu: &Gpu) -> Vec<Tensor> {
-    (0..24).map(|_| Tensor::from_slice(gpu, &SHAPE, &[7.0f32; LEN]).unwrap()).collect()
+    let upload = |n: usize| {
+        let shape = if n.is_multiple_of(2) { SHAPE } else { [1, 2, 40, 40] };
+        Tensor::from_slice(gpu, &shape, &vec![7.0f32; shape.iter().product()]).unwrap()
+    };
+    (0..48).map(upload).collect()
 }
 
 /// What records a call into an encoder and returns its results; all else that it made is dropped.
@@ -48,6 +53,20 @@ fn calls() -> Vec<(&'static str, Records)> {
             Box::new(move |gpu, encoder| {
                 let [q, k, v] = [1, 2, 3].map(|seed| tensor(gpu, seed));
                 vec![attention().encode(gpu, encoder, &q, &k, &v, None).unwrap().output]
+            }),
+        ),
+        (
+            "attention, and a call that is refused while it is recorded",
+            Box::new(move |gpu, encoder| {
+                let [q, k, v] = [1, 2, 3].map(|seed| tensor(gpu, seed));
+                let attention = attention().weights(Weights::PerHead);
+                let output = attention.encode(gpu, encoder, &q, &k, &v, None).unwrap().output;
+                // Its weights are those of the call before, which are not needed any more.
+                let half = Tensor::from_slice(gpu, &SHAPE, &[f16::ZERO; LEN]).unwrap();
+                let passes = attention.method(Method::ThreePasses);
+                let error = passes.encode(gpu, encoder, &q, &k, &v, Some(&half)).unwrap_err();
+                assert!(error.to_string().contains("needs the fused method"), "{error}");
+                vec![output]
             }),
         ),
         (
