@@ -155,7 +155,7 @@ impl Attention {
         self.rotary = Some((rotary, None));
         self
     }
-    /// As [`Attention::rotary`], with the positions of queries and keys given.
+    /// Like [`Attention::rotary`], with the positions of queries and keys given.
     pub fn rotary_at(mut self, rotary: Rotary, queries: TokenPositions, keys: TokenPositions) -> Self {
         self.rotary = Some((rotary, Some([queries, keys])));
         self
@@ -238,7 +238,7 @@ impl Attention {
         wait_for(self.run(q, k, v))
     }
 
-    /// As [`Attention::forward`], without blocking.
+    /// Like [`Attention::forward`], without blocking.
     pub async fn forward_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         let (attention, q, k, v) = (self.clone(), q.clone(), k.clone(), v.clone());
         apart(async move { attention.run(&q, &k, &v).await }).await
@@ -248,14 +248,14 @@ impl Attention {
         Recording::new(&self.device(q, k, v)?).submit(|to| self.record(to, q, k, v, None)).await
     }
 
-    /// As [`Attention::forward`]; waits until the work is done and tells which kernels ran, and for how
+    /// Like [`Attention::forward`]; waits until the work is done and tells which kernels ran, and for how
     /// long where the adapter counts. Only such calls pay for the counting.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_profiled(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
         wait_for(self.run_profiled(q, k, v))
     }
 
-    /// As [`Attention::forward_profiled`], without blocking.
+    /// Like [`Attention::forward_profiled`], without blocking.
     pub async fn forward_profiled_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Attended, Profile)> {
         let (attention, q, k, v) = (self.clone(), q.clone(), k.clone(), v.clone());
         apart(async move { attention.run_profiled(&q, &k, &v).await }).await
@@ -272,7 +272,7 @@ impl Attention {
         wait_for(self.compile(q, k, v))
     }
 
-    /// As [`Attention::warm_up`], without blocking.
+    /// Like [`Attention::warm_up`], without blocking.
     pub async fn warm_up_async(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let (attention, q, k, v) = (self.clone(), q.clone(), k.clone(), v.clone());
         apart(async move { attention.compile(&q, &k, &v).await }).await
@@ -311,7 +311,7 @@ impl Attention {
         recording.encode(encoder, |to| self.record(to, q, k, v, output))
     }
 
-    /// As [`Attention::encode`], cut into slices for encoders of their own, since the work may take longer than one
+    /// Like [`Attention::encode`], cut into slices for encoders of their own, since the work may take longer than one
     /// submit should; [`EncodeSlices::seconds`] tells about how long.
     pub fn encode_slices(
         &self,

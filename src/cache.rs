@@ -245,7 +245,7 @@ impl KvCache {
         self.rollback_lengths(&vec![tokens; self.config.batch])
     }
 
-    /// As [`KvCache::rollback`], a number of tokens per batch entry; all of them or, on an error, none.
+    /// Like [`KvCache::rollback`], a number of tokens per batch entry; all of them or, on an error, none.
     pub fn rollback_lengths(&mut self, tokens: &[usize]) -> Result<()> {
         self.expect_order("a rollback")?;
         expect_per_batch("the list of tokens to take back", tokens.len(), self.config.batch)?;
@@ -276,18 +276,18 @@ impl KvCache {
         wait_for(self.run_append(k, v, None))
     }
 
-    /// As [`KvCache::append`]; of batch entry `b` only the first `lengths[b]` of the `n` tokens.
+    /// Like [`KvCache::append`]; of batch entry `b` only the first `lengths[b]` of the `n` tokens.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn append_lengths(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
         wait_for(self.run_append(k, v, Some(lengths)))
     }
 
-    /// As [`KvCache::append`], without blocking; the CPU backend copies before this returns.
+    /// Like [`KvCache::append`], without blocking; the CPU backend copies before this returns.
     pub async fn append_async(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         self.run_append(k, v, None).await
     }
 
-    /// As [`KvCache::append_lengths`], without blocking; the CPU backend copies before this returns.
+    /// Like [`KvCache::append_lengths`], without blocking; the CPU backend copies before this returns.
     pub async fn append_lengths_async(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
         self.run_append(k, v, Some(lengths)).await
     }
@@ -338,19 +338,19 @@ impl KvCache {
         wait_for(self.run_attend(attention, q, None))
     }
 
-    /// As [`KvCache::attend`]; of batch entry `b` only the first `lengths[b]` queries count, and they are
+    /// Like [`KvCache::attend`]; of batch entry `b` only the first `lengths[b]` queries count, and they are
     /// its last positions. What comes out of the others means nothing.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn attend_lengths(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
         wait_for(self.run_attend(attention, q, Some(lengths)))
     }
 
-    /// As [`KvCache::attend`], without blocking; the CPU backend computes before this returns.
+    /// Like [`KvCache::attend`], without blocking; the CPU backend computes before this returns.
     pub async fn attend_async(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
         self.run_attend(attention, q, None).await
     }
 
-    /// As [`KvCache::attend_lengths`], without blocking; the CPU backend computes before this returns.
+    /// Like [`KvCache::attend_lengths`], without blocking; the CPU backend computes before this returns.
     pub async fn attend_lengths_async(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
         self.run_attend(attention, q, Some(lengths)).await
     }
@@ -369,7 +369,7 @@ impl KvCache {
         wait_for(self.run_step(attention, [q, k, v], None))
     }
 
-    /// As [`KvCache::step`]; of batch entry `b` only the first `lengths[b]` tokens.
+    /// Like [`KvCache::step`]; of batch entry `b` only the first `lengths[b]` tokens.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step_lengths(
         &mut self,
@@ -382,12 +382,12 @@ impl KvCache {
         wait_for(self.run_step(attention, [q, k, v], Some(lengths)))
     }
 
-    /// As [`KvCache::step`], without blocking; the CPU backend computes before this returns.
+    /// Like [`KvCache::step`], without blocking; the CPU backend computes before this returns.
     pub async fn step_async(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         self.run_step(attention, [q, k, v], None).await
     }
 
-    /// As [`KvCache::step_lengths`], without blocking; the CPU backend computes before this returns.
+    /// Like [`KvCache::step_lengths`], without blocking; the CPU backend computes before this returns.
     pub async fn step_lengths_async(
         &mut self,
         attention: &Attention,
@@ -447,7 +447,7 @@ impl KvCache {
         wait_for(self.write_async(starts, k, v, mode))
     }
 
-    /// As [`KvCache::write`], without blocking.
+    /// Like [`KvCache::write`], without blocking.
     pub async fn write_async(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
         let capacity = self.config.capacity;
         if self.config.window.is_some() {

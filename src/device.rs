@@ -26,7 +26,7 @@ impl Device {
         Device::with_options(&GpuOptions::default())
     }
 
-    /// As [`Device::new`], with a choice of adapter; the name `cpu` is the CPU backend.
+    /// Like [`Device::new`], with a choice of adapter; the name `cpu` is the CPU backend.
     pub fn with_options(options: &GpuOptions) -> Result<Device> {
         #[cfg(feature = "cpu")]
         if options.adapter.as_deref().is_some_and(|name| name.eq_ignore_ascii_case("cpu")) {

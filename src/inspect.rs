@@ -124,7 +124,7 @@ impl Attention {
         wait_for(self.run_inspect(q, k, lse, inspect))
     }
 
-    /// As [`Attention::inspect`], without blocking.
+    /// Like [`Attention::inspect`], without blocking.
     pub async fn inspect_async(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
         let (attention, q, k, lse, inspect) = (self.clone(), q.clone(), k.clone(), lse.clone(), inspect.clone());
         apart(async move { attention.run_inspect(&q, &k, &lse, &inspect).await }).await

@@ -26,7 +26,7 @@ pub fn merge(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> 
     wait_for(merge_parts([out_a, lse_a, out_b, lse_b]))
 }
 
-/// As [`merge`], without blocking.
+/// Like [`merge`], without blocking.
 pub async fn merge_async(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {
     let parts = [out_a, lse_a, out_b, lse_b].map(Tensor::clone);
     apart(async move { merge_parts(parts.each_ref()).await }).await
@@ -68,7 +68,7 @@ pub fn softmax(x: &Tensor, axis: isize) -> Result<Tensor> {
     wait_for(softmax_of(x, axis))
 }
 
-/// As [`softmax`], without blocking.
+/// Like [`softmax`], without blocking.
 pub async fn softmax_async(x: &Tensor, axis: isize) -> Result<Tensor> {
     let x = x.clone();
     apart(async move { softmax_of(&x, axis).await }).await
@@ -98,7 +98,7 @@ pub fn project(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
     })
 }
 
-/// As [`project`], without blocking.
+/// Like [`project`], without blocking.
 pub async fn project_async(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (x, weight, bias) = (x.clone(), weight.clone(), bias.cloned());
     apart(async move {
@@ -108,7 +108,7 @@ pub async fn project_async(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -
     .await
 }
 
-/// As [`project`], recorded into the caller's encoder under the terms of
+/// Like [`project`], recorded into the caller's encoder under the terms of
 /// [`Attention::encode`](crate::Attention::encode).
 pub fn encode_project(
     gpu: &Gpu,
@@ -129,7 +129,7 @@ impl Tensor {
         wait_for(self.copied())
     }
 
-    /// As [`Tensor::contiguous`], without blocking.
+    /// Like [`Tensor::contiguous`], without blocking.
     pub async fn contiguous_async(&self) -> Result<Tensor> {
         let tensor = self.clone();
         apart(async move { tensor.copied().await }).await

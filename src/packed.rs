@@ -34,7 +34,7 @@ impl Attention {
         wait_for(self.run_packed([q, k, v], cu_seqlens_q, cu_seqlens_k))
     }
 
-    /// As [`Attention::forward_packed`], without blocking.
+    /// Like [`Attention::forward_packed`], without blocking.
     pub async fn forward_packed_async(
         &self,
         q: &Tensor,

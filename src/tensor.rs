@@ -200,7 +200,7 @@ impl Tensor {
         wait_for(self.read())
     }
 
-    /// As [`Tensor::download`], in another element type.
+    /// Like [`Tensor::download`], in another element type.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn download_as<T: Element>(&self) -> Result<Vec<T>> {
         Ok(self.download()?.into_iter().map(T::from_f32).collect())

@@ -78,7 +78,7 @@ impl Attention {
         Ok(tuned)
     }
 
-    /// As [`Attention::tune`], but times known keys too, and keeps and changes nothing.
+    /// Like [`Attention::tune`], but times known keys too, and keeps and changes nothing.
     pub fn time_candidates(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
         Trial::new(self, q, k, v)?.run()
     }

@@ -219,7 +219,7 @@ impl Gpu {
         self.allocate_in(None, what, bytes, purpose)
     }
 
-    /// As [`Gpu::allocate`], of what calls recorded before into the same encoder no longer need, if there is any.
+    /// Like [`Gpu::allocate`], of what calls recorded before into the same encoder no longer need, if there is any.
     pub(crate) fn allocate_in(
         &self,
         recorded: Option<&Recorded>,

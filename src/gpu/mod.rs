@@ -108,13 +108,13 @@ impl Gpu {
         Gpu::with_options(&GpuOptions::default())
     }
 
-    /// As [`Gpu::new`], with a say in which adapter.
+    /// Like [`Gpu::new`], with a say in which adapter.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn with_options(options: &GpuOptions) -> Result<Gpu> {
         wait_for(Gpu::open(options.clone()))
     }
 
-    /// As [`Gpu::with_options`], without blocking.
+    /// Like [`Gpu::with_options`], without blocking.
     pub async fn request(options: &GpuOptions) -> Result<Gpu> {
         apart(Gpu::open(options.clone())).await
     }
@@ -284,7 +284,7 @@ impl Gpu {
         self.wait_until(None)
     }
 
-    /// As [`Gpu::wait`], for no longer than `most`: then [`Error::TimedOut`]. The work goes on, the device stays as
+    /// Like [`Gpu::wait`], for no longer than `most`: then [`Error::TimedOut`]. The work goes on, the device stays as
     /// usable as it was, and waiting again is fine. A driver that computes while it takes the work (GL on the CPU
     /// does) leaves nothing to wait for.
     #[cfg(not(target_arch = "wasm32"))]

@@ -412,7 +412,7 @@ impl Steps {
         self.send(false).await.map(drop)
     }
 
-    /// As [`Steps::submit`]; waits for the end and tells what ran.
+    /// Like [`Steps::submit`]; waits for the end and tells what ran.
     pub async fn submit_profiled(self) -> Result<Profile> {
         let mut profile = Profile::default();
         for bound in &self.bound {

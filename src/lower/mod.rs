@@ -50,7 +50,7 @@ impl Recording {
         Ok(Recording::Gpu(Steps::for_encoders(gpu, None)))
     }
 
-    /// As [`Recording::for_encoders`], for one that is known.
+    /// Like [`Recording::for_encoders`], for one that is known.
     pub fn for_encoder(gpu: &Gpu, encoder: &wgpu::CommandEncoder, device: &Device) -> Result<Recording> {
         Device::from(gpu).expect_same(device)?;
         Ok(Recording::Gpu(Steps::for_encoders(gpu, Some(encoder))))
@@ -329,7 +329,7 @@ impl Recording {
         Ok(recorded)
     }
 
-    /// As [`Recording::submit`]; waits for the end and tells what ran.
+    /// Like [`Recording::submit`]; waits for the end and tells what ran.
     pub async fn submit_profiled<T>(
         mut self,
         record: impl FnOnce(&mut Recording) -> Result<T>,

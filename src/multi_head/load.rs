@@ -87,7 +87,7 @@ impl MultiHeadAttention {
         Self::from_state_dict_with(device, state, prefix, &LoadOptions::new(num_heads))
     }
 
-    /// As [`MultiHeadAttention::from_state_dict`], with what the tensors do not say.
+    /// Like [`MultiHeadAttention::from_state_dict`], with what the tensors do not say.
     pub fn from_state_dict_with(
         device: impl Into<Device>,
         state: &StateDict,
@@ -203,7 +203,7 @@ impl StateDict {
 
 #[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
 impl StateDict {
-    /// As [`StateDict::open`] for one attention layer behind `prefix`: only values that the layer may use are read,
+    /// Like [`StateDict::open`] for one attention layer behind `prefix`: only values that the layer may use are read,
     /// so that a layer of a large model takes little memory.
     pub fn open_layer(path: impl AsRef<std::path::Path>, prefix: &str) -> Result<StateDict> {
         let names = names_behind(prefix);

@@ -376,7 +376,7 @@ impl MultiHeadAttention {
         wait_for(self.run(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::forward`], without blocking.
+    /// Like [`MultiHeadAttention::forward`], without blocking.
     pub async fn forward_async(
         &self,
         query: &Tensor,
@@ -399,7 +399,7 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// As [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
+    /// Like [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
     /// long where the adapter counts. Only such calls pay for the counting.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_profiled(
@@ -412,7 +412,7 @@ impl MultiHeadAttention {
         wait_for(self.run_profiled(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::forward_profiled`], without blocking.
+    /// Like [`MultiHeadAttention::forward_profiled`], without blocking.
     pub async fn forward_profiled_async(
         &self,
         query: &Tensor,
@@ -459,7 +459,7 @@ impl MultiHeadAttention {
         wait_for(self.run_step(cache, x, attention, None))
     }
 
-    /// As [`MultiHeadAttention::step`]; of batch entry `b` only the first `lengths[b]` tokens.
+    /// Like [`MultiHeadAttention::step`]; of batch entry `b` only the first `lengths[b]` tokens.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step_lengths(
         &self,
@@ -471,12 +471,12 @@ impl MultiHeadAttention {
         wait_for(self.run_step(cache, x, attention, Some(lengths)))
     }
 
-    /// As [`MultiHeadAttention::step`], without blocking; the CPU backend computes before this returns.
+    /// Like [`MultiHeadAttention::step`], without blocking; the CPU backend computes before this returns.
     pub async fn step_async(&self, cache: &mut KvCache, x: &Tensor, attention: &Attention) -> Result<MultiHeadOutput> {
         self.run_step(cache, x, attention, None).await
     }
 
-    /// As [`MultiHeadAttention::step_lengths`], without blocking; the CPU backend computes before this returns.
+    /// Like [`MultiHeadAttention::step_lengths`], without blocking; the CPU backend computes before this returns.
     pub async fn step_lengths_async(
         &self,
         cache: &mut KvCache,
@@ -527,7 +527,7 @@ impl MultiHeadAttention {
         wait_for(self.compile(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::warm_up`], without blocking.
+    /// Like [`MultiHeadAttention::warm_up`], without blocking.
     pub async fn warm_up_async(
         &self,
         query: &Tensor,
@@ -559,7 +559,7 @@ impl MultiHeadAttention {
         recording.encode(encoder, |to| self.record(to, query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::encode`], cut into slices for encoders of their own: see
+    /// Like [`MultiHeadAttention::encode`], cut into slices for encoders of their own: see
     /// [`Attention::encode_slices`].
     pub fn encode_slices(
         &self,

@@ -23,13 +23,13 @@ pub enum Names {
     /// a bias) or span all heads (OLMo 2) are read; RMSNorm per head needs [`Names::Qwen3`] or [`Names::Gemma3`], and
     /// `q_layernorm` without a bias that one of the two is said.
     Llama,
-    /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `w`: Qwen 3, LFM2.
+    /// Like [`Names::Llama`] with RMSNorm of each head's queries and keys, times `w`: Qwen 3, LFM2.
     Qwen3,
-    /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `1 + w`: Gemma 3.
+    /// Like [`Names::Llama`] with RMSNorm of each head's queries and keys, times `1 + w`: Gemma 3.
     Gemma3,
-    /// As [`Names::Llama`] with RMSNorm over all heads of queries and keys: OLMo 2.
+    /// Like [`Names::Llama`] with RMSNorm over all heads of queries and keys: OLMo 2.
     Olmo2,
-    /// As [`Names::Llama`] with scale 1: GPT-Neo.
+    /// Like [`Names::Llama`] with scale 1: GPT-Neo.
     GptNeo,
     /// `query`, `key`, `value` (under `self.` or `attention.`) and `output.dense`, which may lie beside the prefix:
     /// BERT, RoBERTa, ViT; `dense`: ALBERT. The LayerNorm behind the residual is not attention, and is passed over.

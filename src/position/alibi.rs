@@ -39,7 +39,7 @@ pub fn bias(device: impl Into<Device>, heads: usize, len_q: usize, len_k: usize,
     wait_for(bias_async(device, heads, len_q, len_k, offset))
 }
 
-/// As [`bias`], without blocking.
+/// Like [`bias`], without blocking.
 pub async fn bias_async(
     device: impl Into<Device>,
     heads: usize,

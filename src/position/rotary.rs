@@ -465,13 +465,13 @@ impl Rotary {
         wait_for(self.rotate_async(x, positions))
     }
 
-    /// As [`Rotary::rotate`], without blocking.
+    /// Like [`Rotary::rotate`], without blocking.
     pub async fn rotate_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         let device = common_device(&self.rotation.table, [("x", x)])?;
         Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
-    /// As [`Rotary::rotate`], recorded into the caller's encoder under the terms of
+    /// Like [`Rotary::rotate`], recorded into the caller's encoder under the terms of
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,

@@ -92,13 +92,13 @@ impl RelativeKeys {
         wait_for(self.bias_async(q, len_k, offset, scale))
     }
 
-    /// As [`RelativeKeys::bias`], without blocking.
+    /// Like [`RelativeKeys::bias`], without blocking.
     pub async fn bias_async(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
         let device = common_device(&self.table, [("Q", q)])?;
         Recording::for_step(&device).submit(|to| self.record(to, q, len_k, offset, scale)).await
     }
 
-    /// As [`RelativeKeys::bias`], recorded into the caller's encoder under the terms of
+    /// Like [`RelativeKeys::bias`], recorded into the caller's encoder under the terms of
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,

@@ -122,7 +122,7 @@ pub fn bias(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offse
     wait_for(bias_async(table, buckets, len_q, len_k, offset))
 }
 
-/// As [`bias`], without blocking.
+/// Like [`bias`], without blocking.
 pub async fn bias_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
     let table = columns_of(table, buckets)?;
     let heads = table.shape()[1];

@@ -61,13 +61,13 @@ impl PositionTable {
         wait_for(self.add_async(x, positions))
     }
 
-    /// As [`PositionTable::add`], without blocking.
+    /// Like [`PositionTable::add`], without blocking.
     pub async fn add_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         let device = common_device(&self.table, [("x", x)])?;
         Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
-    /// As [`PositionTable::add`], recorded into the caller's encoder under the terms of
+    /// Like [`PositionTable::add`], recorded into the caller's encoder under the terms of
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,
