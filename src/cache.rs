@@ -315,7 +315,8 @@ impl KvCache {
     /// Several queries with a [bias](Attention::bias) must say `causal` or `not_causal`: a bias may be a mask. Key
     /// padding and key lengths (at most as many keys as are held) hide keys and leave the rule as it is. The window of
     /// the cache, that of `attention`, positional biases and the cache's rotary go by the positions of queries in every
-    /// case. An `align` that puts queries elsewhere is refused where a rotary rotates them, or once a window dropped keys.
+    /// case. An `align` that puts queries elsewhere is refused where a rotary rotates them, or once a window dropped
+    /// keys.
     ///
     /// Everything else is as in [`Attention::forward`] over [`KvCache::keys`] and [`KvCache::values`]; a mask or
     /// bias is as wide as those are long. Where no rule goes by position there may be more queries than keys.

@@ -18,8 +18,8 @@ use crate::wait::wait_for;
 /// LSE = ln(exp LSE_a + exp LSE_b)      O = exp(LSE_a − LSE) · O_a + exp(LSE_b − LSE) · O_b
 /// ```
 ///
-/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; missing leading axes
-/// count as in [`Attention::forward`](crate::Attention::forward). A part with LSE −∞ weighs 0 whatever its output holds; where both
+/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; missing leading axes count as in
+/// [`Attention::forward`](crate::Attention::forward). A part with LSE −∞ weighs 0 whatever its output holds; where both
 /// are −∞ the output is 0 and the LSE −∞. NaN goes through, and an LSE of +∞ makes its row NaN.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn merge(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {

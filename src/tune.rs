@@ -56,11 +56,11 @@ impl Attention {
     /// choose them from now on: in this [`Gpu`] and its clones, and in every `Gpu` of the same adapter, driver
     /// and library version that is created later ([`Gpu::tuning_file`]). Nothing is tuned unless asked for.
     ///
-    /// At most five cuts of the fused kernel and the three passes compete, on the tensors given, by the adapter's
-    /// clock where it has one: two calls each, and more for about a second. Each must first agree with
-    /// the [f64 truth](crate::reference) on a small random call of the same widths, types and kind of rules, positions
-    /// among them; one that does not is reported and never chosen. The default stays where nothing is 3 % faster. A key that is known
-    /// already is not timed again ([`Gpu::clear_tuning`] forgets).
+    /// At most five cuts of the fused kernel and the three passes compete, on the tensors given, by the adapter's clock
+    /// where it has one: two calls each, and more for about a second. Each must first agree with the [f64
+    /// truth](crate::reference) on a small random call of the same widths, types and kind of rules, positions among
+    /// them; one that does not is reported and never chosen. The default stays where nothing is 3 % faster. A key that
+    /// is known already is not timed again ([`Gpu::clear_tuning`] forgets).
     ///
     /// Other kernels sum in another order: the last bits of results may differ before and after. The three passes
     /// hold the scores in memory; they compete only where those of a batch entry take at most 64 MiB.

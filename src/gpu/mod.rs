@@ -70,7 +70,8 @@ struct Inner {
 const SECONDS_PER_SUBMIT: f64 = 0.5;
 /// The share of an adapter's multiply-add ceiling that kernels reach at least, about.
 const SHARE_REACHED: f64 = 0.2;
-/// Operations that take less than [`SECONDS_PER_SUBMIT`] on any adapter, about: for more it is worth measuring the ceiling.
+/// Operations that take less than [`SECONDS_PER_SUBMIT`] on any adapter, about: for more it is worth measuring the
+/// ceiling.
 const SURELY_SHORT: f64 = 1e9;
 
 /// How many buffers an adapter has made so far.

@@ -50,8 +50,9 @@ impl LoadOptions {
         self.names = Some(names);
         self
     }
-    /// What transformers' `config.json` says of the model: `model_type`, which counts where the names of the tensors leave
-    /// a doubt ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`, `layer_norm_eps`).
+    /// What transformers' `config.json` says of the model: `model_type`, which counts where the names of the tensors
+    /// leave a doubt ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`,
+    /// `layer_norm_eps`).
     pub fn model(mut self, model_type: &str, norm_epsilon: Option<f32>) -> Self {
         self.model = Names::of_model_type(model_type);
         self.model_epsilon = norm_epsilon;
@@ -99,8 +100,8 @@ impl MultiHeadAttention {
         Self::from_parameters(device.into(), config, &parameters)
     }
 
-    /// The layer's parameters under PyTorch's names, packed where PyTorch packs them; what PyTorch's layer does not have
-    /// as [`Names::PyTorch`] says. [`MultiHeadAttention::from_state_dict`] reads every layer back.
+    /// The layer's parameters under PyTorch's names, packed where PyTorch packs them; what PyTorch's layer does not
+    /// have as [`Names::PyTorch`] says. [`MultiHeadAttention::from_state_dict`] reads every layer back.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::default();

@@ -435,9 +435,9 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit_profiled(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys and
-    /// values, and attends, in one submit. Which keys a query sees, and where rotary positions come from, is said by
-    /// [`KvCache::attend`]: causal unless `attention` says otherwise, rotated by [`KvCache::with_rotary`].
+    /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys
+    /// and values, and attends, in one submit. Which keys a query sees, and where rotary positions come from, is said
+    /// by [`KvCache::attend`]: causal unless `attention` says otherwise, rotated by [`KvCache::with_rotary`].
     ///
     /// ```
     /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, Tensor};

@@ -8,8 +8,8 @@ use crate::error::{Error, Result, value_error};
 ///
 /// Only the attention itself is read. Positions (rotary, relative), windows, softcaps and scales that a model's
 /// configuration sets are given to each call by [`Attention`](crate::Attention); clipping of queries, keys and values
-/// (`clip_qkv` of MPT, DBRX, OLMo) is in no file of weights and is not computed. Nor are scales that a model's code sets:
-/// Zamba's is `(head_dim / 2)^-0.5`, to be given to [`Attention::scale`](crate::Attention::scale).
+/// (`clip_qkv` of MPT, DBRX, OLMo) is in no file of weights and is not computed. Nor are scales that a model's code
+/// sets: Zamba's is `(head_dim / 2)^-0.5`, to be given to [`Attention::scale`](crate::Attention::scale).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Names {
@@ -36,15 +36,15 @@ pub enum Names {
     Bert,
     /// `q_lin`, `k_lin`, `v_lin`, `out_lin`: DistilBERT, XLM.
     DistilBert,
-    /// `c_attn` and `c_proj` of `Conv1D`, `[in, out]`: GPT-2. The buffers `bias` (its causal mask) and `masked_bias` are
-    /// passed over.
+    /// `c_attn` and `c_proj` of `Conv1D`, `[in, out]`: GPT-2. The buffers `bias` (its causal mask) and `masked_bias`
+    /// are passed over.
     Gpt2,
     /// `c_attn` and `c_proj` of `nn.Linear`, queries, keys and values one behind another: nanoGPT.
     NanoGpt,
     /// The same with one key/value head, or else with the rows of each head together: GPT-BigCode, StarCoder.
     GptBigCode,
-    /// `qkv` and `proj` (`projection`), queries, keys and values one behind another; `q_norm`, `k_norm` (LayerNorm with a
-    /// bias, else RMSNorm) and `gate`: timm, BLIP, Qwen-VL's vision.
+    /// `qkv` and `proj` (`projection`), queries, keys and values one behind another; `q_norm`, `k_norm` (LayerNorm with
+    /// a bias, else RMSNorm) and `gate`: timm, BLIP, Qwen-VL's vision.
     Timm,
     /// `Wqkv` and `Wo` or `out_proj`, one behind another: ModernBERT, MPT, FlashAttention's `MHA`.
     Wqkv,
