@@ -330,11 +330,11 @@ impl KvCache {
     /// | [`Attention::causal`] | keys up to the position that its [`Align`](crate::Align) gives them, counted in keys held; `Align::BottomRight` is the cache's own rule |
     /// | [`Attention::align`], or a window with a right side | no causal rule, as in [`Attention::forward`] |
     ///
-    /// Several queries with a [bias](Attention::bias) must say `causal` or `not_causal`: a bias may be a mask. Key
-    /// padding and key lengths (at most as many keys as are held) hide keys and leave the rule as it is. The window of
-    /// the cache, that of `attention`, positional biases and the cache's rotary go by the positions of queries in every
-    /// case. An `align` that puts queries elsewhere is refused where a rotary rotates them, or once a window dropped
-    /// keys.
+    /// Several queries with a [bias](Attention::bias) and none of these are an error, because a bias may be a mask:
+    /// call `causal` or `not_causal`. Key padding and key lengths (at most as many as keys are held) hide keys and do
+    /// not change the rule. The cache's window, that of `attention`, positional biases and the cache's rotary always
+    /// use the positions of the queries. An `align` that gives queries other positions is refused if a rotary rotates
+    /// them, or once the window has dropped keys.
     ///
     /// Everything else works as in [`Attention::forward`] over [`KvCache::keys`] and [`KvCache::values`]; masks and
     /// biases are as wide as those are long. If no rule depends on position, there may be more queries than keys.

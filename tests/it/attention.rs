@@ -25,7 +25,8 @@ fn random_calls_match_the_truth() {
 
 #[test]
 fn small_rows_beside_large_ones() {
-    // Values of heads and batch entries that differ by 1e4, and queries whose scores do: each row is held by its own size.
+    // Values of heads and batch entries that differ by 1e4, and queries whose scores do: each row is held by its own
+    // size.
     let positions = Positions { causal: true, align: Align::BottomRight, ..Default::default() };
     for len_k in [60, 700] {
         let len_q = if len_k == 60 { 21 } else { 2 };
@@ -494,7 +495,7 @@ fn lengths_and_padding_that_do_not_fit() {
             (Attention::new().key_padding_bias(floats(&[1, 3])), "a key padding mask"),
         ] {
             let error = attention.forward_packed(&x, &x, &x, &[0, 3], &[0, 3]).unwrap_err().to_string();
-            assert!(error.contains(say) && error.contains("run the sequences apart"), "{name}: {error}");
+            assert!(error.contains(say) && error.contains("run the sequences separately"), "{name}: {error}");
         }
     }
 }
@@ -544,7 +545,7 @@ fn a_query_without_keys_gets_the_mean_of_values_where_asked() {
             plain.clone().query_lengths(vec![5, 4]),
         ] {
             let error = refused.empty_rows(EmptyRows::MeanOfValues).forward(&x, &x, &v).unwrap_err();
-            assert!(error.to_string().contains("MeanOfValues does not go with"), "{error}");
+            assert!(error.to_string().contains("MeanOfValues cannot be combined with"), "{error}");
         }
     }
 }
