@@ -18,9 +18,19 @@ use crate::wait::wait_for;
 /// LSE = ln(exp LSE_a + exp LSE_b)      O = exp(LSE_a − LSE) · O_a + exp(LSE_b − LSE) · O_b
 /// ```
 ///
-/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; missing leading axes count as in
-/// [`Attention::forward`](crate::Attention::forward). A part with LSE −∞ weighs 0 whatever its output holds; where both
-/// are −∞ the output is 0 and the LSE −∞. NaN propagates, and an LSE of +∞ makes its row NaN.
+/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; leading axes may be missing as in
+/// [`Attention::forward`](crate::Attention::forward). A part with LSE −∞ has weight 0 whatever its output holds. If
+/// both LSEs are −∞, the output is 0 and the LSE −∞. NaN propagates, and an LSE of +∞ makes its row NaN.
+///
+/// # Errors
+///
+/// - [`Shape`](crate::Error::Shape): the outputs differ in shape, or an LSE does not have one value per row.
+/// - [`Value`](crate::Error::Value): a tensor is bool.
+/// - [`Device`](crate::Error::Device): the tensors are on different devices.
+/// - [`TooLarge`](crate::Error::TooLarge), [`Unsupported`](crate::Error::Unsupported): the result or a kernel does not
+///   fit the device.
+/// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+///   [`Gpu`](crate::Error::Gpu): the driver failed.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn merge(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {
     wait_for(merge_parts([out_a, lse_a, out_b, lse_b]))
@@ -126,7 +136,7 @@ pub async fn project_async(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -
     .await
 }
 
-/// Like [`project`], recorded into the caller's encoder under the terms of
+/// Like [`project`], recorded into the caller's encoder under the same conditions as
 /// [`Attention::encode`](crate::Attention::encode).
 pub fn encode_project(
     gpu: &Gpu,

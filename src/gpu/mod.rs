@@ -70,8 +70,8 @@ struct Inner {
 const SECONDS_PER_SUBMIT: f64 = 0.5;
 /// The fraction of an adapter's multiply-add ceiling that kernels reach at least, roughly.
 const SHARE_REACHED: f64 = 0.2;
-/// Operations that take less than [`SECONDS_PER_SUBMIT`] on any adapter, about: for more it is worth measuring the
-/// ceiling.
+/// Roughly the number of operations that takes less than [`SECONDS_PER_SUBMIT`] on any adapter. Measuring the ceiling
+/// pays off only above it.
 const SURELY_SHORT: f64 = 1e9;
 
 /// Buffers and pipelines created on an adapter so far.

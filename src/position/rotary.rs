@@ -471,7 +471,7 @@ impl Rotary {
         Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
-    /// Like [`Rotary::rotate`], recorded into the caller's encoder under the terms of
+    /// Like [`Rotary::rotate`], recorded into the caller's encoder under the same conditions as
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,

@@ -98,7 +98,7 @@ impl RelativeKeys {
         Recording::for_step(&device).submit(|to| self.record(to, q, len_k, offset, scale)).await
     }
 
-    /// Like [`RelativeKeys::bias`], recorded into the caller's encoder under the terms of
+    /// Like [`RelativeKeys::bias`], recorded into the caller's encoder under the same conditions as
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,

@@ -67,7 +67,7 @@ impl PositionTable {
         Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
-    /// Like [`PositionTable::add`], recorded into the caller's encoder under the terms of
+    /// Like [`PositionTable::add`], recorded into the caller's encoder under the same conditions as
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,

@@ -25,8 +25,7 @@ fn random_calls_match_the_truth() {
 
 #[test]
 fn small_rows_beside_large_ones() {
-    // Values of heads and batch entries that differ by 1e4, and queries whose scores do: each row is held by its own
-    // size.
+    // Values of heads and batch entries that differ by 1e4, and queries whose scores do: each row is held by its own size.
     let positions = Positions { causal: true, align: Align::BottomRight, ..Default::default() };
     for len_k in [60, 700] {
         let len_q = if len_k == 60 { 21 } else { 2 };
