@@ -51,16 +51,16 @@ impl LoadOptions {
         self.names = Some(names);
         self
     }
-    /// What transformers' `config.json` says of the model: `model_type`, which counts where the names of the tensors
-    /// leave a doubt ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`,
+    /// Passes on what transformers' `config.json` says about the model: `model_type`, which is used if the tensors'
+    /// names are ambiguous ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`,
     /// `layer_norm_eps`).
     pub fn model(mut self, model_type: &str, norm_epsilon: Option<f32>) -> Self {
         self.model = Names::of_model_type(model_type);
         self.model_epsilon = norm_epsilon;
         self
     }
-    /// The epsilon of norms of queries and keys. Files of weights do not hold it: unless given it is 1e-6 (Qwen 3,
-    /// Gemma 3, timm), and 1e-5 for `q_layernorm` (Phi, Persimmon).
+    /// Sets the epsilon of the norms of queries and keys, which weight files do not contain. The default is 1e-6 (Qwen
+    /// 3, Gemma 3, timm), and 1e-5 for `q_layernorm` (Phi, Persimmon).
     pub fn norm_epsilon(mut self, epsilon: f32) -> Self {
         self.norm_epsilon = Some(epsilon);
         self
@@ -111,8 +111,9 @@ impl MultiHeadAttention {
         Self::from_parameters(device.into(), config, &parameters)
     }
 
-    /// The layer's parameters under PyTorch's names, packed where PyTorch packs them; what PyTorch's layer does not
-    /// have as [`Names::PyTorch`] says. [`MultiHeadAttention::from_state_dict`] reads every layer back.
+    /// The layer's parameters under PyTorch's names, packed as PyTorch packs them. Parameters that PyTorch's layer does
+    /// not have are named as described in [`Names::PyTorch`]. [`MultiHeadAttention::from_state_dict`] reads every layer
+    /// back.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::default();

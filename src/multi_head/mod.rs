@@ -420,8 +420,8 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// Like [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
-    /// long where the adapter counts. Only such calls pay for the counting.
+    /// Like [`MultiHeadAttention::forward`], but waits until the work is done and reports which kernels ran, and how
+    /// long they took if the adapter has timestamps. Only profiled calls pay for the measurement.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_profiled(
         &self,
@@ -457,8 +457,17 @@ impl MultiHeadAttention {
     }
 
     /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys
-    /// and values, and attends, in one submit. Which keys a query sees, and where rotary positions come from, is said
-    /// by [`KvCache::attend`]: causal unless `attention` says otherwise, rotated by [`KvCache::with_rotary`].
+    /// and values, and attends, in one submit. Causal unless `attention` says otherwise (see [`KvCache::attend`]), and
+    /// rotated if the cache has a rotary ([`KvCache::with_rotary`]).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`KvCache::step`], and:
+    ///
+    /// - [`Value`](crate::Error::Value): the layer has `add_bias_kv` or `add_zero_attn`, or its `kdim` or `vdim` is not
+    ///   `embed_dim`.
+    /// - [`Shape`](crate::Error::Shape): `x` does not fit the layer, or the layer's heads do not fit the cache.
+    /// - [`Device`](crate::Error::Device): the layer, the cache and `x` are not on one device.
     ///
     /// ```
     /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, Tensor};

@@ -368,7 +368,7 @@ fn norms_of_queries_and_keys() {
     assert!(error.to_string().len() < 4096, "{} bytes", error.to_string().len());
     let mut half = state.clone();
     half.remove("k_layernorm.bias");
-    refused(&half, "", &options, &["both have a bias or none has"]);
+    refused(&half, "", &options, &["either both or neither must have a bias"]);
     half.remove("k_layernorm.weight");
     refused(&half, "", &options, &["q_layernorm.weight and k_layernorm.weight must come together"]);
     let mut wide = state;
