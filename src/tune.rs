@@ -56,14 +56,14 @@ impl Attention {
     /// them from now on: in this [`Gpu`] and its clones, and in every `Gpu` with the same adapter, driver and library
     /// version that is created later ([`Gpu::tuning_file`]). Nothing is tuned unless you call this.
     ///
-    /// At most five cuts of the fused kernel and the three passes compete, on the tensors given, by the adapter's clock
-    /// where it has one: two calls each, and more for about a second. Each must first agree with the [f64
-    /// truth](crate::reference) on a small random call of the same widths, types and kind of rules, positions among
-    /// them; one that does not is reported and never chosen. The default stays where nothing is 3 % faster. A key that
-    /// is known already is not timed again ([`Gpu::clear_tuning`] forgets).
+    /// At most five tiles of the fused kernel compete with the three passes, on the given tensors, timed by the
+    /// adapter's clock if it has one: two calls each, and more for about a second. Each candidate must first agree with
+    /// the [f64 reference](crate::reference) on a small random call with the same widths, types and kinds of rules,
+    /// including positions; one that does not is reported and never chosen. The default stays unless another is 3 %
+    /// faster. A known key is not timed again ([`Gpu::clear_tuning`] deletes known keys).
     ///
-    /// Other kernels sum in another order: the last bits of results may differ before and after. The three passes
-    /// hold the scores in memory; they compete only where those of a batch entry take at most 64 MiB.
+    /// Other kernels sum in another order, so the last bits of results may change. The three passes store the scores in
+    /// memory; they compete only if the scores of a batch entry take at most 64 MiB.
     ///
     /// The method of `self` and its requested weights and scores are ignored.
     ///

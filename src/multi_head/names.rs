@@ -36,15 +36,15 @@ pub enum Names {
     /// `q_lin`, `k_lin`, `v_lin`, `out_lin`: DistilBERT, XLM.
     DistilBert,
     /// `c_attn` and `c_proj` of `Conv1D`, `[in, out]`: GPT-2. The buffers `bias` (its causal mask) and `masked_bias`
-    /// are passed over.
+    /// are skipped.
     Gpt2,
     /// `c_attn` and `c_proj` of `nn.Linear`, with all queries, then all keys, then all values: nanoGPT.
     NanoGpt,
     /// Like [`Names::NanoGpt`] with one key/value head; otherwise with the rows of each head together: GPT-BigCode,
     /// StarCoder.
     GptBigCode,
-    /// `qkv` and `proj` (`projection`), queries, keys and values one behind another; `q_norm`, `k_norm` (LayerNorm with
-    /// a bias, else RMSNorm) and `gate`: timm, BLIP, Qwen-VL's vision.
+    /// `qkv` and `proj` (`projection`), with all queries, then all keys, then all values; `q_norm`, `k_norm` (LayerNorm
+    /// with a bias, else RMSNorm) and `gate`: timm, BLIP, Qwen-VL's vision model.
     Timm,
     /// `Wqkv` and `Wo` or `out_proj`, in the same row order: ModernBERT, MPT, FlashAttention's `MHA`.
     Wqkv,

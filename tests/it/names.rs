@@ -525,7 +525,7 @@ fn shards_and_folders() {
     for file in ["../model-0.safetensors", "/etc/passwd", "", "."] {
         wrong.insert("encoder.layer.0.attention.self.query.gone".into(), file.into());
         write(&wrong);
-        say(StateDict::open(&index, prefix).unwrap_err(), &["does not lie beside the index"]);
+        say(StateDict::open(&index, prefix).unwrap_err(), &["is not next to the index"]);
     }
     for text in ["", "[]", "{\"weight_map\": 3}", "{\"weight_map\": {\"a\": 3}}", &"[".repeat(1000)] {
         std::fs::write(&index, text).unwrap();
