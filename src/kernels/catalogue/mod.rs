@@ -427,7 +427,7 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Varian
     Variant { kernel: Kernel::Softmax, changes, name }
 }
 
-/// Bytes of workgroup memory of `softmax.wgsl` where lanes share a row: one f32 per invocation.
+/// Bytes of workgroup memory of `softmax.wgsl` if lanes share a row: one f32 per invocation.
 pub const fn softmax_memory(workgroup: u32) -> u32 {
     4 * workgroup
 }
@@ -437,7 +437,7 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     let mut name = String::from("project");
     let shared = [("share", "let w4 = subgroupBroadcast(loaded, d % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
-    // A few loads at a time, as many as divide the depth.
+    // A few loads at a time; the number must divide the depth.
     let loads = [4, 2, 1].into_iter().find(|n| tile.depth4.is_multiple_of(*n)).unwrap_or(1);
     changes = changes.number("DEPTH4", tile.depth4).number("LOADS", loads).number("GROUPS", tile.depth4 / loads);
     changes = changes.flag("PADDED", padded);
@@ -457,16 +457,16 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     Variant { kernel: Kernel::Project, changes, name }
 }
 
-/// How `matvec.wgsl` works.
+/// The tile of `matvec.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatvecTile {
-    /// Invocations per workgroup, side by side along the width.
+    /// Invocations per workgroup, adjacent along the width.
     pub workgroup: u32,
-    /// Rows of X, and of W, that each reads.
+    /// Number of rows of X, and of W, that each reads.
     pub rows: u32,
     /// See `rows`.
     pub outs: u32,
-    /// Lanes that add up their sums through subgroup operations: all of a workgroup, or 1.
+    /// Number of lanes that sum through subgroup operations: all of a workgroup, or 1.
     pub share: u32,
 }
 
@@ -480,7 +480,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
         let body = "fn sum_of_lanes(x: f32) -> f32 { return subgroupAdd(x); }";
         changes = changes.number("SHARE", share).line("share", body);
     }
-    // No vec4 behind the width is read.
+    // No vec4 beyond the width is read.
     changes = access::load(changes.flag("PADDED", false), &access::X, x);
     changes = access::load(changes, &access::W, w);
     access::name(&mut name, &[("x", x), ("w", w)]);
@@ -492,7 +492,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
     Variant { kernel: Kernel::Matvec, changes, name }
 }
 
-/// A variant of `normalise.wgsl`: LayerNorm where `centred`, else RMSNorm; `lanes` invocations per row.
+/// A variant of `normalise.wgsl`: LayerNorm if `centred`, else RMSNorm; `lanes` invocations per row.
 pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: bool, bias: bool) -> Variant {
     let mut name = format!("normalise/{}/lanes{lanes}x{}", if centred { "layer" } else { "rms" }, workgroup / lanes);
     let changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("CENTRED", centred);
@@ -553,8 +553,8 @@ pub fn copy(stored: Dtype) -> Variant {
     }
 }
 
-/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a
-/// multiply-add.
+/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains times links times two, because a
+/// multiply-add counts as two.
 pub const PROBE_OPERATIONS: u32 = 9 * 32 * 2;
 
 /// A variant of `probe.wgsl`.
@@ -572,7 +572,7 @@ pub fn scatter(x: Access, stored: Dtype) -> Variant {
     Variant { kernel: Kernel::Scatter, changes: access::store_fours(changes, y), name }
 }
 
-/// Without a list of `rows`, token `i` has row `row_0 + i`.
+/// Without a list of `rows`, token `i` reads row `row_0 + i`.
 fn rows_listed(changes: Changes, listed: bool, name: &mut String) -> Changes {
     if listed {
         name.push_str("/rows");
@@ -581,7 +581,7 @@ fn rows_listed(changes: Changes, listed: bool, name: &mut String) -> Changes {
     changes.line("row_of", "fn row_of(b: u32, i: u32) -> u32 { return params.row_0 + i; }")
 }
 
-/// Whole fours of `y`.
+/// Stores whole fours of `y`.
 fn stored_in_fours(changes: Changes) -> Changes {
     changes.alias("YElem", "vec4<f32>").line(
         "store_four",
@@ -589,7 +589,7 @@ fn stored_in_fours(changes: Changes) -> Changes {
     )
 }
 
-/// A variant of `rotate.wgsl`; wide: X, Y and the pairs lie in fours.
+/// A variant of `rotate.wgsl`; wide if X, Y and the pairs are in fours.
 pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     let mut name = String::from(if interleaved { "rotate/interleaved" } else { "rotate/half_split" });
     access::name(&mut name, &[("x", x)]);
@@ -602,7 +602,7 @@ pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     Variant { kernel: Kernel::Rotate, changes: rows_listed(changes, listed, &mut name), name }
 }
 
-/// A variant of `tokens.wgsl`: tokens gated, or added to.
+/// A variant of `tokens.wgsl`: adds rows to tokens, or gates them.
 pub fn tokens(gate: bool, x: Access, z: Access, wide_y: bool, listed: bool) -> Variant {
     let mut name = String::from(if gate { "tokens/gate" } else { "tokens/add" });
     let changes = access::load(Changes::default(), &access::X, x);
@@ -624,8 +624,8 @@ pub fn relative(wide_y: bool) -> Variant {
     Variant { kernel: Kernel::Relative, changes, name: name.into() }
 }
 
-/// Every legal variant at the tile sizes that planning chooses from, one for each combination of
-/// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
+/// Every legal variant at the tile sizes that planning chooses from, one for each combination of algorithmic choices.
+/// Used to print them and to check them with compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
     let mut all = Vec::new();
     let [wide, narrow] = [Access::WIDE, Access::NARROW];
@@ -820,7 +820,7 @@ pub fn variant_names() -> Vec<String> {
     files.chain(variants().into_iter().map(|variant| variant.name)).collect()
 }
 
-/// The WGSL of a variant as it runs, or of a file as it stands (`scores.wgsl`).
+/// The WGSL of a variant as it runs, or of an unchanged file (`scores.wgsl`).
 pub fn variant_source(name: &str) -> Result<String> {
     if let Some(kernel) = Kernel::ALL.iter().find(|kernel| name.strip_suffix(".wgsl") == Some(kernel.name())) {
         return kernel.source();
