@@ -66,7 +66,7 @@ pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) 
 }
 
 /// RMSNorm, or LayerNorm if `centred`, over the last axis of X `[a, b, c, d]` with `weight` and `bias` `[d]`,
-/// row-major. Sums are f64, which is cheap because rows are short.
+/// row-major. Sums are in f64; rows are short.
 pub(crate) fn normalise(
     x: View<'_>,
     weight: View<'_>,

@@ -61,7 +61,7 @@ impl Tile {
     pub const ROWS_IN_MEMORY: u32 = 4;
     /// Keys per step of [`Tile::Workgroup`].
     pub const KEYS_IN_MEMORY: u32 = 32;
-    /// Number of invocations that share a row of [`Tile::Workgroup`].
+    /// Tiles with 32 and 64 rows per workgroup.
     pub const ACROSS: u32 = 8;
     /// 32 and 64 rows per workgroup, respectively 64 and 128 invocations.
     const IN_MEMORY: [Tile; 2] = [Tile::Workgroup { workgroup: 64 }, Tile::Workgroup { workgroup: 128 }];
