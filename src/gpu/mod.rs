@@ -338,7 +338,7 @@ impl Gpu {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// An error if the device is lost or an earlier call failed unnoticed.
+    /// An error if the device is lost or an earlier call failed outside any error scope.
     fn check(&self) -> Result<()> {
         if let Some(reason) = lock(&self.0.lost).clone() {
             return Err(Error::DeviceLost { adapter: self.0.info.name.clone(), reason });

@@ -173,7 +173,7 @@ impl Tile {
             Tile::Workgroup { workgroup } => {
                 let needed = tiled_memory(workgroup);
                 return if !Tile::IN_MEMORY.contains(self) {
-                    rule("in workgroup memory, it has 64 or 128 invocations".into())
+                    rule("a tile in workgroup memory has 64 or 128 invocations".into())
                 } else if workgroup > adapter.max_invocations {
                     rule(format!("a workgroup has at most {} invocations", adapter.max_invocations))
                 } else if needed > adapter.workgroup_memory {
@@ -188,11 +188,13 @@ impl Tile {
         }
         if ![1, 4, 8].contains(&share) || share > 1 && adapter.subgroup_min.is_none_or(|least| least < share) {
             let least = adapter.subgroup_min.map_or("none".into(), |least| least.to_string());
-            return rule(format!("1, 4 or 8 lanes share, at most the smallest subgroup, which is {least}"));
+            return rule(format!(
+                "1, 4 or 8 lanes can share loads, at most the smallest subgroup size, which is {least}"
+            ));
         }
         let most = adapter.max_invocations.min(256);
         if workgroup == 0 || !workgroup.is_multiple_of(share) || workgroup > most {
-            return rule(format!("a workgroup must be a multiple of the lanes that share, at most {most}"));
+            return rule(format!("a workgroup must be a multiple of the lanes that share loads, at most {most}"));
         }
         Ok(())
     }
@@ -227,7 +229,7 @@ impl std::str::FromStr for Tile {
         };
         parse().ok_or_else(|| {
             value_error!(
-                "{text:?} is no tile of the fused kernel; rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64 are"
+                "{text:?} is not a tile of the fused kernel, such as rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
             )
         })
     }
@@ -281,8 +283,8 @@ impl std::str::FromStr for Method {
             "fused" => Method::Fused,
             tile => Method::Tile(tile.parse().map_err(|_| {
                 value_error!(
-                    "{text:?} is no method: auto, three-passes, fused and tiles of the fused kernel, such as \
-                     rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64, are"
+                    "{text:?} is not a method; methods are auto, three-passes, fused and tiles of the fused kernel, such as \
+                     rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64"
                 )
             })?),
         })

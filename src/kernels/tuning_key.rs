@@ -119,7 +119,9 @@ impl std::str::FromStr for TuningKey {
             Some(TuningKey { rows, keys, dim_k: dims[0]?, dim_v: dims[1]?, stored, rules })
         };
         parse().ok_or_else(|| {
-            value_error!("{text:?} is no tuning key; rows256 keys1024 dim64x64 f32,f32,f32 banded masks is")
+            value_error!(
+                "{text:?} is not a tuning key; an example is rows256 keys1024 dim64x64 f32,f32,f32 banded masks"
+            )
         })
     }
 }

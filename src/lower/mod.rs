@@ -148,8 +148,8 @@ impl Recording {
         }
     }
 
-    /// Copies rows of X `[b, h, i, d]` into a cache Y `[b, h, rows, d]`, whose rows are padded to whole vec4s: one
-    /// place per batch entry.
+    /// Copies rows of X `[b, h, i, d]` into a cache Y `[b, h, rows, d]`, whose rows are padded to whole vec4s. `places`
+    /// has one entry per batch entry.
     pub fn scatter(&mut self, x: &Tensor, y: &mut Tensor, places: &[Place]) -> Result<()> {
         match self {
             Recording::Gpu(steps) => {

@@ -46,9 +46,9 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     let rows = problem.group() * problem.len_q;
     let is_wide = problem.dim_k.max(problem.dim_v) > WIDE_DIM && rows > MOST_WIDE_ROWS;
     let fused = match operands.method {
-        Method::ThreePasses => Err("they were asked for".into()),
+        Method::ThreePasses => Err("they were requested".into()),
         Method::Auto if is_wide => {
-            Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"))
+            Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster that way"))
         }
         _ => Fused::new(problem, operands, adapter, &[]),
     };
@@ -66,7 +66,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
             }
             // The output always comes from the fused kernel, so requesting more does not change its bits.
             let Plan { steps, scratch, bands, .. } = fused;
-            planner.plan = Plan { steps, scratch, bands, why: why + "; weights and scores beside it", ..planner.plan };
+            planner.plan = Plan { steps, scratch, bands, why: why + "; weights and scores separately", ..planner.plan };
             unfused::passes(&mut planner, problem, operands, false)?;
         }
         Err(reason) if matches!(operands.method, Method::Fused | Method::Tile(_)) => {
@@ -104,7 +104,7 @@ pub fn packed(
         (Err(reason), None) => Err(Error::Unsupported {
             what: "attention over packed sequences".into(),
             adapter: adapter.adapter.clone(),
-            needs: format!("the fused kernel, but {reason}; run the longest sequences by themselves"),
+            needs: format!("the fused kernel, but {reason}; run the longest sequences separately"),
         }),
     }
 }
@@ -136,7 +136,7 @@ fn results(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabi
 
 fn why_fused(problem: &Problem, method: Method, adapter: &Capabilities) -> String {
     if let Method::Tile(tile) = method {
-        return format!("the tile {tile} was asked for");
+        return format!("the tile {tile} was requested");
     }
     let kind = match adapter.class {
         AdapterClass::Cpu => "software adapters",

@@ -111,7 +111,7 @@ impl<'a> Fused<'a> {
         }
         call.check_relative(adapter).map_err(|error| error.to_string())?;
         if rotary.is_some() && call.combine_bands {
-            return Err("combined bands do not say where each query stands".into());
+            return Err("combined bands do not contain the positions of queries".into());
         }
         let spare = adapter.max_storage_buffers - (others + call.rules.buffers());
         let mut fused = Fused {

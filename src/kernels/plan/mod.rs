@@ -320,8 +320,8 @@ impl Planner<'_> {
         }
         if cost.turns > adapter.loop_turns() {
             return Err(too_many(
-                format!("{}: loops of {} turns that cannot be split further", variant.name, cost.turns),
-                format!("at most {} turns, after which its driver ends loops", adapter.loop_turns()),
+                format!("{}: loops of {} iterations that cannot be split further", variant.name, cost.turns),
+                format!("at most {} iterations, after which its driver stops loops", adapter.loop_turns()),
             ));
         }
         if workgroups > 0 {

@@ -27,7 +27,7 @@ pub fn normalise(
     let y = Layout::contiguous(x.shape())?;
     check_buffer(adapter, "normalised rows", padded_bytes(&y, Dtype::F32))?;
     if dim > MOST_NORMALISED {
-        return Err(shape_error!("rows {dim} wide cannot be normalised; {MOST_NORMALISED} is the widest"));
+        return Err(shape_error!("rows {dim} wide cannot be normalised; at most {MOST_NORMALISED} is possible"));
     }
     if x.is_empty() {
         return Ok(planner.plan);
