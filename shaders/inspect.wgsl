@@ -1,4 +1,4 @@
-// P = exp(S − LSE), S = scale · Q·Kᵀ → softcap → + bias → mask            weights beside the fused path
+// P = exp(S − LSE), S = scale · Q·Kᵀ → softcap → + bias → mask            weights for the fused path
 // weights P [b, h, i, j]   column sums Σ_i P [b, h, j]   entropy −Σ_j P·ln P [b, h, i]
 //
 // P is recomputed tile by tile from Q, K and LSE, as in the backward pass of FlashAttention-2 (Dao 2023, algorithm 2,
