@@ -121,7 +121,7 @@ impl Attention {
         if extra_keys > 0 {
             return Err(value_error!(
                 "query_lengths cannot be combined with add_bias_kv or add_zero_attn: every query sees those {extra_keys} \
-                keys; leave it out and skip the outputs after each length"
+                 keys; leave it out and skip the outputs after each length"
             ));
         }
         if lengths.iter().all(|&len| len == len_q) {
@@ -173,7 +173,7 @@ fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
         [entries, len] if len == len_k && (entries == batch || entries == 1) => tensor.unsqueeze(1)?.unsqueeze(1),
         _ => Err(shape_error!(
             "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; if it differs by \
-            query or head, it is a mask or a bias, not key padding",
+             query or head, it is a mask or a bias, not key padding",
             tensor.shape()
         )),
     }

@@ -41,8 +41,8 @@ impl Attention {
         match counts.iter().enumerate().find(|&(_, &count)| count > 1) {
             Some((b, count)) if !self.biases.is_empty() => Err(value_error!(
                 "{count} queries of batch entry {b} come with a bias, which may be a mask (-inf hides) or not, so it is \
-                unclear whether the cache should hide later keys: call causal(Align::BottomRight) if it should, or \
-                not_causal() if the bias hides what must be hidden"
+                 unclear whether the cache should hide later keys: call causal(Align::BottomRight) if it should, or \
+                 not_causal() if the bias hides what must be hidden"
             )),
             _ => Ok(true),
         }

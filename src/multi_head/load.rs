@@ -206,7 +206,7 @@ impl StateDict {
             (0, _) if self.is_empty() => "it holds no tensors at all".into(),
             (0, _) => format!(
                 "none of its tensors are named like those of a known attention layer; the nearest names are \
-                {}",
+                 {}",
                 closest(prefix, self.names(), 6).join(", ")
             ),
             (_, 0) => format!("attention layers lie under the prefix {}", shown.join(", ")),
@@ -433,7 +433,7 @@ impl<'a> Found<'a> {
                     (true, false, true) => {
                         return Err(Error::File(format!(
                             "{name} [{rows}, {columns}] may be nanoGPT's (all queries, all keys, all values) or \
-                            GPT-BigCode's (the rows of each head together): choose names {} or {} (--names)",
+                             GPT-BigCode's (the rows of each head together): choose names {} or {} (--names)",
                             Names::NanoGpt,
                             Names::GptBigCode
                         )));
@@ -456,7 +456,7 @@ impl<'a> Found<'a> {
                 if bias_of(Slot::Qkv) && !bias_of(Slot::Out) && rows != 3 * joined {
                     return Err(Error::File(format!(
                         "{name} may be ChatGLM's (all queries, all keys, all values) or Falcon's (the rows of each \
-                        key/value head together): choose names {} or {} (--names)",
+                         key/value head together): choose names {} or {} (--names)",
                         Names::ChatGlm,
                         Names::Falcon
                     )));
@@ -714,7 +714,7 @@ impl<'a> Found<'a> {
             Names::Llama if is_layernorm && !bias_q && options.names != Some(Names::Llama) => {
                 return Err(Error::File(format!(
                     "{q_name} {:?} has no bias, which a LayerNorm usually has; LFM2 uses this name for an RMSNorm: choose \
-                    names {} (RMSNorm times w) or {} (LayerNorm) (--names)",
+                     names {} (RMSNorm times w) or {} (LayerNorm) (--names)",
                     q.shape(),
                     Names::Qwen3,
                     Names::Llama
@@ -732,7 +732,7 @@ impl<'a> Found<'a> {
             Names::Llama if span == NormSpan::Head => {
                 return Err(Error::File(format!(
                     "{q_name} {:?} is a norm of each head's queries, which models with these names compute differently: \
-                    choose names {} (RMSNorm times w) or {} (RMSNorm times 1 + w) (--names)",
+                     choose names {} (RMSNorm times w) or {} (RMSNorm times 1 + w) (--names)",
                     q.shape(),
                     Names::Qwen3,
                     Names::Gemma3
