@@ -675,7 +675,7 @@ impl KvCache {
         let Appended { sequences, moved, counts } = held;
         if attention.rotary.is_some() {
             return Err(value_error!(
-                "a cache rotates keys when they are appended: give it the rotary (KvCache::with_rotary), not the attention"
+                "a cache rotates keys when they are appended: give it the rotary (KvCache::with_rotary), not Attention"
             ));
         }
         let (needs_places, says_places) = attention.needs_places(counts, self.config.window)?;

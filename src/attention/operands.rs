@@ -120,8 +120,8 @@ impl Attention {
         }
         if extra_keys > 0 {
             return Err(value_error!(
-                "query_lengths cannot be combined with add_bias_kv or add_zero_attn: every query sees those {extra_keys} \
-                 keys; leave it out and skip the outputs after each length"
+                "query_lengths cannot be combined with add_bias_kv or add_zero_attn: every query sees those \
+                 {extra_keys} keys; leave it out and skip the outputs after each length"
             ));
         }
         if lengths.iter().all(|&len| len == len_q) {

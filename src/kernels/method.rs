@@ -229,7 +229,7 @@ impl std::str::FromStr for Tile {
         };
         parse().ok_or_else(|| {
             value_error!(
-                "{text:?} is not a tile of the fused kernel, such as rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
+                "{text:?} is not a tile of the fused kernel; try rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
             )
         })
     }
@@ -283,8 +283,8 @@ impl std::str::FromStr for Method {
             "fused" => Method::Fused,
             tile => Method::Tile(tile.parse().map_err(|_| {
                 value_error!(
-                    "{text:?} is not a method; methods are auto, three-passes, fused and tiles of the fused kernel, such as \
-                     rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64"
+                    "{text:?} is not a method; use auto, three-passes, fused or a tile of the fused kernel, such as \
+                     rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
                 )
             })?),
         })

@@ -241,8 +241,8 @@ impl MultiHeadConfig {
             }
             if self.add_bias_kv || self.add_zero_attn {
                 return Err(value_error!(
-                    "norms of queries and keys cannot be combined with add_bias_kv or add_zero_attn: no framework defines \
-                     whether the appended keys are normalised"
+                    "norms of queries and keys cannot be combined with add_bias_kv or add_zero_attn: no framework \
+                     defines whether the appended keys are normalised"
                 ));
             }
         }

@@ -713,8 +713,8 @@ impl<'a> Found<'a> {
             Names::Qwen3 if is_layernorm && !bias_q => NormKind::Rms,
             Names::Llama if is_layernorm && !bias_q && options.names != Some(Names::Llama) => {
                 return Err(Error::File(format!(
-                    "{q_name} {:?} has no bias, which a LayerNorm usually has; LFM2 uses this name for an RMSNorm: choose \
-                     names {} (RMSNorm times w) or {} (LayerNorm) (--names)",
+                    "{q_name} {:?} has no bias, which a LayerNorm usually has; LFM2 uses this name for an RMSNorm: \
+                     choose names {} (RMSNorm times w) or {} (LayerNorm) (--names)",
                     q.shape(),
                     Names::Qwen3,
                     Names::Llama
