@@ -1,4 +1,4 @@
-//! Device buffers: pooled, so that a call of a shape that was seen before allocates nothing.
+//! Device buffers. They are pooled, so a call of a shape that was seen before allocates nothing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -10,20 +10,20 @@ use super::{AllocationCounts, Gpu, lock};
 use crate::error::{Error, Result, value_error};
 use crate::kernels::plan::check_buffer;
 
-/// Bytes of idle buffers that are kept for the next call.
+/// Most bytes of idle buffers to keep for later calls.
 const MOST_IDLE: u64 = 1 << 30;
 
-/// What uniform blocks and tables are used as.
+/// The usage of uniform blocks and tables.
 const CONSTANT: wgpu::BufferUsages = wgpu::BufferUsages::UNIFORM.union(wgpu::BufferUsages::STORAGE);
 
-/// What a pooled buffer may be reused for.
+/// What a pooled buffer may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Purpose {
     /// Tensors and working memory.
     Call,
-    /// Uniform blocks and tables of a call whose parameters are new every time.
+    /// Uniform blocks and tables of a call whose parameters change every time.
     Parameters,
-    /// Reading back.
+    /// Readback.
     Staging,
 }
 
@@ -42,7 +42,7 @@ pub struct Pool {
     idle: Mutex<Idle>,
     created: AtomicU64,
     created_bytes: AtomicU64,
-    /// What was recorded into encoders that are not done yet, by encoder.
+    /// What was recorded into encoders that have not finished, by encoder.
     recorded: Mutex<HashMap<u64, Weak<Recorded>>>,
 }
 
@@ -52,20 +52,20 @@ struct Idle {
     bytes: u64,
 }
 
-/// The buffers of all calls recorded into one encoder of a caller. Nobody else gets them before the encoder's work is
-/// done, or the encoder is dropped: an upload would run before that work, another submit might.
+/// The buffers of all calls recorded into one of a caller's encoders. They are not reused elsewhere until the encoder's
+/// work is done or the encoder is dropped: an upload would run before that work, and another submit might.
 pub(crate) struct Recorded {
     gpu: Gpu,
     encoder: u64,
-    /// What calls recorded before made and nobody needs any more, by size: later calls in the same encoder run after
-    /// those.
+    /// Buffers that calls in this encoder made and nobody holds any more, by size. Later calls in the same encoder may
+    /// reuse them, because they run after those.
     idle: Mutex<BTreeMap<u64, Vec<wgpu::Buffer>>>,
-    /// What was not made for this encoder.
+    /// Buffers that were not made for this encoder.
     held: Mutex<Vec<GpuBuffer>>,
 }
 
 impl Recorded {
-    /// Holds what a recorded call binds, but for what comes back here by itself and what is a caller's own.
+    /// Holds the buffers that a recorded call binds, except those made for this encoder and those of the caller.
     pub fn hold(&self, buffers: impl Iterator<Item = GpuBuffer>) {
         let comes_back = |buffer: &GpuBuffer| match &buffer.0.home {
             Home::Caller => true,
@@ -118,7 +118,7 @@ impl Pool {
         let mut idle = lock(&self.idle);
         let size = buffer.size();
         if idle.bytes + size > MOST_IDLE {
-            // Sizes of today crowd out sizes of yesterday: start afresh rather than track age.
+            // New sizes crowd out old ones: start over rather than track age.
             *idle = Idle::default();
         }
         if size <= MOST_IDLE {
@@ -128,7 +128,7 @@ impl Pool {
     }
 }
 
-/// Uniform blocks and tables, by content.
+/// Uniform blocks and tables, cached by content.
 pub struct Constants<B = wgpu::Buffer> {
     buffers: HashMap<Vec<u8>, B>,
     bytes: u64,
@@ -141,12 +141,12 @@ impl<B> Default for Constants<B> {
 }
 
 impl<B: Clone> Constants<B> {
-    /// Bytes that are kept in all, those of the keys on the host and those of the buffers alike; a program with more
-    /// shapes than fit makes some again.
+    /// Most bytes to keep, for the keys on the host and for the buffers alike. A program with more shapes than fit
+    /// creates some again.
     const MOST: u64 = 4 << 20;
-    /// A larger table is new with every call, as likely as not, and would push out the others.
+    /// A larger table probably changes with every call and would push out the others.
     const LARGEST: u64 = 64 << 10;
-    /// What each takes beside its bytes, about.
+    /// Approximate overhead of each entry, in bytes.
     const EACH: u64 = 1 << 10;
 
     fn keep(&mut self, bytes: &[u8], buffer: &B) {
@@ -163,7 +163,7 @@ impl<B: Clone> Constants<B> {
     }
 }
 
-/// Sizes are rounded to quarter powers of two, so that nearly equal shapes share buffers.
+/// Rounds a size up to a quarter of a power of two, so that nearly equal shapes share buffers.
 fn size_class(bytes: u64, limit: u64) -> u64 {
     let bytes = bytes.max(256);
     let step = (bytes.next_power_of_two() / 8).max(256);
@@ -199,7 +199,7 @@ impl Drop for Owned {
     }
 }
 
-/// A buffer that goes back to the pool with its last clone.
+/// A buffer that returns to the pool when its last clone is dropped.
 #[derive(Clone)]
 pub(crate) struct GpuBuffer(Arc<Owned>);
 
@@ -210,7 +210,7 @@ impl std::fmt::Debug for GpuBuffer {
 }
 
 impl Gpu {
-    /// What was recorded into this encoder so far.
+    /// What has been recorded into this encoder so far.
     pub(crate) fn recorded(&self, encoder: &wgpu::CommandEncoder) -> Arc<Recorded> {
         let mut hasher = DefaultHasher::new();
         encoder.hash(&mut hasher);
@@ -231,7 +231,7 @@ impl Gpu {
         self.allocate_for(None, what, bytes, purpose)
     }
 
-    /// As [`Gpu::allocate`], for a call in an encoder.
+    /// Like [`Gpu::allocate`], for a call in an encoder: reuses what earlier calls in that encoder no longer need.
     pub(crate) fn allocate_for(
         &self,
         recorded: Option<&Arc<Recorded>>,
@@ -283,7 +283,7 @@ impl Gpu {
         })
     }
 
-    /// An error unless the buffer was made by this adapter's device.
+    /// An error unless the buffer belongs to this device.
     pub(crate) fn expect_own(&self, buffer: &wgpu::Buffer) -> Result<()> {
         let size = wgpu::BufferSize::new(buffer.size().min(16) / 4 * 4);
         let Some(size) = size else {
@@ -319,7 +319,7 @@ impl Gpu {
         GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), home: Home::Caller }))
     }
 
-    /// An immutable buffer of these bytes, made once as long as it is kept.
+    /// An immutable buffer of these bytes; cached by content.
     pub(crate) fn constant(&self, bytes: &[u8]) -> GpuBuffer {
         if let Some(buffer) = lock(&self.0.constants).buffers.get(bytes) {
             return self.adopt(buffer);
@@ -355,7 +355,7 @@ impl GpuBuffer {
         &self.0.buffer
     }
 
-    /// Copies a range back and hands it to `convert`. On native the thread waits for the device.
+    /// Reads a range back and passes it to `convert`. On native platforms the thread waits for the device.
     pub async fn read<T>(&self, range: Range<u64>, convert: impl FnOnce(&[u8]) -> T) -> Result<T> {
         const DURING: &str = "reading a tensor back";
         let gpu = self.gpu();
@@ -371,7 +371,7 @@ impl GpuBuffer {
             encoder.copy_buffer_to_buffer(&self.0.buffer, range.start, staging.raw(), 0, size);
             gpu.0.queue.submit([encoder.finish()]);
             staging.raw().map_async(wgpu::MapMode::Read, 0..size, |result| {
-                // The receiver is gone when the caller gave up; then nobody wants to know.
+                // If the caller gave up, the receiver is gone and the result is not needed.
                 let _ = sender.send(result);
             });
         })
@@ -380,7 +380,7 @@ impl GpuBuffer {
         gpu.wait()?;
         match receiver.await {
             Ok(Ok(())) => {}
-            // The copy was valid and is done: only a lost device cannot map it.
+            // The copy was valid and is done, so only a lost device fails to map it.
             _ => return Err(gpu.lost("a buffer could not be mapped")),
         }
         let value = {
@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn what_is_kept_by_content_is_bounded_by_its_bytes() {
         let mut kept = Constants::<()>::default();
-        // Lengths of a batch of 4,000 that are new with every call, and of one that is too large to keep.
+        // Lengths of a batch of 4,000 that change with every call, and of one that is too large to keep.
         for call in 0..2000u32 {
             kept.keep(&call.to_le_bytes().repeat(4000), &());
             kept.keep(&call.to_le_bytes().repeat(70_000), &());

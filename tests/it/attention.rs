@@ -494,7 +494,7 @@ fn lengths_and_padding_that_do_not_fit() {
             (Attention::new().key_padding_bias(floats(&[1, 3])), "a key padding mask"),
         ] {
             let error = attention.forward_packed(&x, &x, &x, &[0, 3], &[0, 3]).unwrap_err().to_string();
-            assert!(error.contains(say) && error.contains("run the sequences apart"), "{name}: {error}");
+            assert!(error.contains(say) && error.contains("run the sequences separately"), "{name}: {error}");
         }
     }
 }
@@ -544,7 +544,7 @@ fn a_query_without_keys_gets_the_mean_of_values_where_asked() {
             plain.clone().query_lengths(vec![5, 4]),
         ] {
             let error = refused.empty_rows(EmptyRows::MeanOfValues).forward(&x, &x, &v).unwrap_err();
-            assert!(error.to_string().contains("MeanOfValues does not go with"), "{error}");
+            assert!(error.to_string().contains("MeanOfValues cannot be combined with"), "{error}");
         }
     }
 }

@@ -326,9 +326,9 @@ fn rows_written_over() {
             }
         }
         let one = floats(&device, &shape(1), 1.0);
-        says(&name, cache.append(&one, &one), "no longer lie in the order of positions");
-        says(&name, cache.rollback(1), "no longer lie in the order of positions");
-        says(&name, cache.attend(&Attention::new(), &one), "no longer lie in the order of positions");
+        says(&name, cache.append(&one, &one), "no longer in order of position");
+        says(&name, cache.rollback(1), "no longer in order of position");
+        says(&name, cache.attend(&Attention::new(), &one), "no longer in order of position");
         cache.clear();
         says(&name, cache.write(&[0, 1, 0], &one, &one, ScatterMode::Linear), "starts[1] = 1 leaves a gap");
         says(&name, cache.write(&[0, 0], &one, &one, ScatterMode::Linear), "2 entries for a batch of 3");

@@ -133,7 +133,7 @@ fn loops_that_cannot_be_split_are_refused_with_the_numbers() {
     let x = Tensor::from_slice(&device, &[1, 1, 300, 64], &vec![0.5f32; 300 * 64]).unwrap();
     for method in [Method::Fused, Method::ThreePasses] {
         match Attention::new().method(method).forward(&x, &x, &x) {
-            Err(Error::Unsupported { needs, .. }) => assert!(needs.contains("at most 20 turns"), "{needs}"),
+            Err(Error::Unsupported { needs, .. }) => assert!(needs.contains("at most 20 iterations"), "{needs}"),
             other => panic!("{other:?}"),
         }
     }

@@ -368,7 +368,7 @@ fn norms_of_queries_and_keys() {
     assert!(error.to_string().len() < 4096, "{} bytes", error.to_string().len());
     let mut half = state.clone();
     half.remove("k_layernorm.bias");
-    refused(&half, "", &options, &["both have a bias or none has"]);
+    refused(&half, "", &options, &["either both or neither must have a bias"]);
     half.remove("k_layernorm.weight");
     refused(&half, "", &options, &["q_layernorm.weight and k_layernorm.weight must come together"]);
     let mut wide = state;
@@ -525,7 +525,7 @@ fn shards_and_folders() {
     for file in ["../model-0.safetensors", "/etc/passwd", "", "."] {
         wrong.insert("encoder.layer.0.attention.self.query.gone".into(), file.into());
         write(&wrong);
-        say(StateDict::open(&index, prefix).unwrap_err(), &["does not lie beside the index"]);
+        say(StateDict::open(&index, prefix).unwrap_err(), &["is not next to the index"]);
     }
     for text in ["", "[]", "{\"weight_map\": 3}", "{\"weight_map\": {\"a\": 3}}", &"[".repeat(1000)] {
         std::fs::write(&index, text).unwrap();

@@ -188,9 +188,9 @@ fn wrong_marks_are_errors_with_the_numbers() {
         says(plain.clone(), &[], &[], "it must go from 0");
         says(plain.clone().causal(Align::PerBatch(vec![0])), &[0, 3, 6], &[0, 3, 6], "has 1 entries for 2 sequences");
         says(plain.clone().key_lengths(vec![6]), &[0, 6], &[0, 6], "not from key_lengths");
-        says(plain.clone().weights(Weights::PerHead), &[0, 6], &[0, 6], "do not go with returned weights");
+        says(plain.clone().weights(Weights::PerHead), &[0, 6], &[0, 6], "cannot be combined with returned weights");
         let mask = Mask::new(Tensor::from_bools(&device, &[1], &[true]).unwrap(), MaskMeaning::Keep).unwrap();
-        says(plain.clone().mask(mask), &[0, 6], &[0, 6], "do not go with a mask");
+        says(plain.clone().mask(mask), &[0, 6], &[0, 6], "cannot be combined with a mask");
         let flat = x.reshape(&[12, 4]).unwrap();
         let message = plain.forward_packed(&flat, &x, &x, &[0, 6], &[0, 6]).unwrap_err().to_string();
         assert!(message.contains("[12, 4] must be [total, heads, dim]"), "{name}: {message}");

@@ -359,7 +359,7 @@ fn a_name_that_stands_twice_in_a_header_is_an_error() {
     std::fs::write(&path, &file).unwrap();
     for result in [StateDict::from_safetensors(&file), StateDict::open(&path, "")] {
         let message = result.unwrap_err().to_string();
-        assert!(message.contains("\"w\" stands there twice"), "{message}");
+        assert!(message.contains("\"w\" appears twice"), "{message}");
     }
     std::fs::remove_file(path).unwrap();
 }

@@ -359,7 +359,7 @@ fn lengths_of_their_own_and_full_tables() {
 
         for (attention, say) in [
             (Attention::new().rotary(wide), "more than the width"),
-            (Attention::new().causal(Align::Offset(-1)).rotary(rotary.clone()), "stands at position -1"),
+            (Attention::new().causal(Align::Offset(-1)).rotary(rotary.clone()), "is at position -1"),
             (Attention::new().causal(Align::Offset(2)).rotary(rotary.clone()), "position 4 is beyond the table"),
         ] {
             let error = attention.forward(&x, &x, &x).unwrap_err().to_string();

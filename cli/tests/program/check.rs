@@ -109,7 +109,7 @@ fn what_a_method_cannot_compute_is_skipped_with_the_reason() {
     let ran = check(&[torch, "--adapter", "0", "--method", "rows3x8/keys4", "--filter", "sdpa_dim005", "--verbose"]);
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
     assert!(ran.stdout.contains("rows and keys must be 1, 2, 4 or 8"), "{}", ran.stdout);
-    check(&[torch, "--method", "fast"]).refused(2, "is no method");
+    check(&[torch, "--method", "fast"]).refused(2, "is not a method");
     // One way only: named or not.
     let ran = check(&[torch, "--adapter", "cpu", "--method", "all", "--filter", "sdpa_dim005"]);
     ran.succeeded();
@@ -488,7 +488,7 @@ fn a_case_of_a_folder_runs_by_its_id() {
     assert_eq!(ran.status, Some(1));
     assert!(ran.stdout.contains("lse is off by") && ran.stdout.contains("Not made smaller"), "{}", ran.stdout);
     check(&["--repro", "better"]).refused(2, "holds no case better");
-    check(&["--repro", "good@fast"]).refused(2, "is no method");
+    check(&["--repro", "good@fast"]).refused(2, "is not a method");
     for option in ["--quick", "--dawn"] {
         check(&[option]).refused(2, "leave the folder . out");
     }

@@ -93,7 +93,7 @@ fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
             assert_eq!(seen["invocations"], seen["workgroup"], "{adapter}");
         }
         let cut = of_it.iter().find(|result| result["variant"] == "workgroup64").unwrap();
-        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the tile workgroup64 was asked for".into()));
+        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the tile workgroup64 was requested".into()));
         if let Some([least, most]) = adapter["subgroups"].as_array().map(Vec::as_slice) {
             let seen = cut["subgroup"].as_u64().unwrap();
             assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
@@ -331,7 +331,7 @@ fn cases_are_listed_chosen_and_run_alone() {
         attn(folder.path(), &[&["check"], args].concat()).refused(status, say);
     };
     refused(&["--repro", "attention/all/f16"], 2, "op/form/storage/seed is needed");
-    refused(&["--repro", "attention/all/f16/7@fast"], 2, "is no method");
+    refused(&["--repro", "attention/all/f16/7@fast"], 2, "is not a method");
     refused(&["--shrink"], 2, "--repro");
     refused(&["--list", "--json", "cases.json"], 2, "cannot be used with");
     refused(&["--repro", "softmax/plain/f32/1", "--html", "case.html"], 2, "cannot be used with");
