@@ -145,7 +145,7 @@ fn f64_beyond_f32_is_said() {
         let ran = run(folder.path(), &adapter, &["--weights"]);
         ran.succeeded();
         assert!(ran.stderr.contains("note: bias is f64"), "{}", ran.stderr);
-        assert!(ran.stderr.contains("1 of the values of bias lie beyond f32 and become infinite"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("1 of the values of bias overflow f32 and become infinite"), "{}", ran.stderr);
         let (_, weights) = load(&folder.path().join("out.safetensors"), "weights");
         assert!(weights.chunks(3).all(|row| row[1] == 0.0 && (row[0] + row[2] - 1.0).abs() < 1e-6), "{weights:?}");
     }
@@ -290,7 +290,7 @@ fn run_takes_key_padding_and_query_lengths() {
     save(&at.join("in.safetensors"), &[&qkv()[..], &[flags("key_padding", [0, 0, 1])]].concat());
     run(at, "cpu", &[]).refused(2, "add --mask keep");
     save(&at.join("in.safetensors"), &[&qkv()[..], &[floats("key_padding", &[1, 3], &[0.0; 3])]].concat());
-    run(at, "cpu", &["--mask", "drop"]).refused(2, "no \"key_padding\" of bools");
+    run(at, "cpu", &["--mask", "drop"]).refused(2, "nor a boolean \"key_padding\"");
 }
 
 #[test]
@@ -317,7 +317,7 @@ fn wrong_inputs_name_the_right_ones() {
     let permuted = [("q", [1, 3, 2, 4]), ("k", [1, 5, 2, 4]), ("v", [1, 5, 2, 4])];
     let permuted = permuted.map(|(name, shape)| floats(name, &shape, &numbers(shape.iter().product(), 1.0)));
     save(&at.join("in.safetensors"), &permuted);
-    run(at, "cpu", &[]).refused(1, "say --layout bshd");
+    run(at, "cpu", &[]).refused(1, "use --layout bshd");
     run(at, "cpu", &["--layout", "bshd"]).succeeded();
     // A bias of [batch, len_k], and one of [batch, len_q, len_k].
     let four = ["q", "k", "v"].map(|name| floats(name, &[4, 2, 3, 4], &numbers(96, 1.0)));
