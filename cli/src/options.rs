@@ -59,7 +59,7 @@ pub struct Window {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Attention")]
 pub struct AttentionArgs {
-    /// Query i sees key j only if j <= i + offset: top-left (offset 0), bottom-right (len_k - len_q) or the offset itself
+    /// Query i sees key j only if j <= i + offset: top-left (offset 0), bottom-right (len_k - len_q) or an offset
     #[arg(long, value_name = "top-left|bottom-right|N", value_parser = parse_align, allow_negative_numbers = true)]
     causal: Option<Align>,
     /// Query i sees L keys to the left and R keys to the right of its own position, which does not count

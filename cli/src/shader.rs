@@ -12,7 +12,7 @@ Examples:
   attn shader scores.wgsl         print a file unchanged
   attn shader softmax/lanes1x8    print a variant as it runs")]
 pub struct ShaderArgs {
-    /// A file (softmax.wgsl) or a kernel variant, named as in the output of `attn` and `attn devices` [default: list all]
+    /// A file (softmax.wgsl) or a kernel variant, as `attn` and `attn devices` print it [default: list all]
     name: Option<String>,
 }
 

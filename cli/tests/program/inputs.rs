@@ -118,10 +118,10 @@ fn arrays_that_are_not_read_say_what_they_are() {
         ("<V1", 1, "float8 or int4 of ml_dtypes", "x.astype('float32')"),
         ("<V12", 12, "holds 12 bytes each without a type", "x.astype('float32')"),
         ("|O", 8, "holds Python objects", "numpy.array(x.tolist()"),
-        ("<U2", 8, "holds texts", "x.astype('float32')"),
-        ("|S3", 3, "holds texts", "x.astype('float32')"),
+        ("<U2", 8, "holds strings", "x.astype('float32')"),
+        ("|S3", 3, "holds strings", "x.astype('float32')"),
         ("<M8[s]", 8, "holds dates or times", "x.astype('int64')"),
-        ("<q9", 9, "of a type that is not known ('<q9')", "x.astype('float32')"),
+        ("<q9", 9, "elements of an unknown type ('<q9')", "x.astype('float32')"),
     ] {
         std::fs::write(at.join("x.npy"), npy(dtype, &SHAPE, &vec![0; LEN * size])).unwrap();
         let ran = attn(at, &["run", "--q", "x.npy", "--k", "x.npy", "--v", "x.npy", "-o", "o.npz", "--adapter", "cpu"]);
@@ -131,7 +131,7 @@ fn arrays_that_are_not_read_say_what_they_are() {
     }
     let q = ("q", Dtype::F8_E4M3, SHAPE.to_vec(), vec![0; LEN]);
     save(&at.join("in.safetensors"), &[&[q][..], &qkv()[1..]].concat());
-    run(at, "cpu", &[]).refused(1, "in.safetensors: q is F8_E4M3, which is not read");
+    run(at, "cpu", &[]).refused(1, "in.safetensors: q is F8_E4M3, which is not supported");
     run(at, "cpu", &[]).refused(1, "x.to(torch.float32) before save_file");
 }
 
@@ -176,9 +176,13 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
         ("page.safetensors", b"<!DOCTYPE html><html>", "/resolve/"),
         ("empty.npz", b"", "it is empty"),
         ("empty.safetensors", b"", "it is empty"),
-        ("cut.safetensors", &layer[..700], "the file is cut off: its header names 1152 bytes of data, 404 are there"),
-        ("m.zip", &npz, "call it m.npz"),
-        ("layer", &layer, "call it layer.safetensors"),
+        (
+            "cut.safetensors",
+            &layer[..700],
+            "the file is truncated: its header describes 1152 bytes of data, but it has 404",
+        ),
+        ("m.zip", &npz, "rename it to m.npz"),
+        ("layer", &layer, "rename it to layer.safetensors"),
         ("x.csv", b"1,2\n3,4\n", "numpy.loadtxt(\"x.csv\""),
     ] {
         std::fs::write(at.join(name), bytes).unwrap();
@@ -195,7 +199,7 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
         ("renamed.npz", "PyTorch's own format"),
         ("m.zip", "dict(numpy.load(\"m.zip\"))"),
         ("empty.safetensors", "it is empty"),
-        ("cut.safetensors", "the file is cut off"),
+        ("cut.safetensors", "the file is truncated"),
     ] {
         let args = ["mha", "--weights", name, "--heads", "2", "--query", "x.npy", "-o", "o.npy", "--adapter", "cpu"];
         attn(at, &args).refused(1, says);
@@ -306,7 +310,7 @@ fn wrong_inputs_name_the_right_ones() {
         (floats("sink", &[3], &[0.0; 3]), &[], 1, "must be [heads_q] = [2]"),
         (floats("key_padding", &[3, 1], &[0.0; 3]), &[], 1, "must be [batch, len_k] = [1, 3]"),
         (floats("bias", &[2, 3], &[0.0; 6]), &[], 1, "[heads, len_k] must be [2, 1, 3]"),
-        (floats("maks", &[1], &[0.0]), &[], 1, "the names are q, k, v, mask, bias, key_padding"),
+        (floats("maks", &[1], &[0.0]), &[], 1, "known names are q, k, v, mask, bias, key_padding"),
         (floats("bias", &[1], &[0.0]), &["--window", "-1,0"], 2, "- leaves a side open"),
         (floats("bias", &[1], &[0.0]), &["--causal", "topleft"], 2, "top-left, bottom-right or a whole number"),
     ] {

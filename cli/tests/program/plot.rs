@@ -432,7 +432,7 @@ fn attention_that_cannot_be_drawn_says_why() {
     refused(&["--weights", "flat.npy"], 1, "[4] must be [batch, heads, len_q, len_k]");
     refused(&["--weights", "empty.npy"], 1, "[0, 2, 2] holds no weights");
     refused(&["--weights", "even.npy", "--lines"], 1, "115600 lines are more than 100000");
-    refused(&["--weights", "even.npy", "-o", "out.svg"], 1, "take .png");
+    refused(&["--weights", "even.npy", "-o", "out.svg"], 1, "use .png");
     refused(&["--weights", "absent.npy"], 1, "no such file");
     refused(&["--weights", "w.npy", "--tokens", "a,b"], 1, "2 tokens for 3 queries");
     refused(&["--weights", "w.npy", "--tokens", "a,b,c"], 2, "--key-tokens");
