@@ -115,7 +115,7 @@ pub const RIGHT: Pos = Pos { h_pos: HPos::Right, v_pos: VPos::Center };
 pub const CENTRE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Center };
 pub const ABOVE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Top };
 
-/// Both backends place centred text too high, the bitmap backend more so. This offset is halfway between what they need.
+/// Both backends place centred text too high, the bitmap one more so. This offset is halfway between what they need.
 fn sink(size: i32) -> i32 {
     (size * 2 + 12) / 25
 }

@@ -51,7 +51,7 @@ impl Svg {
         assert!(origins.is_sorted(), "{origins:?}");
         cells.into_iter().map(|(_, fill)| fill).collect()
     }
-    /// The first line of a chart stands for `values`: evenly along, and as high as they are large.
+    /// The first line of a chart shows `values`: evenly spaced, and higher for larger values.
     #[track_caller]
     fn charts(&self, values: &[f64]) {
         let document = roxmltree::Document::parse(&self.0).expect("valid XML");
@@ -65,7 +65,7 @@ impl Svg {
         assert_eq!(points.len(), values.len());
         let extreme = |sign: f64| (0..values.len()).max_by(|&a, &b| (sign * values[a]).total_cmp(&(sign * values[b])));
         let (least, most) = (extreme(-1.0).unwrap(), extreme(1.0).unwrap());
-        assert!(points[least][1] > points[most][1] + 40.0, "larger values stand higher");
+        assert!(points[least][1] > points[most][1] + 40.0, "larger values are higher");
         let (first, last) = (points[0][0], points[points.len() - 1][0]);
         for (n, point) in points.iter().enumerate() {
             let x = first + n as f64 / (values.len() - 1) as f64 * (last - first);
@@ -101,7 +101,7 @@ impl Svg {
                 Some("end") => -length,
                 _ => 0.0,
             };
-            // Turned texts run upwards.
+            // Rotated text reads upwards.
             let (from, to, most) = match node.attribute("transform") {
                 Some(_) => (number("y") - start - length, number("y") - start, height),
                 None => (number("x") + start, number("x") + start + length, width),
@@ -167,7 +167,7 @@ fn every_method_draws_what_the_library_says() {
         assert!(svg.texts().iter().any(|shown| shown == text), "{text}: {:?}", svg.texts());
     }
 
-    // Two panels; the columns of a pair turn alike.
+    // Two panels; both columns of a pair have the same angle.
     for (interleaved, pair) in [(false, [0, 1, 2, 0, 1, 2]), (true, [0, 0, 1, 1, 2, 2])] {
         let more: &[&str] = if interleaved { &["--interleaved"] } else { &[] };
         let svg = draw(&[&["rotary", "--len", "5", "--dim", "6", "--base", "100"], more].concat());
@@ -252,8 +252,8 @@ fn positions_that_cannot_be_drawn_say_why() {
     refused(&["sinusoidal", "--len", "0"], 2, "--len 0");
     refused(&["sinusoidal", "--len", "100000000000"], 2, "2048");
     refused(&["alibi", "--heads", "0"], 1, "at least one head");
-    refused(&["t5", "--halves"], 2, "--halves means nothing to --method t5; it belongs to sinusoidal");
-    refused(&["alibi", "--base", "3"], 2, "--base means nothing to --method alibi; it belongs to rotary");
+    refused(&["t5", "--halves"], 2, "--halves does not apply to --method t5; it applies to sinusoidal");
+    refused(&["alibi", "--base", "3"], 2, "--base does not apply to --method alibi; it applies to rotary");
     refused(&["learned"], 2, "--table");
     refused(&["learned", "--table", "table.npy", "--len", "10"], 1, "[9, 8]");
     refused(&["learned", "--table", "table.npy", "--dim", "9"], 1, "--dim 9");
@@ -437,8 +437,8 @@ fn attention_that_cannot_be_drawn_says_why() {
     refused(&["--weights", "w.npy", "--tokens", "a,b"], 1, "2 tokens for 3 queries");
     refused(&["--weights", "w.npy", "--tokens", "a,b,c"], 2, "--key-tokens");
     refused(&["--weights", "w.npy", "--key-tokens", "a,b,c"], 1, "3 tokens for 4 keys");
-    refused(&["--weights", "w.npy", "--tokens", "bad.json"], 1, "not a JSON list of texts");
-    refused(&["--weights", "w.npy", "--head", "2"], 1, "head 2 is not there: the weights have 2");
+    refused(&["--weights", "w.npy", "--tokens", "bad.json"], 1, "not a JSON list of strings");
+    refused(&["--weights", "w.npy", "--head", "2"], 1, "there is no head 2: the weights have 2");
     refused(&["--weights", "w.npy", "--batch", "0"], 2, "no such axis");
     refused(&["--weights", "w.npy", "--causal", "top-left"], 2, "--q and --k");
     refused(&["--weights", "w.npy", "--q", "w.npy", "--k", "w.npy"], 2, "cannot be used with");

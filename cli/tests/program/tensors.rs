@@ -467,7 +467,8 @@ fn a_mask_needs_a_meaning_and_names_must_be_right() {
     attn(folder.path(), &["run", "plain.safetensors", "-o", "out.txt"]).refused(2, "the ending must be");
     attn(folder.path(), &["run", "plain.safetensors", "-o", "out.npy", "--lse"]).refused(2, "holds one tensor");
     attn(folder.path(), &["run", "plain.safetensors", "-o", "no/out.npz"]).refused(1, "there is no folder");
-    attn(folder.path(), &["run", "plain.safetensors", "-o", "x.npz", "--adapter", "all"]).refused(2, "makes no sense");
+    attn(folder.path(), &["run", "plain.safetensors", "-o", "x.npz", "--adapter", "all"])
+        .refused(2, "is not supported here");
     for file in listing(folder.path()) {
         assert!(!file.starts_with("out") && !file.starts_with(".attn"), "{file} was left behind");
     }
