@@ -209,7 +209,7 @@ impl AttentionPlot {
     /// `[.., heads, len_q, len_k]` of the library.
     fn compute(&self, q: &str, k: &str, adapter: Option<&str>) -> Result<Array> {
         if self.attention.mask.is_some() && self.attn_mask.is_none() {
-            usage!("--mask needs a mask: --attn-mask");
+            usage!("--mask needs a mask, but there is no --attn-mask");
         }
         let (q, k) = (files::read_named(q)?, files::read_named(k)?);
         let (mask, bias) = (files::read_optional(&self.attn_mask)?, files::read_optional(&self.bias)?);

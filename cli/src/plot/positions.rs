@@ -138,7 +138,7 @@ impl PositionsPlot {
             }
         }
         if self.len == Some(0) {
-            usage!("--len must be at least 1");
+            usage!("--len 0 draws nothing; it must be at least 1");
         }
         Ok(())
     }

@@ -431,7 +431,7 @@ fn attention_that_cannot_be_drawn_says_why() {
     refused(&["--weights", "scores.npy"], 1, "1.5 at head 0, query 1, key 0; attention weights lie between 0 and 1");
     refused(&["--weights", "flat.npy"], 1, "[4] must be [batch, heads, len_q, len_k]");
     refused(&["--weights", "empty.npy"], 1, "[0, 2, 2] holds no weights");
-    refused(&["--weights", "even.npy", "--lines"], 1, "115600 lines are more than 100000");
+    refused(&["--weights", "even.npy", "--lines"], 1, "115600 lines are too many to be distinguished (at most 100000)");
     refused(&["--weights", "even.npy", "-o", "out.svg"], 1, "use .png");
     refused(&["--weights", "absent.npy"], 1, "no such file");
     refused(&["--weights", "w.npy", "--tokens", "a,b"], 1, "2 tokens for 3 queries");
@@ -439,7 +439,7 @@ fn attention_that_cannot_be_drawn_says_why() {
     refused(&["--weights", "w.npy", "--key-tokens", "a,b,c"], 1, "3 tokens for 4 keys");
     refused(&["--weights", "w.npy", "--tokens", "bad.json"], 1, "not a JSON list of strings");
     refused(&["--weights", "w.npy", "--head", "2"], 1, "there is no head 2: the weights have 2");
-    refused(&["--weights", "w.npy", "--batch", "0"], 2, "no such axis");
+    refused(&["--weights", "w.npy", "--batch", "0"], 2, "--batch needs a batch axis");
     refused(&["--weights", "w.npy", "--causal", "top-left"], 2, "--q and --k");
     refused(&["--weights", "w.npy", "--q", "w.npy", "--k", "w.npy"], 2, "cannot be used with");
     refused(&["--q", "w.npy"], 2, "--k");
