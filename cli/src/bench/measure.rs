@@ -18,7 +18,7 @@ use crate::error::{Result, fail};
 pub enum Effort {
     /// This number of calls.
     Calls(usize),
-    /// Calls for this many seconds, but at least [`LEAST_CALLS`].
+    /// Calls for this many seconds, but at least `LEAST_CALLS`.
     Seconds(f64),
 }
 

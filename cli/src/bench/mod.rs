@@ -68,7 +68,7 @@ pub struct BenchArgs {
     /// For --lengths: causal attention
     #[arg(long, requires = "lengths")]
     causal: bool,
-    /// Methods to time: auto, fused, passes (three passes) or a tile of the fused kernel such as rows8x8/keys8/subgroup8
+    /// Methods to time: auto, fused, passes (three passes) or a tile of the fused kernel, as rows8x8/keys8/subgroup8
     /// (rows per invocation, invocations, keys per step, lanes that share loads). The CPU backend has one method only
     #[arg(long, value_name = "METHOD,…", value_delimiter = ',', default_value = "auto", value_parser = parse_method)]
     method: Vec<Method>,

@@ -81,8 +81,8 @@ impl Shape {
         NAMED.iter().map(|&(name, ..)| Shape::parse(name).expect("a shape of the table")).collect()
     }
 
-    /// Parses `NAME` or `b,hq,hkv,sq,skv,d`, with `,dv` if values have another width, followed by any of `:causal`, `:xN`,
-    /// an extra and `:stored`.
+    /// Parses `NAME` or `b,hq,hkv,sq,skv,d`, with `,dv` if values have another width, followed by any of `:causal`,
+    /// `:xN`, an extra and `:stored`.
     pub fn parse(text: &str) -> Result<Shape, String> {
         let mut parts = text.split(':');
         let head = parts.next().unwrap_or_default();

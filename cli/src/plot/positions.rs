@@ -115,8 +115,8 @@ struct Encoding {
 }
 
 impl PositionsPlot {
-    /// Options that do not apply to the method are errors, because they must not be ignored. Every method accepts a width,
-    /// so that a comparison can pass it to every call.
+    /// Options that do not apply to the method are errors, because they must not be ignored. Every method accepts
+    /// --dim, so that a comparison can pass it to every call.
     fn check_options(&self) -> Result<()> {
         use MethodWord::*;
         let given = [
