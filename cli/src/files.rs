@@ -45,8 +45,8 @@ pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
 /// is known. The error for a shard listed in an index is the library's own.
 pub fn explain(path: &Path, error: wgpu_attention::Error) -> Error {
     let start = if extension(path) == "json" { None } else { beginning(path).ok() };
-    let told = start.and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));
-    Error::Failed(told.map_or_else(|| error.to_string(), |told| format!("{}: {told}", path.display())))
+    let problem = start.and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));
+    Error::Failed(problem.map_or_else(|| error.to_string(), |problem| format!("{}: {problem}", path.display())))
 }
 
 /// The bytes that identify a file, including the whole header of a safetensors file, and the file's length.
@@ -205,15 +205,15 @@ fn open_folder(folder: &Path) -> Result<TensorFile> {
 /// The error for a file whose contents do not match its extension: what it is instead and how to convert it, if that is
 /// known, else the reader's `reason`.
 fn unreadable(path: &Path, bytes: &[u8], ending: &'static str, reason: &str) -> Error {
-    let told = what_instead(path, bytes, bytes.len() as u64, ending).unwrap_or_else(|| reason.to_string());
+    let problem = what_instead(path, bytes, bytes.len() as u64, ending).unwrap_or_else(|| reason.to_string());
     let kind = if ending == "safetensors" { "safetensors".into() } else { format!(".{ending}") };
-    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {told}", path.display(), bytes.len()))
+    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {problem}", path.display(), bytes.len()))
 }
 
 /// What is wrong with a file of `length` bytes that does not match its extension: it is something else, or cut off.
 fn what_instead(path: &Path, head: &[u8], length: u64, ending: &'static str) -> Option<String> {
-    let told = recognise(path, &head[..head.len().min(HEAD)], Some(ending));
-    told.or_else(|| if ending == "safetensors" { cut_off(head, length) } else { None })
+    let problem = recognise(path, &head[..head.len().min(HEAD)], Some(ending));
+    problem.or_else(|| if ending == "safetensors" { cut_off(head, length) } else { None })
 }
 
 /// Reports that a safetensors file of `length` bytes is truncated, as by an interrupted download.

@@ -86,7 +86,7 @@ impl Dawn {
 
     /// Runs each call twice and reports the results in the order of the calls. The first result includes the adapter.
     /// Pass a few hundred calls at a time, because their files exist until all are done.
-    pub fn run(&self, calls: &[&ExportedCall], mut tell: impl FnMut(Option<Adapter>, DawnResult)) -> Result<()> {
+    pub fn run(&self, calls: &[&ExportedCall], mut report: impl FnMut(Option<Adapter>, DawnResult)) -> Result<()> {
         let version = self.version()?;
         // Node searches the folders above the script for packages.
         let folder = tempfile::Builder::new().prefix("run-").tempdir_in(&self.modules);
@@ -106,12 +106,12 @@ impl Dawn {
                 let at = first + done;
                 done += 1;
                 let (adapter, result) = read(calls[at], &folders[at], &version)?;
-                tell(Some(adapter).filter(|_| !std::mem::replace(&mut is_known, true)), result);
+                report(Some(adapter).filter(|_| !std::mem::replace(&mut is_known, true)), result);
                 Ok(())
             })?;
             first += done;
             if let Some(why) = why.filter(|_| first < folders.len()) {
-                tell(None, DawnResult { outputs: Err(why), lacks: false, same_bits: false, milliseconds: 0.0 });
+                report(None, DawnResult { outputs: Err(why), lacks: false, same_bits: false, milliseconds: 0.0 });
                 first += 1;
             }
         }
@@ -277,12 +277,12 @@ mod tests {
 
     fn run(dawn: &Dawn, calls: &[ExportedCall]) -> (Option<Adapter>, Vec<DawnResult>) {
         let (mut adapter, mut results) = (None, Vec::new());
-        let tell = |told: Option<Adapter>, result| {
-            assert!(told.is_none() || adapter.is_none(), "told once");
-            adapter = adapter.take().or(told);
+        let report = |seen: Option<Adapter>, result| {
+            assert!(seen.is_none() || adapter.is_none(), "reported once");
+            adapter = adapter.take().or(seen);
             results.push(result);
         };
-        dawn.run(&calls.iter().collect::<Vec<_>>(), tell).unwrap();
+        dawn.run(&calls.iter().collect::<Vec<_>>(), report).unwrap();
         (adapter, results)
     }
 
@@ -360,13 +360,13 @@ mod tests {
             broken(|_| ()),
         ];
         let (_, results) = run(&dawn, &calls);
-        let told: Vec<String> = (results.iter())
+        let seen: Vec<String> = (results.iter())
             .map(|result| match &result.outputs {
                 Ok(outputs) => format!("{} {:?}", outputs[0].name, &outputs[0].values[..2]),
                 Err(error) => error.clone(),
             })
             .collect();
-        for (told, say) in told.iter().zip([
+        for (seen, say) in seen.iter().zip([
             "output [0.5, 0.5]",
             "error:",
             "ffset",
@@ -375,7 +375,7 @@ mod tests {
             "no answer within 20 s",
             "output [0.5, 0.5]",
         ]) {
-            assert!(told.contains(say), "{say}: {told:#?}");
+            assert!(seen.contains(say), "{say}: {seen:#?}");
         }
         let lack: Vec<usize> = (0..results.len()).filter(|&n| results[n].lacks).collect();
         assert_eq!(lack, [3, 4], "a limit and a subgroup");

@@ -14,7 +14,7 @@ use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 
-/// Results held against a case's answers. Every answer must be asked for, but for gradients.
+/// Compares results with a case's answers. Every answer must be requested, except for gradients.
 struct Held<'a> {
     case: &'a Case,
     asked: Vec<String>,
@@ -32,7 +32,7 @@ impl<'a> Held<'a> {
         array
     }
 
-    /// Against float64, `allowed` off the largest value.
+    /// Against float64, within `allowed` times the largest value.
     fn truth(&mut self, name: &str, got: &Array, allowed: f64) -> Result<()> {
         let truth = self.answer(format!("ref64.{name}"))?;
         let limit = allowed * largest_finite(&truth.to_f64());
@@ -40,7 +40,7 @@ impl<'a> Held<'a> {
         Ok(())
     }
 
-    /// The largest error of transformers' own f32.
+    /// The largest error of transformers' own f32 result.
     fn own_error(&mut self, name: &str) -> Result<f64> {
         let (own, truth) = (self.answer(format!("out32.{name}"))?, self.answer(format!("ref64.{name}"))?);
         Ok(largest_difference(&own.to_f32(), &truth.to_f64()))
@@ -72,7 +72,7 @@ impl<'a> Held<'a> {
     }
 }
 
-/// Slopes of ALiBi.
+/// ALiBi slopes.
 pub fn alibi_slopes(case: &Case) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&[])?;
     let heads = case.count("H")?;
@@ -111,7 +111,7 @@ fn buckets(case: &Case) -> Result<Buckets> {
     })
 }
 
-/// Buckets of T5.
+/// T5 buckets.
 pub fn t5_bucket(case: &Case) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["relative_position"])?;
     let (buckets, distances) = (buckets(case)?, case.input("relative_position")?);
@@ -126,7 +126,7 @@ pub fn t5_bucket(case: &Case) -> Result<Vec<Comparison>, Stop> {
     held.finish()
 }
 
-/// Biases of T5.
+/// T5 biases.
 pub fn t5_bias(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&[])?;
     let table = case.tensor("param.table")?.upload("table", device)?;
@@ -226,7 +226,7 @@ fn rotary_config(case: &Case) -> Result<RotaryConfig, Stop> {
     Ok(RotaryConfig::new(dim).base(need("rope_theta")?).scaling(scaling).f32_frequencies(true))
 }
 
-/// Llama's rotation with any scaling of its frequencies, and the tables behind it.
+/// Llama's rotation with any scaling of its frequencies, and its tables.
 pub fn rope_half_split(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["position_ids", "q", "k"])?;
     let config = rotary_config(case)?;
@@ -282,7 +282,7 @@ pub fn rope_interleaved(case: &Case, device: &Device) -> Result<Vec<Comparison>,
     held.finish()
 }
 
-/// `x · Wᵀ + b` with the case's parameters, in heads: `[batch, heads, len, dim]`.
+/// `x · Wᵀ + b` with the case's parameters, split into heads: `[batch, heads, len, dim]`.
 fn heads_of(case: &Case, x: &Tensor, name: &str, heads: usize) -> Result<Tensor> {
     let y = linear(case, x, name)?;
     let &[batch, len, width] = y.shape() else { fail!("x {:?} must be [batch, len, dim]", x.shape()) };
@@ -309,7 +309,7 @@ fn joined(x: &Tensor) -> Result<Tensor> {
     Ok(x.permute(&[0, 2, 1, 3])?.reshape(&[batch, len, heads * dim])?)
 }
 
-/// Llama's attention: grouped heads, rotary positions, causal, perhaps within a window.
+/// Llama's attention: grouped heads, rotary positions, causal, optionally with a window.
 pub fn llama_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["x"])?;
     let x = case.upload("x", device)?;
@@ -349,7 +349,7 @@ pub fn shaw_relative_key(case: &Case, device: &Device, attention: Attention) -> 
     against_layer(case, attended, "linear_out")
 }
 
-/// What a layer gives out, and its weights, against float64.
+/// Compares a layer's output and weights with float64.
 fn against_layer(case: &Case, attended: wgpu_attention::Attended, output: &str) -> Result<Vec<Comparison>, Stop> {
     let out = linear(case, &joined(&attended.output)?, output)?;
     let mut held = Held::new(case);

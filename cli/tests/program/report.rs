@@ -326,7 +326,7 @@ fn two_reports_are_held_against_each_other() {
     told(
         diff(&|b| b["adapters"][0]["seconds"] = 3.0.into()),
         0,
-        "nothing changed but the time: llvmpipe (Vulkan) 3.0 s, was 2.0 s",
+        "nothing changed except the time: llvmpipe (Vulkan) 3.0 s, was 2.0 s",
     );
 
     // With one adapter less they are paired by name and backend.

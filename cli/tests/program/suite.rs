@@ -165,14 +165,14 @@ fn single_calls_come_out_of_dawn_too() {
     let ran = attn_with(folder.path(), &[&alone[..], &["alibi/causal/f32/1@auto"]].concat(), &env);
     ran.succeeded();
     assert!(ran.stdout.contains("passed: alibi/causal/f32/1@auto on dawn"), "{}", ran.stdout);
-    attn_with(folder.path(), &[&alone[..], &["torch/sdpa_dim005"]].concat(), &env).refused(1, "is no single call");
+    attn_with(folder.path(), &[&alone[..], &["torch/sdpa_dim005"]].concat(), &env).refused(1, "is not a single call");
     // Without a word of where it is.
     let lost = attn_with(folder.path(), &[&args[..], &["--op", "alibi"]].concat(), &[("ATTN_DAWN", "")]);
     lost.refused(2, "--dawn needs ATTN_DAWN");
 }
 
 #[test]
-fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
+fn planted_faults_are_found_named_and_shrunk() {
     for (fault, kernel) in [("skipped-key", "flash"), ("missing-barrier", "flash_tiled"), ("f16-sums", "flash")] {
         let folder = folder();
         // The sound one too: what fails is the fault's doing.
@@ -214,7 +214,7 @@ fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
 }
 
 #[test]
-fn a_driver_that_hangs_or_falls_is_a_line_of_the_report() {
+fn a_driver_hang_or_crash_is_one_failure_in_the_report() {
     for (fault, say) in [("hang", "the driver hung: no answer within 2 s"), ("crash", "the driver crashed: signal: 6")]
     {
         let folder = folder();
@@ -233,12 +233,12 @@ fn a_driver_that_hangs_or_falls_is_a_line_of_the_report() {
         let alone = ["check", "--adapter", "cpu", "--repro", "softmax/plain/f32/1", "--shrink", "--time-limit", "2"];
         let ran = attn(folder.path(), &[&alone[..], &["--plant", fault]].concat());
         assert_eq!(ran.status, Some(1), "{}", ran.stdout);
-        assert!(ran.stdout.contains(say) && ran.stdout.contains("Not made smaller"), "{}", ran.stdout);
+        assert!(ran.stdout.contains(say) && ran.stdout.contains("Not shrunk"), "{}", ran.stdout);
     }
 }
 
 #[test]
-fn a_driver_that_falls_when_it_is_looked_at_takes_no_other_with_it() {
+fn a_driver_crash_during_enumeration_spares_other_backends() {
     let Some(driver) = lavapipe() else {
         assert!(std::env::var_os("CI").is_none(), "Mesa's software driver is needed");
         return;
@@ -312,7 +312,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     once.sort();
     once.dedup();
     assert_eq!(once.len(), full.len());
-    // Those of other people are all there.
+    // All cases of the other frameworks are included.
     let golden = ["keras_jax", "onnx", "torch", "transformers"].map(|name| {
         let files = std::fs::read_dir(crate::kit::cases(name)).unwrap().flatten();
         files.filter(|file| file.path().extension().is_some_and(|ending| ending == "safetensors")).count()
@@ -353,7 +353,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     let named = attn_with(folder.path(), &["check", "--quick", "--op", "merge"], &[("WGPU_ADAPTER_NAME", "no such")]);
     named.refused(3, "no adapter answers to \"no such\"");
     let golden = ["check", "--adapter", "cpu", "--repro", "torch/sdpa_dim005", "--shrink"];
-    assert!(attn(folder.path(), &golden).stdout.contains("Not made smaller: it does not fail"));
+    assert!(attn(folder.path(), &golden).stdout.contains("Not shrunk: it does not fail"));
     let none = [("VK_DRIVER_FILES", "/dev/null"), ("WGPU_BACKEND", "vulkan")];
     attn_with(folder.path(), &["check", "--quick"], &none).refused(3, "there is no GPU adapter");
 }
