@@ -109,7 +109,7 @@ fn a_saved_report_is_read_strictly() {
     refused(&|report| _ = report.as_object_mut().unwrap().remove("seed"), "missing field `seed`");
     refused(&|report| report["results"][3]["adapter"] = 3.into(), "result 3 is of adapter 3, but there are 3 adapters");
     refused(&|report| report["results"][3]["status"] = "\u{1b}odd".into(), "unknown variant");
-    refused(&|report| report["results"][3]["id"] = report["results"][0]["id"].clone(), "result 3 has the id");
+    refused(&|report| report["results"][3]["id"] = report["results"][0]["id"].clone(), "result 3 repeats the id");
     refused(&|report| report["results"][0]["outputs"][0]["nmse"] = "much".into(), "\"much\" is no number");
     std::fs::write(at.join("a.json"), "{").unwrap();
     check(at, &["--from", "a.json"]).refused(1, "a.json is not a report of attn check");

@@ -330,7 +330,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     let refused = |args: &[&str], status: i32, say: &str| {
         attn(folder.path(), &[&["check"], args].concat()).refused(status, say);
     };
-    refused(&["--repro", "attention/all/f16"], 2, "op/form/storage/seed is needed");
+    refused(&["--repro", "attention/all/f16"], 2, "expected op/form/storage/seed");
     refused(&["--repro", "attention/all/f16/7@fast"], 2, "is no method");
     refused(&["--shrink"], 2, "--repro");
     refused(&["--list", "--json", "cases.json"], 2, "cannot be used with");
