@@ -76,7 +76,7 @@ impl Op {
         }
     }
 
-    /// Whether the method can be chosen for this operation, and `method` supports it.
+    /// Whether the operation can be computed by `method`.
     pub fn takes(self, method: Method) -> bool {
         match self {
             Op::Attention | Op::Alibi | Op::T5 | Op::Rotary => true,

@@ -11,8 +11,7 @@ pub const ASKED: u32 = 2 * HALF;
 const START: u32 = 12_345;
 const DURING: &str = "counting loop iterations";
 
-/// A linear congruential step, so that a compiler cannot compute the end of the chain without running it (Knuth, TAOCP 2,
-/// 3.2.1).
+/// One step of a chain whose end a compiler cannot know without running all steps (Knuth, TAOCP 2, 3.2.1).
 const fn next(x: u32) -> u32 {
     x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223)
 }

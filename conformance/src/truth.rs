@@ -12,8 +12,8 @@ use crate::compare::{assert_close, assert_close_to, assert_logs_close, largest};
 #[derive(Clone, Debug)]
 pub struct Truth {
     pub outputs: Outputs,
-    /// For each query, `[b, h, i]`: the weighted sum of the magnitudes of the values. A row of the output is no larger,
-    /// and far smaller if values cancel, which costs digits in any implementation.
+    /// For each query, `[b, h, i]`: the largest magnitudes of the value vectors, averaged with the query's weights. A
+    /// row of the output is no larger, and far smaller if values cancel, which costs digits in any implementation.
     pub values: Vec<f64>,
     /// For each query: the largest product of the norms of the query and a key, scaled. No score is larger before
     /// biases.

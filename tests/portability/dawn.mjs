@@ -2,21 +2,20 @@
 //
 //     node dawn.mjs SECONDS FOLDER…
 //
-// Each folder holds a plan.json with its buffers. Every plan runs twice; the first run's outputs are written beside it
-// as result-NAME.bin, the whole buffer each, and result.json says on which adapter, whether the second run gave the
-// same bits, the milliseconds of the first run, compilation included, and the error if there was one, with `lacks` where
-// the adapter lacks a feature or limit. Then one line
-// with the folder is printed. No diagnostic is turned off, and a compiler's warning is an error. A plan that
-// takes longer than SECONDS is an error too and ends the program, its line followed by `late`: what hangs can only be
-// left, and the program may have to be killed. The caller starts it again with the folders that are left. Exit
-// status 3: Dawn has no adapter.
+// Each folder holds a plan.json with its buffers. Every plan runs twice. The outputs of the first run are written beside
+// the plan as result-NAME.bin, the whole buffer each. result.json holds the adapter, whether the second run gave the same
+// bits, the milliseconds of the first run, including compilation, and the error if there was one, with `lacks` if the
+// adapter lacks a feature or limit. Then one line with the folder is printed. No diagnostic is disabled, and a compiler
+// warning is an error. A plan that takes longer than SECONDS is an error too and ends the program, and its line is
+// followed by `late`: a hanging plan cannot be stopped, and the program may have to be killed. The caller restarts it with
+// the remaining folders. Exit status 3: Dawn has no adapter.
 
 import { readFileSync, writeFileSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { create, globals } from 'webgpu';
 
 Object.assign(globalThis, globals);
-// Dawn crashes when what it hands out is collected as garbage: all of it stays reachable.
+// Dawn crashes if its objects are garbage-collected, so all of them stay reachable.
 const kept = (globalThis.kept = []);
 const keep = (object) => (kept.push(object), object);
 

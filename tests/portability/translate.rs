@@ -1,4 +1,4 @@
-//! Variants as wgpu hands them to drivers: the options are those of wgpu-hal's backends.
+//! Translates variants as wgpu does for drivers, with the options of wgpu-hal's backends.
 
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -7,7 +7,7 @@ use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 pub fn validate(name: &str, source: &str) -> (naga::Module, ModuleInfo) {
     let module =
         naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
-    // 64-bit loads are for devices that take them: the texts that are translated have none.
+    // 64-bit loads are only for devices that support them: the translated texts have none.
     let capabilities = Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SHADER_INT64;
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
