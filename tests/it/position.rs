@@ -200,10 +200,10 @@ fn halves_turn<T: Element>() {
         for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
             let rotary = Rotary::new(&device, &RotaryConfig::new(8).pairing(pairing), 16).unwrap();
             for order in [Order::Bhsd, Order::Bshd, Order::Bhds, Order::Packed] {
-                let turn = |x: &Tensor| rotary.rotate(x, &TokenPositions::FromEach(vec![1, 9])).unwrap();
-                let y = turn(&place(&device, shape, &data, order, 2).unwrap());
+                let rotate = |x: &Tensor| rotary.rotate(x, &TokenPositions::FromEach(vec![1, 9])).unwrap();
+                let y = rotate(&place(&device, shape, &data, order, 2).unwrap());
                 assert_eq!(y.dtype(), T::DTYPE);
-                let expected = turn(&place(&device, shape, &floats, order, 2).unwrap()).download().unwrap();
+                let expected = rotate(&place(&device, shape, &floats, order, 2).unwrap()).download().unwrap();
                 // The same bits as f32 of the same values, and rounded when read back.
                 let exact = y.clone().with_dtype(Dtype::F32).unwrap().download().unwrap();
                 assert_eq!(bits(&exact), bits(&expected), "{order:?} on {name}");
@@ -280,8 +280,8 @@ fn a_rotated_product_depends_on_the_distance_alone() {
         let q = Tensor::from_slice(&device, &[1, 16], &data[..16]).unwrap();
         let k = Tensor::from_slice(&device, &[1, 16], &data[16..]).unwrap();
         let product = |at: usize, back: usize| -> f32 {
-            let turn = |x, at| rotary.rotate(x, &TokenPositions::From(at)).unwrap().download().unwrap();
-            turn(&q, at).iter().zip(turn(&k, at - back)).map(|(a, b)| a * b).sum()
+            let rotate = |x, at| rotary.rotate(x, &TokenPositions::From(at)).unwrap().download().unwrap();
+            rotate(&q, at).iter().zip(rotate(&k, at - back)).map(|(a, b)| a * b).sum()
         };
         for back in [0, 1, 7] {
             assert!((product(7, back) - product(907, back)).abs() < 3e-5, "{back} back on {name}");

@@ -103,14 +103,14 @@ async function pipeline({ device, pipelines }, { kernel, wgsl, bindings }) {
   return { compiled, layout };
 }
 
-// The bytes of every output.
+// Runs a plan and returns the bytes of every output.
 async function run(folder, plan, contents) {
   const { device } = open;
   const { STORAGE, UNIFORM, COPY_SRC, COPY_DST, MAP_READ } = GPUBufferUsage;
   const buffer = (size, usage) => keep(device.createBuffer({ size, usage }));
   const buffers = plan.buffers.map(({ size }, n) => {
     const made = buffer(size, STORAGE | UNIFORM | COPY_SRC | COPY_DST);
-    // What is written before it is read may hold anything.
+    // Buffers that are written before they are read may hold anything.
     device.queue.writeBuffer(made, 0, contents[n] || new Uint8Array(size).fill(0xee));
     return made;
   });
@@ -167,7 +167,7 @@ async function both(folder, plan) {
     const error = await open.device.popErrorScope().catch(({ message }) => ({ message }));
     if (error) caught.push(error.message);
   }
-  // What a scope caught is the cause of what was thrown.
+  // An error caught by a scope is the cause of the exception.
   const error = caught[0] ?? open.uncaptured ?? open.lost ?? thrown;
   if (error) return { error };
   first.forEach((bytes, n) => writeFileSync(join(folder, `result-${plan.outputs[n].name}.bin`), bytes));
