@@ -224,9 +224,9 @@ fn attention_rotates_its_operands() {
             let truth = call.with_operands(&data, [q, k, wide(&data.v)], Truth::new);
             for (name, device) in devices() {
                 let what = format!("{config:?} on {name}, from {starts:?}");
-                let turning = call.attention().lse(true).rotary(Rotary::new(&device, &config, LEN).unwrap());
+                let rotating = call.attention().lse(true).rotary(Rotary::new(&device, &config, LEN).unwrap());
                 let [q, k, v] = call.operands(&device, &data, Dtype::F32).unwrap();
-                let all = turning.clone().weights(Weights::PerHead).forward(&q, &k, &v).unwrap();
+                let all = rotating.clone().weights(Weights::PerHead).forward(&q, &k, &v).unwrap();
                 truth.hold(&what, &all, TOLERANCE);
                 if let Device::Gpu(gpu) = &device
                     && *starts == [5, 30]
@@ -235,14 +235,14 @@ fn attention_rotates_its_operands() {
                     // alternate.
                     for method in Method::every(gpu.capabilities()).into_iter().skip(n % 2).step_by(2) {
                         let what = format!("{what}, {method}");
-                        let (attended, profile) = turning.clone().method(method).forward_profiled(&q, &k, &v).unwrap();
+                        let (attended, profile) = rotating.clone().method(method).forward_profiled(&q, &k, &v).unwrap();
                         truth.hold(&what, &attended, TOLERANCE);
                         let is_read = profile.kernels.iter().any(|kernel| kernel.contains("/rotary"));
                         // Three adjacent pairs are not a multiple of a vec4.
                         assert_eq!(is_read, method != Method::ThreePasses && config.dim != 6, "{what}: {profile:?}");
                     }
                 }
-                let seen = turning.inspect(&q, &k, &all.lse.unwrap(), &Inspect::new().weights()).unwrap();
+                let seen = rotating.inspect(&q, &k, &all.lse.unwrap(), &Inspect::new().weights()).unwrap();
                 assert_close(&what, &seen.weights.unwrap(), &truth.weights, 1e-5);
             }
         }

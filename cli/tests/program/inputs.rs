@@ -1,4 +1,4 @@
-//! Inputs as people have them: other types, other files, other shapes. Each is computed, or its error says the way out.
+//! Inputs as users have them: other types, files and shapes. Each is computed, or its error says what to do.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::kit::{Entry, Ran, adapters, attn, cases, close, close_as, floats, fol
 const SHAPE: [usize; 4] = [1, 2, 3, 4];
 const LEN: usize = 24;
 
-/// An .npy file: NumPy's name of the type, shape, data.
+/// An .npy file from NumPy's name of the type, the shape and the data.
 fn npy(dtype: &str, shape: &[usize], data: &[u8]) -> Vec<u8> {
     let axes: String = shape.iter().map(|n| format!("{n},")).collect();
     let header = format!("{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({axes}), }}\n");
@@ -25,7 +25,7 @@ fn bytes_of<const N: usize>(data: &[f32], to: impl Fn(f32) -> [u8; N]) -> Vec<u8
     data.iter().flat_map(|&x| to(x)).collect()
 }
 
-/// `attn run` of `in.safetensors` into `out.safetensors`.
+/// Runs `attn run` on `in.safetensors`, writing `out.safetensors`.
 fn run(folder: &Path, adapter: &str, more: &[&str]) -> Ran {
     attn(folder, &[&["run", "in.safetensors", "-o", "out.safetensors", "--adapter", adapter], more].concat())
 }
@@ -34,7 +34,7 @@ fn qkv() -> [Entry<'static>; 3] {
     ["q", "k", "v"].map(|name| floats(name, &SHAPE, &numbers(LEN, name.as_bytes()[0].into())))
 }
 
-/// Queries, keys and values with more tensors; output of the call.
+/// Runs a call on queries, keys, values and additional tensors, and returns its output.
 fn output(folder: &Path, adapter: &str, more: &[Entry<'_>], options: &[&str]) -> Vec<f64> {
     save(&folder.join("in.safetensors"), &[&qkv()[..], more].concat());
     run(folder, adapter, options).succeeded();
@@ -53,7 +53,7 @@ fn arrays_of_other_types_are_computed() {
         run(at, "cpu", &[]).succeeded();
         load(&at.join("out.safetensors"), "output").1
     };
-    // What rounding the inputs loses is no error of the program.
+    // Rounding the inputs is not an error of the program.
     let (plain, of_f16, of_bf16) = (with(&q), with(&of_f16), with(&of_bf16));
     use wgpu_attention::Dtype::{BF16, F16, F32};
     for (dtype, data, truth, stored) in [
@@ -74,7 +74,7 @@ fn arrays_of_other_types_are_computed() {
         close_as(stored, &load(&at.join("out.safetensors"), "output").1, truth, 1e-6);
         // Once for all three.
         assert_eq!(ran.stderr.matches("rounded to f32").count(), usize::from(dtype.ends_with("f8")), "{}", ran.stderr);
-        // What comes out is in the type of q, and is read back.
+        // The output has the type of q and can be read back.
         let ran = attn(at, &[&same[..], &["-o", "q.npy"]].concat());
         ran.succeeded();
         assert_eq!(ran.stderr.contains("ml_dtypes"), dtype.ends_with("V2"), "{}", ran.stderr);
@@ -107,7 +107,7 @@ fn the_uint64_lengths_of_numpy() {
 }
 
 #[test]
-fn arrays_that_are_not_read_say_what_they_are() {
+fn errors_for_unsupported_arrays_say_what_they_are() {
     let folder = folder();
     let at = folder.path();
     for (dtype, size, is, way_out) in [
@@ -136,7 +136,7 @@ fn arrays_that_are_not_read_say_what_they_are() {
 }
 
 #[test]
-fn f64_beyond_f32_is_said() {
+fn f64_that_overflows_f32_is_reported() {
     let folder = folder();
     // A mask as transformers makes it in float64.
     let bias = [0.0, f64::MIN, 0.0].iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -207,7 +207,7 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
 }
 
 #[test]
-fn key_padding_of_floats_is_the_bias_that_it_is() {
+fn float_key_padding_is_a_bias() {
     let case = cases("torch").join("mha_kpm_bool.safetensors");
     let bytes = std::fs::read(&case).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -258,7 +258,7 @@ fn key_padding_of_floats_is_the_bias_that_it_is() {
         ran.succeeded();
         assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped", "{adapter}");
     }
-    // The input of the fault itself: entry 1 of two sees its first key alone.
+    // The input of the original bug: entry 1 of two sees only its first key.
     let of = |name: &str| cases("faults").join(name).display().to_string();
     let (layer, x, padding) = (of("ok.safetensors"), of("2-x.npy"), of("7-padding-float.npy"));
     for adapter in adapters() {
@@ -317,7 +317,7 @@ fn wrong_inputs_name_the_right_ones() {
         save(&at.join("in.safetensors"), &[&qkv()[..], &[more]].concat());
         run(at, "cpu", options).refused(status, says);
     }
-    // Axes in the other order, which fit no other way.
+    // Axes in the other order, which only fit that way.
     let permuted = [("q", [1, 3, 2, 4]), ("k", [1, 5, 2, 4]), ("v", [1, 5, 2, 4])];
     let permuted = permuted.map(|(name, shape)| floats(name, &shape, &numbers(shape.iter().product(), 1.0)));
     save(&at.join("in.safetensors"), &permuted);
@@ -340,7 +340,7 @@ fn wrong_inputs_name_the_right_ones() {
 }
 
 #[test]
-fn weights_that_do_not_fit_name_what_does() {
+fn weights_that_do_not_fit_suggest_alternatives() {
     let folder = folder();
     let at = folder.path();
     // More than the largest buffer of any adapter, and more than the memory.
@@ -350,7 +350,7 @@ fn weights_that_do_not_fit_name_what_does() {
         let ran = run(at, &adapter, &["--weights"]);
         ran.refused(1, "--inspect-heads and --inspect-queries");
         ran.refused(1, "--column-sums");
-        // The CPU backend takes the mean of all of them.
+        // The CPU backend computes their mean from all of them.
         assert_eq!(ran.stderr.contains("--weights averaged"), adapter != "cpu", "{}", ran.stderr);
         ran.refused(1, "needs 921600000000 bytes");
         let averaged = run(at, &adapter, &["--weights", "averaged"]);
