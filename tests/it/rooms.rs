@@ -283,10 +283,10 @@ fn the_table_in_contributing_matches() {
         .collect();
     floors.reverse();
     assert_eq!(floors.len(), FLOORS.len());
-    for (told, floor) in floors.iter_mut().zip(FLOORS) {
-        told.sort();
+    for (named, floor) in floors.iter_mut().zip(FLOORS) {
+        named.sort();
         let mut floor = floor.to_vec();
         floor.sort();
-        assert_eq!(*told, floor);
+        assert_eq!(*named, floor);
     }
 }

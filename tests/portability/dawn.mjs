@@ -81,10 +81,10 @@ async function pipeline({ device, pipelines }, { kernel, wgsl, bindings }) {
   if (known) return known;
   const module = keep(device.createShaderModule({ label: kernel, code: wgsl }));
   const { messages } = await module.getCompilationInfo();
-  const told = messages
+  const complaints = messages
     .filter(({ type }) => type !== 'info')
     .map(({ type, lineNum, message }) => `${type}: ${message} in line ${lineNum}`);
-  if (told.length) throw new Error(`${kernel}: ${told.join('; ')}`);
+  if (complaints.length) throw new Error(`${kernel}: ${complaints.join('; ')}`);
   const types = { uniform: 'uniform', read: 'read-only-storage', read_write: 'storage' };
   const entries = bindings.map(({ binding, kind }) => ({
     binding,

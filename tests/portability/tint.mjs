@@ -27,10 +27,10 @@ async function faults(path) {
     device.createComputePipeline({ layout: 'auto', compute: { module, entryPoint: 'main' } });
   }
   const error = await device.popErrorScope();
-  const told = messages
+  const complaints = messages
     .filter(({ type }) => type !== 'info')
     .map(({ type, lineNum, message }) => `${type}: ${message} in line ${lineNum}: ${lines[lineNum - 1]?.trim()}`);
-  return error && told.length === 0 ? [error.message] : told;
+  return error && complaints.length === 0 ? [error.message] : complaints;
 }
 
 for (const path of process.argv.slice(2)) {

@@ -245,9 +245,9 @@ pub fn rotary_embedding(case: &Case, device: &Device) -> Result<Vec<Comparison>,
         other => return Err(Stop::Skip(format!("interleaved = {other} is not known"))),
     };
     let rotary = Rotary::from_tables(device, &rows(&cos)?, &rows(&sin)?, pairing)?;
-    let mut turned = rotary.rotate(&x, &TokenPositions::Given(positions))?;
+    let mut rotated = rotary.rotate(&x, &TokenPositions::Given(positions))?;
     if x_in.shape().len() == 3 {
-        turned = turned.permute(&[0, 2, 1, 3])?.reshape(x_in.shape())?;
+        rotated = rotated.permute(&[0, 2, 1, 3])?.reshape(x_in.shape())?;
     }
-    case.against_onnx(&[("Y", Array::download(&turned)?)])
+    case.against_onnx(&[("Y", Array::download(&rotated)?)])
 }

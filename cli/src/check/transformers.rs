@@ -260,9 +260,9 @@ pub fn rope_half_split(case: &Case, device: &Device) -> Result<Vec<Comparison>, 
     let positions = TokenPositions::Given(positions);
     for name in ["q", "k"] {
         let x = case.input(name)?;
-        let turned = rotary.rotate(&x.upload(name, device)?, &positions)?;
+        let rotated = rotary.rotate(&x.upload(name, device)?, &positions)?;
         let own = own * largest_finite(&x.to_f64());
-        held.truth_beside_own(&format!("{name}_rot"), &Array::download(&turned)?, own)?;
+        held.truth_beside_own(&format!("{name}_rot"), &Array::download(&rotated)?, own)?;
     }
     held.finish()
 }
@@ -276,9 +276,9 @@ pub fn rope_interleaved(case: &Case, device: &Device) -> Result<Vec<Comparison>,
     config.base = case.float("theta")?.unwrap_or(config.base);
     // [batch, len, heads, dim] in and out.
     let x = case.upload("x", device)?.permute(&[0, 2, 1, 3])?;
-    let turned = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::Given(positions))?;
+    let rotated = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::Given(positions))?;
     let mut held = Held::new(case);
-    held.truth("out", &Array::download(&turned.permute(&[0, 2, 1, 3])?)?, F32_ULPS)?;
+    held.truth("out", &Array::download(&rotated.permute(&[0, 2, 1, 3])?)?, F32_ULPS)?;
     held.finish()
 }
 
@@ -317,10 +317,10 @@ pub fn llama_attention(case: &Case, device: &Device, attention: Attention) -> Re
     let mut config = RotaryConfig::new(case.count("head_dim")?);
     config.base = case.float("rope_theta")?.unwrap_or(config.base);
     let rotary = Rotary::new(device, &config, x.shape().get(1).copied().unwrap_or(0))?;
-    let turned = |name, heads| -> Result<Tensor> {
+    let rotated = |name, heads| -> Result<Tensor> {
         Ok(rotary.rotate(&heads_of(case, &x, name, heads)?, &TokenPositions::From(0))?)
     };
-    let (q, k) = (turned("q_proj", heads_q)?, turned("k_proj", heads_kv)?);
+    let (q, k) = (rotated("q_proj", heads_q)?, rotated("k_proj", heads_kv)?);
     let v = heads_of(case, &x, "v_proj", heads_kv)?;
     let mut attention = attention.weights(Weights::PerHead);
     if case.flag("causal")? {

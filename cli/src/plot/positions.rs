@@ -198,8 +198,8 @@ impl PositionsPlot {
         };
         let unit = vec![1.0 / (dim as f32).sqrt(); len * dim];
         let x = Tensor::from_slice(device, &[1, 1, len, dim], &unit)?;
-        let turned = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::From(0))?.download()?;
-        let row = |position: usize| &turned[position * dim..][..dim];
+        let rotated = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::From(0))?.download()?;
+        let row = |position: usize| &rotated[position * dim..][..dim];
         Ok(Encoding {
             title: format!("rotary positions, {len} × {dim}, base {base}"),
             panels: vec![panel("cosine", tables[0].data()), panel("sine", tables[1].data())],

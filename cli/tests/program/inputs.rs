@@ -103,7 +103,7 @@ fn the_uint64_lengths_of_numpy() {
     assert_eq!(output(folder.path(), "cpu", &[lengths("key_lengths", 2)], &[]), of_i64);
     let more = [lengths("key_lengths", u64::MAX)];
     save(&folder.path().join("in.safetensors"), &[&qkv()[..], &more].concat());
-    run(folder.path(), "cpu", &[]).refused(1, "key_lengths holds 18446744073709551615; integers up to");
+    run(folder.path(), "cpu", &[]).refused(1, "key_lengths holds 18446744073709551615; the largest integer allowed is");
 }
 
 #[test]
@@ -111,8 +111,8 @@ fn errors_for_unsupported_arrays_say_what_they_are() {
     let folder = folder();
     let at = folder.path();
     for (dtype, size, is, way_out) in [
-        ("<c8", 8, "holds complex64 ('<c8')", "save x.real and x.imag apart"),
-        ("<c16", 16, "holds complex128", "save x.real and x.imag apart"),
+        ("<c8", 8, "holds complex64 ('<c8')", "save x.real and x.imag separately"),
+        ("<c16", 16, "holds complex128", "save x.real and x.imag separately"),
         ("<f16", 16, "holds float128", "x.astype('float32')"),
         ("<f1", 1, "holds float8", "x.astype('float32')"),
         ("<V1", 1, "float8 or int4 of ml_dtypes", "x.astype('float32')"),

@@ -337,7 +337,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     refused(&["--list", "--json", "cases.json"], 2, "cannot be used with");
     refused(&["--repro", "softmax/plain/f32/1", "--html", "case.html"], 2, "cannot be used with");
     refused(&["--quick", "--adapter", "cpu", "--op", "dancing"], 2, "no op \"dancing\"");
-    refused(&["--quick", "--adapter", "cpu", "--filter", "no such case"], 1, "no case is left");
+    refused(&["--quick", "--adapter", "cpu", "--filter", "no such case"], 1, "no case matches");
     refused(&["--quick", "--time-limit", "0"], 2, "--time-limit");
     refused(&["--quick", crate::kit::cases("torch").to_str().unwrap()], 2, "--quick");
     refused(&["--quick", "--adapter", "no such adapter"], 3, "no adapter answers");

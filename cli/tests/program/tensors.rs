@@ -128,8 +128,8 @@ fn run_inspects_chosen_heads_and_queries() {
         let bytes = std::fs::read(&out).unwrap();
         assert!(safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("lse").is_err());
 
-        call(&choice).refused(2, "give at least one");
-        call(&[&choice[..], &["--weights", "averaged"]].concat()).refused(2, "not averaged");
+        call(&choice).refused(2, "add at least one");
+        call(&[&choice[..], &["--weights", "averaged"]].concat()).refused(2, "not with averaged");
         call(&["--inspect-queries", "1-3", "--entropy"]).refused(2, "such as 10..20");
         call(&["--inspect-queries", "1..4", "--entropy"]).refused(1, "queries 1..4 are out of range");
         call(&["--inspect-heads", "2", "--column-sums"]).refused(1, "head 2 of [2] is out of range");
@@ -456,7 +456,7 @@ fn a_mask_needs_a_meaning_and_names_must_be_right() {
         attn(folder.path(), &args)
     };
     run("masked.safetensors", &[]).refused(2, "--mask keep");
-    run("plain.safetensors", &["--mask", "keep"]).refused(2, "no tensor \"mask\"");
+    run("plain.safetensors", &["--mask", "keep"]).refused(2, "neither a tensor \"mask\"");
     run("odd.safetensors", &[]).refused(1, "\"maks\"");
     run("few.safetensors", &[]).refused(1, "found keys, q");
     run("absent.safetensors", &[]).refused(1, "cannot read absent.safetensors");
