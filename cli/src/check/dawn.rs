@@ -134,7 +134,7 @@ impl Dawn {
     }
 
     /// Runs one process over `folders` and calls `done` for each folder that has its result. Returns why the process
-    /// ended before the next folder had one.
+    /// ended before the next folder had one. Each call finishes at least one folder or returns a reason.
     fn start(
         &self,
         script: &Path,

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use super::data::{Adapter, CaseResult, Observed, Report, Status, Tally, short, visible};
 use super::table::groups;
 
-/// An NMSE below is rounding, however much it grew.
+/// An NMSE below this is rounding error, however much it grew.
 const NOISE: f64 = 1e-14;
 /// The factor by which an NMSE must grow to count.
 const GROWTH: f64 = 10.0;

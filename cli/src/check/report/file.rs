@@ -18,8 +18,8 @@ struct Head {
 /// Reads a report.
 ///
 /// # Errors
-/// If the file is not a report of a known version or lacks members, or if a result has an unknown adapter or repeats the
-/// id of another result of its adapter.
+/// If the file is not a report of a known version or lacks members, or if a result has an unknown adapter or repeats
+/// the id of another result of its adapter.
 pub fn read(path: &Path) -> Result<Report> {
     let shown = path.display();
     let bytes = files::read_bytes(path)?;

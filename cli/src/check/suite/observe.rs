@@ -21,9 +21,9 @@ fn shader_compiler(backend: wgpu::Backend, info: &wgpu::AdapterInfo) -> String {
     }
 }
 
-/// Limits by name, as in wgpu's own serialisation.
+/// Limits under wgpu's own field names.
 fn limits(gpu: &Gpu) -> BTreeMap<String, u64> {
-    // `Limits` serialises as a struct; the report needs its fields.
+    // Parsed from the debug output of `Limits`, so that no field is missed.
     let text = format!("{:?}", gpu.device().limits());
     let fields = text.trim_start_matches("Limits {").trim_end_matches('}').split(',');
     let field = |field: &str| {
