@@ -1,5 +1,5 @@
-//! Seeded calls with their truth in f64: what the library's tests draw from, and what `attn check` runs.
-//! And hostile files for the tests of readers.
+//! Seeded calls with their truth in f64, for the library's tests and for `attn check`, and corrupted files for the
+//! tests of readers.
 
 mod call;
 mod case;
