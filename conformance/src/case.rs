@@ -434,14 +434,14 @@ mod tests {
         for (text, say) in [
             ("", "op/form/storage/seed"),
             ("attention/plain/f32", "op/form/storage/seed"),
-            ("addition/plain/f32/1", "no op"),
-            ("attention/plane/f32/1", "no form"),
+            ("addition/plain/f32/1", "not an op"),
+            ("attention/plane/f32/1", "not a form"),
             ("attention/plain/f64/1", "not a storage type"),
-            ("attention/plain/f32/-1", "no seed"),
+            ("attention/plain/f32/-1", "not a seed"),
             ("attention/plain/f32/1,len_k=0", "from 1 to 1048576"),
             ("attention/plain/f32/1,len_k", "from 1 to 1048576"),
             ("attention/plain/f32/1,length=3", "from 1 to 1048576"),
-            ("attention/plain/f32/1,no-mask", "no rule"),
+            ("attention/plain/f32/1,no-mask", "not a rule"),
             ("rotary/bands/f32/1", "it has causal"),
             ("attention/plain/f32/1,batch=4096,heads_kv=4096", "exceed the limit of a case"),
         ] {
