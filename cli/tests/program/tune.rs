@@ -82,7 +82,7 @@ fn wrong_calls_are_refused() {
     let folder = folder();
     let cache = folder.path().join("cache");
     for (args, status, part) in [
-        (&["--adapter", "cpu"][..], 2, "one way only"),
+        (&["--adapter", "cpu"][..], 2, "one method only"),
         (&["--shape", "P9:x3"], 2, "xN"),
         (&["--shape", "1,2"], 2, "b,hq,hkv,sq,skv,d"),
         (&["--clear", "--dry-run"], 2, "cannot be used with"),
