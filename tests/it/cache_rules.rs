@@ -147,7 +147,7 @@ fn a_bias_for_several_queries_must_say_which_rule() {
             let (truth, _) = call.truth(&data);
             let (cache, q) = filled(&device, &call, &data, config());
             let attention = call.ruled(&device, &data, Attention::new()).unwrap();
-            says(&name, cache.attend(&attention, &q), "say causal(Align::BottomRight)");
+            says(&name, cache.attend(&attention, &q), "call causal(Align::BottomRight)");
             says(&name, cache.attend_lengths(&attention, &q, &[1, 3]), "3 queries of batch entry 1");
             let said = if causal { attention.causal(Align::BottomRight) } else { attention.not_causal() };
             let output = cache.attend(&said, &q).unwrap().output;
