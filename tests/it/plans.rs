@@ -130,7 +130,9 @@ fn adapters() -> Vec<Capabilities> {
                 change(&mut one);
                 one
             };
-            all.extend([4, 5, 6, 7, 8, 10, 16].map(|n| named(&format!("{n} buffers"), &|one| one.max_storage_buffers = n)));
+            all.extend(
+                [4, 5, 6, 7, 8, 10, 16].map(|n| named(&format!("{n} buffers"), &|one| one.max_storage_buffers = n)),
+            );
             all.push(named("small bindings", &|one| one.max_binding = 256 << 10));
             all.push(named("small bindings, five buffers", &|one| {
                 (one.max_binding, one.max_storage_buffers) = (256 << 10, 5);
