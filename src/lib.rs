@@ -29,6 +29,8 @@
 //! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
 //! slices where the adapter's limits ask for it, and so are those of heads wider than 512 (1,024 on software adapters
 //! where few rows share a key head); arithmetic is f32.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 /// The code of the README, compiled and run.
@@ -96,4 +98,4 @@ pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]
 pub use tune::{Candidate, Tuned};
-pub use wgpu;
+pub use {half, wgpu};
