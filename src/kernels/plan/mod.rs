@@ -135,7 +135,7 @@ pub struct Step {
 /// What a step costs, at most.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cost {
-    /// Turns of the loops of one invocation: [`turns`](super::turns).
+    /// Turns of the loops of one invocation: [`turns`].
     pub turns: u64,
     /// Floating-point operations of all invocations.
     pub operations: f64,
