@@ -37,6 +37,8 @@
 //! - Arithmetic is f32.
 //! - Requested weights and scores are stored in memory, in slices if the adapter's limits require it. So are the scores
 //!   of heads wider than 512 (1,024 on software adapters if few rows share a key head).
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 /// The README's code, compiled and run.
@@ -109,4 +111,4 @@ pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]
 pub use tune::{Candidate, Tuned};
-pub use wgpu;
+pub use {half, wgpu};

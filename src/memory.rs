@@ -4,7 +4,7 @@
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn system_memory() -> Option<u64> {
     let kind = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
-    Some(sysinfo::System::new_with_specifics(kind).total_memory()).filter(|&bytes| bytes > 0)
+    Some(sysinfo::System::new_with_specifics(kind).ok()?.total_memory()).filter(|&bytes| bytes > 0)
 }
 
 #[cfg(target_arch = "wasm32")]

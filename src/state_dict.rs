@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::error::{Error, Result, shape_error};
+#[cfg(feature = "safetensors")]
+use crate::error::Error;
+use crate::error::{Result, shape_error};
 use crate::problem::checked_len;
 
 /// A tensor on the host, f32, row-major.

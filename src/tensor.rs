@@ -1,5 +1,6 @@
 //! Tensors: a shape and strides over a buffer on a device.
 
+#[cfg(feature = "cpu")]
 use std::sync::Arc;
 
 use crate::device::Device;

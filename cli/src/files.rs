@@ -7,15 +7,12 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use safetensors::{SafeTensors, tensor::Metadata};
+use zip::write::SimpleFileOptions;
 
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail, usage};
+use crate::npy::{self, Fault};
 use crate::recognise::{HEAD, recognise};
-
-/// The longest header of an `.npy` file, NumPy's own limit.
-const NPY_HEADER: usize = 10_000;
-/// The most brackets in an `.npy` header; a plain array needs three.
-const NPY_BRACKETS: usize = 16;
 
 /// Named arrays of one file, or of a folder of `.npy` files.
 pub struct TensorFile {
@@ -265,84 +262,19 @@ fn unsigned(numbers: impl Iterator<Item = u64>) -> Result<Values, String> {
 
 /// Reads one NumPy array; `shown` names its source in messages.
 fn read_npy(shown: &str, bytes: &[u8]) -> Result<Array> {
-    let bad = |what: &str| unreadable(Path::new(shown), bytes, "npy", what);
-    // Check the header's length before npyz allocates it.
-    let (start, length) = match bytes {
-        [0x93, b'N', b'U', b'M', b'P', b'Y', 1, _, a, b, ..] => (10, usize::from(u16::from_le_bytes([*a, *b]))),
-        [0x93, b'N', b'U', b'M', b'P', b'Y', 2 | 3, _, a, b, c, d, ..] => {
-            (12, u32::from_le_bytes([*a, *b, *c, *d]) as usize)
-        }
-        _ => return Err(bad("it does not start like one")),
-    };
-    let header = (length <= NPY_HEADER).then(|| bytes.get(start..start + length)).flatten();
-    let text = header.ok_or_else(|| bad(&format!("its header claims {length} bytes")))?;
-    if text.iter().filter(|x| b"([{".contains(x)).count() > NPY_BRACKETS {
-        return Err(bad("its header is not that of a plain array"));
+    let npy = npy::parse(bytes).map_err(|fault| match fault {
+        Fault::Format(what) => unreadable(Path::new(shown), bytes, "npy", &what),
+        Fault::Type(name) => Error::Failed(format!("{shown} {}", other_type(&name))),
+        Fault::Shape(error) => error.into(),
+    })?;
+    let values = decode(&npy.data, npy.dtype).map_err(|reason| Error::Failed(format!("{shown} {reason}")))?;
+    if !npy.is_fortran {
+        return Array::new(&npy.shape, values);
     }
-    let of_type = |name: &str| Error::Failed(format!("{shown} {}", other_type(name)));
-    let mut body = bytes;
-    let header = match npyz::NpyHeader::from_reader(&mut body) {
-        Ok(header) => header,
-        // NumPy has types that npyz does not support.
-        Err(error) => match String::from_utf8_lossy(text).split("'descr': '").nth(1).and_then(|x| x.split('\'').next())
-        {
-            Some(name) if !name.is_empty() => return Err(of_type(name)),
-            _ => return Err(bad(&error.to_string())),
-        },
-    };
-    let shape: Vec<usize> = header.shape().iter().map(|&n| usize::try_from(n).unwrap_or(usize::MAX)).collect();
-    let count = wgpu_attention::problem::checked_len(&shape)?;
-    let dtype = header.dtype();
-    let type_name = dtype.descr();
-    let type_name = type_name.trim_matches('\'');
-    if header.uses_pickled_array() {
-        return Err(of_type(type_name));
-    }
-    let item = dtype.num_bytes().ok_or_else(|| of_type(type_name))?;
-    if count.checked_mul(item) != Some(body.len()) {
-        return Err(bad(&format!("shape {shape:?} of {item}-byte elements does not fit {} bytes of data", body.len())));
-    }
-    let order = header.order();
-    let data = body;
-    let file = npyz::NpyFile::with_header(header, body);
-    macro_rules! values {
-        ($variant:ident, $type:ty) => {
-            values!($variant, $type, |x| x)
-        };
-        ($variant:ident, $type:ty, $convert:expr) => {
-            Values::$variant(
-                file.into_vec::<$type>().map_err(|error| bad(&error.to_string()))?.into_iter().map($convert).collect(),
-            )
-        };
-    }
-    let values = match type_name.trim_start_matches(['<', '>', '|', '=']) {
-        "b1" => values!(Bool, bool),
-        "i1" => values!(Int, i8, i64::from),
-        "u1" => values!(Int, u8, i64::from),
-        "i2" => values!(Int, i16, i64::from),
-        "u2" => values!(Int, u16, i64::from),
-        "i4" => values!(Int, i32, i64::from),
-        "u4" => values!(Int, u32, i64::from),
-        "i8" => values!(Int, i64),
-        "u8" => {
-            let numbers = file.into_vec::<u64>().map_err(|error| bad(&error.to_string()))?;
-            unsigned(numbers.into_iter()).map_err(|reason| Error::Failed(format!("{shown} {reason}")))?
-        }
-        "f2" => values!(F16, f16),
-        "f4" => values!(F32, f32),
-        "f8" => values!(F64, f64),
-        // ml_dtypes writes bfloat16 like this: NumPy itself has no name for it.
-        "V2" => Values::BF16(data.chunks_exact(2).map(|x| bf16::from_le_bytes([x[0], x[1]])).collect()),
-        _ => return Err(of_type(type_name)),
-    };
-    match order {
-        npyz::Order::C => Array::new(&shape, values),
-        // Column-major is row-major of the reversed shape.
-        npyz::Order::Fortran => {
-            let reversed: Vec<usize> = shape.iter().rev().copied().collect();
-            Array::new(&reversed, values)?.permute(&(0..shape.len()).rev().collect::<Vec<_>>())
-        }
-    }
+    // Column-major is row-major of the reversed shape.
+    let axes: Vec<usize> = (0..npy.shape.len()).rev().collect();
+    let reversed: Vec<usize> = npy.shape.iter().rev().copied().collect();
+    Array::new(&reversed, values)?.permute(&axes)
 }
 
 /// For an unsupported NumPy type: what the elements are, and how to convert them.
@@ -368,22 +300,27 @@ fn other_type(name: &str) -> String {
 fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
     let head = bytes[..bytes.len().min(HEAD)].to_vec();
     let bad = |error: &dyn std::fmt::Display| unreadable(Path::new(path), &head, "npz", &error.to_string());
-    let mut archive = npyz::npz::NpzArchive::new(Cursor::new(bytes)).map_err(|error| bad(&error))?;
-    let mut names: Vec<String> = archive.array_names().map(str::to_string).collect();
+    let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(|error| bad(&error))?;
+    let mut files = Vec::new();
+    for file in archive.file_names() {
+        let file = file.map_err(|error| bad(&error))?;
+        if file.ends_with(".npy") {
+            files.push(file.into_owned());
+        }
+    }
     // Sorted, so that an error always names the same entry.
-    names.sort();
-    if names.is_empty() && !archive.zip_archive().is_empty() {
+    files.sort();
+    if files.is_empty() && !archive.is_empty() {
         return Err(bad(&"it holds no arrays (no .npy files)"));
     }
     let mut arrays = BTreeMap::new();
-    for name in names {
-        let file = npyz::npz::file_name_from_array_name(&name);
-        let mut entry = archive.zip_archive().by_name(&file).map_err(|error| bad(&error))?;
+    for file in files {
+        let mut entry = archive.by_name(&file).map_err(|error| bad(&error))?;
         // Grow with the bytes actually unpacked, not with the size that the entry claims.
         let mut unpacked = Vec::new();
         entry.read_to_end(&mut unpacked).map_err(|error| bad(&error))?;
-        drop(entry);
-        arrays.insert(name.clone(), read_npy(&format!("{path}: {name}"), &unpacked)?);
+        let name = file.strip_suffix(".npy").unwrap_or(&file);
+        arrays.insert(name.to_string(), read_npy(&format!("{path}: {name}"), &unpacked)?);
     }
     Ok(arrays)
 }
@@ -489,48 +426,24 @@ pub fn write_tensors(path: &Path, arrays: &[(&str, Array)]) -> Result<()> {
 }
 
 fn npy_bytes(path: &Path, array: &Array) -> Result<Vec<u8>> {
-    fn put<T: npyz::AutoSerialize + Copy>(shape: &[usize], data: &[T]) -> std::io::Result<Vec<u8>> {
-        use npyz::WriterBuilder;
-        let shape: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
-        let mut bytes = Vec::new();
-        let mut writer = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(&mut bytes).begin_nd()?;
-        writer.extend(data.iter().copied())?;
-        writer.finish()?;
-        Ok(bytes)
-    }
-    let cannot = |what: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {what}", path.display()));
-    match array.values() {
-        Values::F16(x) => put(array.shape(), x),
-        Values::F32(x) => put(array.shape(), x),
-        Values::BF16(x) => return Ok(bf16_npy(array.shape(), x)),
-        other => return Err(cannot(&format!("results cannot be of type {}", other.type_name()))),
-    }
-    .map_err(|error| cannot(&error))
-}
-
-/// Writes bfloat16 as ml_dtypes does, because NumPy has no name for it: as two untyped bytes.
-fn bf16_npy(shape: &[usize], data: &[bf16]) -> Vec<u8> {
-    let axes: String = shape.iter().map(|n| format!("{n}, ")).collect();
-    let mut header = format!("{{'descr': '<V2', 'fortran_order': False, 'shape': ({}), }}", axes.trim_end_matches(' '));
-    // Pad the header, including the ten bytes before it, to a multiple of 64.
-    let length = (header.len() + 11).next_multiple_of(64) - 10;
-    header.extend(std::iter::repeat_n(' ', length - 1 - header.len()));
-    header.push('\n');
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend((length as u16).to_le_bytes());
-    bytes.extend(header.as_bytes());
-    bytes.extend(data.iter().flat_map(|x| x.to_le_bytes()));
-    bytes
+    let shape = array.shape();
+    Ok(match array.values() {
+        Values::F16(x) => npy::format("<f2", shape, x.iter().flat_map(|x| x.to_le_bytes())),
+        Values::F32(x) => npy::format("<f4", shape, x.iter().flat_map(|x| x.to_le_bytes())),
+        // As ml_dtypes writes bfloat16, which NumPy has no name for: two untyped bytes.
+        Values::BF16(x) => npy::format("<V2", shape, x.iter().flat_map(|x| x.to_le_bytes())),
+        other => fail!("cannot write {}: results cannot be of type {}", path.display(), other.type_name()),
+    })
 }
 
 fn npz_bytes(path: &Path, arrays: &[(&str, Array)]) -> Result<Vec<u8>> {
     let cannot = |what: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {what}", path.display()));
     // Not compressed, as with NumPy's own savez.
-    let stored = npyz::zip::write::FileOptions::default().compression_method(npyz::zip::CompressionMethod::Stored);
-    let mut archive = npyz::zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let stored = SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    let mut archive = zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (name, array) in arrays {
         let bytes = npy_bytes(path, array)?;
-        archive.start_file(npyz::npz::file_name_from_array_name(name), stored).map_err(|error| cannot(&error))?;
+        archive.start_file(format!("{name}.npy"), stored).map_err(|error| cannot(&error))?;
         archive.write_all(&bytes).map_err(|error| cannot(&error))?;
     }
     Ok(archive.finish().map_err(|error| cannot(&error))?.into_inner())

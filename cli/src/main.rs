@@ -12,6 +12,7 @@ mod font;
 mod fuzz;
 mod heatmap;
 mod mha;
+mod npy;
 mod options;
 mod picture;
 mod plot;

@@ -67,6 +67,7 @@ impl GpuOptions {
     }
 
     /// True if an adapter was requested, here or by `WGPU_ADAPTER_NAME`.
+    #[cfg(feature = "cpu")]
     pub(crate) fn names_an_adapter(&self) -> bool {
         self.adapter.is_some() || environment_name().is_some()
     }

@@ -8,7 +8,7 @@ use wgpu_attention::{
     Attended, Attention, Device, Error, Gpu, GpuOptions, KvCache, KvCacheConfig, Method, MultiHeadAttention,
     MultiHeadConfig, Result, StateDict, Tensor, Weights, merge, softmax, wgpu,
 };
-use wgpu_attention_conformance::{FORMS, draw, refused};
+use wgpu_attention_conformance::{FORMS, case_folder, draw, refused};
 
 const TOLERANCE: f64 = 3e-6;
 
@@ -366,8 +366,8 @@ fn a_duplicate_name_in_a_header_is_an_error() {
 
 #[test]
 fn broken_safetensors_are_errors() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/torch");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        std::fs::read_dir(case_folder("torch")).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
     files.sort_by_key(|path| (path.metadata().unwrap().len(), path.clone()));
     let files: Vec<Vec<u8>> = files.iter().take(20).map(|path| std::fs::read(path).unwrap()).collect();

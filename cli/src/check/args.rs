@@ -44,10 +44,10 @@ Examples:
   attn check --adapter vulkan --op attention --variant fused
   attn check --repro attention/plain/f32/1000000@fused --shrink
   attn check --diff before.json after.json
-  attn check tests/cases/onnx --html report.html
-  attn check tests/cases/torch --adapter vulkan --method all
-  attn check tests/cases/torch --adapter cpu --filter mask --verbose
-  attn check tests/cases/torch --repro sdpa_dim005@fused")]
+  attn check conformance/cases/onnx --html report.html
+  attn check conformance/cases/torch --adapter vulkan --method all
+  attn check conformance/cases/torch --adapter cpu --filter mask --verbose
+  attn check conformance/cases/torch --repro sdpa_dim005@fused")]
 pub struct CheckArgs {
     /// A folder of cases instead of the suite; index.json lists them, or else every .safetensors file is a case
     dir: Option<PathBuf>,

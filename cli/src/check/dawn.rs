@@ -14,7 +14,7 @@ use super::report::Adapter;
 use crate::error::{Error, Result, fail};
 use crate::files;
 
-const SCRIPT: &str = include_str!("../../../tests/portability/dawn.mjs");
+const SCRIPT: &str = include_str!("dawn.mjs");
 /// The script's exit status if Dawn has no adapter.
 const NO_ADAPTER: i32 = 3;
 /// The time for starting Node and opening a device.

@@ -332,8 +332,8 @@ fn wrong_inputs_name_the_right_ones() {
     }
     std::fs::write(at.join("q.npy"), npy("<f4", &SHAPE, &[0; LEN * 4])).unwrap();
     attn(at, &["run", "q.npy", "-o", "o.npz", "--adapter", "cpu"]).refused(2, "--q FILE --k FILE --v FILE");
-    let mut zip = npyz::zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
-    zip.start_file("arr_0.npy", npyz::zip::write::FileOptions::default()).unwrap();
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    zip.start_file("arr_0.npy", zip::write::SimpleFileOptions::default()).unwrap();
     std::io::Write::write_all(&mut zip, &npy("<f4", &[1], &[0; 4])).unwrap();
     std::fs::write(at.join("nameless.npz"), zip.finish().unwrap().into_inner()).unwrap();
     attn(at, &["run", "nameless.npz", "-o", "o.npz", "--adapter", "cpu"]).refused(1, "numpy.savez(file, q=…)");

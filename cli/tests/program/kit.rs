@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
+pub use wgpu_attention_conformance::case_folder as cases;
 use wgpu_attention_conformance::{Got, assert_close_to};
 
 /// Every adapter of this machine by index, and `cpu`.
@@ -102,11 +103,6 @@ fn all_of(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
 
 pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary folder")
-}
-
-/// One of the project's case folders.
-pub fn cases(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases").join(name)
 }
 
 /// The case that is embedded in `attn`.

@@ -135,7 +135,7 @@ pub struct Step {
 /// Upper bounds on what a step costs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cost {
-    /// Iterations of the loops of one invocation; see [`turns`](super::turns).
+    /// Iterations of the loops of one invocation; see [`turns`].
     pub turns: u64,
     /// Floating-point operations of all invocations.
     pub operations: f64,

@@ -22,11 +22,11 @@ struct Ear {
 }
 
 impl Log for Ear {
-    fn enabled(&self, metadata: &Metadata) -> bool {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.level() <= Level::Warn && metadata.target().starts_with("wgpu")
     }
 
-    fn log(&self, record: &Record) {
+    fn log(&self, record: &Record<'_>) {
         let text = record.args().to_string();
         // A leading tab continues the previous message with object handles, which differ in every run.
         if !self.enabled(record.metadata()) || text.starts_with('\t') {

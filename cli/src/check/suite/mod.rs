@@ -27,15 +27,6 @@ pub use folder::Folder;
 pub use variant::parse_method;
 pub use worker::work;
 
-/// A package version from the lock file that the program was built with.
-fn locked(package: &str) -> String {
-    let lock = include_str!("../../../../Cargo.lock");
-    let name = format!("name = \"{package}\"");
-    let mut lines = lock.lines().skip_while(|line| *line != name).skip(1);
-    let version = lines.next().and_then(|line| line.strip_prefix("version = \""));
-    version.map_or("unknown", |version| version.trim_end_matches('"')).to_string()
-}
-
 fn check_ops(ops: &[String]) -> Result<()> {
     match ops.iter().find(|op| !plan::ops().any(|known| known == op.as_str())) {
         Some(odd) => usage!("there is no op \"{odd}\"; there are {}", plan::ops().collect::<Vec<_>>().join(", ")),
@@ -61,8 +52,8 @@ fn suite(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Report> {
     let mut report = Report {
         schema: report::SCHEMA.into(),
         version: env!("CARGO_PKG_VERSION").into(),
-        wgpu: locked("wgpu"),
-        naga: locked("naga"),
+        wgpu: env!("LOCKED_WGPU").into(),
+        naga: env!("LOCKED_NAGA").into(),
         suite: if chosen {
             "chosen"
         } else if args.quick {

@@ -1,24 +1,12 @@
 //! The cases of the suite: built-in ones of other frameworks, and those drawn from a seed.
 
-use std::borrow::Cow;
-
-use rust_embed::RustEmbed;
 use serde::{Deserialize, Serialize};
 use wgpu_attention::{Device, Method};
-use wgpu_attention_conformance::{Case as Drawn, Op, cases};
+use wgpu_attention_conformance::{Case as Drawn, Op, SOURCES, cases, golden_names};
 
 use super::folder::{CaseFile, Folder};
 use super::variant::{parse_id, variant};
 use crate::error::{Error, Result, fail, usage};
-
-/// The cases of ONNX, PyTorch, transformers, Keras and JAX.
-#[derive(RustEmbed)]
-#[folder = "../tests/cases"]
-#[include = "keras_jax/*.safetensors"]
-#[include = "onnx/*.safetensors"]
-#[include = "torch/*.safetensors"]
-#[include = "transformers/*.safetensors"]
-struct Golden;
 
 /// A case with its method.
 #[derive(Clone, Debug)]
@@ -64,7 +52,7 @@ impl Selection {
 
 /// All op names: sources of the built-in cases, and ops of the drawn ones.
 pub fn ops() -> impl Iterator<Item = &'static str> {
-    ["keras_jax", "onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
+    SOURCES.into_iter().chain(Op::ALL.map(Op::name))
 }
 
 impl Item {
@@ -87,7 +75,7 @@ impl Item {
 
     pub fn parse(id: &str) -> Result<Item> {
         let (case, method) = parse_id(id).map_err(Error::Usage)?;
-        if golden_names().any(|name| name == case) {
+        if golden_names().iter().any(|name| name == case) {
             return Ok(Item { work: Work::Golden(case.into()), method });
         }
         match case.parse() {
@@ -97,14 +85,10 @@ impl Item {
     }
 }
 
-fn golden_names() -> impl Iterator<Item = String> {
-    Golden::iter().filter_map(|path: Cow<'_, str>| Some(path.strip_suffix(".safetensors")?.to_string()))
-}
-
 /// The bytes of a built-in case.
 pub fn golden(name: &str) -> Result<Vec<u8>> {
-    match Golden::get(&format!("{name}.safetensors")) {
-        Some(file) => Ok(file.data.into_owned()),
+    match wgpu_attention_conformance::golden(name) {
+        Some(bytes) => Ok(bytes.into_owned()),
         None => fail!("there is no built-in case {name}"),
     }
 }
@@ -132,8 +116,7 @@ pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
     let methods = methods(device);
     let drawn = cases(&methods, selection.seed, selection.quick);
     let drawn = drawn.into_iter().map(|(case, method)| Item { work: Work::Drawn(case), method });
-    let mut names: Vec<String> = golden_names().collect();
-    names.sort();
+    let mut names = golden_names();
     if selection.quick {
         // Each compiles its own kernels.
         names = names.into_iter().step_by(6).collect();
