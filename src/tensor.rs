@@ -300,7 +300,10 @@ impl Tensor {
     }
 
     /// An error if a call that reads `operands` cannot write this tensor.
-    pub(crate) fn expect_writable<'a>(&self, operands: impl Iterator<Item = (&'static str, &'a Tensor)>) -> Result<()> {
+    pub(crate) fn expect_writable<'a>(
+        &self,
+        mut operands: impl Iterator<Item = (&'static str, &'a Tensor)>,
+    ) -> Result<()> {
         if !self.layout.is_one_to_one() {
             return Err(value_error!(
                 "the output {:?} with strides {:?} has elements that share a place in memory",
@@ -308,7 +311,7 @@ impl Tensor {
                 self.layout.strides()
             ));
         }
-        for (name, operand) in operands.filter(|(_, operand)| operand.shares_buffer(self)) {
+        if let Some((name, operand)) = operands.find(|(_, operand)| operand.shares_buffer(self)) {
             let overlaps = operand.layout.offset() < self.layout.end() && self.layout.offset() < operand.layout.end();
             return Err(Error::Aliased { operand: name.into(), overlaps });
         }

@@ -169,7 +169,7 @@ fn repeated_encoders_allocate_nothing() {
             for _ in 0..4 {
                 drop(Attention::new().lse(true).encode(&gpu, &mut encoder, &q, &k, &v, None).unwrap());
             }
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 gpu.queue().submit([encoder.finish()]);
                 gpu.wait().unwrap();
             }
