@@ -22,6 +22,7 @@ mod plans;
 mod position;
 mod profile;
 mod project;
+mod public_api;
 mod reliability;
 mod rooms;
 mod rotary;
