@@ -1,6 +1,6 @@
-//! Writes every kernel variant into a folder, in WGSL and in the languages that drivers take, for the compilers
-//! that `./portability` runs over them. With `--gpu` it writes the SPIR-V that wgpu hands to a GPU's driver, of the
-//! variants that a GPU may be given, for `./gpu-compilers`.
+//! Writes every kernel variant to a folder, in WGSL and in the languages that drivers accept, for the compilers that
+//! `./portability` runs. With `--gpu` it writes the SPIR-V that wgpu passes to a GPU's driver, of the variants that a GPU
+//! may be given, for `./gpu-compilers`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ fn write_translations(folder: &Path, variant: &Variant) -> io::Result<()> {
     let (module, info) = translate::validate(&variant.name, &source);
     let texts = translate::translate(&module, &info, variant.uses_subgroups())
         .map_err(|error| io::Error::other(format!("{} {error}", variant.name)))?;
-    // Metal's compiler runs on Apple's machines only.
+    // Metal's compiler runs only on Apple machines.
     for (ending, bytes) in texts.into_iter().filter(|(ending, _)| *ending != "metal") {
         fs::write(path(folder, variant, ending), bytes)?;
     }
@@ -172,7 +172,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 })
             })
             .collect();
-        parts.into_iter().try_for_each(|part| part.join().expect("a panic has been told"))
+        parts.into_iter().try_for_each(|part| part.join().expect("a panic has been reported"))
     })?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Where tensors live and calls run: an adapter, or the CPU backend.
+//! The device that holds tensors and runs calls: an adapter, or the CPU backend.
 
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, GpuOptions};
@@ -18,15 +18,19 @@ pub enum Device {
 }
 
 impl Device {
-    /// The best adapter ([`Gpu::new`]); on a machine without any, the CPU backend, with one line to
-    /// the log that says so ([`Device::fallback_notice`] holds the same line).
+    /// The best adapter ([`Gpu::new`]). On a machine without one, the CPU backend, with a warning in the log
+    /// ([`Device::fallback_notice`] gives the same line).
     ///
-    /// An adapter that was asked for by name and is not there is an error, never a fallback.
+    /// # Errors
+    ///
+    /// - [`NoAdapter`](Error::NoAdapter): `WGPU_ADAPTER_NAME` names an adapter that does not exist, or there is none
+    ///   and the feature `cpu` is off. An adapter that is requested by name never falls back to the CPU backend.
+    /// - [`Gpu`](Error::Gpu): the adapter did not create a device.
     pub fn new() -> Result<Device> {
         Device::with_options(&GpuOptions::default())
     }
 
-    /// As [`Device::new`], with a choice of adapter; the name `cpu` is the CPU backend.
+    /// Like [`Device::new`], with a choice of adapter; the name `cpu` is the CPU backend.
     pub fn with_options(options: &GpuOptions) -> Result<Device> {
         #[cfg(feature = "cpu")]
         if options.adapter.as_deref().is_some_and(|name| name.eq_ignore_ascii_case("cpu")) {
@@ -45,8 +49,8 @@ impl Device {
         }
     }
 
-    /// Why [`Device::new`] took the CPU backend in this process, for programs without a logger; `None` on an adapter,
-    /// and where no call fell back.
+    /// Why [`Device::new`] fell back to the CPU backend in this process, for programs without a logger. `None` on an
+    /// adapter, and if no call fell back.
     pub fn fallback_reason(&self) -> Option<&'static str> {
         match self {
             Device::Gpu(_) => None,
@@ -69,7 +73,7 @@ impl Device {
         }
     }
 
-    /// The adapter behind this device, if it is one.
+    /// The adapter, if this device is one.
     pub fn gpu(&self) -> Option<&Gpu> {
         match self {
             Device::Gpu(gpu) => Some(gpu),
@@ -78,8 +82,8 @@ impl Device {
         }
     }
 
-    /// The most f32 operations per second that this device does in multiply-adds
-    /// ([`Gpu::multiply_add_ceiling`]); the CPU backend on all its threads. Measured once, then known.
+    /// The highest rate of f32 multiply-adds that this device reaches, in operations per second
+    /// ([`Gpu::multiply_add_ceiling`]); for the CPU backend, on all its threads. Measured once, then cached.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn multiply_add_ceiling(&self) -> Result<f64> {
         match self {
@@ -89,8 +93,8 @@ impl Device {
         }
     }
 
-    /// Bytes of memory that tensors on this device can fill, where that is known: the machine's for the CPU
-    /// backend and software adapters.
+    /// Bytes of memory available to tensors on this device, if known: the machine's memory for the CPU backend and
+    /// software adapters.
     pub fn memory(&self) -> Option<u64> {
         match self {
             Device::Gpu(gpu) => gpu.capabilities().memory,
@@ -99,7 +103,7 @@ impl Device {
         }
     }
 
-    /// An error unless tensors that live on `of_tensors` can take part in a call on this device.
+    /// An error unless a call on this device can use tensors on `of_tensors`.
     pub(crate) fn expect_same(&self, of_tensors: &Device) -> Result<()> {
         if self.same_as(of_tensors) {
             return Ok(());

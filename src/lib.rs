@@ -19,30 +19,34 @@
 //! # }
 //! ```
 //!
-//! Where things are: [`Attention`], [`MultiHeadAttention`] and [`KvCache`] are what a user calls; [`Device`], [`Gpu`] and
-//! [`Tensor`] are where it runs; [`position`] holds positional methods. [`variant_names`] and [`variant_source`] list and
-//! print the kernels. Modules that do not appear here are for this project's own tests and tools, and change without
-//! notice.
+//! Call [`Attention`], [`MultiHeadAttention`] and [`KvCache`]. [`Device`], [`Gpu`] and [`Tensor`] say where a call runs
+//! and what it reads; [`position`] holds the positional methods. [`variant_names`] and [`variant_source`] list and
+//! print the kernels. Hidden modules are for this project's own tests and tools and may change without notice.
 //!
 //! # Blocking and async calls
 //!
-//! A call without `_async` returns when its work is submitted; `download` waits for the results. Its `_async` twin takes
-//! the same arguments and does not block the executor's thread: drivers compile and wait on a thread of a pool. Where
-//! one does block, its documentation says so.
+//! A call without `_async` returns once its work is submitted; `download` waits for the results. Its `_async` twin
+//! takes the same arguments and does not block the executor's thread: drivers compile and wait on a thread pool. Calls
+//! that block all the same say so in their documentation.
 //!
-//! New to attention? `docs/guide/` in the repository teaches it in five lessons.
+//! New to attention? `docs/guide/` in the repository explains it in five lessons.
 //!
-//! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
-//! slices where the adapter's limits ask for it, and so are those of heads wider than 512 (1,024 on software adapters
-//! where few rows share a key head); arithmetic is f32.
+//! Limits:
+//!
+//! - Sequences are shorter than 2²⁹.
+//! - Arithmetic is f32.
+//! - Requested weights and scores are stored in memory, in slices if the adapter's limits require it. So are the scores
+//!   of heads wider than 512 (1,024 on software adapters if few rows share a key head).
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
-/// The code of the README, compiled and run.
+/// The README's code, compiled and run.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The code of the guide for learners.
+/// The guide's code.
 #[cfg(doctest)]
 mod guide {
     #[doc = include_str!("../docs/guide/1-why-attention.md")]
@@ -107,4 +111,4 @@ pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]
 pub use tune::{Candidate, Tuned};
-pub use wgpu;
+pub use {half, wgpu};

@@ -1,4 +1,4 @@
-//! Operations by themselves, for calls and layers of the caller's own.
+//! Single operations, for building your own calls and layers.
 
 use crate::call::Attended;
 use crate::device::Device;
@@ -11,22 +11,32 @@ use crate::wait::apart;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::wait::wait_for;
 
-/// Joins attention over two disjoint sets of keys by the log-sum-exps of both (Dao et al. 2023,
+/// Merges attention over two disjoint sets of keys, using the log-sum-exps of both (Dao et al. 2023,
 /// "Flash-Decoding"; Ye et al. 2024, "Cascade inference"), as if one call had seen all keys:
 ///
 /// ```text
 /// LSE = ln(exp LSE_a + exp LSE_b)      O = exp(LSE_a − LSE) · O_a + exp(LSE_b − LSE) · O_b
 /// ```
 ///
-/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; missing leading axes
-/// count as in [`Attention::forward`](crate::Attention::forward). A part with LSE −∞ weighs 0 whatever its output holds; where both
-/// are −∞ the output is 0 and the LSE −∞. NaN goes through, and an LSE of +∞ makes its row NaN.
+/// Outputs `[batch, heads, len, dim]` and LSEs `[batch, heads, len]` of any strides; leading axes may be missing as in
+/// [`Attention::forward`](crate::Attention::forward). A part with LSE −∞ has weight 0 whatever its output holds. If
+/// both LSEs are −∞, the output is 0 and the LSE −∞. NaN propagates, and an LSE of +∞ makes its row NaN.
+///
+/// # Errors
+///
+/// - [`Shape`](crate::Error::Shape): the outputs differ in shape, or an LSE does not have one value per row.
+/// - [`Value`](crate::Error::Value): a tensor is bool.
+/// - [`Device`](crate::Error::Device): the tensors are on different devices.
+/// - [`TooLarge`](crate::Error::TooLarge), [`Unsupported`](crate::Error::Unsupported): the result or a kernel does not
+///   fit the device.
+/// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+///   [`Gpu`](crate::Error::Gpu): the driver failed.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn merge(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {
     wait_for(merge_parts([out_a, lse_a, out_b, lse_b]))
 }
 
-/// As [`merge`], without blocking.
+/// Like [`merge`], without blocking.
 pub async fn merge_async(out_a: &Tensor, lse_a: &Tensor, out_b: &Tensor, lse_b: &Tensor) -> Result<Attended> {
     let parts = [out_a, lse_a, out_b, lse_b].map(Tensor::clone);
     apart(async move { merge_parts(parts.each_ref()).await }).await
@@ -62,13 +72,21 @@ async fn merge_parts([out_a, lse_a, out_b, lse_b]: [&Tensor; 4]) -> Result<Atten
     Attended { output, lse: Some(lse), weights: None, scores: None }.with_axes_of(out_a.shape())
 }
 
-/// Softmax over `axis` (negative counts from the end), as `torch.softmax`. A row of −∞ gives zeros.
+/// Softmax over `axis` (negative values count from the end), like `torch.softmax`. A row of −∞ gives zeros.
+///
+/// # Errors
+///
+/// - [`Value`](crate::Error::Value): `axis` is out of range, `x` is bool, or `x` has more than four axes on an adapter.
+/// - [`TooLarge`](crate::Error::TooLarge), [`Unsupported`](crate::Error::Unsupported): the result or a kernel does not
+///   fit the device.
+/// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+///   [`Gpu`](crate::Error::Gpu): the driver failed.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn softmax(x: &Tensor, axis: isize) -> Result<Tensor> {
     wait_for(softmax_of(x, axis))
 }
 
-/// As [`softmax`], without blocking.
+/// Like [`softmax`], without blocking.
 pub async fn softmax_async(x: &Tensor, axis: isize) -> Result<Tensor> {
     let x = x.clone();
     apart(async move { softmax_of(&x, axis).await }).await
@@ -88,8 +106,18 @@ async fn softmax_of(x: &Tensor, axis: isize) -> Result<Tensor> {
 }
 
 /// `Y = X·Wᵀ + b` (`torch.nn.functional.linear`): X `[.., len, dim_in]`, W `[dim_out, dim_in]`, b `[dim_out]`, any
-/// strides; axes of X before the length count as one batch. The result `[.., len, dim_out]` is row-major, held as
-/// f32 and rounded to X's type on download.
+/// strides; axes of X before the length merge into one batch axis. The result `[.., len, dim_out]` is row-major, stored
+/// as f32 and rounded to X's type on download.
+///
+/// # Errors
+///
+/// - [`Shape`](crate::Error::Shape): X, W or b do not fit together, or the leading axes of X do not merge.
+/// - [`Value`](crate::Error::Value): a tensor is bool.
+/// - [`Device`](crate::Error::Device): the tensors are on different devices.
+/// - [`TooLarge`](crate::Error::TooLarge), [`Overflow`](crate::Error::Overflow),
+///   [`Unsupported`](crate::Error::Unsupported): the result or a kernel does not fit the device.
+/// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+///   [`Gpu`](crate::Error::Gpu): the driver failed.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn project(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     wait_for(async {
@@ -98,7 +126,7 @@ pub fn project(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
     })
 }
 
-/// As [`project`], without blocking.
+/// Like [`project`], without blocking.
 pub async fn project_async(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (x, weight, bias) = (x.clone(), weight.clone(), bias.cloned());
     apart(async move {
@@ -108,7 +136,7 @@ pub async fn project_async(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -
     .await
 }
 
-/// As [`project`], recorded into the caller's encoder under the terms of
+/// Like [`project`], recorded into the caller's encoder under the same conditions as
 /// [`Attention::encode`](crate::Attention::encode).
 pub fn encode_project(
     gpu: &Gpu,
@@ -122,14 +150,14 @@ pub fn encode_project(
 }
 
 impl Tensor {
-    /// A copy in row-major order, of at most four axes; a tensor that is row-major already is returned as it is. Halves
-    /// are copied to f32, and rounded to their type on download.
+    /// A row-major copy of a tensor with at most four axes. A tensor that is already row-major is returned unchanged.
+    /// f16 and bf16 are copied as f32 and rounded to their type on download.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn contiguous(&self) -> Result<Tensor> {
         wait_for(self.copied())
     }
 
-    /// As [`Tensor::contiguous`], without blocking.
+    /// Like [`Tensor::contiguous`], without blocking.
     pub async fn contiguous_async(&self) -> Result<Tensor> {
         let tensor = self.clone();
         apart(async move { tensor.copied().await }).await
@@ -141,13 +169,13 @@ impl Tensor {
         }
         self.expect_float("x")?;
         if self.layout().rank() > 4 {
-            return Err(shape_error!("contiguous copies at most four axes, not those of {:?}", self.shape()));
+            return Err(shape_error!("contiguous copies at most four axes, not {:?}", self.shape()));
         }
         Recording::new(&self.device()).submit(|to| to.row_major(self)).await
     }
 }
 
-/// The device of a projection, and what records it.
+/// The device of a projection, and a closure that records it.
 fn projection<'a>(
     x: &'a Tensor,
     weight: &'a Tensor,

@@ -1,5 +1,5 @@
-//! Blocking and async calls share their futures: a blocking call runs them where it is called, an async one on a thread
-//! that may block. Drivers compile pipelines and wait for results on the calling thread, for seconds.
+//! Blocking and async calls share their futures. A blocking call runs them on the calling thread, an async one on a
+//! thread that may block, because drivers compile pipelines and wait for results on the calling thread, for seconds.
 
 #[cfg(not(target_arch = "wasm32"))]
 mod native {
@@ -9,12 +9,12 @@ mod native {
         static MAY_BLOCK: Cell<bool> = const { Cell::new(false) };
     }
 
-    /// Whether a future that is polled here may block the thread.
+    /// Whether a future polled on this thread may block it.
     pub fn may_block() -> bool {
         MAY_BLOCK.get()
     }
 
-    /// Runs a future to its end on this thread.
+    /// Runs a future to completion on this thread.
     pub fn wait_for<F: Future>(future: F) -> F::Output {
         struct Restore(bool);
         impl Drop for Restore {
@@ -26,7 +26,7 @@ mod native {
         pollster::block_on(future)
     }
 
-    /// Runs a future where it may block: here, or on a thread of a pool while the caller's executor goes on.
+    /// Runs a future where it may block: on this thread, or on a pool thread while the caller's executor continues.
     pub async fn apart<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> T {
         match may_block() {
             true => future.await,

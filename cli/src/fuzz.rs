@@ -1,19 +1,17 @@
-//! Files as nobody writes them: every reader of the program on thousands of changed ones. Each must end in an error or
-//! in a result, never in a panic.
+//! Fuzzing: every file reader of the program on thousands of corrupted files. Each must return an error or a result,
+//! and never panic.
 
 use std::io::Write;
-use std::path::Path;
 
 use wgpu_attention::{Device, Method};
-use wgpu_attention_conformance::refused;
+use wgpu_attention_conformance::{case_folder, refused};
 
 use crate::check::{case::Case, compute::compute, report};
 use crate::files::TensorFile;
 
-/// The small cases of a folder of the project's.
+/// The small cases of one of the project's case folders.
 fn cases(name: &str) -> Vec<Vec<u8>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases").join(name);
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(case_folder(name)).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
     files.sort();
     files.into_iter().map(|path| std::fs::read(path).unwrap()).filter(|bytes| bytes.len() < 8000).take(25).collect()

@@ -1,10 +1,12 @@
-//! Seeded calls with their truth in f64: what the library's tests draw from, and what `attn check` runs.
-//! And hostile files for the tests of readers.
+//! Seeded calls with their truth in f64 and answers of other implementations, for the library's tests and for
+//! `attn check`, and corrupted files for the tests of readers.
+#![forbid(unsafe_code)]
 
 mod call;
 mod case;
 mod compare;
 mod draw;
+mod golden;
 mod hostile;
 mod loops;
 mod probe;
@@ -17,6 +19,7 @@ pub use compare::{
     Rows, assert_close, assert_close_to, assert_logs_close, difference, half_ulp, largest, rounding, worst, worst_of,
 };
 pub use draw::{FORMS, Form, draw};
+pub use golden::{SOURCES, case_folder, golden, golden_names};
 pub use hostile::refused;
 pub use probe::one_workgroup;
 pub use run::{Expected, Got};

@@ -1,5 +1,5 @@
-//! Multi-head attention with its projections: PyTorch's `nn.MultiheadAttention`, Keras's
-//! `MultiHeadAttention` and the attention of well-known models from one layer.
+//! Multi-head attention with its projections: one layer for PyTorch's `nn.MultiheadAttention`, Keras's
+//! `MultiHeadAttention` and the attention of well-known models.
 
 mod config;
 mod load;
@@ -23,20 +23,20 @@ use crate::wait::apart;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::wait::wait_for;
 
-/// A projection on the host, row-major: the weight is `[out, in]`.
+/// A projection on the host, row-major; the weight is `[out, in]`.
 struct Projection {
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
 }
 
-/// Parameters on the host, of the lengths that the layer's config says.
+/// Parameters on the host, with the lengths given by the layer's config.
 struct Parameters {
     q: Projection,
     k: Projection,
     v: Projection,
     out: Projection,
     gate: Option<Projection>,
-    /// Weight and bias of the norms of queries and keys.
+    /// Weights and biases of the norms of queries and keys.
     norms: Option<[Projection; 2]>,
     /// The learned extra key and value.
     bias_kv: Option<[Vec<f32>; 2]>,
@@ -50,7 +50,7 @@ struct Linear {
 }
 
 impl Linear {
-    /// `shape`: `[out, in]`, or `[width]` of a norm.
+    /// `shape` is `[out, in]`, or `[width]` for a norm.
     fn upload(device: &Device, shape: &[usize], parameters: &Projection) -> Result<Linear> {
         let bias = parameters.bias.as_ref().map(|bias| Tensor::from_slice(device, &shape[..1], bias));
         Ok(Linear { weight: Tensor::from_slice(device, shape, &parameters.weight)?, bias: bias.transpose()? })
@@ -66,12 +66,12 @@ impl Linear {
 }
 
 /// `Concat(head₁ … headₕ)·Wₒ + bₒ` with `headᵢ = Attention(Q·W_qᵢ, K·W_kᵢ, V·W_vᵢ)`
-/// (Vaswani et al. 2017, section 3.2.2). One `forward` serves self- and cross-attention.
+/// (Vaswani et al. 2017, section 3.2.2). `forward` computes both self- and cross-attention.
 #[derive(Clone, Debug)]
 pub struct MultiHeadAttention {
     config: MultiHeadConfig,
     device: Device,
-    /// W_gate (where there is one), W_q, W_k and W_v below one another when they read the same width.
+    /// W_gate (if there is one), W_q, W_k and W_v stacked, if all read the same width.
     packed: Option<Linear>,
     gate: Option<Linear>,
     q: Linear,
@@ -90,12 +90,12 @@ pub struct MultiHeadAttention {
 pub struct MultiHeadOutput {
     /// `[batch, len_q, output_dim]`, or `[len_q, batch, output_dim]` when not batch first.
     pub output: Tensor,
-    /// `[batch, heads, len_q, len_k]` or, averaged, `[batch, len_q, len_k]`, when asked for. `len_k`
-    /// counts the keys that `add_bias_kv` and `add_zero_attn` append.
+    /// `[batch, heads, len_q, len_k]` or, averaged, `[batch, len_q, len_k]`, if requested. `len_k` includes the keys
+    /// that `add_bias_kv` and `add_zero_attn` append.
     pub weights: Option<Tensor>,
-    /// `[batch, heads, len_q]`, as asked for by [`Attention::lse`].
+    /// `[batch, heads, len_q]`, if requested with [`Attention::lse`].
     pub lse: Option<Tensor>,
-    /// `[batch, heads, len_q, len_k]`, as asked for by [`Attention::scores`].
+    /// `[batch, heads, len_q, len_k]`, if requested with [`Attention::scores`].
     pub scores: Option<Tensor>,
 }
 
@@ -107,7 +107,7 @@ struct Projected {
     v: Tensor,
 }
 
-/// The projections of a layer as tensors on its device: see [`MultiHeadAttention::from_projections`].
+/// The projections of a layer, as tensors on its device; see [`MultiHeadAttention::from_projections`].
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Projections {
@@ -118,14 +118,14 @@ pub struct Projections {
 }
 
 impl Projections {
-    /// Weights `[out, in]`, as `nn.Linear` has them: queries `[heads · head_dim, embed_dim]`, keys
+    /// Weights `[out, in]`, as in `nn.Linear`: queries `[heads · head_dim, embed_dim]`, keys
     /// `[heads_kv · head_dim, kdim]`, values `[heads_kv · value_head_dim, vdim]`, output
     /// `[output_dim, heads · value_head_dim]`.
     pub fn new(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Projections {
         let [q, k, v, out] = [q, k, v, out].map(|weight| Linear { weight, bias: None });
         Projections { q, k, v, out }
     }
-    /// Biases of queries, keys and values, each as long as its weight has rows.
+    /// Biases of queries, keys and values, each with one entry per row of its weight.
     pub fn biases(mut self, q: Tensor, k: Tensor, v: Tensor) -> Self {
         (self.q.bias, self.k.bias, self.v.bias) = (Some(q), Some(k), Some(v));
         self
@@ -137,7 +137,7 @@ impl Projections {
     }
 }
 
-/// Kernels as Keras's `MultiHeadAttention` and `GroupedQueryAttention` hold them, row-major.
+/// Kernels in the layout of Keras's `MultiHeadAttention` and `GroupedQueryAttention`, row-major.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct KerasKernels<'a> {
@@ -151,9 +151,9 @@ pub struct KerasKernels<'a> {
     pub output: &'a [f32],
     /// Biases `[heads, key_dim]`, `[heads_kv, key_dim]`, `[heads_kv, value_dim]`, `[output_dim]`.
     pub biases: Option<[&'a [f32]; 4]>,
-    /// Of `use_gate`: `[query_dim, heads, value_dim]`.
+    /// The kernel of `use_gate`: `[query_dim, heads, value_dim]`.
     pub gate: Option<&'a [f32]>,
-    /// `[heads, value_dim]`, where there are a gate and biases.
+    /// `[heads, value_dim]`, if there are a gate and biases.
     pub gate_bias: Option<&'a [f32]>,
 }
 
@@ -167,7 +167,7 @@ impl<'a> KerasKernels<'a> {
         self.biases = Some(biases);
         self
     }
-    /// The gate's kernel and, of a layer with biases, its bias.
+    /// The gate's kernel and, for a layer with biases, its bias.
     pub fn gate(mut self, kernel: &'a [f32], bias: Option<&'a [f32]>) -> Self {
         (self.gate, self.gate_bias) = (Some(kernel), bias);
         self
@@ -175,9 +175,16 @@ impl<'a> KerasKernels<'a> {
 }
 
 impl MultiHeadAttention {
-    /// A new layer, initialised from `seed` as PyTorch does: W_q, W_k, W_v Xavier-uniform (Glorot and
-    /// Bengio 2010; over the packed matrix when there is one), W_o uniform in `±1/√in`, biases 0, the
-    /// extra key and value Xavier-normal; a gate Xavier-uniform by itself as Keras does, the weights of norms 1.
+    /// A new layer, initialised from `seed` like PyTorch's: W_q, W_k and W_v Xavier-uniform (Glorot and Bengio 2010;
+    /// over the packed matrix if there is one), W_o uniform in `±1/√in`, biases 0, the extra key and value
+    /// Xavier-normal. A gate is Xavier-uniform on its own as in Keras, and the weights of norms are 1.
+    ///
+    /// # Errors
+    ///
+    /// - [`Value`](crate::Error::Value): the config breaks a rule.
+    /// - [`Overflow`](crate::Error::Overflow), [`TooLarge`](crate::Error::TooLarge): the weights do not fit.
+    /// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+    ///   [`Gpu`](crate::Error::Gpu): the driver failed.
     pub fn new(device: impl Into<Device>, config: MultiHeadConfig, seed: u64) -> Result<Self> {
         config.check()?;
         let mut rng = rand_pcg::Pcg64::seed_from_u64(seed);
@@ -249,9 +256,9 @@ impl MultiHeadAttention {
         Ok(MultiHeadAttention { config, device, packed, gate, q, k, v, out, norms, bias_kv })
     }
 
-    /// A layer from Keras-shaped kernels; `config` gives the widths
-    /// ([`MultiHeadConfig::with_head_dims`] for Keras's `key_dim` and `value_dim`, `heads_kv`, `output_dim`, `gate`);
-    /// its `bias`, `out_bias` and `gate` must agree with the kernels that are given.
+    /// A layer from Keras-shaped kernels. `config` gives the widths ([`MultiHeadConfig::with_head_dims`] for Keras's
+    /// `key_dim` and `value_dim`, `heads_kv`, `output_dim`, `gate`); its `bias`, `out_bias` and `gate` must match the
+    /// given kernels.
     pub fn from_keras(device: impl Into<Device>, config: MultiHeadConfig, kernels: KerasKernels<'_>) -> Result<Self> {
         config.check()?;
         if config.add_bias_kv || config.norm.is_some() {
@@ -301,9 +308,17 @@ impl MultiHeadAttention {
         Self::from_parameters(device.into(), config, &parameters)
     }
 
-    /// A layer over weights that are on the device already, of heads of any width: nothing is copied. `config` gives
-    /// the widths ([`MultiHeadConfig::with_head_dims`]); its `bias` and `out_bias` must agree with the biases given.
-    /// Norms, a gate and `add_bias_kv` come from a [`StateDict`](crate::StateDict) only.
+    /// A layer over weights that are already on the device, with heads of any width; nothing is copied. `config` gives
+    /// the widths ([`MultiHeadConfig::with_head_dims`]); its `bias` and `out_bias` must match the given biases. Norms,
+    /// a gate and `add_bias_kv` can only be read from a [`StateDict`](crate::StateDict).
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](crate::Error::Shape): a weight or bias does not have the shape that `config` requires.
+    /// - [`Value`](crate::Error::Value): `config` breaks a rule, has a norm, a gate or `add_bias_kv`, or does not match
+    ///   the given biases; or a tensor is bool.
+    /// - [`Device`](crate::Error::Device): the tensors are on different devices.
+    /// - [`Overflow`](crate::Error::Overflow): a width does not fit in 64 bits.
     pub fn from_projections(config: MultiHeadConfig, projections: Projections) -> Result<Self> {
         config.check()?;
         if config.norm.is_some() || config.gate || config.add_bias_kv {
@@ -341,30 +356,36 @@ impl MultiHeadAttention {
     pub fn config(&self) -> &MultiHeadConfig {
         &self.config
     }
-    /// Learned numbers in the layer.
+    /// Number of learned parameters in the layer.
     pub fn parameter_count(&self) -> usize {
         self.config.parameter_count().expect("checked when the layer was made")
     }
-    /// Appends a key and value of zeros to every sequence, or not. A layer with norms of queries and keys cannot.
+    /// Whether to append a key and value of zeros to every sequence; an error for a layer with norms of queries and
+    /// keys.
     pub fn with_zero_attn(mut self, yes: bool) -> Result<Self> {
         self.config.add_zero_attn = yes;
         self.config.check()?;
         Ok(self)
     }
-    /// Which of the first two axes is the batch.
+    /// Whether the batch is the first axis (else the second).
     pub fn with_batch_first(mut self, yes: bool) -> Self {
         self.config.batch_first = yes;
         self
     }
 
     /// Attends from `query` `[batch, len_q, embed_dim]` to `key` `[batch, len_k, kdim]` and `value`
-    /// `[batch, len_k, vdim]` (the batch axis second when not batch first; `[len, dim]` without a
-    /// batch). Self-attention gives one tensor three times and then projects it once.
+    /// `[batch, len_k, vdim]` (the batch axis is second if not batch first; `[len, dim]` without a
+    /// batch). For self-attention, pass the same tensor three times; it is then projected once.
     ///
-    /// `attention` says the rest: masks, biases, [`Attention::key_padding`], causal, which weights to return. A mask
-    /// or bias with three axes is `[batch · heads, len_q, len_k]` as in PyTorch (or `[1, len_q, len_k]`), whatever the
-    /// numbers are; one per batch entry (Keras's `[batch, len_q, len_k]`) needs four: `[batch, 1, len_q, len_k]`, and
-    /// so does one per head: `[1, heads, len_q, len_k]`.
+    /// `attention` gives all other options: masks, biases, [`Attention::key_padding`], the causal rule, which weights
+    /// to return. A mask or bias with three axes is always `[batch · heads, len_q, len_k]` as in PyTorch, or
+    /// `[1, len_q, len_k]`. One mask per batch entry (Keras's `[batch, len_q, len_k]`) needs four axes,
+    /// `[batch, 1, len_q, len_k]`, and so does one per head, `[1, heads, len_q, len_k]`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward`], and [`Shape`](crate::Error::Shape) if an input does not fit the layer's widths,
+    /// the inputs do not fit each other, or a mask or bias with three axes has another first axis.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward(
         &self,
@@ -376,7 +397,7 @@ impl MultiHeadAttention {
         wait_for(self.run(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::forward`], without blocking.
+    /// Like [`MultiHeadAttention::forward`], without blocking.
     pub async fn forward_async(
         &self,
         query: &Tensor,
@@ -399,8 +420,8 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// As [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
-    /// long where the adapter counts. Only such calls pay for the counting.
+    /// Like [`MultiHeadAttention::forward`], but waits until the work is done and reports which kernels ran, and how
+    /// long they took if the adapter has timestamps. Only profiled calls pay for the measurement.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_profiled(
         &self,
@@ -412,7 +433,7 @@ impl MultiHeadAttention {
         wait_for(self.run_profiled(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::forward_profiled`], without blocking.
+    /// Like [`MultiHeadAttention::forward_profiled`], without blocking.
     pub async fn forward_profiled_async(
         &self,
         query: &Tensor,
@@ -435,9 +456,18 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit_profiled(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys and
-    /// values, and attends, in one submit. Which keys a query sees, and where rotary positions come from, is said by
-    /// [`KvCache::attend`]: causal unless `attention` says otherwise, rotated by [`KvCache::with_rotary`].
+    /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys
+    /// and values, and attends, in one submit. Causal unless `attention` says otherwise (see [`KvCache::attend`]), and
+    /// rotated if the cache has a rotary ([`KvCache::with_rotary`]).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`KvCache::step`], and:
+    ///
+    /// - [`Value`](crate::Error::Value): the layer has `add_bias_kv` or `add_zero_attn`, or its `kdim` or `vdim` is not
+    ///   `embed_dim`.
+    /// - [`Shape`](crate::Error::Shape): `x` does not fit the layer, or the layer's heads do not fit the cache.
+    /// - [`Device`](crate::Error::Device): the layer, the cache and `x` are not on one device.
     ///
     /// ```
     /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, Tensor};
@@ -459,7 +489,7 @@ impl MultiHeadAttention {
         wait_for(self.run_step(cache, x, attention, None))
     }
 
-    /// As [`MultiHeadAttention::step`]; of batch entry `b` only the first `lengths[b]` tokens.
+    /// Like [`MultiHeadAttention::step`], for only the first `lengths[b]` tokens of batch entry `b`.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step_lengths(
         &self,
@@ -471,12 +501,12 @@ impl MultiHeadAttention {
         wait_for(self.run_step(cache, x, attention, Some(lengths)))
     }
 
-    /// As [`MultiHeadAttention::step`], without blocking; the CPU backend computes before this returns.
+    /// Like [`MultiHeadAttention::step`], without blocking; the CPU backend computes before this returns.
     pub async fn step_async(&self, cache: &mut KvCache, x: &Tensor, attention: &Attention) -> Result<MultiHeadOutput> {
         self.run_step(cache, x, attention, None).await
     }
 
-    /// As [`MultiHeadAttention::step_lengths`], without blocking; the CPU backend computes before this returns.
+    /// Like [`MultiHeadAttention::step_lengths`], without blocking; the CPU backend computes before this returns.
     pub async fn step_lengths_async(
         &self,
         cache: &mut KvCache,
@@ -503,7 +533,7 @@ impl MultiHeadAttention {
     }
 
     /// Records [`MultiHeadAttention::step`] (or, with lengths, [`MultiHeadAttention::step_lengths`]) into the caller's
-    /// encoder, under the terms of [`KvCache::encode`].
+    /// encoder, under the same conditions as [`KvCache::encode`].
     pub fn encode_step(
         &self,
         gpu: &Gpu,
@@ -520,14 +550,14 @@ impl MultiHeadAttention {
         Ok(output)
     }
 
-    /// Compiles the kernels of [`MultiHeadAttention::forward`] over inputs of these shapes, and runs nothing: see
-    /// [`Attention::warm_up`].
+    /// Compiles the kernels that [`MultiHeadAttention::forward`] needs for inputs of these shapes, and runs nothing;
+    /// see [`Attention::warm_up`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn warm_up(&self, query: &Tensor, key: &Tensor, value: &Tensor, attention: &Attention) -> Result<()> {
         wait_for(self.compile(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::warm_up`], without blocking.
+    /// Like [`MultiHeadAttention::warm_up`], without blocking.
     pub async fn warm_up_async(
         &self,
         query: &Tensor,
@@ -544,7 +574,7 @@ impl MultiHeadAttention {
         Recording::new(&self.device).warm_up(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Inputs and results may be
+    /// Records the layer into the caller's encoder. Nothing is submitted, and nothing waits. Inputs and results may be
     /// dropped at once, as with [`Attention::encode`].
     pub fn encode(
         &self,
@@ -559,7 +589,7 @@ impl MultiHeadAttention {
         recording.encode(encoder, |to| self.record(to, query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::encode`], cut into slices for encoders of their own: see
+    /// Like [`MultiHeadAttention::encode`], in slices that each go into an encoder of their own; see
     /// [`Attention::encode_slices`].
     pub fn encode_slices(
         &self,
@@ -573,7 +603,7 @@ impl MultiHeadAttention {
         recording.slices(|to| self.record(to, query, key, value, attention))
     }
 
-    /// `[batch, len, dim]` of an input, whatever the order it came in.
+    /// An input as `[batch, len, dim]`, whatever its axis order.
     fn batched(&self, name: &str, x: &Tensor, width: usize) -> Result<Tensor> {
         x.expect_float(name)?;
         let x3 = match x.layout().rank() {
@@ -632,7 +662,7 @@ impl MultiHeadAttention {
         self.finish(recording, query, gate, attended)
     }
 
-    /// One step of decoding: [`MultiHeadAttention::record`] of self-attention over what the cache holds and `x`.
+    /// One decoding step: [`MultiHeadAttention::record`] for self-attention over the cache and `x`.
     fn record_step(
         &self,
         recording: &mut Recording,
@@ -661,14 +691,14 @@ impl MultiHeadAttention {
         Ok((appended, self.finish(recording, x, gate, attended)?))
     }
 
-    /// The rules of a call over the heads of this layer.
+    /// The rules of a call, applied to the heads of this layer.
     fn rules(&self, attention: &Attention, batch: usize) -> Result<Attention> {
         let mut attention = attention.clone().for_layer(batch, self.config.num_heads)?;
         attention.scale = attention.scale.or(self.config.scale);
         Ok(attention)
     }
 
-    /// Queries, keys and values by head, and the gate, of inputs `[batch, len, width]`.
+    /// Queries, keys and values by head, and the gate, from inputs `[batch, len, width]`.
     fn project(&self, recording: &mut Recording, q_in: &Tensor, k_in: &Tensor, v_in: &Tensor) -> Result<Projected> {
         let config = &self.config;
         let batch = q_in.shape()[0];
@@ -678,7 +708,7 @@ impl MultiHeadAttention {
         let extra_k: Vec<Option<&Tensor>> = self.extra_rows(|(k, _)| k);
         let extra_v: Vec<Option<&Tensor>> = self.extra_rows(|(_, v)| v);
 
-        // One product for everything that reads the same input.
+        // One matrix product for everything that reads the same input.
         let same = |a: &Tensor, b: &Tensor| a.is_same_view(b);
         let mut one = |x: &Tensor, linear: &Linear, extra: &[Option<&Tensor>]| {
             recording.project(x, &linear.weight, linear.bias.as_ref(), extra)
@@ -723,7 +753,7 @@ impl MultiHeadAttention {
         Ok(Projected { gate, q, k, v })
     }
 
-    /// What a layer returns for a `query`, from what its heads attended to.
+    /// The layer's results for a `query`, from its heads' attention.
     fn finish(
         &self,
         recording: &mut Recording,
@@ -763,11 +793,11 @@ impl MultiHeadAttention {
 }
 
 impl Attention {
-    /// Masks and biases as a layer's caller writes them: three axes are `[batch · heads, len_q, len_k]`.
+    /// Interprets masks and biases in the form a layer takes: three axes are `[batch · heads, len_q, len_k]`.
     fn for_layer(mut self, batch: usize, heads: usize) -> Result<Attention> {
         let fix = |what: &str, tensor: &Tensor| -> Result<Tensor> {
             match *tensor.shape() {
-                // Of whatever three axes could mean (per batch entry, per head, both), this is the same in all.
+                // Whatever three axes could mean (per batch entry, per head, both), this means the same.
                 [1, _, _] => Ok(tensor.clone()),
                 [both, len_q, len_k] if both == batch.saturating_mul(heads) => {
                     tensor.reshape(&[batch, heads, len_q, len_k])
@@ -793,7 +823,7 @@ impl Attention {
     }
 }
 
-/// `[rows, columns]` turned to `[columns, rows]`.
+/// `[rows, columns]` transposed to `[columns, rows]`.
 fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| matrix[r * columns + c])).collect()
 }
@@ -802,7 +832,7 @@ fn uniform(rng: &mut impl Rng, len: usize, bound: f32) -> Vec<f32> {
     (0..len).map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound).collect()
 }
 
-/// Normal values by Box and Muller's transform.
+/// Normally distributed values by the Box–Muller transform.
 fn normal(rng: &mut impl Rng, len: usize, deviation: f32) -> Vec<f32> {
     (0..len)
         .map(|_| {

@@ -1,4 +1,4 @@
-//! What a call is to hand back beside its output.
+//! What a call returns in addition to its output.
 
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ pub enum Weights {
     Averaged,
 }
 
-/// What attention returns beside the output.
+/// What attention returns in addition to the output.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wanted {
     pub lse: bool,
@@ -26,7 +26,7 @@ pub(crate) struct Wanted {
     pub scores: Option<ScoreStage>,
 }
 
-/// Which heads and queries an inspection looks at, and what it returns of them.
+/// The heads and queries of an inspection, and what it returns for them.
 pub(crate) struct Chosen {
     pub heads: Vec<usize>,
     pub queries: Range<usize>,

@@ -1,12 +1,13 @@
-//! Calls in a caller's encoder: whose buffers they hold, what an output may lie in, whose tensors they take.
+//! Calls in a caller's encoder: which buffers they keep alive, where outputs may be written, which tensors they accept.
 
 use crate::kit::{bits, gpus, noise};
+use half::f16;
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::{Rotary, RotaryConfig, TokenPositions};
 use wgpu_attention::{
-    Align, Attention, Device, Dtype, Error, Gpu, Inspect, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig,
-    Tensor, encode_project, project, wgpu,
+    Align, Attention, Device, Dtype, Error, Gpu, Inspect, KvCache, KvCacheConfig, Method, MultiHeadAttention,
+    MultiHeadConfig, Tensor, Weights, encode_project, project, wgpu,
 };
 
 const SHAPE: [usize; 4] = [1, 2, 40, 16];
@@ -24,12 +25,16 @@ fn downloaded(tensor: &Tensor) -> Vec<u32> {
     bits(&tensor.download().unwrap())
 }
 
-/// Uploads into every buffer that went back to the pool.
+/// Uploads to every buffer of these sizes that was returned to the pool: operands and weights.
 fn overwrite(gpu: &Gpu) -> Vec<Tensor> {
-    (0..24).map(|_| Tensor::from_slice(gpu, &SHAPE, &[7.0f32; LEN]).unwrap()).collect()
+    let upload = |n: usize| {
+        let shape = if n.is_multiple_of(2) { SHAPE } else { [1, 2, 40, 40] };
+        Tensor::from_slice(gpu, &shape, &vec![7.0f32; shape.iter().product()]).unwrap()
+    };
+    (0..48).map(upload).collect()
 }
 
-/// What records a call into an encoder and returns its results; all else that it made is dropped.
+/// Records a call into an encoder and returns its results; everything else that it created is dropped.
 type Records = Box<dyn Fn(&Gpu, &mut wgpu::CommandEncoder) -> Vec<Tensor>>;
 
 fn calls() -> Vec<(&'static str, Records)> {
@@ -48,6 +53,20 @@ fn calls() -> Vec<(&'static str, Records)> {
             Box::new(move |gpu, encoder| {
                 let [q, k, v] = [1, 2, 3].map(|seed| tensor(gpu, seed));
                 vec![attention().encode(gpu, encoder, &q, &k, &v, None).unwrap().output]
+            }),
+        ),
+        (
+            "attention, and a call that is refused while it is recorded",
+            Box::new(move |gpu, encoder| {
+                let [q, k, v] = [1, 2, 3].map(|seed| tensor(gpu, seed));
+                let attention = attention().weights(Weights::PerHead);
+                let output = attention.encode(gpu, encoder, &q, &k, &v, None).unwrap().output;
+                // Its weights are those of the call before, which are not needed any more.
+                let half = Tensor::from_slice(gpu, &SHAPE, &[f16::ZERO; LEN]).unwrap();
+                let passes = attention.method(Method::ThreePasses);
+                let error = passes.encode(gpu, encoder, &q, &k, &v, Some(&half)).unwrap_err();
+                assert!(error.to_string().contains("needs the fused method"), "{error}");
+                vec![output]
             }),
         ),
         (
@@ -96,7 +115,7 @@ fn calls() -> Vec<(&'static str, Records)> {
 }
 
 #[test]
-fn what_is_dropped_before_the_submit_is_not_reused() {
+fn buffers_dropped_before_the_submit_are_not_reused() {
     for (name, gpu) in gpus() {
         for (what, record) in calls() {
             let run = |between: &dyn Fn() -> Vec<Tensor>| {
@@ -140,7 +159,7 @@ fn encoders_are_submitted_in_any_order_or_dropped() {
     }
 }
 
-/// Memory that encoders held comes back, whether they were submitted or dropped.
+/// Memory held by encoders is returned, whether they were submitted or dropped.
 #[test]
 fn repeated_encoders_allocate_nothing() {
     for (name, gpu) in gpus() {
@@ -150,7 +169,7 @@ fn repeated_encoders_allocate_nothing() {
             for _ in 0..4 {
                 drop(Attention::new().lse(true).encode(&gpu, &mut encoder, &q, &k, &v, None).unwrap());
             }
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 gpu.queue().submit([encoder.finish()]);
                 gpu.wait().unwrap();
             }
@@ -177,7 +196,7 @@ fn an_encoder_outlives_the_gpu() {
     }
 }
 
-/// A buffer of the caller's own with `parts` tensors behind one another.
+/// A caller's buffer with `parts` consecutive tensors.
 fn arena(gpu: &Gpu, usage: wgpu::BufferUsages, parts: usize) -> (wgpu::Buffer, Vec<Tensor>) {
     let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
         label: Some("arena"),
@@ -197,7 +216,7 @@ fn arena(gpu: &Gpu, usage: wgpu::BufferUsages, parts: usize) -> (wgpu::Buffer, V
 }
 
 #[test]
-fn parts_of_one_buffer_are_read_and_never_written_beside() {
+fn writes_to_a_part_of_a_buffer_leave_the_rest_unchanged() {
     for (name, gpu) in gpus() {
         let (_buffer, parts) = arena(&gpu, wgpu::BufferUsages::COPY_SRC, 4);
         let [q, k, v, free] = parts.as_slice() else { unreachable!() };
@@ -223,14 +242,14 @@ fn parts_of_one_buffer_are_read_and_never_written_beside() {
                 other => panic!("{other:?}"),
             }
         }
-        // Elements that share a place.
+        // Elements that overlap.
         let (_buffer, parts) = arena(&gpu, wgpu::BufferUsages::COPY_SRC, 1);
         let repeated = parts[0].narrow(2, 0, 1).unwrap();
         let strides = repeated.layout().broadcast_to(&SHAPE).unwrap().strides().to_vec();
         let repeated = Tensor::from_wgpu(&gpu, &_buffer, &SHAPE, &strides, 0, Dtype::F32).unwrap();
         let error = Attention::new().encode(&gpu, &mut encoder, &own, &own, &own, Some(&repeated)).unwrap_err();
         assert!(error.to_string().contains("share a place"), "{error}");
-        // Nothing was recorded by what was refused.
+        // Rejected calls recorded nothing.
         let output = Attention::new().encode(&gpu, &mut encoder, q, k, v, None).unwrap().output;
         gpu.queue().submit([encoder.finish()]);
         assert_eq!(downloaded(&output), downloaded(&expected.output), "{name}");
@@ -238,7 +257,7 @@ fn parts_of_one_buffer_are_read_and_never_written_beside() {
 }
 
 #[test]
-fn whose_a_buffer_is_and_what_it_may_be_used_for() {
+fn buffers_of_another_device_or_usage_are_rejected() {
     for (name, gpu) in gpus() {
         // Another device of the same adapter.
         let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());

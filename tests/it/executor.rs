@@ -1,4 +1,4 @@
-//! Async calls on an executor of one thread: it goes on ticking while drivers compile and wait.
+//! Async calls on a single-threaded executor: it keeps ticking while drivers compile and wait.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use wgpu_attention::{
     MultiHeadConfig, MultiHeadOutput, Result, StateDict, Tensor,
 };
 
-/// How long `work` takes, how often a clock of a millisecond ticks meanwhile, and its longest pause.
+/// The duration of `work`, the number of ticks of a millisecond clock in the meantime, and its longest pause.
 fn beside_a_ticker<T>(work: impl Future<Output = T>) -> (T, Duration, u32, Duration) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let (ticks, longest) = (Cell::new(0), Cell::new(Duration::ZERO));
@@ -41,8 +41,8 @@ fn beside_a_ticker<T>(work: impl Future<Output = T>) -> (T, Duration, u32, Durat
     (done, began.elapsed(), ticks.get(), longest.get())
 }
 
-/// The clock must tick through most of what takes long. How long the longest pause is, is printed: it is the machine's
-/// as well (`cargo test --test it -- executor --nocapture`).
+/// The clock must tick during most of the long work. The longest pause is only printed, because it depends on the
+/// machine (`cargo test --test it -- executor --nocapture`).
 fn check<T>(what: &str, work: impl Future<Output = Result<T>>) -> T {
     let (done, took, ticks, longest) = beside_a_ticker(work);
     println!("{what}: {:.1} ms, longest pause {:.1} ms", took.as_secs_f64() * 1e3, longest.as_secs_f64() * 1e3);
@@ -53,7 +53,7 @@ fn check<T>(what: &str, work: impl Future<Output = Result<T>>) -> T {
 }
 
 #[test]
-fn the_executor_goes_on() {
+fn the_executor_is_not_blocked() {
     let values = noise(&mut Pcg64::seed_from_u64(1), 8 * 700 * 40);
     for (name, device) in devices() {
         let x = Tensor::from_slice(&device, &[1, 8, 700, 40], &values).unwrap();
@@ -80,7 +80,7 @@ fn the_executor_goes_on() {
 }
 
 #[test]
-fn types_and_futures_go_to_other_threads() {
+fn types_and_futures_can_move_to_other_threads() {
     fn sent<T: Send + Sync>() {}
     fn future<F: Future + Send>(_: F) {}
     sent::<Device>();

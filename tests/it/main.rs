@@ -1,5 +1,5 @@
-//! The library from outside, on every adapter of this machine and on the CPU backend. One program: its tests share
-//! the cores, and everything is linked once.
+//! Tests of the public API, on every adapter of this machine and on the CPU backend. They are one program, so that
+//! tests share the cores and everything is linked once.
 
 mod attention;
 mod cache;
@@ -22,6 +22,7 @@ mod plans;
 mod position;
 mod profile;
 mod project;
+mod public_api;
 mod reliability;
 mod rooms;
 mod rotary;

@@ -29,7 +29,7 @@ pub fn sdpa(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Co
     case.against_torch(q.dtype(), "out", &results(&attended)?)
 }
 
-/// Everything that was asked for.
+/// Everything that was requested.
 fn results(attended: &Attended) -> Result<Vec<(&'static str, Array)>> {
     let all = [("out", Some(&attended.output)), ("lse", attended.lse.as_ref()), ("weights", attended.weights.as_ref())];
     all.into_iter()
@@ -38,7 +38,7 @@ fn results(attended: &Attended) -> Result<Vec<(&'static str, Array)>> {
         .collect()
 }
 
-/// Sequences packed one behind another, `[total, heads, dim]`.
+/// Packed sequences, `[total, heads, dim]`.
 pub fn varlen(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])?;
     let [q, k, v] = case.operands(device)?;
@@ -84,7 +84,7 @@ pub fn mha(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec
     }
     match case.optional("attn_mask")? {
         Some(mask) => attention = add_mask(attention, "attn_mask", &mask, Mask::hide_where, device)?,
-        // With a mask, is_causal only says what the mask is.
+        // With a mask, is_causal is only a hint about the mask.
         None if case.flag("is_causal")? => attention = attention.causal(Align::TopLeft),
         None => {}
     }

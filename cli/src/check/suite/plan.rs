@@ -1,26 +1,14 @@
-//! Which cases there are: those of other people, which the program carries, and those drawn from a seed.
+//! The cases of the suite: built-in ones of other frameworks, and those drawn from a seed.
 
-use std::borrow::Cow;
-
-use rust_embed::RustEmbed;
 use serde::{Deserialize, Serialize};
 use wgpu_attention::{Device, Method};
-use wgpu_attention_conformance::{Case as Drawn, Op, cases};
+use wgpu_attention_conformance::{Case as Drawn, Op, SOURCES, cases, golden_names};
 
 use super::folder::{CaseFile, Folder};
 use super::variant::{parse_id, variant};
 use crate::error::{Error, Result, fail, usage};
 
-/// The cases of ONNX, PyTorch, transformers, Keras and JAX.
-#[derive(RustEmbed)]
-#[folder = "../tests/cases"]
-#[include = "keras_jax/*.safetensors"]
-#[include = "onnx/*.safetensors"]
-#[include = "torch/*.safetensors"]
-#[include = "transformers/*.safetensors"]
-struct Golden;
-
-/// A case with the way it is computed.
+/// A case with its method.
 #[derive(Clone, Debug)]
 pub struct Item {
     pub work: Work,
@@ -29,31 +17,31 @@ pub struct Item {
 
 #[derive(Clone, Debug)]
 pub enum Work {
-    /// `onnx/test_attention_3d`, which the program carries.
+    /// A built-in case such as `onnx/test_attention_3d`.
     Golden(String),
     File(CaseFile),
     Drawn(Drawn),
 }
 
-/// What of the suite to run.
+/// Which part of the suite to run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Selection {
     pub quick: bool,
     pub seed: u64,
-    /// Ops by name; all where there are none.
+    /// Ops by name; all if empty.
     pub ops: Vec<String>,
-    /// Variants by name; all where there are none.
+    /// Variants by name; all if empty.
     pub variants: Vec<String>,
     /// Part of an id.
     pub filter: Option<String>,
     /// A folder of cases instead of the suite.
     pub folder: Option<Folder>,
-    /// One case, by its id, whatever the rest says.
+    /// One case by its id, regardless of the other fields.
     pub only: Option<String>,
 }
 
 impl Selection {
-    /// The case of an id.
+    /// The case with that id.
     pub fn item(&self, id: &str) -> Result<Item> {
         match &self.folder {
             Some(folder) => folder.parse(id).map(|(file, method)| Item { work: Work::File(file), method }),
@@ -62,9 +50,9 @@ impl Selection {
     }
 }
 
-/// Every op by name: sources of other people's cases, and what is drawn.
+/// All op names: sources of the built-in cases, and ops of the drawn ones.
 pub fn ops() -> impl Iterator<Item = &'static str> {
-    ["keras_jax", "onnx", "torch", "transformers"].into_iter().chain(Op::ALL.map(Op::name))
+    SOURCES.into_iter().chain(Op::ALL.map(Op::name))
 }
 
 impl Item {
@@ -76,7 +64,7 @@ impl Item {
         }
     }
 
-    /// The op of a drawn case or of a file, the source of another's.
+    /// The op of a drawn case or a file, or the source of a built-in case.
     pub fn op(&self) -> &str {
         match &self.work {
             Work::Golden(name) => name.split('/').next().unwrap_or_default(),
@@ -87,7 +75,7 @@ impl Item {
 
     pub fn parse(id: &str) -> Result<Item> {
         let (case, method) = parse_id(id).map_err(Error::Usage)?;
-        if golden_names().any(|name| name == case) {
+        if golden_names().iter().any(|name| name == case) {
             return Ok(Item { work: Work::Golden(case.into()), method });
         }
         match case.parse() {
@@ -97,19 +85,15 @@ impl Item {
     }
 }
 
-fn golden_names() -> impl Iterator<Item = String> {
-    Golden::iter().filter_map(|path: Cow<'_, str>| Some(path.strip_suffix(".safetensors")?.to_string()))
-}
-
-/// The bytes of a golden case.
+/// The bytes of a built-in case.
 pub fn golden(name: &str) -> Result<Vec<u8>> {
-    match Golden::get(&format!("{name}.safetensors")) {
-        Some(file) => Ok(file.data.into_owned()),
-        None => fail!("the program carries no case {name}"),
+    match wgpu_attention_conformance::golden(name) {
+        Some(bytes) => Ok(bytes.into_owned()),
+        None => fail!("there is no built-in case {name}"),
     }
 }
 
-/// Every way to compute attention on a device.
+/// All methods for attention on a device.
 pub fn methods(device: &Device) -> Vec<Method> {
     let mut all = vec![Method::Auto];
     if let Some(gpu) = device.gpu() {
@@ -118,7 +102,7 @@ pub fn methods(device: &Device) -> Vec<Method> {
     all
 }
 
-/// What to run on a device, in its order.
+/// What to run on a device, in order.
 pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
     if let Some(id) = &selection.only {
         return selection.item(id).into_iter().collect();
@@ -132,10 +116,9 @@ pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
     let methods = methods(device);
     let drawn = cases(&methods, selection.seed, selection.quick);
     let drawn = drawn.into_iter().map(|(case, method)| Item { work: Work::Drawn(case), method });
-    let mut names: Vec<String> = golden_names().collect();
-    names.sort();
+    let mut names = golden_names();
     if selection.quick {
-        // Each compiles kernels of its own.
+        // Each compiles its own kernels.
         names = names.into_iter().step_by(6).collect();
     }
     let golden = names.into_iter().map(|name| Item { work: Work::Golden(name), method: Method::Auto });

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Makes the cases of tests/cases/keras_jax from Keras and JAX.
+"""Makes the cases of conformance/cases/keras_jax from Keras and JAX.
 
     python3 -m venv peers
     peers/bin/pip install keras==3.15.1 jax==0.10.2 jaxlib==0.10.2 numpy==2.4.6
-    peers/bin/python tests/cases/generate/keras_jax.py tests/cases/keras_jax
+    peers/bin/python conformance/cases/generate/keras_jax.py conformance/cases/keras_jax
 
 Installs nothing itself. The folder is made, files of the same names are written over, and index.json lists the
 cases. The same versions give the same files on the same kind of processor.
