@@ -15,6 +15,7 @@ mod long;
 mod long_rows;
 mod multi_head;
 mod names;
+mod packages;
 mod packed;
 mod plans;
 mod position;
