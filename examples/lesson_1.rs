@@ -30,7 +30,7 @@ const STATES: [usize; 2] = [64, 256];
 const DIM: usize = 64;
 const LENGTHS: [usize; 8] = [2, 4, 8, 16, 32, 64, 128, 256];
 
-/// Which letter came first? Once from a state of fixed size, once by looking back.
+/// Which letter came first? Answered from a state of fixed size, and by looking back.
 fn recall(device: &Device, out: &mut String) -> Result<RgbImage> {
     let mut rng = Pcg64::seed_from_u64(1);
     let mut lines = [const { Vec::new() }; 4];
@@ -68,8 +68,8 @@ fn recall(device: &Device, out: &mut String) -> Result<RgbImage> {
     })
 }
 
-/// The state of a recurrent network after the letters: each step turns the state by one place, adds the letter
-/// and squashes, `h ← tanh(0.98 · turn(h) + letter / 4)`.
+/// The state of a recurrent network after the letters: each step rotates the state by one element, adds the letter and
+/// squashes, `h ← tanh(0.98 · rotate(h) + letter / 4)`.
 fn rnn_state(vectors: &[f32], size: usize, sequence: &[usize]) -> Vec<f64> {
     let mut state = vec![0.0; size];
     for &letter in sequence {
@@ -81,7 +81,7 @@ fn rnn_state(vectors: &[f32], size: usize, sequence: &[usize]) -> Vec<f64> {
     state
 }
 
-/// How often the first letter is read off the state. What is read is fitted by least squares on `train`.
+/// How often the first letter can be read from the state. The readout is fitted by least squares on `train`.
 fn rnn_recall(rng: &mut Pcg64, size: usize, len: usize, train: &[usize], test: &[usize]) -> f64 {
     let vectors = guide::signs(rng, LETTERS * size);
     let (mut states, mut answers) = (Vec::new(), Vec::new());
@@ -102,8 +102,8 @@ fn most(score: impl Fn(usize) -> f64) -> usize {
     (0..LETTERS).max_by(|&a, &b| score(a).total_cmp(&score(b))).expect("there are letters")
 }
 
-/// How often attention finds the first letter, and its mean weight on it: every position has a random key, the
-/// query is the key of the first position, the values are the letters.
+/// How often attention finds the first letter, and its mean weight on it. Every position has a random key, the query is
+/// the key of the first position, and the values are the letters.
 fn attention_recall(device: &Device, rng: &mut Pcg64, len: usize, test: &[usize]) -> Result<(f64, f32)> {
     let sequences = test.len() / len;
     let vectors = guide::signs(rng, LETTERS * DIM);
@@ -125,7 +125,7 @@ fn attention_recall(device: &Device, rng: &mut Pcg64, len: usize, test: &[usize]
     Ok((right.count() as f64 / sequences as f64, on_first / sequences as f32))
 }
 
-/// What the alignment is learned from.
+/// The sentence pairs that the alignment is learned from.
 const CORPUS: [(&str, &str); 12] = [
     ("the cat sleeps", "le chat dort"),
     ("the dog sleeps", "le chien dort"),
@@ -141,8 +141,8 @@ const CORPUS: [(&str, &str); 12] = [
     ("a cat sees the house", "un chat voit la maison"),
 ];
 
-/// Word alignment as attention: a French word's query holds the logarithms of how likely each English word
-/// becomes it, an English word's key is 1 at its own place.
+/// Word alignment as attention: a French word's query holds the log probabilities that each English word translates to
+/// it, and an English word's key is 1 at its own index.
 fn translate(device: &Device, out: &mut String) -> Result<()> {
     let english: BTreeSet<&str> = CORPUS.iter().flat_map(|(english, _)| english.split(' ')).collect();
     let english: Vec<&str> = english.into_iter().collect();
@@ -154,7 +154,7 @@ fn translate(device: &Device, out: &mut String) -> Result<()> {
     let width = english.len();
     let (mut queries, mut keys) = (Vec::new(), Vec::new());
     for &french in &target {
-        // e⁻²⁰ for what never occurred together: as good as nothing.
+        // e⁻²⁰ for words that never occurred together: practically nothing.
         queries.extend(
             english.iter().map(|&word| likely.get(&(word, french)).map_or(-20.0, |p| p.ln().max(-20.0) as f32)),
         );
@@ -175,8 +175,8 @@ fn translate(device: &Device, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// How likely an English word becomes a French one: IBM's model 1 (Brown et al. 1993), 20 rounds of expectation
-/// maximisation from nothing but which words occur in which pair of sentences.
+/// The probability that an English word translates to a French one: IBM's model 1 (Brown et al. 1993), 20 iterations of
+/// expectation maximisation, using only which words occur in which pair of sentences.
 fn word_translations() -> BTreeMap<(&'static str, &'static str), f64> {
     let mut likely: BTreeMap<(&str, &str), f64> = BTreeMap::new();
     for _ in 0..20 {

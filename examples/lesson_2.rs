@@ -32,7 +32,7 @@ const QUERIES: [f32; 12] = [1.0, 0.0, 2.0, 0.0, 0.0, 2.0, 0.0, 2.0, 1.0, 1.0, 0.
 const KEYS: [f32; 12] = [0.0, 1.0, 1.0, 1.0, 2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 2.0];
 const VALUES: [f32; 6] = [1.0, 0.0, 0.0, 2.0, 3.0, 1.0];
 
-/// A token and its numbers on each line.
+/// Prints a token and its numbers on each line.
 fn show(out: &mut String, name: &str, values: &[f32]) -> Result<()> {
     writeln!(out, "{name}")?;
     for (token, row) in TOKENS.iter().zip(guide::rows(values, values.len() / TOKENS.len())) {
@@ -71,7 +71,7 @@ fn steps(device: &Device, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// Why the scores are divided by √d_k: how widely random queries look at 64 random keys, with and without.
+/// Why the scores are divided by √d_k: how widely random queries attend to 64 random keys, with and without scaling.
 fn scaling(device: &Device, out: &mut String) -> Result<RgbImage> {
     const LEN: usize = 64;
     let widths = [1, 4, 16, 64, 256];
@@ -80,7 +80,7 @@ fn scaling(device: &Device, out: &mut String) -> Result<RgbImage> {
     writeln!(out, " d_k     scaled   not scaled     scaled   not scaled")?;
     let mut lines = [Vec::new(), Vec::new()];
     for width in widths {
-        // ±1: mean 0 and variance 1, as a layer is initialised to give.
+        // ±1: mean 0 and variance 1, as from a freshly initialised layer.
         let q = Tensor::from_slice(device, &[LEN, width], &guide::signs(&mut rng, LEN * width))?;
         let k = Tensor::from_slice(device, &[LEN, width], &guide::signs(&mut rng, LEN * width))?;
         let mut entropies = [0.0; 2];
@@ -119,10 +119,10 @@ fn scaling(device: &Device, out: &mut String) -> Result<RgbImage> {
     })
 }
 
-/// The same three tokens where "milk" is padding, and as a decoder sees them.
+/// The same three tokens with "milk" as padding, and under a causal mask as in a decoder.
 fn masks(device: &Device, out: &mut String) -> Result<()> {
     let [q, k, v] = operands(device)?;
-    let padding = Mask::drop(Tensor::from_bools(device, &[3], &[false, false, true])?)?;
+    let padding = Mask::hide_where(Tensor::from_bools(device, &[3], &[false, false, true])?)?;
     let padded = Attention::new().key_padding(padding).weights(Weights::PerHead).forward(&q, &k, &v)?;
     show(out, "weights, \"milk\" masked as padding", &padded.weights.expect("asked for").download()?)?;
     let causal = Attention::new().causal(Align::TopLeft).weights(Weights::PerHead).forward(&q, &k, &v)?;

@@ -26,7 +26,7 @@ pub fn lesson(device: &Device, out: &mut String) -> Result<RgbImage> {
     draw(&heads, sentence.tokens.len())
 }
 
-/// What comes of the heads.
+/// The results per head.
 struct Heads {
     /// `[12, len, len]`.
     weights: Vec<f32>,
@@ -34,7 +34,8 @@ struct Heads {
     entropy: Vec<f32>,
 }
 
-/// Projections, heads, attention and joining one after another, against the layer in one call and PyTorch.
+/// Computes projections, heads, attention and joining step by step, and compares with the layer in one call and
+/// PyTorch.
 fn by_hand(device: &Device, out: &mut String, sentence: &Sentence) -> Result<Heads> {
     let (len, dim) = (sentence.tokens.len(), WIDTH / HEADS);
     let state = real::state()?;
@@ -75,7 +76,7 @@ fn by_hand(device: &Device, out: &mut String, sentence: &Sentence) -> Result<Hea
     Ok(Heads { weights, entropy: entropy.expect("asked for").download()? })
 }
 
-/// How widely each head looks, how much of it rests on [CLS], and its strongest links between two words.
+/// How widely each head attends, how much of its weight is on [CLS], and its strongest links between two words.
 fn what_heads_do(out: &mut String, sentence: &Sentence, heads: &Heads) -> Result<()> {
     let tokens = &sentence.tokens;
     let len = tokens.len();
@@ -83,7 +84,7 @@ fn what_heads_do(out: &mut String, sentence: &Sentence, heads: &Heads) -> Result
     for (h, weights) in heads.weights.chunks_exact(len * len).enumerate() {
         let entropy = heads.entropy[h * len..][..len].iter().sum::<f32>() / len as f32;
         let on_first = weights.iter().step_by(len).sum::<f32>() / len as f32;
-        // Without the marks at both ends, and without what a word gives to itself.
+        // Exclude the marks at both ends, and the weight of a word on itself.
         let words = 1..len - 1;
         let mut links: Vec<(usize, usize)> =
             words.clone().flat_map(|i| words.clone().filter(move |&j| j != i).map(move |j| (i, j))).collect();
@@ -105,7 +106,7 @@ fn what_heads_do(out: &mut String, sentence: &Sentence, heads: &Heads) -> Result
     Ok(())
 }
 
-/// What is learned in layers of different shapes.
+/// The number of learned parameters in layers of different shapes.
 fn parameters(device: &Device, out: &mut String) -> Result<()> {
     let mut line = |name: &str, count: usize| writeln!(out, "{name:44}{count:9}");
     line("attention alone, whatever the width", 0)?;

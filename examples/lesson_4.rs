@@ -16,7 +16,7 @@ fn main() -> std::process::ExitCode {
     guide::main(lesson)
 }
 
-/// The head in which a pronoun finds what it stands for.
+/// The head in which a pronoun attends to its antecedent.
 const HEAD: usize = 1;
 
 pub fn lesson(device: &Device, out: &mut String) -> Result<RgbImage> {
@@ -63,7 +63,7 @@ fn pronoun(device: &Device, out: &mut String, layer: &MultiHeadAttention, senten
     Ok(head(&weights, HEAD).to_vec())
 }
 
-/// The query "it" alone, to the whole sentence: the same row, since queries do not see each other.
+/// The query "it" alone, to the whole sentence: the same row, because queries do not see each other.
 fn one_query(device: &Device, out: &mut String, layer: &MultiHeadAttention, sentence: &Sentence) -> Result<()> {
     let x = sentence.tensor(device)?;
     let it = sentence.find("it")?;
@@ -98,8 +98,8 @@ fn across(
     Ok(head(&weights, HEAD).to_vec())
 }
 
-/// Keys and values of another width than the queries: a decoder of 384 that looks at 49 patches of an image, each
-/// 512 wide.
+/// Keys and values of another width than the queries: a decoder 384 wide that attends to 49 image patches, each 512
+/// wide.
 fn other_widths(device: &Device, out: &mut String) -> Result<()> {
     let config = MultiHeadConfig::new(WIDTH, HEADS)?.kdim(512).vdim(512);
     let layer = MultiHeadAttention::new(device, config, 4)?;

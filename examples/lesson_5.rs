@@ -62,7 +62,7 @@ fn shuffle(device: &Device, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// The dot product of two sinusoidal encodings depends on their distance alone.
+/// The dot product of two sinusoidal encodings depends only on their distance.
 fn sinusoids(out: &mut String) -> Result<()> {
     let (dim, distances) = (64, [0, 1, 2, 4, 8, 16, 32, 64]);
     writeln!(out, "distance    {}", distances.map(|distance| format!("{distance:7}")).concat())?;
@@ -74,18 +74,18 @@ fn sinusoids(out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// A step of so many positions is a rotation, whatever the position.
+/// A step of a given number of positions is a rotation, whatever the position.
 fn rotations(device: &Device, out: &mut String) -> Result<()> {
     let dim = 64;
     let rotary = Rotary::new(device, &RotaryConfig::new(dim).pairing(Pairing::Interleaved), 256)?;
     let table = sinusoidal(0, 10, dim)?;
     let row = |p: usize| &table.data()[p * dim..][..dim];
     let ninth = Tensor::from_slice(device, &[1, 1, 1, dim], row(9))?;
-    let turned = rotary.rotate(&ninth, &TokenPositions::From(4))?.download()?;
+    let rotated = rotary.rotate(&ninth, &TokenPositions::From(4))?.download()?;
     writeln!(
         out,
-        "sinusoid 9 turned by 4, and sinusoid 5: largest difference {:.0e}",
-        guide::difference(&turned, row(5))
+        "sinusoid 9 rotated by 4, and sinusoid 5: largest difference {:.0e}",
+        guide::difference(&rotated, row(5))
     )?;
 
     let mut rng = Pcg64::seed_from_u64(55);
@@ -99,20 +99,20 @@ fn rotations(device: &Device, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// Sequences up to this long are what the methods are fitted on.
+/// The methods are fitted on sequences up to this length.
 const TRAINED: usize = 64;
 const LENGTHS: [usize; 4] = [64, 128, 256, 512];
 const SYMBOLS: usize = 8;
-/// What a key that holds the symbol asked for gains.
+/// The score added to a key that holds the requested symbol.
 const MATCH: f32 = 10.0;
-/// The columns of a head that hold its position; those behind hold the symbol.
+/// The columns of a head that hold its position; the remaining ones hold the symbol.
 const POSITION: usize = 32;
 const SINES: usize = 16;
 const HEAD: usize = POSITION + SYMBOLS;
 const BATCH: usize = 128;
 const CLIP: usize = 16;
 
-/// What every method is fitted to: nearer keys score higher.
+/// The target that every method is fitted to: nearer keys score higher.
 fn target(distance: usize) -> f64 {
     -2.0 * (distance as f64).ln()
 }
@@ -140,11 +140,12 @@ const METHODS: [(&str, Method); 8] = [
     ("no positions", Method::Nothing),
 ];
 
-/// What each method has to learn, found by least squares on the distances of short sequences.
+/// The learned parameters of each method, fitted by least squares on the distances of short sequences.
 struct Fitted {
     /// `[SINES, SINES]`: the score of sinusoids p and p' is `PE(p)·M·PE(p')`.
     sinusoidal: Vec<f32>,
-    /// The query before its rotation: `POSITION / 2` first halves, then as many second ones. The key is 1 and 0.
+    /// The query before its rotation: `POSITION / 2` first elements of pairs, then the second ones. The key's pairs are
+    /// (1, 0).
     rotary: Vec<f32>,
     /// A number per bucket.
     t5: Vec<f32>,
@@ -165,13 +166,13 @@ impl Fitted {
         let targets: Vec<f64> = (1..TRAINED).map(target).collect();
         let narrow = |values: Vec<f64>| -> Vec<f32> { values.into_iter().map(|x| x as f32).collect() };
 
-        // A pair (a, b) turned against (1, 0): a·cos(distance · frequency) − b·sin(distance · frequency).
+        // A pair (a, b), rotated relative to (1, 0): a·cos(distance · frequency) − b·sin(distance · frequency).
         let frequencies = RotaryConfig::new(POSITION).frequencies(TRAINED)?;
-        let turned = |d: usize| {
+        let rotated = |d: usize| {
             let angles = frequencies.iter().map(move |frequency| d as f64 * frequency);
             angles.clone().map(f64::cos).chain(angles.map(|angle| -angle.sin()))
         };
-        let features: Vec<f64> = (1..TRAINED).flat_map(turned).collect();
+        let features: Vec<f64> = (1..TRAINED).flat_map(rotated).collect();
         let rotary = guide::least_squares(&features, &targets, POSITION, 1, 1.0);
 
         let (mut features, mut answers) = (Vec::new(), Vec::new());
@@ -185,7 +186,7 @@ impl Fitted {
         }
         let sinusoidal = guide::least_squares(&features, &answers, SINES * SINES, 1, 1.0);
 
-        // The mean of those distances that share a number is the least-squares answer.
+        // The least-squares solution is the mean over the distances that share a parameter.
         let means = |count: usize, which: &dyn Fn(usize) -> Result<usize>| -> Result<Vec<f32>> {
             let mut sums = vec![(0.0, 0); count];
             for d in 1..TRAINED {
@@ -203,8 +204,8 @@ impl Fitted {
         })
     }
 
-    /// The last of `len` tokens asks for a symbol among those before it: `symbols` is `[batch, len]`, the last of
-    /// each row the one asked for.
+    /// The last of `len` tokens asks for a symbol among those before it. `symbols` is `[batch, len]`; the last of each
+    /// row is the requested one.
     fn attend(&self, device: &Device, method: Method, len: usize, symbols: &[usize], gain: f32) -> Result<Attended> {
         let (batch, keys) = (symbols.len() / len, len - 1);
         let mut query_position = [0.0; POSITION];
@@ -271,7 +272,7 @@ impl Fitted {
     }
 }
 
-/// "Where was this symbol last?" in sequences up to eight times longer than those of the fit.
+/// "Where did this symbol occur last?" in sequences up to eight times longer than in the fit.
 fn longer(device: &Device, fitted: &Fitted, out: &mut String) -> Result<()> {
     let mut rng = Pcg64::seed_from_u64(555);
     let sequences = LENGTHS.map(|len| (0..BATCH * len).map(|_| rng.random_range(0..SYMBOLS)).collect::<Vec<_>>());
@@ -293,7 +294,7 @@ fn longer(device: &Device, fitted: &Fitted, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// A learned table ends where training ended.
+/// A learned table has no rows beyond the trained length.
 fn beyond_the_table(device: &Device, out: &mut String) -> Result<()> {
     let table = PositionTable::learned(&Tensor::from_slice(device, &[TRAINED, 4], &[0.1; TRAINED * 4])?)?;
     let x = Tensor::from_slice(device, &[2 * TRAINED, 4], &[0.0; 2 * TRAINED * 4])?;
@@ -302,7 +303,7 @@ fn beyond_the_table(device: &Device, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// Left the sinusoids, right what each method makes of distances it was never fitted on.
+/// Draws the sinusoids on the left, and on the right each method's scores at distances that it was not fitted on.
 fn draw(device: &Device, fitted: &Fitted) -> Result<RgbImage> {
     const SHOWN: usize = 256;
     let table = sinusoidal(0, 64, 64)?;

@@ -1,11 +1,17 @@
-//! Writes every kernel variant into a folder, in WGSL and in the languages that drivers take, for the compilers
-//! that `./portability` runs over them.
+//! Writes every kernel variant to a folder, in WGSL and in the languages that drivers accept, for the compilers that
+//! `./portability` runs. With `--gpu` it writes the SPIR-V that wgpu passes to a GPU's driver, of the variants that a GPU
+//! may be given, for `./gpu-compilers`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io, thread};
 
+use naga::back::spv;
+use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use wgpu_attention::kernels::catalogue::{Kernel, Variant, variants};
+use wgpu_attention::kernels::plan::{self, AttentionOperands, InspectOperands};
+use wgpu_attention::kernels::{Capabilities, Method};
+use wgpu_attention::problem::{Layout, Positions, Problem};
 
 #[path = "../tests/portability/translate.rs"]
 mod translate;
@@ -24,18 +30,134 @@ fn write_translations(folder: &Path, variant: &Variant) -> io::Result<()> {
     let (module, info) = translate::validate(&variant.name, &source);
     let texts = translate::translate(&module, &info, variant.uses_subgroups())
         .map_err(|error| io::Error::other(format!("{} {error}", variant.name)))?;
-    // Metal's compiler runs on Apple's machines only.
+    // Metal's compiler runs only on Apple machines.
     for (ending, bytes) in texts.into_iter().filter(|(ending, _)| *ending != "metal") {
         fs::write(path(folder, variant, ending), bytes)?;
     }
     Ok(())
 }
 
+/// The workgroup of software adapters. No GPU is given a variant of this size.
+const SOFTWARE_WORKGROUP: u32 = 8;
+
+/// The kernels of plain calls on a GPU, each with a label: those that most calls run.
+fn defaults() -> wgpu_attention::Result<BTreeSet<(String, Variant)>> {
+    let mut all = BTreeSet::new();
+    for subgroup_min in [None, Some(8)] {
+        let adapter = Capabilities { subgroup_min, ..Capabilities::webgpu_minimum() };
+        let mut add = |what: &str, plan: plan::Plan| {
+            for variant in plan.steps.into_iter().map(|step| step.variant) {
+                let kernel = variant.kernel.name();
+                let label = match variant.kernel {
+                    Kernel::Flash | Kernel::FlashTiled | Kernel::Inspect => format!("{kernel} {what}"),
+                    _ => kernel.to_string(),
+                };
+                let label = if variant.uses_subgroups() { format!("{label}, subgroups") } else { label };
+                all.insert((label, variant));
+            }
+        };
+        for (method, dim, len_q, len_k) in [
+            (Method::Fused, 64, 256, 256),
+            (Method::Fused, 128, 256, 256),
+            (Method::Fused, 256, 256, 256),
+            (Method::Fused, 512, 256, 256),
+            // Few rows, whose keys are split.
+            (Method::Fused, 64, 1, 4096),
+            (Method::Fused, 128, 1, 4096),
+            (Method::Fused, 256, 1, 4096),
+            (Method::ThreePasses, 64, 256, 256),
+        ] {
+            let (q, k) = ([1, 8, len_q, dim], [1, 8, len_k, dim]);
+            let problem = Problem::new(&q, &k, &k, None, None, &Positions::default(), 0)?;
+            let [q, k] = [Layout::contiguous(&q)?, Layout::contiguous(&k)?];
+            let operands = AttentionOperands {
+                q: (&q).into(),
+                k: (&k).into(),
+                v: (&k).into(),
+                output: (&q).into(),
+                masks: vec![],
+                biases: vec![],
+                relative: None,
+                rotary: None,
+                sink: None,
+                lse: false,
+                weights: false,
+                averaged: false,
+                stage: None,
+                method,
+                tuned: None,
+            };
+            add(&dim.to_string(), plan::attention(&problem, &operands, &adapter)?);
+            let lse = Layout::contiguous(&[1, 8, len_q])?;
+            let inspections = [("weights", [true, false, false]), ("sums", [false, true, false])];
+            for (what, [weights, column_sums, entropy]) in inspections.into_iter().filter(|_| dim == 64 && len_q > 1) {
+                let operands = InspectOperands {
+                    q: (&q).into(),
+                    k: (&k).into(),
+                    lse: &lse,
+                    masks: vec![],
+                    biases: vec![],
+                    relative: None,
+                    heads: &[0],
+                    queries: 0..len_q,
+                    weights,
+                    column_sums,
+                    entropy,
+                };
+                let mut plan = plan::inspect(&problem, &operands, &adapter)?;
+                plan.steps.retain(|step| step.variant.kernel == Kernel::Inspect);
+                add(what, plan);
+            }
+        }
+        let [x, w, bias] =
+            [Layout::contiguous(&[4, 256, 512])?, Layout::contiguous(&[512, 512])?, Layout::contiguous(&[512])?];
+        add("", plan::project((&x).into(), (&w).into(), Some(&bias), &[], &adapter)?);
+    }
+    Ok(all)
+}
+
+/// wgpu-hal's options for Vulkan 1.3 and a driver with `robustBufferAccess2`, which checks the bounds of buffers.
+fn write_spirv_for_gpus(folder: &Path, variant: &Variant) -> io::Result<()> {
+    let options = spv::Options {
+        lang_version: (1, 6),
+        flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,
+        bounds_check_policies: BoundsCheckPolicies {
+            index: BoundsCheckPolicy::Restrict,
+            buffer: BoundsCheckPolicy::Unchecked,
+            image_load: BoundsCheckPolicy::Unchecked,
+            binding_array: BoundsCheckPolicy::Unchecked,
+        },
+        zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
+        ..Default::default()
+    };
+    let (module, info) = translate::validate(&variant.name, &variant.source().map_err(io::Error::other)?);
+    let words = spv::write_vec(&module, &info, &options, None)
+        .map_err(|error| io::Error::other(format!("{}: {error}", variant.name)))?;
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    fs::write(folder.join(format!("{}.spv", variant.name.replace('/', "."))), bytes)
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [folder] = arguments.as_slice() else { return Err("usage: translate FOLDER".into()) };
-    let folder = Path::new(folder);
+    let (for_gpus, folder) = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["--gpu", folder] => (true, PathBuf::from(folder)),
+        [folder] => (false, PathBuf::from(folder)),
+        _ => return Err("usage: translate [--gpu] FOLDER".into()),
+    };
+    let folder = folder.as_path();
     fs::create_dir_all(folder)?;
+    if for_gpus {
+        let mut all: BTreeSet<Variant> =
+            variants().into_iter().filter(|variant| variant.workgroup_size() != SOFTWARE_WORKGROUP).collect();
+        let defaults = defaults()?;
+        let lines: String = defaults.iter().map(|(label, variant)| format!("{label}\t{}\n", variant.name)).collect();
+        fs::write(folder.join("defaults.tsv"), lines)?;
+        all.extend(defaults.into_iter().map(|(_, variant)| variant));
+        for variant in all {
+            write_spirv_for_gpus(folder, &variant)?;
+        }
+        return Ok(());
+    }
     for kernel in Kernel::ALL {
         fs::write(folder.join(format!("{}.file.wgsl", kernel.name())), kernel.source().map_err(io::Error::other)?)?;
     }
@@ -50,7 +172,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 })
             })
             .collect();
-        parts.into_iter().try_for_each(|part| part.join().expect("a panic has been told"))
+        parts.into_iter().try_for_each(|part| part.join().expect("a panic has been reported"))
     })?;
     Ok(())
 }

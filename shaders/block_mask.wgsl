@@ -1,9 +1,9 @@
 // M[b, h, block of rows, block of keys] |= 1 where a row may see a key of the block, |= 2 where one may not
 // masks, bias [b, h, i, j]   M [b, h, row block, key block]: 1 full, 2 empty, 3 partial
 //
-// What masks and biases leave of every block of keys that flash.wgsl reads: it skips those that no row
-// sees, and does not look again where all see all. Rows are blocked as there: the queries of all heads that
-// share keys lie one after another. One invocation per row and block of keys.
+// Computes what masks and biases leave of every block of keys that flash.wgsl reads. That kernel skips blocks that no
+// row sees, and does not read masks again for blocks that all rows see. Rows are blocked in the same way: the queries
+// of all heads that share keys are consecutive. One invocation per row and block of keys.
 
 // Keys per block.
 const BLOCK: u32 = 32u;
@@ -23,7 +23,7 @@ struct Params {
 // @use each_element, rules
 
 fn run(at: u32) {
-    // Lanes of neighbouring rows work on one block of keys.
+    // Lanes of adjacent rows work on the same block of keys.
     let entry = at / params.rows_per_block;
     let key_block = entry % params.key_blocks;
     let row_block = (entry / params.key_blocks) % params.row_blocks;

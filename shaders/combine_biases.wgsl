@@ -1,8 +1,8 @@
 // B[b, h, i, j] += one rule: a bias, a boolean mask, or the bands of a batch (−∞ where it hides)
 // B [b, h, i, j]
 //
-// For adapters with too few storage buffers, and for calls with more masks or biases than the other
-// kernels have bindings: all rules become one additive bias.
+// For adapters with too few storage buffers, and for calls with more masks or biases than the other kernels can bind:
+// combines all rules into one additive bias.
 
 const ACCUMULATE: bool = false;
 // 0: bias, 1: mask, 2: bands

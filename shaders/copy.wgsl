@@ -1,4 +1,4 @@
-// Y[a, b, c, j] = X[a, b, c, j], both at any strides; columns of Y behind those of X become `fill`
+// Y[a, b, c, j] = X[a, b, c, j], both with any strides; columns of Y beyond those of X become `fill`
 // X [a, b, c, columns]   Y [a, b, c, d]
 
 alias XElem = f32;
@@ -6,7 +6,7 @@ alias XElem = f32;
 struct Params {
     x: View,
     y: View,
-    // Of Y.
+    // The shape of Y.
     shape: vec4<u32>,
     columns: u32,
     total: u32,

@@ -1,25 +1,25 @@
 // O = softmax(scale · Q·Kᵀ → softcap → + bias → mask) · V, LSE = ln Σ exp S          fused
 // Q [b, h, i, d]   K, V [b, h / group, j, d]   O [b, h, i, d]   LSE [b, h, i]
 //
-// FlashAttention-2 (Dao 2023, algorithm 1): the scores of KEYS keys at a time, a running maximum and sum
-// per row (Milakov and Gimelshein 2018), the output rescaled when the maximum grows. Each invocation
-// keeps ROWS rows of Q and O in registers. A row is a query of a head; the rows of all heads that share
-// keys lie one after another. With subgroups, SHARE lanes load different parts of K and V and hand
-// them round. Keys may be split, each split with its own O and LSE; merge.wgsl joins them.
+// FlashAttention-2 (Dao 2023, algorithm 1): computes the scores of KEYS keys at a time, keeps a running maximum and sum
+// per row (Milakov and Gimelshein 2018), and rescales the output when the maximum grows. Each invocation keeps ROWS
+// rows of Q and O in registers. A row is a query of a head; the rows of all heads that share keys are consecutive. With
+// subgroups, SHARE lanes load different parts of K and V and broadcast them. Keys may be split, each split with its own
+// O and LSE; merge.wgsl joins them.
 //
-// A sink is one more score per head without a value: the running maximum and sum of split 0 start with it
-// (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
+// A sink is one extra score per head without a value: the running maximum and sum of split 0 start with it (Xiao et al.
+// 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
 
 const ROWS: u32 = 1u;
 const BLOCK_ROWS: u32 = WORKGROUP * ROWS;
 const KEYS: u32 = 4u;
-// vec4s that hold a weight for each of them.
+// Number of vec4s that hold one weight per key.
 const GROUPS: u32 = 1u;
 const DEPTH4: u32 = 4u;
 const COLS4: u32 = 4u;
 // Loads per lane and key: DEPTH4 / SHARE, rounded up.
 const K_LOADS: u32 = 4u;
-// Parts of a row that are loaded, stored between two turns of a loop.
+// Number of parts of a row to load, and to store, per loop iteration.
 const Q_LOADS: u32 = 1u;
 const O_STORES: u32 = 1u;
 const SHARE: u32 = 1u;
@@ -36,7 +36,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let band = work.band;
     let row = work.first_row + local * ROWS;
 
-    // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
+    // Computed before the loops: some drivers do not hoist loop invariants, and integer division is slow.
     var head: array<u32, ROWS>;
     var query: array<u32, ROWS>;
     var relative_from: array<u32, ROWS>;
@@ -50,8 +50,8 @@ fn run(index: u32, local: u32, lane: u32) {
         relative_from[r] = relative_row(b, head[r], query[r]);
         q_base[r] = row_at(params.q, place_of(work, at));
     }
-    // Loads and stores of single lanes are long pieces of code on software adapters, and take longest to
-    // compile: one for each row stands in a loop, and selects put what it gives into its register.
+    // Loads and stores of single lanes become long code on software adapters and take the longest to compile. So there
+    // is one per row in a loop, and selects put its result into the right register.
     // @block load_rows
     for (var first = 0u; first < DEPTH4; first += Q_LOADS) {
         // @unroll
@@ -83,7 +83,7 @@ fn run(index: u32, local: u32, lane: u32) {
     }
     // @end
 
-    // Which part of a key this lane loads, load by load; which key and which part of its value.
+    // Which part of a key this lane loads, for each load; and which key and which part of its value.
     var k_part: array<u32, K_LOADS>;
     // @unroll
     for (var n = 0u; n < K_LOADS; n++) {
@@ -100,7 +100,7 @@ fn run(index: u32, local: u32, lane: u32) {
     var sum: array<vec4<f32>, ROWS * COLS4>;
     var peak: array<f32, ROWS>;
     var total: array<f32, ROWS>;
-    // The largest bits of a score that was seen: see softmax_row.wgsl.
+    // The largest bits of any score so far; see softmax_row.wgsl.
     var score_bits: array<u32, ROWS>;
     var has_not_finite = vec4<bool>();
     // @unroll
@@ -114,14 +114,14 @@ fn run(index: u32, local: u32, lane: u32) {
         let masked = !block_is_full(work, j);
         var loaded = vec4<f32>();
         var weight = array<vec4<f32>, ROWS * GROUPS>();
-        // Not written out: a quarter of the text, and what the loop carries is little.
+        // Not unrolled: this keeps the text to a quarter, and the loop carries little state.
         for (var c = 0u; c < KEYS; c++) {
-            // Behind the last key lies what is not seen.
+            // Beyond the last key nothing is seen.
             let key = work.k_base + (j + c) * params.k.strides.z;
             let position = min(j + c, work.len_k - 1u) + params.slice.key_0;
             // @block load_key
             // @or halves
-            // A key's vec4s of a lane; those APART loads from each other are pairs and rotate together.
+            // A lane's vec4s of a key; those APART loads from each other form pairs and rotate together.
             const APART: u32 = 1u;
             var parts = array<vec4<f32>, K_LOADS>();
             // @unroll
@@ -170,7 +170,7 @@ fn run(index: u32, local: u32, lane: u32) {
             }
         }
         // @or neighbours
-        // The rows are neighbours: what their distances add overlaps, ROWS + 3 values for each four keys.
+        // The rows are adjacent, so their biases by distance overlap: ROWS + 3 values for every four keys.
         const NEAR: u32 = 1u;
         // @unroll
         for (var g = 0u; g < GROUPS; g++) {
@@ -219,7 +219,8 @@ fn run(index: u32, local: u32, lane: u32) {
         }
         // @unroll
         for (var d = 0u; d < COLS4; d++) {
-            // The values first, then row by row: what a row sums stands in registers for all keys of the step.
+            // Values first, then row by row, so that the terms of a row's sum are in registers for all keys of the
+            // step.
             var v_tile = array<vec4<f32>, KEYS>();
             // @unroll
             for (var c = 0u; c < KEYS; c++) {
@@ -280,7 +281,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let any_not_finite = any(has_not_finite);
     // @end
     if (any_not_finite) {
-        // A bound that is more than a parameter: see README.md.
+        // The bound is more than a parameter; see README.md.
         let columns = select(0u, (params.dim_v + 3u) / 4u, row < work.rows);
         add_not_finite(
             b, head, query, o_base, max(work.rows, row) - row, band, work.v_base, vec2<u32>(work.start, work.end),

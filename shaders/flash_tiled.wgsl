@@ -1,13 +1,13 @@
 // O = softmax(scale · Q·Kᵀ → softcap → + bias → mask) · V, LSE = ln Σ exp S          fused, for GPUs
 // Q [b, h, i, d]   K, V [b, h / group, j, d]   O [b, h, i, d]   LSE [b, h, i]
 //
-// As flash.wgsl, for adapters whose workgroup memory is fast: a workgroup takes a block of rows, and for 32
-// keys at a time the parts of Q and K, then of P and V, that it works on stand in workgroup memory. Eight
-// invocations share a row; each has four rows by four keys of S, and four rows of every eighth vec4 of O, in
-// registers (Dao 2023, algorithm 1; register tiles as in any matrix product). The sum of a row stays apart
-// in its eight invocations until the end.
+// Like flash.wgsl, for adapters with fast workgroup memory. A workgroup takes a block of rows. For 32 keys at a time,
+// the parts of Q and K, and then of P and V, that it works on are in workgroup memory. Eight invocations share a row;
+// each has four rows by four keys of S, and four rows of every eighth vec4 of O, in registers (Dao 2023, algorithm 1;
+// register tiles as in any matrix product). The sum of a row stays separate in its eight invocations until the end.
 
-// Invocations of a row, vec4s of a part of a row in workgroup memory, keys of a thread's eight: all the same.
+// Invocations per row, vec4s of a part of a row in workgroup memory, and groups of four keys in a step: all the same
+// number.
 const ACROSS: u32 = 8u;
 const ROWS: u32 = 4u;
 const KEYS: u32 = 32u;
@@ -32,11 +32,11 @@ const_assert K_PARTS * ACROSS >= DEPTH4 && V_PARTS * ACROSS >= COLS4;
 var<workgroup> rows_part: array<vec4<f32>, BLOCK_ROWS * ACROSS>;
 // A part of K, then of V.
 var<workgroup> keys_part: array<vec4<f32>, KEYS * ACROSS>;
-// One number of each of the invocations of a row.
+// One number from each invocation of a row.
 var<workgroup> of_row: array<f32, BLOCK_ROWS * ACROSS>;
 var<workgroup> any_not_finite: atomic<u32>;
 
-// Where vec4 d of a row stands: rows that are read together lie in different banks.
+// The position of vec4 d of a row; rows that are read together are in different banks.
 fn slot(row: u32, d: u32) -> u32 {
     return row * ACROSS + (d ^ ((row / 4u) % ACROSS));
 }
@@ -72,18 +72,18 @@ fn run(index: u32, local: u32, lane: u32) {
     var sum: array<vec4<f32>, ROWS * V_PARTS>;
     var peak: array<f32, ROWS>;
     var total: array<f32, ROWS>;
-    // The largest bits of a score that was seen: see softmax_row.wgsl.
+    // The largest bits of any score so far; see softmax_row.wgsl.
     var score_bits: array<u32, ROWS>;
     var has_not_finite = vec4<bool>();
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         let sums = first_sums(work, head[r]);
         peak[r] = sums.peak;
-        // Of the sums of a row, the first has the sink.
+        // Of a row's partial sums, the first includes the sink.
         total[r] = select(0.0, sums.total, across == 0u);
         score_bits[r] = sums.score_bits;
     }
-    // Workgroup memory holds anything at first; a barrier follows before any value is read.
+    // Workgroup memory is not initialised; a barrier follows before any value is read.
     if (local == 0u) {
         atomicStore(&any_not_finite, 0u);
     }
@@ -91,7 +91,7 @@ fn run(index: u32, local: u32, lane: u32) {
         var product = array<vec4<f32>, ROWS>();
         for (var part = 0u; part < K_PARTS; part++) {
             let d = part * ACROSS + across;
-            // What stands there has been read.
+            // The previous contents have been read.
             workgroupBarrier();
             // @unroll
             for (var n = 0u; n < ROW_LOADS; n++) {
@@ -138,7 +138,7 @@ fn run(index: u32, local: u32, lane: u32) {
             scores[r].x = x;
             of_row[(down * ROWS + r) * ACROSS + across] = largest(LEAST, x);
         }
-        // Every part of Q and K has been read, every maximum is there.
+        // Every part of Q and K has been read, and every maximum is ready.
         workgroupBarrier();
         // @unroll
         for (var r = 0u; r < ROWS; r++) {
@@ -191,7 +191,7 @@ fn run(index: u32, local: u32, lane: u32) {
     if (any(has_not_finite)) {
         atomicStore(&any_not_finite, 1u);
     }
-    // What the invocations of a row know, joined in order.
+    // Joins the results of a row's invocations, in order.
     // @unroll
     for (var r = 0u; r < ROWS; r++) {
         of_row[(down * ROWS + r) * ACROSS + across] = total[r];

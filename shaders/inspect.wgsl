@@ -1,20 +1,19 @@
-// P = exp(S − LSE), S = scale · Q·Kᵀ → softcap → + bias → mask            weights beside the fused path
+// P = exp(S − LSE), S = scale · Q·Kᵀ → softcap → + bias → mask            weights for the fused path
 // weights P [b, h, i, j]   column sums Σ_i P [b, h, j]   entropy −Σ_j P·ln P [b, h, i]
 //
-// P is recomputed tile by tile from Q, K and LSE, as in the backward pass of FlashAttention-2 (Dao 2023,
-// algorithm 2, line 11). Each invocation keeps ROWS rows of the outer operand in registers and goes through the
-// inner one STEP rows at a time: queries are outer and keys inner, for column sums the other way round,
-// so that every sum is one invocation's, in a fixed order. With subgroups, SHARE lanes load different
-// parts of the inner rows and hand them round. The inner rows may be split, each split with its own
-// sum; mean_heads.wgsl joins them in order.
+// P is recomputed tile by tile from Q, K and LSE, as in the backward pass of FlashAttention-2 (Dao 2023, algorithm 2,
+// line 11). Each invocation keeps ROWS rows of the outer operand in registers and iterates over the inner one STEP rows
+// at a time. Queries are outer and keys inner; for column sums it is the other way round, so that every sum is computed
+// by one invocation in a fixed order. With subgroups, SHARE lanes load different parts of the inner rows and broadcast
+// them. The inner rows may be split, each split with its own sum; mean_heads.wgsl joins them in order.
 
 const ROWS: u32 = 4u;
 const STEP: u32 = 4u;
 const DEPTH4: u32 = 4u;
-// Heads wider than DEPTH4 · 4 are read in chunks, the outer rows again at every step.
+// Heads wider than DEPTH4 · 4 are read in chunks, and the outer rows again at every step.
 const CHUNKS: u32 = 1u;
 const SHARE: u32 = 1u;
-// True when CHUNKS · DEPTH4 · 4 is more than the width of a head.
+// True if CHUNKS · DEPTH4 · 4 is more than the width of a head.
 const PADDED: bool = true;
 // 0: weights, 1: column sums, 2: entropy.
 const RESULT: u32 = 2u;
@@ -29,7 +28,7 @@ alias OElem = f32;
 struct Params {
     outer: View,
     inner: View,
-    // Batch, head, outer row; for sums then the split.
+    // Batch, head, outer row; for sums also the split.
     o: View,
     // Batch, head, query.
     lse: View,
@@ -62,11 +61,11 @@ fn lse_of(b: u32, h: u32, i: u32) -> f32 {
     return lse[row_at(params.lse, vec3<u32>(b, h, i))];
 }
 
-// exp of less is 0.
+// exp of anything less is 0.
 const LEAST_LOG: f32 = -138.0;
 
-// P of one outer row with the inner rows `first`, `first + 1`, …, from their products; for the entropy
-// the terms −P·ln P. What may not be seen gives 0.
+// P of one outer row with the inner rows `first`, `first + 1`, …, from their products; for the entropy, the terms −P·ln
+// P. Hidden pairs give 0.
 fn weights_of(
     product: vec4<f32>, b: u32, h: u32, row: u32, first: u32, end: u32, row_lse: vec4<f32>, band: vec4<i32>,
 ) -> vec4<f32> {
@@ -89,22 +88,22 @@ fn weights_of(
     let log_p = max(exact, vec4<f32>(LEAST_LOG));
     var y = exp2(log_p * LOG2_E);
     if (RESULT == 2u) {
-        // Rounding may lift ln P above 0 by an ulp.
+        // Rounding may raise ln P above 0 by an ulp.
         y *= max(-log_p, vec4<f32>());
     }
-    // Told by bits, since drivers differ on NaN in max and exp2.
+    // Detected by bits, because drivers differ on NaN in max and exp2.
     let is_nan = (bitcast<vec4<u32>>(exact) & vec4<u32>(0x7fffffffu)) > vec4<u32>(INFINITY_BITS);
     y = select(y, vec4<f32>(bitcast<f32>(params.not_a_number)), is_nan);
     return select(vec4<f32>(), y, scores.seen);
 }
 
-// The inner rows that an outer row from `first` to `last` can see, or be seen by, by position: from where to where.
+// The range of inner rows that an outer row from `first` to `last` can see, or be seen by, by position.
 fn inner_in_band(first: u32, last: u32, band: vec4<i32>) -> vec2<u32> {
     if (!BY_KEY) {
         return keys_in_band(first, last, band, vec2<u32>(0u, params.slice.len_k), STEP, params.slice.len_k);
     }
     let key_0 = i32(params.slice.key_0);
-    // Keys that no rule speaks of are seen by every query.
+    // Every query sees the keys that no rule applies to.
     if (!BANDED || i32(last) + key_0 >= i32(params.rules.maskable_keys)) {
         return vec2<u32>(0u, params.slice.len_q);
     }
@@ -129,7 +128,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let end = min(start + params.split_rows, inner_len);
     let seen = inner_in_band(first_row, min(first_row + WORKGROUP * ROWS, outer_len) - 1u, band);
 
-    // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
+    // Computed before the loops: some drivers do not hoist loop invariants, and integer division is slow.
     var outer_at: array<u32, ROWS>;
     var outer_lse: array<f32, ROWS>;
     var tile: array<vec4<f32>, ROWS * DEPTH4>;
@@ -147,7 +146,7 @@ fn run(index: u32, local: u32, lane: u32) {
             }
         }
     }
-    // Which inner row and which part of it this lane loads, load by load.
+    // Which inner row, and which part of it, this lane loads, for each load.
     var inner_from: array<u32, STEP * DEPTH4 / SHARE>;
     var inner_part: array<u32, STEP * DEPTH4 / SHARE>;
     // @unroll
@@ -180,7 +179,7 @@ fn run(index: u32, local: u32, lane: u32) {
                     // @unroll
                     for (var d = 0u; d < DEPTH4; d++) {
                         if ((c * DEPTH4 + d) % SHARE == 0u) {
-                            // Behind the last row lies what is not seen.
+                            // Beyond the last row nothing is seen.
                             let n = (c * DEPTH4 + d) / SHARE;
                             loaded = load_inner(inner_from[n] + at * params.inner.strides.z, chunk * DEPTH4 + inner_part[n]);
                         }

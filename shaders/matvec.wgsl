@@ -1,10 +1,10 @@
 // Y = X·Wᵀ + b for few rows of X: a product of a matrix and a few vectors
 // X [b, l, in]   W [out, in]   b [out]   Y [b, l, out]
 //
-// What a token goes through while a sequence is decoded. W is read once, and nothing else costs time: the lanes of a
-// workgroup stand side by side along the input width, so that their loads lie side by side too. Each adds up its part
-// of ROWS · OUTS products. SHARE lanes add up theirs through subgroup operations (1: without); what they come to is
-// added up at the end, in the order of the lanes.
+// The projections of a decoding step. W is read once, and nothing else takes time: the lanes of a workgroup are
+// adjacent along the input width, so their loads are adjacent too. Each lane sums its part of ROWS · OUTS products.
+// SHARE lanes add their sums through subgroup operations (1: without); these sums are added at the end, in the order of
+// the lanes.
 
 const ROWS: u32 = 1u;
 const OUTS: u32 = 4u;
@@ -13,7 +13,7 @@ const PARTS: u32 = WORKGROUP / SHARE;
 
 // @use projection
 
-// The sums of lanes: all products of the first ones first.
+// The sums of lanes: all products of the first lanes come first.
 var<workgroup> part: array<f32, PARTS * ROWS * OUTS>;
 
 // @block share
@@ -37,7 +37,7 @@ fn run(index: u32, local: u32, lane: u32) {
         w_base[o] = params.w.offset + min(first_out + o, params.dim_out - 1u) * params.w.strides.z;
     }
     var sum: array<f32, ROWS * OUTS>;
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let depth4 = select(0u, (params.dim_in + 3u) / 4u, first_row < params.rows);
     for (var d = local; d < depth4; d += WORKGROUP) {
         var x4 = array<vec4<f32>, ROWS>();

@@ -1,7 +1,7 @@
 // A[b, i, j] = Σ_h P[b, h, i, j] / heads_q
 // P [b, h, i, j]   A [b, i, j]
 //
-// Heads are summed in order; a call on a slice of the heads adds to what the slices before it gave.
+// Heads are summed in order; a call on a slice of the heads adds to the result of the slices before it.
 
 const ACCUMULATE: bool = false;
 
@@ -26,7 +26,7 @@ fn run(at: u32) {
     let i = (at / params.width4) % params.len_q;
     let axes = vec3<u32>(at / (params.width4 * params.len_q), 0u, i);
     let first = row_at(params.p, axes) + j;
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let heads = select(0u, params.heads, i < params.len_q);
     var sum = vec4<f32>();
     for (var h = 0u; h < heads; h++) {

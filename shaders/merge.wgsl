@@ -1,11 +1,11 @@
 // O = Σ_s w_s · O_s,  w_s = exp(LSE_s − LSE),  LSE = ln Σ_s exp LSE_s
 // O_s [s, row, d]   LSE_s [s, row]   O [b, h, i, d]   LSE [b, h, i]; row = (b, h, i)
 //
-// Joins the outputs of splits of the keys, each with its own log-sum-exp (Dao et al. 2023,
-// "Flash-Decoding"), in the order of the splits; or two results that a caller brings. A split that saw no key
-// (LSE −∞) weighs 0. One invocation per row and four columns.
+// Joins the outputs of splits of the keys, each with its own log-sum-exp (Dao et al. 2023, "Flash-Decoding"), in the
+// order of the splits; or two results of a caller. A split that saw no key (LSE −∞) has weight 0. One invocation per
+// row and four columns.
 
-// Splits that are joined before they are joined to the others.
+// Number of splits that are joined with each other before they are joined with the rest.
 const NEIGHBOURS: u32 = 32u;
 
 alias OElem = f32;
@@ -13,7 +13,7 @@ alias OElem = f32;
 struct Params {
     o: View,
     lse: View,
-    // Of two parts that lie apart.
+    // For two separate parts.
     a: View,
     b: View,
     a_lse: View,
@@ -23,7 +23,7 @@ struct Params {
     rows: u32,
     splits: u32,
     dim: u32,
-    // From row to row of the parts.
+    // Stride from row to row of the parts.
     row_stride: u32,
     total: u32,
     minus_infinity: u32,
@@ -40,7 +40,7 @@ fn run(at: u32) {
     let column = at % dim4 * 4u;
     let axes = axes_of(row);
 
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let splits = select(0u, params.splits, row < params.rows);
     var peak = LEAST;
     var is_nan = false;
@@ -51,7 +51,7 @@ fn run(at: u32) {
     }
     var sum = 0.0;
     var joined = vec4<f32>();
-    // Neighbours first: a long sum loses digits.
+    // Join neighbours first: a long sum loses digits.
     for (var first = 0u; first < splits; first += NEIGHBOURS) {
         var sum_here = 0.0;
         var joined_here = vec4<f32>();

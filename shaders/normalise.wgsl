@@ -4,10 +4,10 @@
 //   LayerNorm (Ba et al. 2016):         m = mean of X[r]  s = mean of (X[r] − m)²
 //
 // The norms of queries and keys in a layer. LANES invocations share a row; 1 on CPU adapters unless the row is wide,
-// since a barrier costs more than it saves there.
+// because there a barrier costs more than it saves.
 
 const LANES: u32 = 64u;
-// LayerNorm.
+// True for LayerNorm.
 const CENTRED: bool = true;
 
 const_assert WORKGROUP % LANES == 0u;
@@ -37,7 +37,7 @@ struct Params {
 fn join_two_sum(a: f32, b: f32) -> f32 {
     return a + b;
 }
-// Four neighbours of a row without its mean; 0 behind its end.
+// Four adjacent elements of a row minus its mean; 0 beyond its end.
 fn centred(at: u32, d4: u32, mean: f32) -> vec4<f32> {
     let d = d4 * 4u;
     let is_in = vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.dim);
@@ -49,7 +49,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let in_row = local % LANES;
     let at = row_at(params.x, axes_of(min(row, params.rows - 1u)));
 
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let dim4 = select(0u, (params.dim + 3u) / 4u, row < params.rows);
     let dim = f32(params.dim);
     var mean = 0.0;

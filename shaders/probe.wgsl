@@ -1,9 +1,8 @@
 // y[at] = Σ_c x_c,  x_c ← factor · x_c + summand, `rounds` · LINKS times, from x_c = local + c
 //
-// Measures what an adapter can multiply and add: chains of multiply-adds that do not wait for each other,
-// enough to hide an instruction's latency and few enough for the 16 registers of an x86 processor. Both numbers come from
-// outside and the sum is stored, so that no compiler can leave anything out. Per invocation and round
-// 2 · CHAINS · LINKS operations.
+// Measures how fast an adapter does multiply-adds, in independent chains: enough of them to hide an instruction's
+// latency, and few enough for the 16 registers of an x86 processor. Both numbers come from outside and the sum is
+// stored, so that no compiler can remove anything. Each invocation does 2 · CHAINS · LINKS operations per round.
 
 const CHAINS: u32 = 9u;
 const LINKS: u32 = 32u;

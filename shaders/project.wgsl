@@ -1,10 +1,9 @@
 // Y = X·Wᵀ + b
 // X [b, l, in]   W [out, in]   b [out]   Y [b, l, out]
 //
-// The projections of Vaswani et al. 2017, section 3.2.2, in PyTorch's convention for W. Each
-// invocation keeps ROWS rows of X in registers and goes through the outputs OUTS at a time; with
-// subgroups, SHARE lanes load different parts of W and hand them round. The input width is summed in
-// chunks of DEPTH4 · 4 through Y.
+// The projections of Vaswani et al. 2017, section 3.2.2, in PyTorch's convention for W. Each invocation keeps ROWS rows
+// of X in registers and iterates over the outputs OUTS at a time. With subgroups, SHARE lanes load different parts of W
+// and broadcast them. The input width is summed in chunks of DEPTH4 · 4 through Y.
 
 const ROWS: u32 = 4u;
 const OUTS: u32 = 4u;
@@ -25,7 +24,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let first_out = out_block * params.outs_per_block;
     let end_out = min(first_out + params.outs_per_block, params.dim_out);
 
-    // Before the loops: some drivers leave what does not change where it stands, and divisions are dear.
+    // Computed before the loops: some drivers do not hoist loop invariants, and integer division is slow.
     var x_base: array<u32, ROWS>;
     var y_base: array<u32, ROWS>;
     // @unroll
@@ -34,13 +33,13 @@ fn run(index: u32, local: u32, lane: u32) {
         y_base[r] = row_base(params.y, row + r);
     }
 
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let chunks = select(0u, params.chunks, row_block < params.row_blocks);
     for (var chunk = params.chunk_0; chunk < chunks; chunk++) {
         let last = chunk + 1u == params.all_chunks;
         var x_tile = array<vec4<f32>, ROWS * DEPTH4>();
-        // Loads of single lanes are long pieces of code on software adapters, and take longest to compile:
-        // LOADS for each row stand in a loop, and selects put what they give into its register.
+        // Loads of single lanes become long code on software adapters and take the longest to compile. So there are
+        // LOADS per row in a loop, and selects put their results into the right register.
         for (var first = 0u; first < DEPTH4; first += LOADS) {
             // @unroll
             for (var r = 0u; r < ROWS; r++) {
@@ -64,7 +63,7 @@ fn run(index: u32, local: u32, lane: u32) {
                 }
             }
             var loaded = vec4<f32>();
-            // Not written out: a loop that fits the instruction cache is faster, and compiles sooner.
+            // Not unrolled: a loop that fits in the instruction cache is faster, and compiles sooner.
             for (var c = 0u; c < OUTS; c++) {
                 let out = min(j + c, params.dim_out - 1u);
                 let w_base = params.w.offset + out * params.w.strides.z;

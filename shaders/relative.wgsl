@@ -1,8 +1,8 @@
 // B[b, h, i, j] = factor · X[b, h, i, column of the distance j − i]
 // X [b, h, i, column]   columns [j − i + len_q − 1]   B [b, h, i, j], row-major
 //
-// Biases by distance: ALiBi (X: a slope times each distance), T5 (X: a learned number per bucket), Shaw et al.
-// 2018, section 3.3 (X: the query times each relative key). One invocation per query and four keys.
+// Biases by distance: ALiBi (X: a slope times each distance), T5 (X: a learned number per bucket), Shaw et al. 2018,
+// section 3.3 (X: the query times each relative key). One invocation per query and four keys.
 
 alias YElem = f32;
 
@@ -10,7 +10,7 @@ struct Params {
     x: View,
     y_offset: u32,
     heads: u32,
-    // Queries.
+    // Number of queries.
     len: u32,
     len_k: u32,
     // The entry of `columns` for query 0 and key 0.
@@ -31,7 +31,7 @@ fn run(at: u32) {
     let row = at / fours;
     let axes = axes_of(row);
     let first = params.distance_0 + j - axes.z;
-    // Behind the last key the last one stands in.
+    // Entries beyond the last key repeat the last one.
     let last = params.distance_0 + params.len_k - 1u - axes.z;
     let column = vec4<u32>(
         columns[first], columns[min(first + 1u, last)], columns[min(first + 2u, last)], columns[min(first + 3u, last)],

@@ -2,10 +2,10 @@
 //   y0 = x0 · cos − x1 · sin      y1 = x1 · cos + x0 · sin
 // X [b, h, i, d]   Y [b, h, i, d]   angles [row, 2 · columns]: cosines, then sines
 //
-// Su et al. 2021, "RoFormer", section 3.4. One invocation per pair, or per four pairs where all is read in
-// fours; columns behind the pairs are copied, as many to an invocation.
+// Su et al. 2021, "RoFormer", section 3.4. One invocation per pair, or per four pairs if everything is read in fours.
+// Columns beyond the pairs are copied, the same number per invocation.
 
-// Pairs are columns 2n and 2n + 1, else n and n + pairs.
+// If true, pairs are columns 2n and 2n + 1, else n and n + pairs.
 const INTERLEAVED: bool = false;
 
 alias XElem = f32;

@@ -1,8 +1,8 @@
 // Y[b, h, (to + i) mod rows, d] = X[b, h, from + i, d] for i < count, with (from, to, count) of each b
 // X [b, h, i, d]   Y [b, h, rows, d], rows padded to whole vec4s
 //
-// Appends to a cache of keys or values, writes over its rows (ONNX's TensorScatter) and moves them to
-// another buffer. One invocation per row and four columns.
+// Appends to a cache of keys or values, overwrites its rows (ONNX's TensorScatter) and moves them to another buffer.
+// One invocation per row and four columns.
 
 alias XElem = f32;
 alias YElem = vec4<f32>;

@@ -1,15 +1,15 @@
 // S = scale · Q·Kᵀ → softcap → + bias → mask                      pass 1 of the unfused method
 // Q [b, h, i, d]   K [b, h / group, j, d]   S [b, h, i, j]; masked scores are −∞
 //
-// Vaswani et al. 2017, section 3.2.1. Each invocation keeps ROWS queries in registers and goes through
-// the keys KEYS at a time. With subgroups, SHARE lanes load different parts of the keys and hand them
-// round; without, every lane loads them all. Wide heads are summed in chunks of DEPTH4 · 4 through S.
+// Vaswani et al. 2017, section 3.2.1. Each invocation keeps ROWS queries in registers and iterates over the keys KEYS
+// at a time. With subgroups, SHARE lanes load different parts of the keys and broadcast them; without, every lane loads
+// all of them. Wide heads are summed in chunks of DEPTH4 · 4 through S.
 
 const ROWS: u32 = 4u;
 const KEYS: u32 = 4u;
 const DEPTH4: u32 = 4u;
 const SHARE: u32 = 1u;
-// True when chunks · DEPTH4 · 4 is more than the width of a head.
+// True if chunks · DEPTH4 · 4 is more than the width of a head.
 const PADDED: bool = true;
 
 const_assert KEYS * DEPTH4 % SHARE == 0u;
@@ -56,7 +56,7 @@ fn run(index: u32, local: u32, lane: u32) {
     let last_row = min(first_row + WORKGROUP * ROWS, len_q) - 1u;
     let seen = keys_in_band(first_row, last_row, band, vec2<u32>(0u, len_k), KEYS, len_k);
 
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let chunks = select(0u, params.chunks, tile.row_block < params.row_blocks);
     for (var chunk = 0u; chunk < chunks; chunk++) {
         var q_tile = array<vec4<f32>, ROWS * DEPTH4>();
@@ -117,7 +117,7 @@ fn run(index: u32, local: u32, lane: u32) {
                         if (RELATIVE) {
                             by_distance = relative_at(relative_row(b, h, row + r), distances(row + r, j, band));
                         }
-                        // Keys behind the end are padding of S.
+                        // Keys beyond the end are padding of S.
                         let key = four_from(j);
                         let scores = scores_of(
                             sum[r], by_distance, b, h, vec4<u32>(row + r), key, band, true, key < vec4<u32>(len_k),

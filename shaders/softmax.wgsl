@@ -4,8 +4,8 @@
 // Max, sum, then weights (Milakov and Gimelshein 2018, "safe softmax"). LANES invocations share a row; 1 on CPU
 // adapters, where a barrier costs more than it saves. A row of −∞ gives weights 0 and LSE −∞.
 //
-// A sink is one more score per head that takes part in the maximum and the sum and has no weight of its own
-// (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
+// A sink is one extra score per head that takes part in the maximum and the sum but has no weight of its own (Xiao et
+// al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.3).
 
 const LANES: u32 = 64u;
 const SINK: bool = true;
@@ -14,7 +14,7 @@ const_assert WORKGROUP % LANES == 0u;
 
 struct Params {
     rows: u32,
-    // vec4s per row that are used, and from row to row.
+    // Number of vec4s per row that are used, and the stride from row to row.
     width4: u32,
     row_stride4: u32,
     s_offset4: u32,
@@ -22,7 +22,7 @@ struct Params {
     workgroups: u32,
     minus_infinity: u32,
     not_a_number: u32,
-    // Rows of a head, and heads of a batch entry.
+    // Number of rows of a head, and of heads of a batch entry.
     len_q: u32,
     heads: u32,
     sink_offset: u32,
@@ -54,7 +54,7 @@ fn run(index: u32, local: u32, lane: u32) {
     if (SINK) {
         sink = sink_of(min(row, params.rows - 1u) / params.len_q % params.heads);
     }
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let width4 = select(0u, params.width4, row < params.rows);
     var highest = vec4<f32>(max(LEAST, sink));
     let sink_bits = bitcast<u32>(sink);
@@ -62,7 +62,7 @@ fn run(index: u32, local: u32, lane: u32) {
     for (var j = in_row; j < width4; j += LANES) {
         let x = s[at + j];
         highest = max(highest, x);
-        // NaN or +∞ in a row makes it NaN; told by bits, since drivers differ on NaN in max and exp2.
+        // A NaN or +∞ in a row makes the row NaN. Detected by bits, because drivers differ on NaN in max and exp2.
         let bits = bitcast<vec4<u32>>(x);
         is_nan = is_nan | (((bits & vec4<u32>(INFINITY_BITS)) == vec4<u32>(INFINITY_BITS))
             & (bits != vec4<u32>(params.minus_infinity)));

@@ -1,9 +1,9 @@
 // Y[b, i, d] = X[b, i, d] + Z[row of token i of b, d], or X[b, i, d] · σ(Z[b, i, d]),  σ(z) = 1 / (1 + exp(−z))
 // X [b, i, d], any strides   Z [row, d] or [b, i, d], any strides   Y [b, i, d], row-major
 //
-// Positions that are added (Vaswani et al. 2017, section 3.5), and the gate of a layer (Qiu et al. 2025, "Gated
-// Attention for Large Language Models"; Keras's use_gate): X is what the heads attended to, before the output
-// projection, Z a projection of the query. One invocation per token and four columns.
+// Adds positions (Vaswani et al. 2017, section 3.5), or applies a layer's gate (Qiu et al. 2025, "Gated Attention for
+// Large Language Models"; Keras's use_gate): X is the heads' results before the output projection, Z a projection of
+// the query. One invocation per token and four columns.
 
 alias XElem = f32;
 alias ZElem = f32;

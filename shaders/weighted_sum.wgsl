@@ -1,17 +1,17 @@
 // O = P·V                                                         pass 3 of the unfused method
 // P [b, h, i, j]   V [b, h / group, j, d]   O [b, h, i, d]
 //
-// Vaswani et al. 2017, section 3.2.1. Each invocation sums ROWS rows of O over COLS4 · 4 columns in
-// registers. With subgroups, SHARE lanes load different parts of V and hand them round.
+// Vaswani et al. 2017, section 3.2.1. Each invocation sums ROWS rows of O over COLS4 · 4 columns in registers. With
+// subgroups, SHARE lanes load different parts of V and broadcast them.
 //
-// A sink has no value. One that is NaN or +∞ makes its head NaN, rows that see no key too: a sum over no keys
-// writes 0 or that first, the others add to it.
+// A sink has no value. A sink of NaN or +∞ makes its head NaN, including rows that see no key: a sum over no keys first
+// writes 0 or that, and the other sums add to it.
 
 const ROWS: u32 = 4u;
 const KEYS: u32 = 4u;
 const COLS4: u32 = 4u;
 const SHARE: u32 = 1u;
-// Adds to O what the keys before this slice gave.
+// Adds to the result that earlier slices of the keys left in O.
 const ACCUMULATE: bool = false;
 const SINK: bool = true;
 
@@ -56,9 +56,9 @@ fn run(index: u32, local: u32, lane: u32) {
     let p_base = row_at(params.p, vec3<u32>(b, h, 0u)) + params.slice.key_0;
     let v_base = row_at(params.v, vec3<u32>(b, tile.head_kv, 0u));
     let o_base = row_at(params.o, vec3<u32>(b, h, 0u));
-    // Keys that no row of this workgroup can see weigh 0.
+    // Keys that no row of this workgroup can see have weight 0.
     let last_row = min(first_row + WORKGROUP * ROWS, len_q) - 1u;
-    // A bound that is more than a parameter: see README.md.
+    // The bound is more than a parameter; see README.md.
     let end = select(0u, len_k, tile.row_block < params.row_blocks);
     let keys = keys_in_band(first_row, last_row, band, vec2<u32>(0u, end), KEYS, len_k);
 

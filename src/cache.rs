@@ -1,8 +1,6 @@
-//! Keys and values kept between the steps of a sequence.
+//! Keys and values that are kept between decoding steps.
 
 mod rules;
-
-use std::sync::{Arc, Weak};
 
 use self::rules::Held;
 use crate::attention::Attention;
@@ -14,26 +12,29 @@ use crate::lower::Recording;
 use crate::position::{Rotary, TokenPositions};
 use crate::problem::{Dtype, Layout, MAX_LEN, Place, checked_len, expect_per_batch};
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 /// The shape of a [`KvCache`].
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+#[non_exhaustive]
 pub struct KvCacheConfig {
     /// Independent sequences.
     pub batch: usize,
     /// Key/value heads.
     pub heads_kv: usize,
-    /// Keys that a sequence can hold at once.
+    /// Number of keys that a sequence can hold at once.
     pub capacity: usize,
     /// Width of a key.
     pub dim_k: usize,
     /// Width of a value.
     pub dim_v: usize,
-    /// Keys before its own that a query sees, as the left side of [`Attention::window`]. With a window,
-    /// which must be less than the capacity, a sequence may go on without end: when the capacity is used
-    /// up, all but the newest `window + (capacity − window) / 2` keys are dropped. Twice the window is a
-    /// good capacity.
+    /// Number of keys before its own that a query sees, like the left side of [`Attention::window`]; must be less than
+    /// the capacity. With a window a sequence may be arbitrarily long: when the capacity is used up, all but the newest
+    /// `window + (capacity − window) / 2` keys are dropped. Twice the window is a good capacity.
     pub window: Option<usize>,
-    /// What keys and values are held as: f32, or rounded to f16 or bf16 as they come in.
+    /// Storage type of keys and values: f32, or f16 or bf16, to which they are rounded when they are appended.
     pub dtype: Dtype,
 }
 
@@ -42,17 +43,17 @@ impl KvCacheConfig {
     pub fn new(batch: usize, heads_kv: usize, capacity: usize, dim: usize) -> KvCacheConfig {
         KvCacheConfig { batch, heads_kv, capacity, dim_k: dim, dim_v: dim, window: None, dtype: Dtype::F32 }
     }
-    /// Values of another width than the keys.
+    /// Sets the width of the values, if it differs from that of the keys.
     pub fn dim_v(mut self, dim_v: usize) -> Self {
         self.dim_v = dim_v;
         self
     }
-    /// Keys before its own that a query sees.
+    /// Sets [`KvCacheConfig::window`].
     pub fn window(mut self, window: Option<usize>) -> Self {
         self.window = window;
         self
     }
-    /// What keys and values are held as.
+    /// Sets the storage type of keys and values.
     pub fn dtype(mut self, dtype: Dtype) -> Self {
         self.dtype = dtype;
         self
@@ -87,17 +88,18 @@ impl KvCacheConfig {
     }
 }
 
-/// How [`KvCache::write`] treats rows behind the capacity: the modes of ONNX's TensorScatter.
+/// How [`KvCache::write`] handles rows beyond the capacity: the modes of ONNX's TensorScatter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ScatterMode {
-    /// There must be none.
+    /// They are an error.
     #[default]
     Linear,
-    /// They go on at row 0.
+    /// They wrap around to row 0.
     Circular,
 }
 
-/// What one sequence holds.
+/// The keys that one sequence holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Sequence {
     /// The position of the key in row 0.
@@ -106,13 +108,13 @@ struct Sequence {
     len: usize,
 }
 
-/// Keys and values of past tokens, kept on the device and appended in place: incremental decoding
+/// Keys and values of past tokens, kept on the device and appended in place, for incremental decoding
 /// (Shazeer 2019, "Fast Transformer Decoding", section 2.4).
 ///
-/// K `[batch, heads_kv, capacity, dim_k]` and V `[batch, heads_kv, capacity, dim_v]` are allocated once.
-/// Sequences of a batch may have different lengths. Queries are causal unless their [`Attention`] says otherwise
-/// ([`KvCache::attend`]): the newest token of a sequence sees all that it holds, or its window. A step of a length
-/// that was seen before allocates nothing.
+/// K `[batch, heads_kv, capacity, dim_k]` and V `[batch, heads_kv, capacity, dim_v]` are allocated once. The sequences
+/// of a batch may have different lengths. Queries are causal unless their [`Attention`] says otherwise
+/// ([`KvCache::attend`]): the newest token of a sequence sees all its keys, or its window. A step of a length that was
+/// seen before allocates nothing.
 ///
 /// ```
 /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, Tensor};
@@ -137,25 +139,31 @@ pub struct KvCache {
     /// Keys and values, rows padded.
     rows: [Tensor; 2],
     sequences: Vec<Sequence>,
-    /// A write went around the end: rows no longer lie in the order of positions.
+    /// A write wrapped around the end, so rows are no longer in order of position.
     is_ring: bool,
     rotary: Option<Rotary>,
-    /// Buffers that work in a caller's encoder still reads, until its token is dropped.
-    retired: Vec<(Weak<()>, [Tensor; 2])>,
 }
 
-/// The state after an append, in force once the work is submitted: until then nothing that is held is
-/// written over, so a call that fails or is given up changes nothing.
-struct Appended {
+/// The state after an append. It takes effect once the work is submitted. Until then no held row is overwritten, so a
+/// call that fails or is cancelled changes nothing.
+pub(crate) struct Appended {
     sequences: Vec<Sequence>,
-    /// Other buffers, where old keys were dropped.
+    /// New buffers, if old keys were dropped.
     moved: Option<[Tensor; 2]>,
-    /// How many of each sequence's last tokens are new.
+    /// Number of new tokens at the end of each sequence.
     counts: Vec<usize>,
 }
 
 impl KvCache {
     /// An empty cache.
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](crate::Error::Shape): the capacity is more than 2²⁹ keys.
+    /// - [`Value`](crate::Error::Value): the window is not less than the capacity, or the storage type is bool.
+    /// - [`TooLarge`](crate::Error::TooLarge), [`Overflow`](crate::Error::Overflow): the cache does not fit.
+    /// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+    ///   [`Gpu`](crate::Error::Gpu): the driver failed.
     pub fn new(device: impl Into<Device>, config: KvCacheConfig) -> Result<KvCache> {
         let device = device.into();
         config.check()?;
@@ -166,41 +174,41 @@ impl KvCache {
             device,
             is_ring: false,
             rotary: None,
-            retired: Vec::new(),
         })
     }
 
-    /// The shape it was made with.
+    /// The shape that the cache was created with.
     pub fn config(&self) -> &KvCacheConfig {
         &self.config
     }
-    /// Where it lives.
+    /// The device that the cache is on.
     pub fn device(&self) -> &Device {
         &self.device
     }
-    /// Keys held, per batch entry.
+    /// Number of keys held, per batch entry.
     pub fn lengths(&self) -> Vec<usize> {
         self.sequences.iter().map(|sequence| sequence.len).collect()
     }
-    /// The position of the next token, per batch entry: all tokens so far, those too that a window dropped.
+    /// The position of the next token, per batch entry: the number of tokens so far, including those that a window
+    /// dropped.
     pub fn positions(&self) -> Vec<usize> {
         self.sequences.iter().map(|sequence| sequence.first + sequence.len).collect()
     }
-    /// The keys held, `[batch, heads_kv, longest, dim_k]`; a shorter sequence has other data behind its end.
+    /// The keys held, `[batch, heads_kv, longest, dim_k]`. Shorter sequences have arbitrary data after their end.
     ///
-    /// A view: what is written later into the same rows, after a rollback, shows through on an adapter. On the
-    /// CPU backend it stays as it was: the next append copies the cache as long as a view is kept.
+    /// This is a view. On an adapter, later writes to the same rows (after a rollback) show through. On the CPU backend
+    /// the view keeps its contents: while it exists, the next append copies the cache.
     pub fn keys(&self) -> Result<Tensor> {
         view(&self.rows[0], &self.sequences, self.config.dim_k)
     }
-    /// The values held, `[batch, heads_kv, longest, dim_v]`, likewise.
+    /// The values held, `[batch, heads_kv, longest, dim_v]`: a view like [`KvCache::keys`].
     pub fn values(&self) -> Result<Tensor> {
         view(&self.rows[1], &self.sequences, self.config.dim_v)
     }
 
-    /// Turns every key by its position as it is appended or written, and every query as it attends (Su et al.
-    /// 2021): positions go on from call to call and count keys that a window dropped. [`KvCache::keys`] are the
-    /// rotated ones. Only an empty cache takes it.
+    /// Rotates every key by its position when it is appended or written, and every query when it attends (Su et al.
+    /// 2021). Positions continue from call to call and count keys that a window dropped. [`KvCache::keys`] returns
+    /// rotated keys. The cache must be empty.
     pub fn with_rotary(mut self, rotary: Rotary) -> Result<KvCache> {
         self.device.expect_same(&rotary.rotation().table.device())?;
         if let Some((b, sequence)) = self.sequences.iter().enumerate().find(|(_, sequence)| sequence.len > 0) {
@@ -220,11 +228,11 @@ impl KvCache {
         Ok(self)
     }
 
-    /// X, of which the first `counts[b]` tokens stand from `starts[b]` on, rotated where a rotary is given.
+    /// X with its first `counts[b]` tokens, which start at position `starts[b]`, rotated if the cache has a rotary.
     fn rotated(&self, recording: &mut Recording, x: &Tensor, starts: &[usize], counts: &[usize]) -> Result<Tensor> {
         let Some(rotary) = &self.rotary else { return Ok(x.clone()) };
         let len = x.as_four_axes("x")?.shape()[2];
-        // What lies behind the tokens that count stands where the last of them does.
+        // Unused tokens at the end get the position of the last used one.
         let places = |(&start, &count): (&usize, &usize)| {
             let last = (start + count).saturating_sub(1);
             (0..len).map(move |i| (start + i).min(last))
@@ -233,19 +241,19 @@ impl KvCache {
         rotary.record(recording, x, &TokenPositions::Given(positions))
     }
 
-    /// Forgets everything.
+    /// Empties the cache.
     pub fn clear(&mut self) {
         self.sequences.fill(Sequence::default());
         self.is_ring = false;
     }
 
-    /// Takes the last `tokens` of every sequence back. With a window, the keys that the next query needs
-    /// must still be held: after old ones were dropped, not everything can be taken back.
+    /// Removes the last `tokens` tokens of every sequence. With a window, the keys that the next query needs must still
+    /// be held, so after old keys were dropped, not every token can be removed.
     pub fn rollback(&mut self, tokens: usize) -> Result<()> {
         self.rollback_lengths(&vec![tokens; self.config.batch])
     }
 
-    /// As [`KvCache::rollback`], a number of tokens per batch entry; all of them or, on an error, none.
+    /// Like [`KvCache::rollback`], with a number of tokens per batch entry. On an error nothing is removed.
     pub fn rollback_lengths(&mut self, tokens: &[usize]) -> Result<()> {
         self.expect_order("a rollback")?;
         expect_per_batch("the list of tokens to take back", tokens.len(), self.config.batch)?;
@@ -270,46 +278,72 @@ impl KvCache {
         Ok(())
     }
 
-    /// Appends K `[batch, heads_kv, n, dim_k]` and V `[batch, heads_kv, n, dim_v]`, any strides.
+    /// Appends K `[batch, heads_kv, n, dim_k]` and V `[batch, heads_kv, n, dim_v]`, any strides. An error changes
+    /// nothing.
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](crate::Error::Shape): K or V does not fit the cache or each other.
+    /// - [`Value`](crate::Error::Value): the tokens do not fit the capacity, a circular [`KvCache::write`] wrapped
+    ///   around, the rotary table ends before a position, or K or V is bool or a view of the cache itself.
+    /// - [`Device`](crate::Error::Device): K or V is on another device.
+    /// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+    ///   [`Gpu`](crate::Error::Gpu): the driver failed.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
-        pollster::block_on(self.append_async(k, v, None))
+        wait_for(self.run_append(k, v, None))
     }
 
-    /// As [`KvCache::append`]; of batch entry `b` only the first `lengths[b]` of the `n` tokens.
+    /// Like [`KvCache::append`], but appends only the first `lengths[b]` of the `n` tokens of batch entry `b`.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn append_lengths(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
-        pollster::block_on(self.append_async(k, v, Some(lengths)))
+        wait_for(self.run_append(k, v, Some(lengths)))
     }
 
-    /// As [`KvCache::append`] or, with lengths, [`KvCache::append_lengths`], without blocking.
-    pub async fn append_async(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
+    /// Like [`KvCache::append`], without blocking; the CPU backend copies before this returns.
+    pub async fn append_async(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.run_append(k, v, None).await
+    }
+
+    /// Like [`KvCache::append_lengths`], without blocking; the CPU backend copies before this returns.
+    pub async fn append_lengths_async(&mut self, k: &Tensor, v: &Tensor, lengths: &[usize]) -> Result<()> {
+        self.run_append(k, v, Some(lengths)).await
+    }
+
+    async fn run_append(&mut self, k: &Tensor, v: &Tensor, lengths: Option<&[usize]>) -> Result<()> {
         let appended = Recording::for_step(&self.device).submit(|to| self.record_append(to, k, v, lengths)).await?;
-        drop(self.commit(appended));
+        self.commit(appended);
         Ok(())
     }
 
-    /// Attention of Q `[batch, heads_q, len_q, dim_k]`, the last `len_q` positions of every sequence,
-    /// over what is held.
+    /// Attention of Q `[batch, heads_q, len_q, dim_k]`, the last `len_q` positions of every sequence, over the keys and
+    /// values held.
     ///
-    /// Query `i` stands at position `positions()[b] − len_q + i`. By default it sees the keys up to its own. That rule
-    /// is the cache's, and goes where `attention` says what queries see:
+    /// Query `i` is at position `positions()[b] − len_q + i`. By default it sees the keys up to its own. This causal
+    /// rule is the cache's; `attention` can replace it:
     ///
     /// | `attention` has | queries see |
     /// |---|---|
     /// | none of these | the keys up to their own position |
     /// | a [mask](Attention::mask) | what the mask keeps; with [`Attention::causal`] no more than that too |
-    /// | [`Attention::not_causal`] | every key held: image tokens of a prefix, keys of an encoder |
-    /// | [`Attention::causal`] | keys up to where its [`Align`](crate::Align) puts them, counted in the keys held; `Align::BottomRight` is the cache's own rule |
+    /// | [`Attention::not_causal`] | every key held, as for image tokens in a prefix or keys of an encoder |
+    /// | [`Attention::causal`] | keys up to the position that its [`Align`](crate::Align) gives them, counted in keys held; `Align::BottomRight` is the cache's own rule |
     /// | [`Attention::align`], or a window with a right side | no causal rule, as in [`Attention::forward`] |
     ///
-    /// Several queries with a [bias](Attention::bias) must say `causal` or `not_causal`: a bias may be a mask. Key
-    /// padding and key lengths (at most as many keys as are held) hide keys and leave the rule as it is. The window of
-    /// the cache, that of `attention`, positional biases and the cache's rotary go by the positions of queries in every
-    /// case. An `align` that puts queries elsewhere is refused where a rotary rotates them, or once a window dropped keys.
+    /// Several queries with a [bias](Attention::bias) and none of these are an error, because a bias may be a mask:
+    /// call `causal` or `not_causal`. Key padding and key lengths (at most as many as keys are held) hide keys and do
+    /// not change the rule. The cache's window, that of `attention`, positional biases and the cache's rotary always
+    /// use the positions of the queries. An `align` that gives queries other positions is refused if a rotary rotates
+    /// them, or once the window has dropped keys.
     ///
-    /// Everything else is as in [`Attention::forward`] over [`KvCache::keys`] and [`KvCache::values`]; a mask or
-    /// bias is as wide as those are long. Where no rule goes by position there may be more queries than keys.
+    /// Everything else works as in [`Attention::forward`] over [`KvCache::keys`] and [`KvCache::values`]; masks and
+    /// biases are as wide as those are long. If no rule depends on position, there may be more queries than keys.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward`], and [`Value`](crate::Error::Value) if `attention` has a rotary of its own, a
+    /// rule needs positions that are no longer held or that a circular [`KvCache::write`] put out of order, or the
+    /// causal rule is ambiguous as described above.
     ///
     /// ```
     /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, Tensor};
@@ -326,32 +360,46 @@ impl KvCache {
     /// ```
     #[cfg(not(target_arch = "wasm32"))]
     pub fn attend(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
-        pollster::block_on(self.attend_async(attention, q, None))
+        wait_for(self.run_attend(attention, q, None))
     }
 
-    /// As [`KvCache::attend`]; of batch entry `b` only the first `lengths[b]` queries count, and they are
-    /// its last positions. What comes out of the others means nothing.
+    /// Like [`KvCache::attend`], but only the first `lengths[b]` queries of batch entry `b` count, and they are its
+    /// last positions. The results of the others are meaningless.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn attend_lengths(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
-        pollster::block_on(self.attend_async(attention, q, Some(lengths)))
+        wait_for(self.run_attend(attention, q, Some(lengths)))
     }
 
-    /// As [`KvCache::attend`] or, with lengths, [`KvCache::attend_lengths`], without blocking.
-    pub async fn attend_async(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
+    /// Like [`KvCache::attend`], without blocking; the CPU backend computes before this returns.
+    pub async fn attend_async(&self, attention: &Attention, q: &Tensor) -> Result<Attended> {
+        self.run_attend(attention, q, None).await
+    }
+
+    /// Like [`KvCache::attend_lengths`], without blocking; the CPU backend computes before this returns.
+    pub async fn attend_lengths_async(&self, attention: &Attention, q: &Tensor, lengths: &[usize]) -> Result<Attended> {
+        self.run_attend(attention, q, Some(lengths)).await
+    }
+
+    async fn run_attend(&self, attention: &Attention, q: &Tensor, lengths: Option<&[usize]>) -> Result<Attended> {
         let counts = self.counts(lengths, "Q", q)?;
         let held = Appended { sequences: self.sequences.clone(), moved: None, counts };
         let recording = Recording::for_step(&self.device);
         recording.submit(|to| self.record_attend(to, attention, q, &held, None)).await
     }
 
-    /// [`KvCache::append`] and [`KvCache::attend`] in one submit: Q, K and V of the same new tokens. Causal unless
-    /// `attention` says what queries see, as [`KvCache::attend`] explains.
+    /// [`KvCache::append`] and [`KvCache::attend`] in one submit, for Q, K and V of the same new tokens. Causal unless
+    /// `attention` says what queries see; see [`KvCache::attend`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`KvCache::append`] and [`KvCache::attend`], and [`Shape`](crate::Error::Shape) if Q and K have
+    /// different lengths. An error changes nothing.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
-        pollster::block_on(self.step_async(attention, q, k, v, None))
+        wait_for(self.run_step(attention, [q, k, v], None))
     }
 
-    /// As [`KvCache::step`]; of batch entry `b` only the first `lengths[b]` tokens.
+    /// Like [`KvCache::step`], for only the first `lengths[b]` tokens of batch entry `b`.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn step_lengths(
         &mut self,
@@ -361,30 +409,44 @@ impl KvCache {
         v: &Tensor,
         lengths: &[usize],
     ) -> Result<Attended> {
-        pollster::block_on(self.step_async(attention, q, k, v, Some(lengths)))
+        wait_for(self.run_step(attention, [q, k, v], Some(lengths)))
     }
 
-    /// As [`KvCache::step`] or, with lengths, [`KvCache::step_lengths`], without blocking.
-    pub async fn step_async(
+    /// Like [`KvCache::step`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_async(&mut self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+        self.run_step(attention, [q, k, v], None).await
+    }
+
+    /// Like [`KvCache::step_lengths`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_lengths_async(
         &mut self,
         attention: &Attention,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        lengths: &[usize],
+    ) -> Result<Attended> {
+        self.run_step(attention, [q, k, v], Some(lengths)).await
+    }
+
+    async fn run_step(
+        &mut self,
+        attention: &Attention,
+        operands: [&Tensor; 3],
         lengths: Option<&[usize]>,
     ) -> Result<Attended> {
         let recording = Recording::for_step(&self.device);
-        let step = recording.submit(|to| self.record_step(to, attention, [q, k, v], lengths, None));
+        let step = recording.submit(|to| self.record_step(to, attention, operands, lengths, None));
         let (appended, attended) = step.await?;
-        drop(self.commit(appended));
+        self.commit(appended);
         Ok(attended)
     }
 
-    /// Records [`KvCache::step`] (or, with lengths, [`KvCache::step_lengths`]) into the caller's encoder:
-    /// nothing is submitted, nothing waits. `output`, if given, is the tensor to write.
+    /// Records [`KvCache::step`] (or, with lengths, [`KvCache::step_lengths`]) into the caller's encoder. Nothing is
+    /// submitted, and nothing waits. `output`, if given, is the tensor to write.
     ///
-    /// The cache counts the tokens as appended at once. Submit the encoder before any call of the cache
-    /// that submits by itself, and keep the cache, the inputs and the returned tensors until then.
+    /// The cache counts the tokens as appended at once. Submit the encoder before any cache call that submits its own
+    /// work. Operands, results and the cache may be dropped before that.
     #[allow(clippy::too_many_arguments, reason = "Attention::encode and the lengths")]
     pub fn encode(
         &mut self,
@@ -397,30 +459,35 @@ impl KvCache {
         lengths: Option<&[usize]>,
         output: Option<&Tensor>,
     ) -> Result<Attended> {
-        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device)?;
         let record = |to: &mut Recording| self.record_step(to, attention, [q, k, v], lengths, output);
         let (appended, attended) = recording.encode(encoder, record)?;
-        if let Some(old) = self.commit(appended) {
-            // The encoder reads them once more: nobody may get their buffers before that.
-            let token = Arc::new(());
-            self.retired.push((Arc::downgrade(&token), old));
-            encoder.on_submitted_work_done(move || drop(token));
-        }
+        self.commit(appended);
         Ok(attended)
     }
 
-    /// Writes over rows that are held, or just behind them (ONNX's TensorScatter): token `i` of batch entry
-    /// `b` goes to row `starts[b] + i`. A sequence is then as long as its last row written, or as before.
+    /// Overwrites held rows, or writes directly after them (ONNX's TensorScatter): token `i` of batch entry `b` goes to
+    /// row `starts[b] + i`. A sequence then ends at its last written row, or keeps its length if that is longer.
     ///
-    /// After a [`ScatterMode::Circular`] write around the end, rows no longer lie in the order of
-    /// positions: [`KvCache::attend`] goes on where no rule needs that order (with masks of the caller's own, or
-    /// [`Attention::not_causal`]), and [`KvCache::clear`] starts afresh.
+    /// After a [`ScatterMode::Circular`] write wrapped around the end, rows are no longer in order of position.
+    /// [`KvCache::attend`] then works only if no rule needs that order (with the caller's own masks, or
+    /// [`Attention::not_causal`]). [`KvCache::clear`] resets the cache.
+    ///
+    /// # Errors
+    ///
+    /// - [`Value`](crate::Error::Value): the cache has a window, `starts` leaves a gap, the tokens do not fit the
+    ///   capacity, a circular write would wrap around in a cache with a rotary, the rotary table ends before a
+    ///   position, or K or V is bool or a view of the cache itself.
+    /// - [`Shape`](crate::Error::Shape): K, V or `starts` does not fit the cache.
+    /// - [`Device`](crate::Error::Device): K or V is on another device.
+    /// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+    ///   [`Gpu`](crate::Error::Gpu): the driver failed.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn write(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
-        pollster::block_on(self.write_async(starts, k, v, mode))
+        wait_for(self.write_async(starts, k, v, mode))
     }
 
-    /// As [`KvCache::write`], without blocking.
+    /// Like [`KvCache::write`], without blocking.
     pub async fn write_async(&mut self, starts: &[usize], k: &Tensor, v: &Tensor, mode: ScatterMode) -> Result<()> {
         let capacity = self.config.capacity;
         if self.config.window.is_some() {
@@ -468,24 +535,25 @@ impl KvCache {
         Ok(())
     }
 
-    /// Puts what was appended in force; returns the buffers it left.
-    fn commit(&mut self, appended: Appended) -> Option<[Tensor; 2]> {
-        self.retired.retain(|(token, _)| token.strong_count() > 0);
+    /// Makes an append take effect.
+    pub(crate) fn commit(&mut self, appended: Appended) {
         self.sequences = appended.sequences;
-        appended.moved.map(|moved| std::mem::replace(&mut self.rows, moved))
+        if let Some(moved) = appended.moved {
+            self.rows = moved;
+        }
     }
 
     fn expect_order(&self, what: &str) -> Result<()> {
         match self.is_ring {
             false => Ok(()),
             true => Err(value_error!(
-                "a circular write went around the end, so rows no longer lie in the order of positions, which {what} \
+                "a circular write wrapped around the end, so rows are no longer in order of position, which {what} \
                  needs; clear the cache, or attend with a mask of your own or not_causal()"
             )),
         }
     }
 
-    /// Tokens per batch entry of an operand `[.., n, dim]`.
+    /// Number of tokens per batch entry of an operand `[.., n, dim]`.
     fn counts(&self, lengths: Option<&[usize]>, name: &str, operand: &Tensor) -> Result<Vec<usize>> {
         let n = operand.as_four_axes(name)?.shape()[2];
         let Some(lengths) = lengths else { return Ok(vec![n; self.config.batch]) };
@@ -557,7 +625,7 @@ impl KvCache {
         }
         let mut moved = None;
         if kept.iter().any(|place| place.from > 0) {
-            // Into other buffers: within one, the ranges may overlap, and a call that fails must change nothing.
+            // Into new buffers: within one buffer the ranges may overlap, and a failing call must change nothing.
             let mut other = self.config.allocate(&self.device)?;
             for (from, to) in self.rows.iter().zip(&mut other) {
                 recording.scatter(from, to, &kept)?;
@@ -575,7 +643,7 @@ impl KvCache {
         Ok(Appended { sequences, moved, counts })
     }
 
-    fn record_step(
+    pub(crate) fn record_step(
         &mut self,
         recording: &mut Recording,
         attention: &Attention,
@@ -585,7 +653,7 @@ impl KvCache {
     ) -> Result<(Appended, Attended)> {
         if q.as_four_axes("Q")?.shape()[2] != k.as_four_axes("K")?.shape()[2] {
             return Err(shape_error!(
-                "Q {:?} and K {:?} of a step have different lengths; append and attend take them apart",
+                "Q {:?} and K {:?} of a step have different lengths; call append and attend separately",
                 q.shape(),
                 k.shape()
             ));
@@ -595,7 +663,7 @@ impl KvCache {
         Ok((appended, attended))
     }
 
-    /// Queries of which the first `counts[b]` are the last positions of each sequence.
+    /// Attends with Q, whose first `counts[b]` queries are the last positions of each sequence.
     fn record_attend(
         &self,
         recording: &mut Recording,
@@ -607,7 +675,7 @@ impl KvCache {
         let Appended { sequences, moved, counts } = held;
         if attention.rotary.is_some() {
             return Err(value_error!(
-                "a cache rotates keys as they come: give the rotary to it (KvCache::with_rotary), not to the attention"
+                "a cache rotates keys when they are appended: give it the rotary (KvCache::with_rotary), not Attention"
             ));
         }
         let (needs_places, says_places) = attention.needs_places(counts, self.config.window)?;
@@ -622,19 +690,19 @@ impl KvCache {
         self.device.expect_same(&attention.device(q, &k, &v)?)?;
         let held = Held { sequences, counts, window: self.config.window, rotates: self.rotary.is_some() };
         let attention = attention.behind(&held)?;
-        // Only a cache that rotates needs them, and has checked them.
+        // Only a cache with a rotary uses them, and it has checked them.
         let starts: Vec<usize> =
             sequences.iter().zip(counts).map(|(at, &count)| (at.first + at.len).saturating_sub(count)).collect();
         let q = &self.rotated(recording, q, &starts, counts)?;
         attention.record(recording, q, &k, &v, output)
     }
 
-    /// An error unless the last `counts[b]` positions are held, with the window before each.
+    /// An error unless the last `counts[b]` positions and the window before each are held.
     fn expect_places(&self, attention: &Attention, sequences: &[Sequence], counts: &[usize]) -> Result<()> {
         let window = attention.positions.window_left.into_iter().chain(self.config.window).min();
         for (b, (&count, sequence)) in counts.iter().zip(sequences).enumerate() {
             let Sequence { first, len } = *sequence;
-            // Only a window ever drops keys.
+            // Keys are dropped only by a window.
             let needed = count + if first == 0 { 0 } else { window.unwrap_or(0) };
             if needed > len {
                 return Err(value_error!(

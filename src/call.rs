@@ -1,4 +1,4 @@
-//! One call: its operands, its rules as tensors, and what comes back.
+//! One call: its operands, its rules as tensors, and its results.
 
 use crate::error::{Result, value_error};
 use crate::kernels::catalogue::RelativeKind;
@@ -7,25 +7,26 @@ use crate::kernels::{KeyRules, TuningKey};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows, Sequence, in_order_of};
 use crate::tensor::Tensor;
 
-/// A boolean mask and what its true entries mean.
+/// A boolean mask and the meaning of its true entries: [`Mask::keep_where`] or [`Mask::hide_where`].
 ///
 /// It broadcasts to `[batch, heads_q, len_q, len_k]`: missing leading axes and axes of length 1 repeat.
 #[derive(Clone, Debug)]
+#[must_use]
 pub struct Mask {
     tensor: Tensor,
     meaning: MaskMeaning,
 }
 
 impl Mask {
-    /// True keeps the key: PyTorch's `scaled_dot_product_attention`, JAX, Keras, ONNX.
-    pub fn keep(tensor: Tensor) -> Result<Mask> {
+    /// True keeps the key, as in PyTorch's `scaled_dot_product_attention`, JAX, Keras and ONNX.
+    pub fn keep_where(tensor: Tensor) -> Result<Mask> {
         Mask::new(tensor, MaskMeaning::Keep)
     }
-    /// True drops the key: PyTorch's `MultiheadAttention`, burn.
-    pub fn drop(tensor: Tensor) -> Result<Mask> {
-        Mask::new(tensor, MaskMeaning::Drop)
+    /// True hides the key, as in PyTorch's `MultiheadAttention` and burn.
+    pub fn hide_where(tensor: Tensor) -> Result<Mask> {
+        Mask::new(tensor, MaskMeaning::Hide)
     }
-    /// The meaning as a value.
+    /// A mask with the given meaning; an error unless `tensor` is boolean.
     pub fn new(tensor: Tensor, meaning: MaskMeaning) -> Result<Mask> {
         if tensor.dtype() != Dtype::Bool {
             return Err(value_error!(
@@ -43,7 +44,7 @@ impl Mask {
     pub fn meaning(&self) -> MaskMeaning {
         self.meaning
     }
-    /// The same meaning of another view of the tensor.
+    /// The mask over another view of the tensor, with the same meaning.
     pub(crate) fn map(&self, change: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Mask> {
         Ok(Mask { tensor: change(&self.tensor)?, meaning: self.meaning })
     }
@@ -51,15 +52,16 @@ impl Mask {
 
 /// What [`Attention::forward`](crate::Attention::forward) and [`merge`](crate::merge) return.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Attended {
     /// `[batch, heads_q, len_q, dim_v]`, in the memory order of the query.
     pub output: Tensor,
-    /// `[batch, heads_q, len_q]`: the natural logarithm of the softmax denominator, a sink included; −∞ or the
-    /// sink for a query that may attend to nothing.
+    /// `[batch, heads_q, len_q]`: the natural logarithm of the softmax denominator, including the sink. For a query
+    /// that may attend to no key it is −∞, or the sink.
     pub lse: Option<Tensor>,
-    /// As asked for by [`Attention::weights`](crate::Attention::weights).
+    /// The weights requested with [`Attention::weights`](crate::Attention::weights).
     pub weights: Option<Tensor>,
-    /// `[batch, heads_q, len_q, len_k]`, as asked for by [`Attention::scores`](crate::Attention::scores).
+    /// `[batch, heads_q, len_q, len_k]`, as requested with [`Attention::scores`](crate::Attention::scores).
     pub scores: Option<Tensor>,
 }
 
@@ -86,20 +88,21 @@ impl Attended {
     }
 }
 
-/// What [`Attention::inspect`](crate::Attention::inspect) returns. The leading axes are those of the query, the heads
-/// axis as long as the list of chosen heads; a query `[len, dim]` gives results without a heads axis.
+/// What [`Attention::inspect`](crate::Attention::inspect) returns. The leading axes are those of the query; the heads
+/// axis is as long as the list of chosen heads. For a query `[len, dim]` the results have no heads axis.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Inspected {
     /// `[batch, heads, queries, len_k]`: `P = exp(S − LSE)`, in the type of the query.
     pub weights: Option<Tensor>,
-    /// `[batch, heads, len_k]`: how much attention a key gets from the chosen queries, `Σ_i P`, in f32.
+    /// `[batch, heads, len_k]`: the attention that each key gets from the chosen queries, `Σ_i P`, in f32.
     pub column_sums: Option<Tensor>,
-    /// `[batch, heads, queries]`: how widely a query's attention is spread, `−Σ_j P·ln P` in nats (from 0, all
-    /// on one key, to `ln len_k`, all alike), in f32.
+    /// `[batch, heads, queries]`: how widely a query's attention is spread, `−Σ_j P·ln P` in nats, in f32. From 0 (all
+    /// on one key) to `ln len_k` (all keys equal).
     pub entropy: Option<Tensor>,
 }
 
-/// The operands of one call, with four axes each and masks and biases broadcast.
+/// The operands of one call, with four axes each. Masks and biases are broadcast.
 #[derive(Clone, Debug)]
 pub(crate) struct Operands {
     pub q: Tensor,
@@ -107,20 +110,20 @@ pub(crate) struct Operands {
     pub v: Tensor,
     /// Broadcast to `[batch, heads_q, len_q, maskable_keys]`.
     pub masks: Vec<Mask>,
-    /// Broadcast likewise.
+    /// Broadcast to the same shape.
     pub biases: Vec<Tensor>,
     pub relative: Option<Relative>,
-    /// Turns queries and keys, which stand in these rows of its table; the queries of a batch entry from its band's
-    /// offset on, keys from 0 on.
+    /// Rotates queries and keys by these rows of its table. The queries of a batch entry start at its band's offset,
+    /// keys at 0.
     pub rotary: Option<(Rotation, [Rows; 2])>,
     /// `[heads_q]`
     pub sink: Option<Tensor>,
-    /// Of packed sequences: operands are `[1, heads, total, dim]`, without masks, biases, relative and rotary.
+    /// Packed sequences: operands are `[1, heads, total, dim]`, without masks, biases, relative and rotary.
     pub sequences: Option<Vec<Sequence>>,
 }
 
 impl Operands {
-    /// What the call must have in common with others to share what tuning found.
+    /// Calls with the same key share a tuning result.
     pub fn tuning_key(&self, problem: &Problem) -> TuningKey {
         let rules = KeyRules {
             masks: !self.masks.is_empty(),
@@ -133,13 +136,23 @@ impl Operands {
         TuningKey::of(problem, [&self.q, &self.k, &self.v].map(Tensor::stored), rules)
     }
 
-    /// Without rules.
+    /// All tensors with their names for messages.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let Operands { q, k, v, masks, biases, relative, rotary, sink, .. } = self;
+        let masks = masks.iter().map(|mask| ("a mask", mask.tensor()));
+        let biases = biases.iter().map(|bias| ("a bias", bias));
+        let relative = relative.iter().map(|relative| ("the table of a bias by distance", &relative.table));
+        let rotary = rotary.iter().map(|(rotation, _)| ("the rotary table", &rotation.table));
+        let sink = sink.iter().map(|sink| ("the sink", sink));
+        [("Q", q), ("K", k), ("V", v)].into_iter().chain(masks).chain(biases).chain(relative).chain(rotary).chain(sink)
+    }
+
     pub fn new(q: Tensor, k: Tensor, v: Tensor) -> Operands {
         let (masks, biases) = (Vec::new(), Vec::new());
         Operands { q, k, v, masks, biases, relative: None, rotary: None, sink: None, sequences: None }
     }
 
-    /// With queries and keys as `rotate` makes them, where they are to be.
+    /// The operands with queries and keys rotated by `rotate`, if there is a rotary.
     pub fn rotated(&self, mut rotate: impl FnMut(&Tensor, &Rotation, &Rows) -> Result<Tensor>) -> Result<Operands> {
         let mut operands = self.clone();
         if let Some((rotation, [rows_q, rows_k])) = operands.rotary.take() {
@@ -150,7 +163,7 @@ impl Operands {
     }
 }
 
-/// A bias by distance: see [`RelativeOperand`].
+/// A bias by distance; see [`RelativeOperand`].
 #[derive(Clone, Debug)]
 pub(crate) struct Relative {
     /// Broadcast to `[batch, heads_q, len_q, column]`.
@@ -168,21 +181,22 @@ impl Relative {
     }
 }
 
-/// What rotates rows by their positions.
+/// Rotates rows by their positions.
 #[derive(Clone, Debug)]
 pub(crate) struct Rotation {
     /// `[positions, 2 · columns]`: cosines and sines, each row of either padded to whole vec4s.
     pub table: Tensor,
-    /// Pairs of columns that are rotated.
+    /// Number of column pairs that are rotated.
     pub pairs: usize,
-    /// Whether neighbouring columns are a pair.
+    /// Whether adjacent columns form a pair.
     pub interleaved: bool,
-    /// The table as the fused kernel reads it. Interleaved, in whole vec4s: two cosines and two sines in turn.
+    /// The table as the fused kernel reads it. If interleaved and in whole vec4s: alternately two cosines and two
+    /// sines.
     pub fused: Tensor,
 }
 
 impl Rotation {
-    /// As planning sees it.
+    /// The operand for planning.
     pub fn operand<'a>(&'a self, [queries, keys]: &'a [Rows; 2]) -> RotaryOperand<'a> {
         RotaryOperand {
             table: self.fused.layout(),
@@ -194,7 +208,7 @@ impl Rotation {
     }
 }
 
-/// The output's layout `[b, h, s, d]` in the memory order of the query.
+/// The output's layout `[b, h, s, d]`, in the query's memory order.
 pub(crate) fn output_layout(problem: &Problem, q: &Layout) -> Result<Layout> {
     in_order_of(q, [problem.batch, problem.heads_q, problem.len_q, problem.dim_v])
 }

@@ -1,10 +1,14 @@
-//! Where tensors live and calls run: an adapter, or the CPU backend.
+//! The device that holds tensors and runs calls: an adapter, or the CPU backend.
 
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, GpuOptions};
 
+#[cfg(feature = "cpu")]
+static FALLBACK_REASON: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+
 /// An adapter, or the CPU backend. Cheap to clone.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum Device {
     /// An adapter, through wgpu.
     Gpu(Gpu),
@@ -14,24 +18,44 @@ pub enum Device {
 }
 
 impl Device {
-    /// The best adapter ([`Gpu::new`]); on a machine without any, the CPU backend, with one line to
-    /// the log that says so ([`Device::fallback_notice`] holds the same line).
+    /// The best adapter ([`Gpu::new`]). On a machine without one, the CPU backend, with a warning in the log
+    /// ([`Device::fallback_notice`] gives the same line).
     ///
-    /// An adapter that was asked for by name and is not there is an error, never a fallback.
+    /// # Errors
+    ///
+    /// - [`NoAdapter`](Error::NoAdapter): `WGPU_ADAPTER_NAME` names an adapter that does not exist, or there is none
+    ///   and the feature `cpu` is off. An adapter that is requested by name never falls back to the CPU backend.
+    /// - [`Gpu`](Error::Gpu): the adapter did not create a device.
     pub fn new() -> Result<Device> {
         Device::with_options(&GpuOptions::default())
     }
 
-    /// As [`Device::new`], with a say in which adapter.
+    /// Like [`Device::new`], with a choice of adapter; the name `cpu` is the CPU backend.
     pub fn with_options(options: &GpuOptions) -> Result<Device> {
+        #[cfg(feature = "cpu")]
+        if options.adapter.as_deref().is_some_and(|name| name.eq_ignore_ascii_case("cpu")) {
+            return Ok(Device::Cpu);
+        }
         match Gpu::with_options(options) {
             Ok(gpu) => Ok(Device::Gpu(gpu)),
             #[cfg(feature = "cpu")]
-            Err(Error::NoAdapter(reason)) if !options.names_an_adapter() => {
+            Err(error @ Error::NoAdapter { .. }) if !options.names_an_adapter() => {
+                let reason = error.to_string();
                 log::warn!("{}", Device::fallback_notice(&reason));
+                let _ = FALLBACK_REASON.set(reason);
                 Ok(Device::Cpu)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Why [`Device::new`] fell back to the CPU backend in this process, for programs without a logger. `None` on an
+    /// adapter, and if no call fell back.
+    pub fn fallback_reason(&self) -> Option<&'static str> {
+        match self {
+            Device::Gpu(_) => None,
+            #[cfg(feature = "cpu")]
+            Device::Cpu => FALLBACK_REASON.get().map(String::as_str),
         }
     }
 
@@ -49,7 +73,7 @@ impl Device {
         }
     }
 
-    /// The adapter behind this device, if it is one.
+    /// The adapter, if this device is one.
     pub fn gpu(&self) -> Option<&Gpu> {
         match self {
             Device::Gpu(gpu) => Some(gpu),
@@ -58,8 +82,8 @@ impl Device {
         }
     }
 
-    /// The most f32 operations per second that this device does in multiply-adds
-    /// ([`Gpu::multiply_add_ceiling`]); the CPU backend on all its threads. Measured once, then known.
+    /// The highest rate of f32 multiply-adds that this device reaches, in operations per second
+    /// ([`Gpu::multiply_add_ceiling`]); for the CPU backend, on all its threads. Measured once, then cached.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn multiply_add_ceiling(&self) -> Result<f64> {
         match self {
@@ -69,8 +93,8 @@ impl Device {
         }
     }
 
-    /// Bytes of memory that tensors on this device can fill, where that is known: the machine's for the CPU
-    /// backend and software adapters.
+    /// Bytes of memory available to tensors on this device, if known: the machine's memory for the CPU backend and
+    /// software adapters.
     pub fn memory(&self) -> Option<u64> {
         match self {
             Device::Gpu(gpu) => gpu.capabilities().memory,
@@ -79,13 +103,12 @@ impl Device {
         }
     }
 
-    /// An error unless tensors that live on `of_tensors` can take part in a call on this device.
+    /// An error unless a call on this device can use tensors on `of_tensors`.
     pub(crate) fn expect_same(&self, of_tensors: &Device) -> Result<()> {
         if self.same_as(of_tensors) {
             return Ok(());
         }
-        let [here, there] = [self.name(), of_tensors.name()];
-        Err(Error::Device(format!("the tensors live on {there} but the call runs on {here}")))
+        Err(Error::Device { what: "a tensor".into(), there: of_tensors.name(), here: self.name() })
     }
 
     pub(crate) fn same_as(&self, other: &Device) -> bool {

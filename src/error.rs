@@ -1,32 +1,50 @@
-//! One error type. Every variant carries the values that broke the rule, and the rule.
+//! The error type. Every variant carries the rule and the values that broke it.
 
-/// What went wrong, with the numbers and the rule.
+/// What went wrong: the rule and the values that broke it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Shapes, strides or lengths that do not fit together.
+    /// Shapes, strides or lengths do not fit together.
     #[error("{0}")]
     Shape(String),
-    /// An option whose value is outside its rule.
+    /// An option or operand breaks its rule.
     #[error("{0}")]
     Value(String),
-    /// Tensors that live on different devices.
-    #[error("{0}")]
-    Device(String),
-    /// A size that does not fit in 64-bit arithmetic.
+    /// A tensor or buffer is not on the device that the call runs on.
+    #[error("{what} lives on {there} but the call runs on {here}; upload it there")]
+    Device {
+        /// The operand.
+        what: String,
+        /// Its device.
+        there: String,
+        /// The call's device.
+        here: String,
+    },
+    /// The output is in a buffer that the same call reads.
+    #[error(
+        "the output is in the same buffer as {operand} ({}); WebGPU lets no dispatch read and write one buffer, so give \
+         the output a buffer of its own", if *overlaps { "the ranges overlap" } else { "the ranges do not overlap" }
+    )]
+    Aliased {
+        /// The operand.
+        operand: String,
+        /// Whether the operand's range of elements, from first to last, overlaps the output's.
+        overlaps: bool,
+    },
+    /// A size does not fit in 64-bit arithmetic.
     #[error("{what} overflows: {factors} does not fit in 64 bits")]
     Overflow {
-        /// What was being sized.
+        /// The size that was computed.
         what: String,
         /// The factors, as `a × b × c`.
         factors: String,
     },
-    /// More memory than the adapter (or the machine) has, said before allocating.
+    /// A call needs more memory than the adapter or the machine allows; reported before allocating.
     #[error("{what} needs {needed} bytes, but {limit_name} is {limit} bytes on {adapter}{}", behind(way_out))]
     TooLarge {
-        /// What was to be allocated.
+        /// What would have been allocated.
         what: String,
-        /// Bytes asked for.
+        /// Bytes needed.
         needed: u64,
         /// The limit's name.
         limit_name: &'static str,
@@ -34,44 +52,49 @@ pub enum Error {
         limit: u64,
         /// The adapter's name.
         adapter: String,
-        /// What gives the same in less memory; empty where nothing is known to.
+        /// A way to get the same result in less memory; empty if none is known.
         way_out: &'static str,
     },
-    /// A call that the method given cannot compute; [`Method::Auto`](crate::Method::Auto) may.
+    /// The chosen method cannot compute the call; [`Method::Auto`](crate::Method::Auto) may be able to.
     #[error("the method {method} cannot compute this: {reason}; leave the method on auto")]
     Method {
         /// The method.
         method: String,
-        /// Why not.
+        /// Why it cannot.
         reason: String,
     },
-    /// Something this adapter cannot do.
+    /// The adapter cannot do this.
     #[error("{what} is not supported on {adapter}: it needs {needs}")]
     Unsupported {
-        /// What was asked for.
+        /// What was requested.
         what: String,
         /// The adapter's name.
         adapter: String,
-        /// What it would need.
+        /// What the adapter would need.
         needs: String,
     },
-    /// No adapter answers to the request.
-    #[error("{0}")]
-    NoAdapter(String),
-    /// The device is gone; a new [`Gpu`](crate::Gpu) works again.
-    #[error("the device of {adapter} was lost ({reason}); create a new Gpu to go on")]
+    /// No adapter matches the request.
+    #[error("{}", no_adapter(asked.as_deref(), found))]
+    NoAdapter {
+        /// The requested name, if any.
+        asked: Option<String>,
+        /// The adapters found: index, name and backend.
+        found: Vec<String>,
+    },
+    /// The device was lost. Create a new [`Gpu`](crate::Gpu).
+    #[error("the device of {adapter} was lost ({reason}); create a new Gpu to continue")]
     DeviceLost {
         /// The adapter's name.
         adapter: String,
         /// wgpu's reason.
         reason: String,
     },
-    /// The device did not finish in the time given. It goes on, and waiting again is fine.
-    #[error("{adapter} is not done after {after:?}; its work goes on, and waiting again is fine")]
+    /// The device did not finish within the timeout. Its work continues, and you can wait again.
+    #[error("{adapter} is not done after {after:?}; its work continues, and you can wait again")]
     TimedOut {
         /// The adapter's name.
         adapter: String,
-        /// The time given.
+        /// The timeout.
         after: std::time::Duration,
     },
     /// The driver ran out of memory.
@@ -79,41 +102,51 @@ pub enum Error {
     OutOfMemory {
         /// The adapter's name.
         adapter: String,
-        /// The kernel or allocation at work.
+        /// The kernel or allocation that failed.
         during: String,
         /// wgpu's message.
         message: String,
     },
-    /// wgpu or the driver refused a call; a fault of this library or of the driver.
+    /// wgpu or the driver refused a call: a bug in this library or in the driver.
     #[error("wgpu error on {adapter} during {during}: {message}")]
     Gpu {
         /// The adapter's name.
         adapter: String,
-        /// The kernel or call at work.
+        /// The kernel or call that failed.
         during: String,
         /// wgpu's message.
         message: String,
     },
-    /// A file that is not what it should be.
+    /// A file, or a tensor in it, is missing, unreadable or invalid.
     #[error("{0}")]
     File(String),
 }
 
-/// What to ask for where the weights of all heads do not fit.
+/// The alternative if the weights of all heads do not fit.
 pub(crate) const INSTEAD_OF_WEIGHTS: &str = "Weights::Averaged is one matrix for all heads, and Attention::inspect gives \
                                              weights of chosen heads and queries, column sums and entropies without it";
-/// And where the mean over heads, or the matrix that it is computed from, does not.
+/// The alternative if the mean over heads, or the matrix that it is computed from, does not fit.
 pub(crate) const INSTEAD_OF_AVERAGED: &str =
     "Attention::inspect gives weights of chosen heads and queries, column sums and entropies without the whole matrix";
-/// And where an inspection does not.
+/// The alternative if an inspection does not fit.
 pub(crate) const INSTEAD_OF_INSPECTED: &str = "Inspect::heads and Inspect::queries choose fewer";
+
+fn no_adapter(asked: Option<&str>, found: &[String]) -> String {
+    match asked {
+        Some(asked) if !found.is_empty() => {
+            let hint = if asked.eq_ignore_ascii_case("cpu") { "; the CPU backend is Device::Cpu" } else { "" };
+            format!("no adapter answers to \"{asked}\"; there are {}{hint}", found.join(", "))
+        }
+        _ => "wgpu found none that can compute".into(),
+    }
+}
 
 fn behind(way_out: &str) -> String {
     if way_out.is_empty() { String::new() } else { format!("; {way_out}") }
 }
 
 impl Error {
-    /// The same, with a way out where memory is what is missing.
+    /// The same error; [`Error::TooLarge`] with a way out.
     pub(crate) fn or_rather(mut self, text: &'static str) -> Error {
         if let Error::TooLarge { way_out, .. } = &mut self {
             *way_out = text;

@@ -1,4 +1,4 @@
-//! Attention weights beside the fused path, recomputed from the LSE.
+//! Attention weights for the fused path, recomputed from the LSE.
 
 use std::ops::Range;
 
@@ -9,14 +9,18 @@ use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::problem::{Chosen, Problem};
 use crate::tensor::{Tensor, common_device};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// What [`Attention::inspect`] returns, and of which heads and queries: all unless chosen.
+/// What [`Attention::inspect`] returns, and for which heads and queries; all by default.
 ///
 /// ```
 /// # use wgpu_attention::Inspect;
 /// let inspect = Inspect::new().heads(&[1, 3]).queries(100..164).weights().column_sums().entropy();
 /// ```
 #[derive(Clone, Debug, Default)]
+#[must_use]
 pub struct Inspect {
     heads: Option<Vec<usize>>,
     queries: Option<Range<usize>>,
@@ -26,7 +30,7 @@ pub struct Inspect {
 }
 
 impl Inspect {
-    /// Nothing yet: at least one of the results must be asked for.
+    /// Nothing yet; request at least one result.
     pub fn new() -> Inspect {
         Inspect::default()
     }
@@ -78,26 +82,37 @@ impl Inspect {
 }
 
 impl Attention {
-    /// Attention weights of chosen heads and queries, their sums per key and their entropies, recomputed
-    /// from Q, K and the LSE that [`Attention::forward`] returned for them with [`Attention::lse`]: exact,
-    /// whichever kernels computed the output. No more memory is taken than the results need.
+    /// Attention weights of chosen heads and queries, their sums per key and their entropies. They are recomputed from
+    /// Q, K and the LSE that [`Attention::forward`] returned for them with [`Attention::lse`], and are exact whichever
+    /// kernels computed the output. This takes no more memory than the results need.
     ///
     /// Q `[batch, heads_q, len_q, dim_k]`, K `[batch, heads_kv, len_k, dim_k]` and LSE
     /// `[batch, heads_q, len_q]` with any strides. Scale, softcap, masks, biases and positions must be those
-    /// of the forward call; what that call was to return does not matter here.
+    /// of the forward call; which results that call requested does not matter.
     ///
-    /// With the rules of masking, `P = exp(S − LSE)` for a key that the query may see and exactly 0 for one
-    /// that it may not; a query that sees nothing (LSE −∞ or a sink) has weights and entropy 0. A sink is in the
-    /// LSE: weights sum to less than 1, and the entropy leaves the sink's own share out. As exact as the
-    /// LSE, a float near the largest score, allows: `P` has a relative error of up to `|LSE| · 2⁻²⁴` more
-    /// than the scores have.
+    /// `P = exp(S − LSE)` for a key that the query may see, and exactly 0 for a masked key. A query that sees no key
+    /// (LSE −∞ or the sink) has weights and entropy 0. The LSE includes the sink, so weights sum to less than 1, and
+    /// the entropy omits the sink's own share. The LSE, an f32 near the largest score, limits the accuracy: the
+    /// relative error of `P` is up to `|LSE| · 2⁻²⁴` larger than that of the scores.
     ///
-    /// A row's bits depend neither on the batch nor on which heads and queries are chosen.
+    /// The bits of a row depend neither on the batch nor on which heads and queries are chosen.
     ///
-    /// Where masks, biases or per-batch positions take part, an adapter must offer five storage buffers per
-    /// kernel; one that does not is [`Error::Unsupported`](crate::Error::Unsupported).
+    /// With masks, biases or positions per batch entry, the adapter must offer five storage buffers per kernel.
     ///
     /// `P` is recomputed as in the backward pass of FlashAttention-2 (Dao 2023, algorithm 2).
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](crate::Error::Shape): the operands, masks or biases do not fit together, or the LSE does not have
+    ///   one entry per query.
+    /// - [`Value`](crate::Error::Value): `inspect` requests nothing or a head or query that does not exist, or an
+    ///   option of the attention is out of range.
+    /// - [`Device`](crate::Error::Device): the tensors are on different devices.
+    /// - [`Unsupported`](crate::Error::Unsupported): the adapter has too few storage buffers per kernel.
+    /// - [`TooLarge`](crate::Error::TooLarge), [`Overflow`](crate::Error::Overflow): a result does not fit; choose
+    ///   fewer heads or queries.
+    /// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+    ///   [`Gpu`](crate::Error::Gpu): the driver failed.
     ///
     /// ```
     /// use wgpu_attention::{Attention, Device, Inspect, Tensor};
@@ -117,17 +132,22 @@ impl Attention {
     /// ```
     #[cfg(not(target_arch = "wasm32"))]
     pub fn inspect(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
-        pollster::block_on(self.inspect_async(q, k, lse, inspect))
+        wait_for(self.run_inspect(q, k, lse, inspect))
     }
 
-    /// As [`Attention::inspect`], without blocking.
+    /// Like [`Attention::inspect`], without blocking.
     pub async fn inspect_async(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
+        let (attention, q, k, lse, inspect) = (self.clone(), q.clone(), k.clone(), lse.clone(), inspect.clone());
+        apart(async move { attention.run_inspect(&q, &k, &lse, &inspect).await }).await
+    }
+
+    async fn run_inspect(&self, q: &Tensor, k: &Tensor, lse: &Tensor, inspect: &Inspect) -> Result<Inspected> {
         common_device(q, [("LSE", lse)])?;
         Recording::new(&self.device(q, k, k)?).submit(|to| self.record_inspect(to, q, k, lse, inspect)).await
     }
 
-    /// Records [`Attention::inspect`] into the caller's encoder, under the terms of [`Attention::encode`]. The
-    /// LSE may be one that was recorded into the same encoder before.
+    /// Records [`Attention::inspect`] into the caller's encoder, under the same conditions as [`Attention::encode`].
+    /// The LSE may come from a call that was recorded into the same encoder before.
     pub fn encode_inspect(
         &self,
         gpu: &Gpu,
@@ -138,7 +158,7 @@ impl Attention {
         inspect: &Inspect,
     ) -> Result<Inspected> {
         common_device(q, [("LSE", lse)])?;
-        let recording = Recording::for_encoder(gpu, &self.device(q, k, k)?)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device(q, k, k)?)?;
         recording.encode(encoder, |to| self.record_inspect(to, q, k, lse, inspect))
     }
 
@@ -150,7 +170,7 @@ impl Attention {
         lse: &Tensor,
         inspect: &Inspect,
     ) -> Result<Inspected> {
-        // Attention without values.
+        // K takes the place of V, which is not read.
         let (problem, operands) = self.operands(recording, q, k, k)?;
         let chosen = inspect.choose(&problem, q.shape())?;
         lse.expect_float("LSE")?;
@@ -171,7 +191,7 @@ impl Attention {
         if q.shape().len() == 4 {
             return Ok(inspected);
         }
-        // The leading axes that the query had.
+        // Restores the query's leading axes.
         let restore = |tensor: Option<Tensor>| -> Result<Option<Tensor>> {
             let Some(tensor) = tensor else { return Ok(None) };
             let mut shape = lead.to_vec();

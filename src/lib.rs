@@ -19,26 +19,34 @@
 //! # }
 //! ```
 //!
-//! Where things are: [`Attention`], [`MultiHeadAttention`] and [`KvCache`] are what a user calls; [`Device`], [`Gpu`] and
-//! [`Tensor`] say where; [`position`] tells attention where tokens stand; [`problem`] holds the rules in checked
-//! arithmetic; [`kernels`] the shaders as plain data and the planning of a call; [`mod@reference`] the f64 truth that
-//! tests lean on.
+//! Call [`Attention`], [`MultiHeadAttention`] and [`KvCache`]. [`Device`], [`Gpu`] and [`Tensor`] say where a call runs
+//! and what it reads; [`position`] holds the positional methods. [`variant_names`] and [`variant_source`] list and
+//! print the kernels. Hidden modules are for this project's own tests and tools and may change without notice.
 //!
-//! New to attention? `docs/guide/` in the repository teaches it in five lessons.
+//! # Blocking and async calls
 //!
-//! Limits: sequences are shorter than 2²⁹; weights and scores that are asked for are held in memory, in
-//! slices where the adapter's limits ask for it, and so are those of heads wider than 512 (1,024 on software adapters
-//! where few rows share a key head); arithmetic is f32.
+//! A call without `_async` returns once its work is submitted; `download` waits for the results. Its `_async` twin
+//! takes the same arguments and does not block the executor's thread: drivers compile and wait on a thread pool. Calls
+//! that block all the same say so in their documentation.
+//!
+//! New to attention? `docs/guide/` in the repository explains it in five lessons.
+//!
+//! Limits:
+//!
+//! - Sequences are shorter than 2²⁹.
+//! - Arithmetic is f32.
+//! - Requested weights and scores are stored in memory, in slices if the adapter's limits require it. So are the scores
+//!   of heads wider than 512 (1,024 on software adapters if few rows share a key head).
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
-/// The code of the README, compiled and run.
+/// The README's code, compiled and run.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The code of the guide for learners.
+/// The guide's code.
 #[cfg(doctest)]
 mod guide {
     #[doc = include_str!("../docs/guide/1-why-attention.md")]
@@ -62,6 +70,7 @@ mod device;
 mod error;
 mod gpu;
 mod inspect;
+#[doc(hidden)]
 pub mod kernels;
 mod lower;
 mod memory;
@@ -69,12 +78,15 @@ mod multi_head;
 mod ops;
 mod packed;
 pub mod position;
+#[doc(hidden)]
 pub mod problem;
+#[doc(hidden)]
 pub mod reference;
 mod state_dict;
 mod tensor;
 #[cfg(not(target_arch = "wasm32"))]
 mod tune;
+mod wait;
 
 pub use attention::{Attention, EmptyRows};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};
@@ -85,14 +97,15 @@ pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, P
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::Inspect;
-pub use kernels::{KeyRules, Method, Tile, TuningKey};
+pub use kernels::catalogue::{Variant, variant_names, variant_source};
+pub use kernels::{AdapterClass, Capabilities, KeyRules, Method, Tile, TuningKey};
 pub use multi_head::{
     KerasKernels, LoadOptions, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput, Names, NormKind, NormSpan,
-    QueryKeyNorm,
+    Projections, QueryKeyNorm,
 };
+pub use ops::{encode_project, merge_async, project_async, softmax_async};
 #[cfg(not(target_arch = "wasm32"))]
 pub use ops::{merge, project, softmax};
-pub use ops::{merge_async, project_async, softmax_async};
 pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage, Weights};
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;

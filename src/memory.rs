@@ -1,6 +1,6 @@
-//! How much memory this machine has: what a software adapter and the CPU backend can use.
+//! The machine's memory, which limits software adapters and the CPU backend.
 
-/// Bytes of memory, where that can be found out.
+/// Bytes of memory, if known.
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn system_memory() -> Option<u64> {
     let kind = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
@@ -12,9 +12,9 @@ pub(crate) fn system_memory() -> Option<u64> {
     None
 }
 
-/// Refuses, before anything is allocated, `elements` floats that this machine cannot hold.
+/// An error if this machine cannot hold `elements` floats; checked before allocating.
 pub(crate) fn check_floats(what: &str, elements: &[usize]) -> crate::Result<()> {
-    /// Below this, the question costs more than the answer is worth.
+    /// For smaller sizes the check costs more than it is worth.
     const SMALL: u64 = 64 << 20;
     let needed = crate::problem::checked_len(elements)? as u64 * 4;
     match system_memory().filter(|_| needed > SMALL) {

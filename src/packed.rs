@@ -1,4 +1,4 @@
-//! Sequences that lie one behind another.
+//! Packed sequences of different lengths.
 
 use crate::attention::{Attention, EmptyRows};
 use crate::call::{Attended, Operands};
@@ -8,17 +8,30 @@ use crate::lower::Recording;
 use crate::position::{TokenPositions, first_position};
 use crate::problem::{Positions, Problem, Wanted, Weights};
 use crate::tensor::Tensor;
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
 impl Attention {
-    /// Attention over sequences of any lengths that lie one behind another ("varlen"), in one dispatch:
-    /// Q `[total_q, heads_q, dim_k]`, K `[total_k, heads_kv, dim_k]`, V `[total_k, heads_kv, dim_v]`, any
-    /// strides. Sequence `n` is rows `cu_seqlens_q[n]..cu_seqlens_q[n + 1]` of Q and the same of
-    /// `cu_seqlens_k` of K and V, as in FlashAttention's `flash_attn_varlen_func`; both begin with 0, do not
-    /// fall, and end with the number of rows. Output `[total_q, heads_q, dim_v]`, LSE `[heads_q, total_q]`.
+    /// Attention over packed sequences of different lengths ("varlen"), in one dispatch: Q `[total_q, heads_q, dim_k]`,
+    /// K `[total_k, heads_kv, dim_k]`, V `[total_k, heads_kv, dim_v]`, any strides. Sequence `n` is rows
+    /// `cu_seqlens_q[n]..cu_seqlens_q[n + 1]` of Q and rows `cu_seqlens_k[n]..cu_seqlens_k[n + 1]` of K and V, as in
+    /// FlashAttention's `flash_attn_varlen_func`. Both lists start at 0, never decrease, and end with the number of
+    /// rows. Output `[total_q, heads_q, dim_v]`, LSE `[heads_q, total_q]`.
     ///
-    /// Causal, window, offsets (one for all or one per sequence), scale and softcap work as in
-    /// [`Attention::forward`], counted within each sequence, and give the same bits as a call over that
-    /// sequence alone with the same [`Method::Tile`]; so does a sink. Masks, biases, weights and scores are refused.
+    /// Causal masks, windows, offsets (one for all or one per sequence), rotary positions, scale, softcap and sinks
+    /// work as in [`Attention::forward`], counted within each sequence. Each result is bit-identical to a call over
+    /// that sequence alone with the same [`Method::Tile`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward`], and:
+    ///
+    /// - [`Value`](Error::Value): a mask, a bias, key or query lengths, [`EmptyRows::MeanOfValues`], or returned
+    ///   weights or scores are requested; or a list decreases.
+    /// - [`Shape`](Error::Shape): an operand does not have three axes, or the lists do not fit the rows.
+    /// - [`Method`](Error::Method): the method is [`Method::ThreePasses`], or the tile cannot compute this call.
+    /// - [`Unsupported`](Error::Unsupported): the adapter cannot run the fused kernel for these shapes.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_packed(
         &self,
@@ -28,10 +41,10 @@ impl Attention {
         cu_seqlens_q: &[usize],
         cu_seqlens_k: &[usize],
     ) -> Result<Attended> {
-        pollster::block_on(self.forward_packed_async(q, k, v, cu_seqlens_q, cu_seqlens_k))
+        wait_for(self.run_packed([q, k, v], cu_seqlens_q, cu_seqlens_k))
     }
 
-    /// As [`Attention::forward_packed`], without blocking.
+    /// Like [`Attention::forward_packed`], without blocking.
     pub async fn forward_packed_async(
         &self,
         q: &Tensor,
@@ -40,7 +53,19 @@ impl Attention {
         cu_seqlens_q: &[usize],
         cu_seqlens_k: &[usize],
     ) -> Result<Attended> {
-        let record = |to: &mut Recording| self.record_packed(to, [q, k, v], cu_seqlens_q, cu_seqlens_k);
+        let (attention, operands) = (self.clone(), [q, k, v].map(Tensor::clone));
+        let lengths = [cu_seqlens_q, cu_seqlens_k].map(<[usize]>::to_vec);
+        apart(async move { attention.run_packed(operands.each_ref(), &lengths[0], &lengths[1]).await }).await
+    }
+
+    async fn run_packed(
+        &self,
+        operands: [&Tensor; 3],
+        cu_seqlens_q: &[usize],
+        cu_seqlens_k: &[usize],
+    ) -> Result<Attended> {
+        let [q, k, v] = operands;
+        let record = |to: &mut Recording| self.record_packed(to, operands, cu_seqlens_q, cu_seqlens_k);
         Recording::new(&self.device(q, k, v)?).submit(record).await
     }
 
@@ -62,7 +87,9 @@ impl Attention {
             ("EmptyRows::MeanOfValues", self.empty_rows != EmptyRows::Zero),
         ] {
             if given {
-                return Err(value_error!("packed sequences do not go with {what}; run the sequences apart for it"));
+                return Err(value_error!(
+                    "packed sequences cannot be combined with {what}; run the sequences separately"
+                ));
             }
         }
         if self.method == Method::ThreePasses {

@@ -1,4 +1,4 @@
-//! Named tensors on the host: what a PyTorch state dict holds.
+//! Named tensors on the host, as in a PyTorch state dict.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ pub struct HostTensor {
 }
 
 impl HostTensor {
-    /// `data` must have as many values as `shape` says.
+    /// A tensor of row-major `data`, which must have as many values as `shape`.
     pub fn new(shape: &[usize], data: Vec<f32>) -> Result<HostTensor> {
         if checked_len(shape)? != data.len() {
             return Err(shape_error!("shape {shape:?} does not hold {} values", data.len()));
@@ -32,7 +32,7 @@ impl HostTensor {
     }
 }
 
-/// A tensor whose values are not held: of a type that is not read as floats, or not asked for.
+/// A tensor whose values were not read: its type cannot be read as floats, or it was not requested.
 #[derive(Clone, Debug, PartialEq)]
 struct Unread {
     dtype: String,
@@ -42,7 +42,7 @@ struct Unread {
 /// The type of a tensor in a shard that was not opened.
 pub(crate) const NOT_OPENED: &str = "not read";
 
-/// Names and tensors, in name order.
+/// Named tensors, in order of name.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StateDict {
     tensors: BTreeMap<String, HostTensor>,
@@ -50,7 +50,7 @@ pub struct StateDict {
 }
 
 impl StateDict {
-    /// The tensor called `name`, where its values are held.
+    /// The tensor called `name`, if its values were read.
     pub fn get(&self, name: &str) -> Option<&HostTensor> {
         self.tensors.get(name)
     }
@@ -60,24 +60,25 @@ impl StateDict {
         self.unread.remove(&name);
         self.tensors.insert(name, tensor);
     }
-    /// Takes a tensor out; false where there is none of that name.
+    /// Removes a tensor; false if there is none with that name.
     pub fn remove(&mut self, name: &str) -> bool {
         self.tensors.remove(name).is_some() | self.unread.remove(name).is_some()
     }
-    /// All tensors whose values are held, in name order.
+    /// All tensors whose values were read, in order of name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &HostTensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
-    /// The names of all tensors, those of other types too.
+    /// The names of all tensors, including those whose values were not read.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().chain(self.unread.keys()).map(String::as_str)
     }
-    /// True when there is no tensor at all.
+    /// True if there is no tensor at all.
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty() && self.unread.is_empty()
     }
-    /// Type and shape of a tensor whose values are not held: integers, booleans, 8 bits and fewer, and what
-    /// [`StateDict::open`] was not asked for (`not read` and no axes, where it lies in a shard that was not opened).
+    /// Type and shape of a tensor whose values were not read: integers, booleans, types of 8 bits or fewer, and tensors
+    /// that [`StateDict::open`] did not select (type `not read` and no axes, if the tensor is in a shard that was not
+    /// opened).
     pub fn unread(&self, name: &str) -> Option<(&str, &[usize])> {
         self.unread.get(name).map(|tensor| (tensor.dtype.as_str(), tensor.shape.as_slice()))
     }
@@ -88,8 +89,13 @@ impl StateDict {
         self.get(name).map(HostTensor::shape).or_else(|| self.unread(name).map(|(_, shape)| shape))
     }
 
-    /// Reads a safetensors file; f64, f16 and bf16 values are converted to f32. Of tensors of other types names, types
-    /// and shapes are kept: [`StateDict::unread`].
+    /// Reads a safetensors file. f64, f16 and bf16 values are converted to f32. For tensors of other types, only names,
+    /// types and shapes are kept; see [`StateDict::unread`].
+    ///
+    /// # Errors
+    ///
+    /// - [`File`](Error::File): `bytes` is not a valid safetensors file; the message says what it is instead, if known.
+    /// - [`Overflow`](Error::Overflow): a tensor's number of elements does not fit in 64 bits.
     #[cfg(feature = "safetensors")]
     pub fn from_safetensors(bytes: &[u8]) -> Result<StateDict> {
         let invalid = |why: String| {
@@ -107,12 +113,12 @@ impl StateDict {
         Ok(state)
     }
 
-    /// Adds a tensor as a file holds it; only its name where `data` is not given or not of floats.
+    /// Adds a tensor from a file; without values if `data` is missing or not floats.
     #[cfg(feature = "safetensors")]
     fn take(&mut self, name: String, dtype: safetensors::Dtype, shape: &[usize], data: Option<&[u8]>) -> Result<()> {
         match data.and_then(|data| floats(dtype, data)) {
             Some(values) => self.insert(name, HostTensor::new(shape, values)?),
-            // Of two shards that hold a name, the one that the index says is read with its values.
+            // If two shards contain a name, the values come from the shard that the index names.
             None if self.tensors.contains_key(&name) => {}
             None => {
                 self.unread.insert(name, Unread { dtype: dtype.to_string(), shape: shape.to_vec() });
@@ -121,8 +127,8 @@ impl StateDict {
         Ok(())
     }
 
-    /// The bytes of a safetensors file that PyTorch reads back with `load_file`. A tensor whose values are not held is
-    /// an error that names it; [`StateDict::remove`] takes it out.
+    /// The bytes of a safetensors file, which PyTorch reads with `load_file`. A tensor whose values were not read is an
+    /// error that names it; remove it with [`StateDict::remove`].
     #[cfg(feature = "safetensors")]
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         if let Some((name, tensor)) = self.unread.iter().next() {
@@ -150,7 +156,7 @@ impl StateDict {
     }
 }
 
-/// The values of a tensor of floats as f32; `None` for other types.
+/// The values of a float tensor as f32; `None` for other types.
 #[cfg(feature = "safetensors")]
 fn floats(dtype: safetensors::Dtype, data: &[u8]) -> Option<Vec<f32>> {
     use safetensors::Dtype::{BF16, F16, F32, F64};
@@ -166,8 +172,8 @@ fn floats(dtype: safetensors::Dtype, data: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-/// How many letters must be put in, taken out or changed to make one word of the other (Levenshtein 1966); of long words,
-/// as the names in a file may be, of their beginnings.
+/// The number of insertions, deletions and substitutions that turn one word into the other (Levenshtein 1966). Compares
+/// only the beginnings of long words, because names in files may be arbitrarily long.
 pub(crate) fn edits(a: &str, b: &str) -> usize {
     const LONGEST: usize = 200;
     let [a, b] = [a, b].map(|word| word.chars().take(LONGEST));

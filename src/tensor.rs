@@ -1,4 +1,4 @@
-//! Tensors: shape and strides over a buffer on a device.
+//! Tensors: a shape and strides over a buffer on a device.
 
 #[cfg(feature = "cpu")]
 use std::sync::Arc;
@@ -9,17 +9,20 @@ use crate::gpu::{Gpu, GpuBuffer, Purpose};
 use crate::kernels::Operand;
 use crate::kernels::plan::{check_buffer, padded_bytes};
 use crate::problem::{Dtype, Element, Layout, as_four_axes, checked_len};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// A strided view of a buffer on a [`Device`]. Cloning and taking views copy nothing.
+/// A strided view of a buffer on a [`Device`]. Clones and views copy nothing.
 ///
-/// On an adapter f16 and bf16 values are held as such, two to a word; on the CPU backend as f32. Results
-/// computed from them come back rounded to that type, whatever they were held in.
+/// An adapter stores f16 and bf16 values as such, two to a word; the CPU backend stores them as f32. Results computed
+/// from them are rounded to that type on download, whatever type they were stored in.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     storage: Storage,
     layout: Layout,
     dtype: Dtype,
-    /// What the buffer holds: `dtype`, or f32 to be rounded to it.
+    /// The type in the buffer: `dtype`, or f32 to be rounded to it.
     stored: Dtype,
 }
 
@@ -41,7 +44,14 @@ fn check_len(shape: &[usize], len: usize) -> Result<()> {
 }
 
 impl Tensor {
-    /// Uploads `data` (f32, f16 or bf16), row-major.
+    /// Uploads row-major `data` (f32, f16 or bf16).
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](Error::Shape): `data` does not have as many elements as `shape`.
+    /// - [`Overflow`](Error::Overflow), [`TooLarge`](Error::TooLarge): the tensor does not fit.
+    /// - [`DeviceLost`](Error::DeviceLost), [`OutOfMemory`](Error::OutOfMemory), [`Gpu`](Error::Gpu): the driver
+    ///   failed.
     pub fn from_slice<T: Element>(device: impl Into<Device>, shape: &[usize], data: &[T]) -> Result<Tensor> {
         check_len(shape, data.len())?;
         let layout = Layout::contiguous(shape)?;
@@ -53,7 +63,7 @@ impl Tensor {
         Ok(Tensor { storage, layout, dtype: T::DTYPE, stored })
     }
 
-    /// Uploads a boolean tensor, one byte per element. What true means is said by [`Mask`](crate::Mask).
+    /// Uploads a boolean tensor, one byte per element. [`Mask`](crate::Mask) defines what true means.
     pub fn from_bools(device: impl Into<Device>, shape: &[usize], data: &[bool]) -> Result<Tensor> {
         check_len(shape, data.len())?;
         let bytes: Vec<u8> = data.iter().map(|&x| u8::from(x)).collect();
@@ -65,8 +75,16 @@ impl Tensor {
         Ok(Tensor { storage, layout: Layout::contiguous(shape)?, dtype: Dtype::Bool, stored: Dtype::Bool })
     }
 
-    /// A view of the caller's own buffer: elements of `dtype`, packed (halves two to a word, [`Dtype::Bool`]
-    /// one to a byte), strides and offset in elements; usage `STORAGE`, and `COPY_SRC` if it is to be downloaded.
+    /// A view of the caller's own buffer: packed elements of `dtype` (f16 and bf16 two to a word, [`Dtype::Bool`] one
+    /// to a byte), strides and offset in elements. The buffer needs the usage `STORAGE`, and `COPY_SRC` for downloads.
+    ///
+    /// # Errors
+    ///
+    /// - [`Value`](Error::Value): the buffer lacks the usage `STORAGE` or is smaller than four bytes.
+    /// - [`Device`](Error::Device): the buffer belongs to another device, or was destroyed.
+    /// - [`Shape`](Error::Shape), [`Overflow`](Error::Overflow): shape and strides do not match, or reach beyond the
+    ///   buffer.
+    /// - [`DeviceLost`](Error::DeviceLost), [`OutOfMemory`](Error::OutOfMemory): the driver failed.
     pub fn from_wgpu(
         gpu: &Gpu,
         buffer: &wgpu::Buffer,
@@ -78,6 +96,7 @@ impl Tensor {
         if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
             return Err(value_error!("the buffer's usage {:?} must include STORAGE", buffer.usage()));
         }
+        gpu.expect_own(buffer)?;
         let available = (buffer.size() / dtype.stored_size()) as usize;
         let layout = Layout::strided(shape, strides, offset, available)?;
         Ok(Tensor { storage: Storage::Gpu(gpu.adopt(buffer)), layout, dtype, stored: dtype })
@@ -89,7 +108,7 @@ impl Tensor {
         Tensor { storage: Storage::Cpu(data.into()), layout, dtype, stored: Dtype::F32 }
     }
 
-    /// The floats, for writing in place. Whoever else holds the storage keeps it as it was.
+    /// The floats, for writing in place. Other holders of the storage keep their contents.
     #[cfg(feature = "cpu")]
     pub(crate) fn cpu_mut(&mut self) -> &mut [f32] {
         match &mut self.storage {
@@ -98,7 +117,7 @@ impl Tensor {
         }
     }
 
-    /// Memory for a tensor whose elements are written before they are read.
+    /// An uninitialised tensor, for elements that are written before they are read.
     pub(crate) fn blank(device: &Device, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
         match device {
             Device::Gpu(gpu) => {
@@ -118,7 +137,7 @@ impl Tensor {
         Tensor { storage: Storage::Gpu(buffer), layout, dtype, stored }
     }
 
-    /// Where it lives.
+    /// The device that the tensor is on.
     pub fn device(&self) -> Device {
         match &self.storage {
             Storage::Gpu(buffer) => Device::Gpu(buffer.gpu().clone()),
@@ -134,15 +153,15 @@ impl Tensor {
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
-    /// The type it was given in and comes back in.
+    /// The type that the tensor was created with and that results are rounded to.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
-    /// What the buffer holds.
+    /// The type in the buffer.
     pub(crate) fn stored(&self) -> Dtype {
         self.stored
     }
-    /// What kernels need to know of it.
+    /// What kernels need to know about it.
     pub(crate) fn operand(&self) -> Operand<'_> {
         Operand { layout: &self.layout, stored: self.stored }
     }
@@ -150,7 +169,7 @@ impl Tensor {
         &self.storage
     }
 
-    /// The same elements under another type tag: results are rounded to it on download.
+    /// The same elements with another type tag: they are rounded to it on download.
     pub fn with_dtype(mut self, dtype: Dtype) -> Result<Tensor> {
         if (self.dtype == Dtype::Bool) != (dtype == Dtype::Bool) {
             return Err(value_error!("a {} tensor cannot become {dtype}", self.dtype));
@@ -167,11 +186,11 @@ impl Tensor {
     pub fn permute(&self, axes: &[usize]) -> Result<Tensor> {
         Ok(self.with_layout(self.layout.permute(axes)?))
     }
-    /// `len` entries of `axis` from `start` on.
+    /// The `len` entries of `axis` from `start`.
     pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
         Ok(self.with_layout(self.layout.narrow(axis, start, len)?))
     }
-    /// One entry of `axis`; the axis goes. Of packed `[b, s, 3, h, d]`, `select(2, 1)` is K.
+    /// One entry of `axis`; the axis is removed. For packed `[b, s, 3, h, d]`, `select(2, 1)` is K.
     pub fn select(&self, axis: usize, index: usize) -> Result<Tensor> {
         Ok(self.with_layout(self.layout.select(axis, index)?))
     }
@@ -179,7 +198,13 @@ impl Tensor {
     pub fn unsqueeze(&self, axis: usize) -> Result<Tensor> {
         Ok(self.with_layout(self.layout.unsqueeze(axis)?))
     }
-    /// Another shape over the same elements, where the strides allow it without a copy.
+    /// Another shape over the same elements, without a copy.
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](Error::Shape): the number of elements differs, or the strides would require a copy
+    ///   ([`Tensor::contiguous`] makes one).
+    /// - [`Overflow`](Error::Overflow): the number of elements does not fit in 64 bits.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         let layout = self.layout.reshape(shape)?.ok_or_else(|| {
             shape_error!(
@@ -192,19 +217,31 @@ impl Tensor {
     }
 
     /// The elements in row-major order, rounded to the tensor's type; waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// - [`Value`](Error::Value): a bool tensor (use [`Tensor::download_bools`]), or a caller's buffer without the
+    ///   usage `COPY_SRC`.
+    /// - [`DeviceLost`](Error::DeviceLost), [`OutOfMemory`](Error::OutOfMemory), [`TooLarge`](Error::TooLarge),
+    ///   [`Gpu`](Error::Gpu): reading back failed, or an earlier call did.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn download(&self) -> Result<Vec<f32>> {
-        pollster::block_on(self.download_async())
+        wait_for(self.read())
     }
 
-    /// As [`Tensor::download`], in another element type.
+    /// Like [`Tensor::download`], in another element type.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn download_as<T: Element>(&self) -> Result<Vec<T>> {
         Ok(self.download()?.into_iter().map(T::from_f32).collect())
     }
 
-    /// The elements in row-major order, rounded to the tensor's type.
+    /// Like [`Tensor::download`], without blocking.
     pub async fn download_async(&self) -> Result<Vec<f32>> {
+        let tensor = self.clone();
+        apart(async move { tensor.read().await }).await
+    }
+
+    async fn read(&self) -> Result<Vec<f32>> {
         if self.dtype == Dtype::Bool {
             return Err(value_error!("a bool tensor is read back with download_bools"));
         }
@@ -223,7 +260,7 @@ impl Tensor {
         match &self.storage {
             Storage::Gpu(buffer) => {
                 let size = self.stored.stored_size();
-                // Copies are of whole words.
+                // Copies move whole words.
                 let (from, to) = (start as u64 * size / 4 * 4, (end as u64 * size).next_multiple_of(4));
                 let skipped = start - (from / size) as usize;
                 buffer.read(from..to, |bytes| gather(&self.stored.floats(bytes)[skipped..])).await
@@ -248,7 +285,7 @@ impl Tensor {
         match &self.storage {
             Storage::Gpu(buffer) => {
                 let end = (self.layout.end() as u64).next_multiple_of(4);
-                pollster::block_on(buffer.read(0..end, gather))
+                wait_for(buffer.read(0..end, gather))
             }
             #[cfg(feature = "cpu")]
             Storage::CpuBool(data) => Ok(gather(data)),
@@ -257,9 +294,28 @@ impl Tensor {
         }
     }
 
-    /// True when both see the same elements of the same buffer.
+    /// True if both view the same elements of the same buffer.
     pub(crate) fn is_same_view(&self, other: &Tensor) -> bool {
         self.layout == other.layout && self.shares_buffer(other)
+    }
+
+    /// An error if a call that reads `operands` cannot write this tensor.
+    pub(crate) fn expect_writable<'a>(
+        &self,
+        mut operands: impl Iterator<Item = (&'static str, &'a Tensor)>,
+    ) -> Result<()> {
+        if !self.layout.is_one_to_one() {
+            return Err(value_error!(
+                "the output {:?} with strides {:?} has elements that share a place in memory",
+                self.shape(),
+                self.layout.strides()
+            ));
+        }
+        if let Some((name, operand)) = operands.find(|(_, operand)| operand.shares_buffer(self)) {
+            let overlaps = operand.layout.offset() < self.layout.end() && self.layout.offset() < operand.layout.end();
+            return Err(Error::Aliased { operand: name.into(), overlaps });
+        }
+        Ok(())
     }
 
     pub(crate) fn shares_buffer(&self, other: &Tensor) -> bool {
@@ -277,7 +333,7 @@ impl Tensor {
         Ok(self.with_layout(as_four_axes(name, &self.layout)?))
     }
 
-    /// The shape of a tensor that is known to have four axes.
+    /// The shape of a tensor that has four axes.
     pub(crate) fn four_axes(&self) -> [usize; 4] {
         self.shape().try_into().expect("four axes")
     }
@@ -285,14 +341,14 @@ impl Tensor {
     pub(crate) fn expect_float(&self, name: &str) -> Result<()> {
         if self.dtype == Dtype::Bool {
             return Err(value_error!(
-                "{name} is a bool tensor; floats are needed (masks are made with Mask::keep or Mask::drop)"
+                "{name} is a bool tensor; floats are needed (masks are made with Mask::keep_where or Mask::hide_where)"
             ));
         }
         Ok(())
     }
 }
 
-/// The device that `tensor` and all of `others` live on.
+/// The device that `tensor` and all `others` are on.
 pub(crate) fn common_device<'a>(
     tensor: &Tensor,
     others: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
@@ -300,11 +356,7 @@ pub(crate) fn common_device<'a>(
     let device = tensor.device();
     for (name, other) in others {
         if !device.same_as(&other.device()) {
-            return Err(Error::Device(format!(
-                "{name} lives on {} but the call runs on {}; upload it there",
-                other.device().name(),
-                device.name()
-            )));
+            return Err(Error::Device { what: name.into(), there: other.device().name(), here: device.name() });
         }
     }
     Ok(device)

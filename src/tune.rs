@@ -1,4 +1,4 @@
-//! Finding out which kernels are fastest for a kind of calls on this adapter.
+//! Finds the fastest kernels for a kind of call on this adapter.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -15,56 +15,64 @@ use crate::tensor::Tensor;
 
 mod self_test;
 
-/// Cuts that compete; the three passes make one more.
+/// Number of tiles that compete; three passes are one more candidate.
 const MOST_TILES: usize = 5;
-/// The default stays unless another takes less than this part of its time.
+/// The default stays unless another candidate takes less than this fraction of its time.
 const CLEARLY_FASTER: f64 = 0.97;
-/// A candidate that takes so many times as long as the best is out after its first round.
+/// A candidate that takes this many times as long as the best drops out after the first round.
 const HOPELESS: f64 = 2.0;
-/// Rounds end after so long.
+/// Time limit for all rounds.
 const BUDGET: Duration = Duration::from_secs(1);
 const LEAST_ROUNDS: usize = 3;
 const MOST_ROUNDS: usize = 20;
 
-/// One way to compute a call.
+/// One way to compute a call, and its time.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Candidate {
     /// [`Method::Tile`] or [`Method::ThreePasses`].
     pub method: Method,
-    /// Its best time, or why it was not timed: its self-test failed, or the adapter cannot run it.
+    /// The best time, or why there is none: its self-test failed, or the adapter cannot run it.
     pub time: Result<Duration, String>,
 }
 
 /// What [`Attention::tune`] found.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Tuned {
-    /// The calls it holds for.
+    /// The calls that the result applies to.
     pub key: TuningKey,
-    /// Six at most, the default first; none where the key was known already.
+    /// At most six, the default first; empty if the key was already known.
     pub candidates: Vec<Candidate>,
-    /// The fastest, which [`Method::Auto`] now chooses for the key. [`Method::Auto`]: the default, from which
-    /// nothing else was clearly apart.
+    /// The fastest method, which [`Method::Auto`] now chooses for the key. [`Method::Auto`] means the default: nothing
+    /// else was clearly faster.
     pub winner: Method,
-    /// The file that holds it; `None` where it is known to this [`Gpu`] only.
+    /// The file that holds the result; `None` if only this [`Gpu`] knows it.
     pub file: Option<PathBuf>,
 }
 
 impl Attention {
-    /// Finds the fastest kernels for calls like this one on the tensors' adapter, and lets [`Method::Auto`]
-    /// choose them from now on: in this [`Gpu`] and its clones, and in every `Gpu` of the same adapter, driver
-    /// and library version that is created later ([`Gpu::tuning_file`]). Nothing is tuned unless asked for.
+    /// Finds the fastest kernels for calls like this one on the tensors' adapter, and makes [`Method::Auto`] choose
+    /// them from now on: in this [`Gpu`] and its clones, and in every `Gpu` with the same adapter, driver and library
+    /// version that is created later ([`Gpu::tuning_file`]). Nothing is tuned unless you call this.
     ///
-    /// At most five cuts of the fused kernel and the three passes compete, on the tensors given, by the adapter's
-    /// clock where it has one: two calls each, and more for about a second. Each must first agree with
-    /// the [f64 truth](crate::reference) on a small random call of the same widths, types and kind of rules, positions
-    /// among them; one that does not is reported and never chosen. The default stays where nothing is 3 % faster. A key that is known
-    /// already is not timed again ([`Gpu::clear_tuning`] forgets).
+    /// At most five tiles of the fused kernel compete with the three passes, on the given tensors, timed by the
+    /// adapter's clock if it has one: two calls each, and more for about a second. Each candidate must first agree with
+    /// the [f64 reference](crate::reference) on a small random call with the same widths, types and kinds of rules,
+    /// including positions; one that does not is reported and never chosen. The default stays unless another is 3 %
+    /// faster. A known key is not timed again ([`Gpu::clear_tuning`] deletes known keys).
     ///
-    /// Other kernels sum in another order: the last bits of results may differ before and after. The three passes
-    /// hold the scores in memory; they compete only where those of a batch entry take at most 64 MiB.
+    /// Other kernels sum in another order, so the last bits of results may change. The three passes store the scores in
+    /// memory; they compete only if the scores of a batch entry take at most 64 MiB.
     ///
-    /// The method of `self` and the weights and scores it asks for have no say. The CPU backend has one way only:
-    /// [`Error::Device`]. A call without work is an [`Error::Value`].
+    /// The method of `self` and its requested weights and scores are ignored.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward`], and:
+    ///
+    /// - [`Error::Device`]: the tensors are on the CPU backend, which has nothing to tune.
+    /// - [`Error::Value`]: the call has no work, or no candidate runs on this adapter.
     pub fn tune(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
         let trial = Trial::new(self, q, k, v)?;
         if let Some(winner) = trial.gpu.tuned(&trial.key) {
@@ -76,7 +84,7 @@ impl Attention {
         Ok(tuned)
     }
 
-    /// As [`Attention::tune`], but times known keys too, and keeps and changes nothing.
+    /// Like [`Attention::tune`], but times known keys too, and stores nothing.
     pub fn time_candidates(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tuned> {
         Trial::new(self, q, k, v)?.run()
     }
@@ -96,10 +104,11 @@ impl<'a> Trial<'a> {
     fn new(attention: &Attention, q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> Result<Trial<'a>> {
         let device = attention.device(q, k, v)?;
         let Some(gpu) = device.gpu().cloned() else {
-            return Err(Error::Device(format!(
-                "tuning chooses among the kernels of an adapter, but the tensors live on {}, which has one way only",
-                device.name()
-            )));
+            return Err(Error::Device {
+                what: "a tensor to tune with".into(),
+                there: device.name(),
+                here: "an adapter (tuning chooses among its kernels)".into(),
+            });
         };
         let (problem, operands) = attention.operands(&mut Recording::new(&device), q, k, v)?;
         if problem.is_empty() || problem.len_k == 0 {
@@ -157,7 +166,7 @@ impl Times {
     }
 }
 
-/// Tests each method, then times those that passed, in turn: what else the machine does strikes all alike.
+/// Tests each method, then times those that passed in alternation, so that other load on the machine affects all alike.
 fn compete(
     methods: &[Method],
     check: impl Fn(Method) -> Result<()>,
@@ -166,7 +175,7 @@ fn compete(
     let mut best: Vec<Result<Times, String>> = Vec::new();
     for &method in methods {
         let first = check(method).and_then(|()| {
-            // The first call compiles (some drivers do so within the pass itself) and fills pools.
+            // The first call compiles (some drivers compile within the pass itself) and fills pools.
             time(method)?;
             time(method)
         });
@@ -176,7 +185,7 @@ fn compete(
             Err(error) => Err(error.to_string()),
         });
     }
-    // One clock for all.
+    // All candidates are compared by the same clock.
     let has_clock = best.iter().flatten().all(|times| times.gpu.is_some());
     let of = |times: &Times| times.gpu.filter(|_| has_clock).unwrap_or(times.wall);
     let started = Instant::now();
@@ -201,7 +210,7 @@ fn compete(
     Ok(methods.iter().zip(best).map(candidate).collect())
 }
 
-/// The first unless another is clearly faster; none where none ran.
+/// The first unless another is clearly faster; `None` if none ran.
 fn winner(candidates: &[Candidate]) -> Option<usize> {
     let time = |n: usize| candidates[n].time.as_ref().ok();
     let fastest = (0..candidates.len()).filter(|&n| time(n).is_some()).min_by_key(|&n| time(n))?;
@@ -219,7 +228,7 @@ mod tests {
         Method::Tile(Tile::Registers { workgroup: 8, rows, keys: 4, share: 1 })
     }
 
-    /// Made-up times by rows per invocation.
+    /// Made-up times, by rows per invocation.
     fn took(method: Method, of: impl Fn(u32) -> u64) -> Result<Times> {
         let Method::Tile(tile) = method else { panic!("{method}") };
         let wall = Duration::from_micros(of(tile.rows()));
@@ -279,7 +288,7 @@ mod tests {
 
     #[test]
     fn one_clock_for_all() {
-        // By the wall the second is faster, by the adapter's clock, which one lacks, the first.
+        // By wall time the second is faster; by the adapter's clock, which one of them lacks, the first.
         let time = |method| {
             took(method, |rows| 100 / u64::from(rows))
                 .map(|times| Times { gpu: (method == tile(2)).then_some(Duration::from_micros(900)), ..times })

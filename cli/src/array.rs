@@ -1,11 +1,11 @@
-//! Arrays on the host, as files hold them.
+//! Host arrays, as read from files.
 
 use half::{bf16, f16};
 use wgpu_attention::{Device, Dtype, Layout, Tensor};
 
 use crate::error::{Result, fail};
 
-/// The elements, row-major.
+/// The elements, in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
     Bool(Vec<bool>),
@@ -56,7 +56,7 @@ impl Array {
         Ok(Array { shape: shape.to_vec(), values })
     }
 
-    /// f32 values rounded to a tensor's type.
+    /// f32 values, rounded to a tensor type.
     pub fn from_floats(shape: &[usize], data: Vec<f32>, dtype: Dtype) -> Result<Array> {
         let values = match dtype {
             Dtype::F16 => Values::F16(data.into_iter().map(f16::from_f32).collect()),
@@ -66,7 +66,7 @@ impl Array {
         Array::new(shape, values)
     }
 
-    /// What a float tensor holds, in its own type.
+    /// The contents of a float tensor, in its own type.
     pub fn download(tensor: &Tensor) -> Result<Array> {
         Array::from_floats(tensor.shape(), tensor.download()?, tensor.dtype())
     }
@@ -85,21 +85,21 @@ impl Array {
         !matches!(self.values, Values::Bool(_) | Values::Int(_))
     }
 
-    /// The tensor type of a float array; what `name` must be otherwise.
+    /// The tensor type of a float array; for other types an error that names `name` and the types it may have.
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
         match self.values {
             Values::F16(_) => Ok(Dtype::F16),
             Values::BF16(_) => Ok(Dtype::BF16),
-            // Rounded when it is uploaded.
+            // The upload rounds it.
             Values::F32(_) | Values::F64(_) => Ok(Dtype::F32),
             _ => fail!(
-                "{name} is {}; f32, f16, bf16 or f64 is needed (in Python, x.astype('float32'))",
+                "{name} is {}; it must be f32, f16, bf16 or f64 (in Python, x.astype('float32'))",
                 self.values.type_name()
             ),
         }
     }
 
-    /// Uploads a float array. One of f64 is rounded to f32, and stderr says so once.
+    /// Uploads a float array. f64 is rounded to f32, with a note on stderr the first time.
     pub fn upload(&self, name: &str, device: &Device) -> Result<Tensor> {
         self.dtype(name)?;
         Ok(match &self.values {
@@ -111,11 +111,11 @@ impl Array {
                 note_rounding(name, x, &rounded);
                 Tensor::from_slice(device, &self.shape, &rounded)?
             }
-            _ => unreachable!("dtype() let only these through"),
+            _ => unreachable!("dtype() rejects other types"),
         })
     }
 
-    /// Uploads a boolean array; bytes of 0 and 1 count as one.
+    /// Uploads a boolean array; bytes of 0 and 1 are accepted too.
     pub fn upload_bools(&self, name: &str, device: &Device) -> Result<Tensor> {
         Ok(Tensor::from_bools(device, &self.shape, &self.bools(name)?)?)
     }
@@ -128,7 +128,7 @@ impl Array {
                 Some(at) => fail!("{name} holds {} at element {at}; only 0 and 1 can be booleans", x[at]),
             },
             other => fail!(
-                "{name} is {}; bool (or u8 of 0 and 1) is needed (in Python, x.astype(bool)); an additive mask of floats \
+                "{name} is {}; it must be bool, or u8 of 0 and 1 (in Python, x.astype(bool)); an additive mask of floats \
                  is a bias",
                 other.type_name()
             ),
@@ -139,7 +139,7 @@ impl Array {
         match &self.values {
             Values::Int(x) => Ok(x),
             other => fail!(
-                "{name} is {}; integers are needed, such as i64 (in Python, x.astype('int64'))",
+                "{name} is {}; it must be integers, such as i64 (in Python, x.astype('int64'))",
                 other.type_name()
             ),
         }
@@ -174,7 +174,7 @@ impl Array {
         }
     }
 
-    /// The same elements with the axes in another order.
+    /// The same elements with permuted axes.
     pub fn permute(&self, axes: &[usize]) -> Result<Array> {
         let layout = Layout::contiguous(&self.shape)?.permute(axes)?;
         fn gather<T: Copy>(data: &[T], layout: &Layout) -> Vec<T> {
@@ -192,15 +192,13 @@ impl Array {
     }
 }
 
-/// Says on stderr, once, that f64 is rounded, and of every tensor how many of its values f32 cannot hold.
+/// Notes on stderr, once, that f64 is rounded, and for every tensor how many of its values overflow f32.
 fn note_rounding(name: &str, values: &[f64], rounded: &[f32]) {
     static SAID: std::sync::Once = std::sync::Once::new();
-    SAID.call_once(|| {
-        anstream::eprintln!("note: {name} is f64; tensors of f64 are rounded to f32, the type computed in")
-    });
+    SAID.call_once(|| anstream::eprintln!("note: {name} is f64; f64 tensors are rounded to f32, the compute type"));
     let beyond =
         values.iter().zip(rounded).filter(|(value, rounded)| value.is_finite() && !rounded.is_finite()).count();
     if beyond > 0 {
-        anstream::eprintln!("note: {beyond} of the values of {name} lie beyond f32 and become infinite");
+        anstream::eprintln!("note: {beyond} of the values of {name} overflow f32 and become infinite");
     }
 }

@@ -1,5 +1,4 @@
-//! `attn` without arguments: a real layer attends over a real sentence, and the result is held against
-//! what float64 gives.
+//! `attn` without arguments: runs a real layer over a real sentence and compares the result with float64.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use crate::target::{self, Target};
 const WEIGHTS: &[u8] = include_bytes!("../data/minilm-layer3.weights.safetensors");
 const CASE: &[u8] = include_bytes!("../data/minilm-layer3.case.safetensors");
 const HEADS: usize = 12;
-/// The head in which a pronoun finds what it refers to.
+/// The head in which a pronoun attends to its antecedent.
 const HEAD: usize = 1;
 const WORD: &str = "it";
 const ALLOWED: f64 = 3e-6;
@@ -52,10 +51,10 @@ impl Example {
         })
     }
 
-    /// The layer, what it attends over, and how.
+    /// The layer, its input and the attention options.
     fn upload(&self, device: &Device) -> Result<(MultiHeadAttention, Tensor, Attention)> {
         let layer = MultiHeadAttention::from_state_dict(device, &self.state, "", HEADS)?;
-        let padding = Mask::drop(self.padding.upload_bools("key_padding_mask", device)?)?;
+        let padding = Mask::hide_where(self.padding.upload_bools("key_padding_mask", device)?)?;
         let attention = Attention::new().key_padding(padding).weights(Weights::PerHead);
         Ok((layer, self.x.upload("x", device)?, attention))
     }
@@ -88,12 +87,12 @@ pub fn demo(adapter: Option<&str>) -> Result<()> {
         anstream::println!("\nheatmap of head {HEAD} written to {}", folder.join(path).display());
     }
     if !good {
-        fail!("the result differs from the expected one by more than {ALLOWED:e}");
+        fail!("the result differs from the expected output by more than {ALLOWED:e}");
     }
     Ok(())
 }
 
-/// Runs the layer and prints what came of it: whether it is right, and the weights.
+/// Runs the layer and prints a summary; returns whether the output is right, and the weights.
 fn attend(target: &Target, example: &Example) -> Result<(bool, Vec<f32>)> {
     let device = &target.device;
     let (layer, x, attention) = example.upload(device)?;

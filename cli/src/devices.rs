@@ -1,4 +1,4 @@
-//! `attn devices`: what this machine has, and what would run there.
+//! `attn devices`: lists the adapters of this machine and the kernels that run on them.
 
 use clap::Args;
 use serde_json::json;
@@ -11,7 +11,7 @@ use crate::target::{self, backend_name, driver_name};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The kernels are those that a small call really ran on the adapter.
+The kernels listed are those that a small call ran on the adapter.
 
 Examples:
   attn devices
@@ -50,7 +50,7 @@ fn bytes(count: u64) -> String {
 pub fn devices(args: &DevicesArgs, adapter: Option<&str>) -> Result<()> {
     let mut adapters = Gpu::adapters();
     let mut with_cpu = true;
-    // One that was asked for: found by the library's own rule, recognised by what it says of itself.
+    // A requested adapter is found by the library's own rule and recognised by its info.
     if let Some(which) = adapter.filter(|which| !which.eq_ignore_ascii_case("all")) {
         let chosen = target::target(Some(which))?;
         with_cpu = chosen.device.gpu().is_none();
@@ -59,7 +59,7 @@ pub fn devices(args: &DevicesArgs, adapter: Option<&str>) -> Result<()> {
     let opened: Vec<(AdapterSummary, Result<Vec<String>>)> = adapters
         .into_iter()
         .map(|adapter| {
-            let options = GpuOptions { adapter: Some(adapter.index.to_string()), ..Default::default() };
+            let options = GpuOptions::adapter(adapter.index.to_string());
             let names = Gpu::with_options(&options).map_err(Error::from).and_then(|gpu| kernels(&Device::Gpu(gpu)));
             (adapter, names)
         })
@@ -82,7 +82,7 @@ fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool,
     let mut table = table();
     table.set_header(["", "adapter", "subgroups", "features", "limits", "kernels"]);
     for (adapter, names) in opened {
-        let AdapterSummary { index, info, limits, features } = adapter;
+        let AdapterSummary { index, info, limits, features, .. } = adapter;
         let has: Vec<&str> =
             FEATURES.iter().filter(|(_, bit)| features.contains(*bit)).map(|(name, _)| *name).collect();
         table.add_row([
@@ -93,7 +93,7 @@ fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool,
             } else {
                 "none".into()
             },
-            if has.is_empty() { "none of those used".into() } else { has.join("\n") },
+            if has.is_empty() { "none that the kernels use".into() } else { has.join("\n") },
             format!(
                 "storage binding {}\nbuffer {}\nworkgroup storage {}\n{} invocations per workgroup\n{} storage buffers per stage",
                 bytes(limits.max_storage_buffer_binding_size),
@@ -129,7 +129,7 @@ fn print_json(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool, 
     let mut rows: Vec<serde_json::Value> = opened
         .iter()
         .map(|(adapter, names)| {
-            let AdapterSummary { index, info, limits, features } = adapter;
+            let AdapterSummary { index, info, limits, features, .. } = adapter;
             let has: Vec<&str> = FEATURES.iter().filter(|(_, bit)| features.contains(*bit)).map(|(n, _)| *n).collect();
             json!({
                 "index": index,

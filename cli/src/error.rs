@@ -1,9 +1,9 @@
-//! What ends the program early.
+//! Errors that end the program.
 
-/// An error with its exit status: 2 for a wrong call, 3 where there is no adapter, 1 for everything else.
+/// An error with its exit status: 2 for wrong usage, 3 if there is no adapter, 1 for everything else.
 #[derive(Debug)]
 pub enum Error {
-    /// The command line asks for something that cannot be.
+    /// The command line is wrong.
     Usage(String),
     /// The work failed.
     Failed(String),
@@ -33,17 +33,17 @@ impl std::fmt::Display for Error {
 impl From<wgpu_attention::Error> for Error {
     fn from(error: wgpu_attention::Error) -> Error {
         match error {
-            wgpu_attention::Error::NoAdapter(_) => Error::NoAdapter(error.to_string()),
+            wgpu_attention::Error::NoAdapter { .. } => Error::NoAdapter(error.to_string()),
             _ => Error::Failed(error.to_string()),
         }
     }
 }
 
-/// `Err` of a failure, formatted.
+/// Returns a formatted [`Error::Failed`].
 macro_rules! fail {
     ($($arg:tt)*) => { return Err($crate::error::Error::Failed(format!($($arg)*)).into()) };
 }
-/// `Err` of a wrong call, formatted.
+/// Returns a formatted [`Error::Usage`].
 macro_rules! usage {
     ($($arg:tt)*) => { return Err($crate::error::Error::Usage(format!($($arg)*))) };
 }

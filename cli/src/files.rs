@@ -1,5 +1,5 @@
-//! Tensor files: `.safetensors`, `.npz`, `.npy`. What they claim is checked against what is there
-//! before anything is allocated.
+//! Tensor files: `.safetensors`, `.npz`, `.npy`. Headers are checked against the file's actual size before anything is
+//! allocated.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read, Write};
@@ -38,21 +38,21 @@ pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|error| Error::Failed(format!("cannot read {}: {error}", path.display())))
 }
 
-/// The error of a layer's weights that the library could not read: what the file is instead and the way out, where that
-/// is known. The error of a shard that an index names is the library's own.
+/// The error for layer weights that the library could not read: what the file is instead and how to convert it, if that
+/// is known. The error for a shard listed in an index is the library's own.
 pub fn explain(path: &Path, error: wgpu_attention::Error) -> Error {
     let start = if extension(path) == "json" { None } else { beginning(path).ok() };
-    let told = start.and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));
-    Error::Failed(told.map_or_else(|| error.to_string(), |told| format!("{}: {told}", path.display())))
+    let problem = start.and_then(|(head, length)| what_instead(path, &head, length, "safetensors"));
+    Error::Failed(problem.map_or_else(|| error.to_string(), |problem| format!("{}: {problem}", path.display())))
 }
 
-/// The bytes that tell what a file is, with the whole header where it is safetensors, and the file's length.
+/// The bytes that identify a file, including the whole header of a safetensors file, and the file's length.
 fn beginning(path: &Path) -> std::io::Result<(Vec<u8>, u64)> {
     let mut file = std::fs::File::open(path)?;
     let mut head = Vec::new();
     (&mut file).take(HEAD as u64).read_to_end(&mut head)?;
     if let [a, b, c, d, 0, 0, 0, 0, b'{', ..] = head[..] {
-        // The longest that safetensors allows.
+        // The longest header that safetensors allows.
         let header = u64::from(u32::from_le_bytes([a, b, c, d])).min(100_000_000);
         file.take((8 + header).saturating_sub(HEAD as u64)).read_to_end(&mut head)?;
     }
@@ -88,7 +88,7 @@ impl TensorFile {
     }
 
     pub fn from_safetensors(path: String, bytes: Vec<u8>) -> Result<TensorFile> {
-        // `deserialize` checks that offsets, shapes and the file's length agree.
+        // `deserialize` checks offsets and shapes against the file's length.
         if let Err(error) = SafeTensors::deserialize(&bytes) {
             return Err(unreadable(Path::new(&path), &bytes, "safetensors", &error.to_string()));
         }
@@ -118,7 +118,7 @@ impl TensorFile {
         }
     }
 
-    /// A text of the safetensors header's `__metadata__`.
+    /// An entry of the safetensors header's `__metadata__`.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         match &self.source {
             Source::Safetensors { metadata, .. } => metadata.metadata().as_ref()?.get(key).map(String::as_str),
@@ -140,12 +140,12 @@ impl TensorFile {
         }
     }
 
-    /// As [`TensorFile::get`]; missing is an error that says what was found.
+    /// Like [`TensorFile::get`], but a missing tensor is an error that lists what was found.
     pub fn need(&self, name: &str) -> Result<Array> {
         match self.get(name)? {
             Some(array) => Ok(array),
             None => {
-                // As numpy.savez calls what it is given without names.
+                // numpy.savez names unnamed arrays like this.
                 let way_out = match self.names().iter().any(|found| found.starts_with("arr_")) {
                     true => format!("; in Python, numpy.savez(file, {name}=…) gives an array its name"),
                     false => String::new(),
@@ -155,24 +155,20 @@ impl TensorFile {
         }
     }
 
-    /// The tensor called `name`, or the only one.
+    /// The tensor called `name`; without a name, the only tensor.
     pub fn single(&self, name: Option<&str>) -> Result<Array> {
         match (name, self.names().as_slice()) {
             (Some(name), _) => self.need(name),
             (None, [only]) => self.need(only),
-            (None, _) => usage!("{} holds {}; say which as {}:NAME", self.path, self.names_or_nothing(), self.path),
+            (None, _) => usage!("{} holds {}; choose one with {}:NAME", self.path, self.names_or_nothing(), self.path),
         }
     }
 
-    /// An error unless every tensor is one of `known`: a misspelt mask must not be ignored.
+    /// Fails unless every tensor is one of `known`, because a misspelt mask must not be ignored.
     pub fn expect_only(&self, known: &[&str]) -> Result<()> {
         match self.names().iter().find(|name| !known.contains(&name.as_str())) {
             None => Ok(()),
-            Some(odd) => fail!(
-                "{} holds a tensor \"{odd}\", which means nothing here; the names are {}",
-                self.path,
-                known.join(", ")
-            ),
+            Some(odd) => fail!("{} holds an unknown tensor \"{odd}\"; known names are {}", self.path, known.join(", ")),
         }
     }
 }
@@ -203,30 +199,31 @@ fn open_folder(folder: &Path) -> Result<TensorFile> {
     Ok(TensorFile { path: shown, source: Source::Arrays(arrays) })
 }
 
-/// The error of a file that is not what its ending says: what it is instead and the way out, where that is known, else
-/// the reader's `reason`.
+/// The error for a file whose contents do not match its extension: what it is instead and how to convert it, if that is
+/// known, else the reader's `reason`.
 fn unreadable(path: &Path, bytes: &[u8], ending: &'static str, reason: &str) -> Error {
-    let told = what_instead(path, bytes, bytes.len() as u64, ending).unwrap_or_else(|| reason.to_string());
+    let problem = what_instead(path, bytes, bytes.len() as u64, ending).unwrap_or_else(|| reason.to_string());
     let kind = if ending == "safetensors" { "safetensors".into() } else { format!(".{ending}") };
-    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {told}", path.display(), bytes.len()))
+    Error::Failed(format!("{} is not a valid {kind} file ({} bytes): {problem}", path.display(), bytes.len()))
 }
 
-/// What a file of `length` bytes is that should be what `ending` says: something else, or cut off.
+/// What is wrong with a file of `length` bytes that does not match its extension: it is something else, or cut off.
 fn what_instead(path: &Path, head: &[u8], length: u64, ending: &'static str) -> Option<String> {
-    let told = recognise(path, &head[..head.len().min(HEAD)], Some(ending));
-    told.or_else(|| if ending == "safetensors" { cut_off(head, length) } else { None })
+    let problem = recognise(path, &head[..head.len().min(HEAD)], Some(ending));
+    problem.or_else(|| if ending == "safetensors" { cut_off(head, length) } else { None })
 }
 
-/// Says that the data of a safetensors file of `length` bytes end too early, as those of a download that broke off do.
+/// Reports that a safetensors file of `length` bytes is truncated, as by an interrupted download.
 fn cut_off(head: &[u8], length: u64) -> Option<String> {
     let header = usize::try_from(u64::from_le_bytes(head.get(..8)?.try_into().ok()?)).ok()?;
     let json: serde_json::Value = serde_json::from_slice(head.get(8..)?.get(..header)?).ok()?;
     let needed = json.as_object()?.values().filter_map(|entry| entry["data_offsets"][1].as_u64()).max()?;
     let data = length.checked_sub(8 + header as u64)?;
-    (needed > data).then(|| format!("the file is cut off: its header names {needed} bytes of data, {data} are there"))
+    (needed > data)
+        .then(|| format!("the file is truncated: its header describes {needed} bytes of data, but it has {data}"))
 }
 
-/// Little-endian elements, or why not.
+/// Decodes little-endian elements; the error says why they cannot be read.
 fn decode(bytes: &[u8], dtype: safetensors::Dtype) -> Result<Values, String> {
     use safetensors::Dtype as D;
     macro_rules! numbers {
@@ -250,20 +247,20 @@ fn decode(bytes: &[u8], dtype: safetensors::Dtype) -> Result<Values, String> {
         D::F64 => Values::F64(numbers!(f64).collect()),
         other => {
             return Err(format!(
-                "is {other:?}, which is not read; floats (F32, F16, BF16, F64), integers or BOOL are: in PyTorch, \
+                "is {other:?}, which is not supported; use floats (F32, F16, BF16, F64), integers or BOOL: in PyTorch, \
                  x.to(torch.float32) before save_file"
             ));
         }
     })
 }
 
-/// Integers of 64 bits without a sign, which are lengths or masks here.
+/// Unsigned 64-bit integers, which are lengths or masks here.
 fn unsigned(numbers: impl Iterator<Item = u64>) -> Result<Values, String> {
-    let signed = |x| i64::try_from(x).map_err(|_| format!("holds {x}; integers up to {} are read", i64::MAX));
+    let signed = |x| i64::try_from(x).map_err(|_| format!("holds {x}; the largest integer allowed is {}", i64::MAX));
     numbers.map(signed).collect::<Result<_, _>>().map(Values::Int)
 }
 
-/// One NumPy array; `shown` is where it comes from.
+/// Reads one NumPy array; `shown` names its source in messages.
 fn read_npy(shown: &str, bytes: &[u8]) -> Result<Array> {
     let npy = npy::parse(bytes).map_err(|fault| match fault {
         Fault::Format(what) => unreadable(Path::new(shown), bytes, "npy", &what),
@@ -280,26 +277,24 @@ fn read_npy(shown: &str, bytes: &[u8]) -> Result<Array> {
     Array::new(&reversed, values)?.permute(&axes)
 }
 
-/// What the elements of an array are, by NumPy's name of their type, and what to do: they are none that is read.
+/// For an unsupported NumPy type: what the elements are, and how to convert them.
 fn other_type(name: &str) -> String {
     let code = name.trim_start_matches(['<', '>', '|', '=']);
     let (kind, size) = code.split_at(code.chars().next().map_or(0, char::len_utf8));
     let bits = size.parse::<u32>().ok().and_then(|bytes| bytes.checked_mul(8)).unwrap_or(0);
     let (is, way_out) = match (kind, size) {
-        ("c", _) => (format!("complex{bits}"), "save x.real and x.imag apart, each as float32"),
+        ("c", _) => (format!("complex{bits}"), "save x.real and x.imag separately, each as float32"),
         ("f", "1") => ("float8".into(), "save x.astype('float32')"),
         ("f", _) => (format!("float{bits}"), "save x.astype('float32')"),
         ("V", "1") => ("single bytes without a type (float8 or int4 of ml_dtypes)".into(), "save x.astype('float32')"),
         ("V", _) => (format!("{size} bytes each without a type"), "save x.astype('float32')"),
         ("O", _) => ("Python objects".into(), "save numpy.array(x.tolist(), dtype='float32')"),
-        ("U" | "S" | "a", _) => ("texts".into(), "save numbers: x.astype('float32') where the texts are some"),
+        ("U" | "S" | "a", _) => ("strings".into(), "save numbers: x.astype('float32') if the strings are numbers"),
         ("M" | "m", _) => ("dates or times".into(), "save x.astype('int64')"),
         ("[" | "(", _) => ("records of several fields".into(), "save each field as an array: x['name']"),
-        _ => ("of a type that is not known".into(), "save x.astype('float32')"),
+        _ => ("elements of an unknown type".into(), "save x.astype('float32')"),
     };
-    format!(
-        "holds {is} ('{name}'); float32, float16, bfloat16, float64, integers and bool are read: in Python, {way_out}"
-    )
+    format!("holds {is} ('{name}'); use float32, float16, bfloat16, float64, integers or bool: in Python, {way_out}")
 }
 
 fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
@@ -313,7 +308,7 @@ fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
             files.push(file.into_owned());
         }
     }
-    // An error is always about the same one.
+    // Sorted, so that an error always names the same entry.
     files.sort();
     if files.is_empty() && !archive.is_empty() {
         return Err(bad(&"it holds no arrays (no .npy files)"));
@@ -321,7 +316,7 @@ fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
     let mut arrays = BTreeMap::new();
     for file in files {
         let mut entry = archive.by_name(&file).map_err(|error| bad(&error))?;
-        // Grows with what really unpacks, not with what the entry claims.
+        // Grow with the bytes actually unpacked, not with the size that the entry claims.
         let mut unpacked = Vec::new();
         entry.read_to_end(&mut unpacked).map_err(|error| bad(&error))?;
         let name = file.strip_suffix(".npy").unwrap_or(&file);
@@ -330,19 +325,19 @@ fn read_npz(path: &str, bytes: Vec<u8>) -> Result<BTreeMap<String, Array>> {
     Ok(arrays)
 }
 
-/// Refuses an output that cannot be written, before the work is done.
+/// Rejects an output that cannot be written, before any work is done.
 pub fn check_output(path: &Path, names: &[&str]) -> Result<()> {
     let shown = path.display();
     match extension(path).as_str() {
         "safetensors" | "npz" => {}
         "npy" if names.len() == 1 => {}
-        "npy" => usage!("{shown}: an .npy file holds one tensor, but {} were asked for; use .npz", names.join(", ")),
+        "npy" => usage!("{shown}: an .npy file holds one tensor, but {} were requested; use .npz", names.join(", ")),
         _ => usage!("{shown}: the ending must be .safetensors, .npz or .npy"),
     }
     check_folder(path)
 }
 
-/// Refuses an output whose folder is not there, before the work is done.
+/// Rejects an output whose folder does not exist, before any work is done.
 pub fn check_folder(path: &Path) -> Result<()> {
     let folder = parent(path);
     if !folder.is_dir() {
@@ -355,7 +350,8 @@ fn parent(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Whether two paths lead to one file, there or not; what is no file, such as a device, takes any number of texts.
+/// Whether two paths lead to the same file, whether it exists or not. Anything that is not a regular file, such as a
+/// device, can be written to any number of times.
 pub fn is_same(a: &Path, b: &Path) -> bool {
     let place = |path: &Path| {
         let beside = || Ok(std::fs::canonicalize(parent(path))?.join(path.file_name().unwrap_or_default()));
@@ -365,18 +361,18 @@ pub fn is_same(a: &Path, b: &Path) -> bool {
     a == b && std::fs::metadata(&a).map_or(true, |there| there.is_file())
 }
 
-/// Writes a file whole or not at all: beside its place first, then moved there. A link stays one, and what is no file,
-/// such as a pipe or a device, is written to as it is.
+/// Writes a file atomically: a temporary file in the same folder is renamed into place. Links are followed. A pipe, a
+/// device or anything else that is not a regular file is written to directly.
 pub fn write_whole(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result<()>) -> Result<()> {
     let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {error}", path.display()));
     if std::fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
         return write(&mut std::fs::OpenOptions::new().write(true).open(path).map_err(|error| cannot(&error))?);
     }
-    // Where a link leads, if it is one.
+    // The target, if the path is a link.
     let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
     let mut builder = tempfile::Builder::new();
     builder.prefix(".attn-");
-    // The user's own default permissions, not a temporary file's.
+    // Use the user's default permissions, not those of a temporary file.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(parent(path)).map_err(|error| cannot(&error))?;
@@ -386,39 +382,39 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result
     Ok(())
 }
 
-/// Writes bytes whole or not at all.
+/// Writes bytes atomically.
 pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     write_whole(path, |file| {
         file.write_all(bytes).map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))
     })
 }
 
-/// Writes JSON for people and programs.
+/// Writes indented JSON.
 pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     write_bytes(path, format!("{value:#}\n").as_bytes())
 }
 
-/// JSON has no NaN and no infinity: those become texts.
+/// JSON has no NaN and no infinity: they become strings.
 pub fn json_number(x: f64) -> serde_json::Value {
     if x.is_finite() { x.into() } else { x.to_string().into() }
 }
 
-/// Writes a page of its own: `template` with `data` as JSON where it says `{/* data */}`.
+/// Writes a self-contained page: `template` with `data` as JSON in place of `{/* data */}`.
 pub fn write_page(path: &Path, template: &str, data: &serde_json::Value) -> Result<()> {
-    // No tag can begin within the data, whatever they hold.
+    // Escaped, so that the data cannot contain a tag.
     let data = data.to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
     let (before, after) = template.split_once("{/* data */}").expect("the template has a place for the data");
     write_bytes(path, [before, &data, after].concat().as_bytes())
 }
 
-/// Writes named arrays in the format that the ending says.
+/// Writes named arrays in the format that the extension gives.
 pub fn write_tensors(path: &Path, arrays: &[(&str, Array)]) -> Result<()> {
     let cannot = |error: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {error}", path.display()));
     let is_numpy = extension(path) != "safetensors";
     if is_numpy && let Some((name, _)) = arrays.iter().find(|(_, array)| matches!(array.values(), Values::BF16(_))) {
         anstream::eprintln!(
-            "note: {name} is bfloat16, which NumPy has no name for: numpy.load gives two bytes each, and \
-             x.view(ml_dtypes.bfloat16) the numbers"
+            "note: {name} is bfloat16, which NumPy has no name for: numpy.load returns two raw bytes per element, and \
+             x.view(ml_dtypes.bfloat16) converts them"
         );
     }
     let bytes = match extension(path).as_str() {
@@ -434,15 +430,15 @@ fn npy_bytes(path: &Path, array: &Array) -> Result<Vec<u8>> {
     Ok(match array.values() {
         Values::F16(x) => npy::format("<f2", shape, x.iter().flat_map(|x| x.to_le_bytes())),
         Values::F32(x) => npy::format("<f4", shape, x.iter().flat_map(|x| x.to_le_bytes())),
-        // As ml_dtypes writes bfloat16, which NumPy has no name for: two bytes without a type.
+        // As ml_dtypes writes bfloat16, which NumPy has no name for: two untyped bytes.
         Values::BF16(x) => npy::format("<V2", shape, x.iter().flat_map(|x| x.to_le_bytes())),
-        other => fail!("cannot write {}: {} is no type of a result", path.display(), other.type_name()),
+        other => fail!("cannot write {}: results cannot be of type {}", path.display(), other.type_name()),
     })
 }
 
 fn npz_bytes(path: &Path, arrays: &[(&str, Array)]) -> Result<Vec<u8>> {
     let cannot = |what: &dyn std::fmt::Display| Error::Failed(format!("cannot write {}: {what}", path.display()));
-    // NumPy's own savez does not compress either.
+    // Not compressed, as with NumPy's own savez.
     let stored = SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
     let mut archive = zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (name, array) in arrays {

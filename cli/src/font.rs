@@ -1,14 +1,14 @@
-//! The font of pictures, embedded, so that they look the same on every machine.
+//! The embedded font of pictures, so that they look the same on every machine.
 
 use ab_glyph::Font;
 use plotters::style::{FontStyle, register_font};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-/// Its name; an SVG file carries it, and a viewer has a monospaced font of its own.
+/// The font's name. An SVG file names it; a viewer without it uses its own monospaced font.
 pub const FONT: &str = "monospace";
 /// The advance of a monospaced font (0.6 em and a little) relative to its size, which plotters takes as 1.24 em.
 const ADVANCE: f64 = 0.53;
-/// The columns of a label; a longer token loses its middle.
+/// The most columns of a label; a longer token loses its middle.
 const LONGEST: usize = 28;
 
 pub fn register() -> Result<(), &'static str> {
@@ -21,7 +21,7 @@ pub fn text_width(text: &str, size: i32) -> i32 {
     (text.width() as f64 * f64::from(size) * ADVANCE).ceil() as i32
 }
 
-/// A token in characters that can be seen: controls and marks of direction as escapes, outer spaces as `·`.
+/// A token in visible characters: control characters and direction marks are escaped, outer spaces become `·`.
 pub fn visible(token: &str) -> String {
     if token.is_empty() {
         return "\"\"".into();
@@ -39,14 +39,14 @@ pub fn visible(token: &str) -> String {
     out
 }
 
-/// Invisible, or not allowed in XML: a control or a mark of direction.
+/// Invisible, or not allowed in XML: control characters and direction marks.
 pub fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
             | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}')
 }
 
-/// [`visible`], and not too long for a picture.
+/// [`visible`], shortened to fit a picture.
 pub fn label(token: &str) -> String {
     let shown = visible(token);
     if shown.width() <= LONGEST {
@@ -61,7 +61,7 @@ pub fn label(token: &str) -> String {
     format!("{}…{}", take(&mut shown.chars()), end.chars().rev().collect::<String>())
 }
 
-/// Some of the characters that the font has no glyph for.
+/// Examples of characters that the font has no glyph for.
 pub fn missing(texts: &[&str]) -> Option<String> {
     const SHOWN: usize = 5;
     let font = ab_glyph::FontRef::try_from_slice(epaint_default_fonts::HACK_REGULAR).ok()?;

@@ -1,5 +1,5 @@
-//! Files as nobody writes them: every reader of the program on thousands of changed ones. Each must end in an error or
-//! in a result, never in a panic.
+//! Fuzzing: every file reader of the program on thousands of corrupted files. Each must return an error or a result,
+//! and never panic.
 
 use std::io::Write;
 
@@ -9,7 +9,7 @@ use wgpu_attention_conformance::{case_folder, refused};
 use crate::check::{case::Case, compute::compute, report};
 use crate::files::TensorFile;
 
-/// The small cases of a folder of the project's.
+/// The small cases of one of the project's case folders.
 fn cases(name: &str) -> Vec<Vec<u8>> {
     let mut files: Vec<_> = std::fs::read_dir(case_folder(name)).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));

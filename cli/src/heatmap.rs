@@ -1,4 +1,4 @@
-//! Matrices as heatmaps: the parts, and one labelled heatmap.
+//! Heatmaps of matrices: the parts, and a labelled heatmap.
 
 use plotters::prelude::*;
 
@@ -6,32 +6,32 @@ use crate::font::text_width;
 use crate::picture::{ABOVE, Area, CENTRE, Drawn, LEFT, Picture, RIGHT, rectangle, text, upright};
 
 pub const TEXT: i32 = 20;
-/// Labels shrink with their cells down to this; then only every 2nd, 5th, 10th … has one.
+/// Labels shrink with their cells down to this size. Below it, only every 2nd, 5th, 10th … cell has one.
 pub const SMALLEST: i32 = 13;
 pub const TITLE: i32 = 26;
 pub const MARGIN: i32 = 24;
 /// Between cells and labels.
 pub const GAP: i32 = 10;
 const BAR: i32 = 26;
-/// From this weight on a cell says its number.
+/// From this weight on, a cell shows its number.
 const NUMBERED: f32 = 0.1;
-/// What is not a number, in a colour that viridis does not have.
+/// The colour of NaN, which is not in viridis.
 pub const NAN: RGBColor = RGBColor(0xb4, 0xb4, 0xb4);
 
-/// A side of a matrix.
+/// The labels along one side of a matrix.
 #[derive(Clone, Copy)]
 pub enum Axis<'a> {
-    /// Labels as they are.
+    /// Labels as given.
     Names(&'a [String]),
     /// `len` numbers from `first` on.
     Numbers { first: i64, len: usize },
 }
 
-/// The labels that have room, with the number of their cell.
+/// The labels that fit, each with the index of its cell.
 pub struct Labels {
     pub size: i32,
     pub shown: Vec<(usize, String)>,
-    /// The longest, in pixels.
+    /// The longest label, in pixels.
     pub length: i32,
 }
 
@@ -43,7 +43,7 @@ impl Axis<'_> {
         }
     }
 
-    /// The labels of cells that are `cell` wide, which stand side by side lengthwise (`level`) or not.
+    /// The labels of cells that are `cell` pixels wide. `level`: horizontal labels side by side.
     pub fn labels(&self, cell: i32, level: bool) -> Labels {
         let size = cell.clamp(SMALLEST, TEXT);
         let room = match self {
@@ -58,7 +58,7 @@ impl Axis<'_> {
         let every = steps.into_iter().find(|every| every * i64::from(cell) >= i64::from(room)).expect("steps grow");
         let shown: Vec<(usize, String)> = match self {
             Axis::Names(names) if every == 1 => names.iter().cloned().enumerate().collect(),
-            // With its number, since its neighbours are not there to count.
+            // With its index, because readers cannot count the missing neighbours.
             Axis::Names(names) => names
                 .iter()
                 .enumerate()
@@ -76,7 +76,7 @@ impl Axis<'_> {
     }
 }
 
-/// Which values the first and the last colour stand for.
+/// The values of the first and the last colour.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scale {
     pub least: f32,
@@ -84,7 +84,7 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// From the least to the most of `values`, NaN aside.
+    /// From the smallest to the largest of `values`, ignoring NaN.
     pub fn of(values: impl Iterator<Item = f32>) -> Scale {
         let (least, most) = values
             .filter(|value| value.is_finite())
@@ -92,7 +92,7 @@ impl Scale {
         if least <= most { Scale { least, most } } else { Scale { least: 0.0, most: 1.0 } }
     }
 
-    /// From 0 to the largest of weights, rounded up to half a power of ten.
+    /// From 0 to the largest weight, rounded up to half a power of ten.
     pub fn of_weights(weights: &[f32]) -> Scale {
         let most = f64::from(Scale::of(weights.iter().copied()).most);
         let step = 10f64.powf(most.log10().floor()) / 2.0;
@@ -100,18 +100,18 @@ impl Scale {
         Scale { least: 0.0, most: most as f32 }
     }
 
-    /// Where `value` lies, between 0 and 1.
+    /// The position of `value` on the scale, between 0 and 1.
     fn part(&self, value: f32) -> f32 {
         let range = self.most - self.least;
         if range > 0.0 { ((value - self.least) / range).clamp(0.0, 1.0) } else { 0.5 }
     }
 
-    /// viridis: even steps in lightness, readable with any colour vision.
+    /// viridis: perceptually uniform, readable with any colour vision.
     pub fn colour(&self, value: f32) -> RGBColor {
         if value.is_nan() { NAN } else { ViridisRGB.get_color(self.part(value)) }
     }
 
-    /// The ink that stands out from that colour.
+    /// The text colour with the better contrast on that colour.
     fn ink(&self, value: f32) -> RGBColor {
         if value.is_nan() || self.part(value) > 0.45 { BLACK } else { WHITE }
     }
@@ -124,7 +124,7 @@ impl Scale {
     }
 }
 
-/// A number on a scale that spans `range`.
+/// Formats a number on a scale that spans `range`.
 pub fn number(value: f64, range: f64) -> String {
     let decimals = 2 - if range > 0.0 { range.log10().round() as i32 } else { -1 };
     match value.abs() {
@@ -139,12 +139,12 @@ pub struct Cells<'a> {
     pub values: &'a [f32],
     pub rows: Axis<'a>,
     pub columns: Axis<'a>,
-    /// Of one cell, in pixels.
+    /// The size of one cell, in pixels.
     pub cell: (i32, i32),
     pub scale: Scale,
 }
 
-/// The largest cell up to `most` of which `count` fit into `room` pixels; at least one pixel.
+/// The largest cell size, at most `most`, of which `count` cells fit into `room` pixels; at least one pixel.
 pub fn cell(count: usize, room: i32, most: i32) -> i32 {
     (i64::from(room) / count.max(1) as i64).clamp(1, i64::from(most)) as i32
 }
@@ -163,7 +163,7 @@ impl Cells<'_> {
         for (n, &value) in self.values.iter().enumerate() {
             let (i, j) = (n / self.columns.len(), n % self.columns.len());
             let (x, y) = (left + j as i32 * width, top + i as i32 * height);
-            // An SVG's rectangle ends before its corner, a bitmap's on it: the next cell covers that.
+            // A rectangle excludes its far corner in an SVG and includes it in a bitmap: the next cell covers it.
             rectangle(root, (x, y), (x + width, y + height), &self.scale.colour(value))?;
             if numbers && (value.is_nan() || value >= NUMBERED) {
                 let number = if value.is_nan() { "NaN".into() } else { short(value) };
@@ -175,7 +175,7 @@ impl Cells<'_> {
         Ok(())
     }
 
-    /// To the left of cells at `at`.
+    /// Draws labels to the left of cells at `at`.
     pub fn row_labels<B: DrawingBackend>(&self, root: &Area<B>, (left, top): (i32, i32)) -> Drawn<B> {
         let labels = self.rows.labels(self.cell.1, false);
         for (i, label) in &labels.shown {
@@ -185,7 +185,7 @@ impl Cells<'_> {
         Ok(())
     }
 
-    /// Below cells at `at`: numbers level, names upright.
+    /// Draws labels below cells at `at`: numbers horizontal, names vertical.
     pub fn column_labels<B: DrawingBackend>(&self, root: &Area<B>, (left, top): (i32, i32)) -> Drawn<B> {
         let level = matches!(self.columns, Axis::Numbers { .. });
         let labels = self.columns.labels(self.cell.0, level);
@@ -200,11 +200,11 @@ impl Cells<'_> {
         Ok(())
     }
 
-    /// The room that row labels take.
+    /// The space that row labels take.
     pub fn row_room(&self) -> i32 {
         self.rows.labels(self.cell.1, false).length + GAP
     }
-    /// The room that column labels take.
+    /// The space that column labels take.
     pub fn column_room(&self) -> i32 {
         let level = matches!(self.columns, Axis::Numbers { .. });
         let labels = self.columns.labels(self.cell.0, level);
@@ -218,7 +218,7 @@ pub fn short(value: f32) -> String {
     number.strip_prefix('0').map(str::to_string).unwrap_or(number)
 }
 
-/// A bar of the scale's colours, `height` high, with a sample of NaN below where there is one.
+/// A colour bar of the scale, `height` pixels high, with a NaN sample below it if there are any.
 pub fn bar<B: DrawingBackend>(
     root: &Area<B>,
     (left, top): (i32, i32),
@@ -259,7 +259,7 @@ pub fn bar_height(nan: bool) -> i32 {
     if nan { ticks + 2 * TEXT } else { ticks }
 }
 
-/// What each token attends to in one head, or in the mean of several.
+/// The heatmap of what each token attends to, in one head or in the mean of several.
 pub struct Heatmap<'a> {
     pub title: &'a str,
     /// The queries.
@@ -271,13 +271,13 @@ pub struct Heatmap<'a> {
     pub scale: Scale,
 }
 
-/// What the rows are, in so many pixels.
+/// The axis title of the rows, for the given number of pixels.
 pub fn queries(room: i32) -> &'static str {
     let full = "query: the token that attends";
     if text_width(full, TEXT) <= room { full } else { "query" }
 }
 
-/// What the columns are, in so many pixels.
+/// The axis title of the columns, for the given number of pixels.
 pub fn keys(room: i32) -> &'static str {
     let full = "key: the token attended to";
     if text_width(full, TEXT) <= room { full } else { "key" }
@@ -292,7 +292,7 @@ impl Heatmap<'_> {
     fn nan(&self) -> bool {
         self.values.iter().any(|value| value.is_nan())
     }
-    /// Where the cells begin. The layout follows the labels, so that no text is cut.
+    /// Where the cells begin. The layout depends on the labels, so that no text is cut off.
     fn origin(&self, cells: &Cells<'_>) -> (i32, i32) {
         let above = (text_width(queries(cells.height()), TEXT) - cells.height()).max(0) / 2;
         (MARGIN + TEXT + 14 + cells.row_room(), MARGIN + TITLE + 20 + above)

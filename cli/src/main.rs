@@ -97,7 +97,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether all is well; `false` when the output already says what is not.
+/// Whether the command succeeded; `false` if the output already says what failed.
 fn dispatch(cli: &Cli) -> Result<bool> {
     let adapter = cli.adapter.as_deref();
     match &cli.command {
@@ -113,7 +113,7 @@ fn dispatch(cli: &Cli) -> Result<bool> {
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "attn", &mut script);
-            // anstream ends quietly where a pipe is closed early.
+            // anstream exits quietly if the pipe is closed early.
             anstream::print!("{}", String::from_utf8_lossy(&script));
         }
     }

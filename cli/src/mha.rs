@@ -16,17 +16,17 @@ use crate::target;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 The weights are a PyTorch nn.MultiheadAttention state dict or a layer of a well-known model (Llama, Qwen, Gemma, \
-OLMo, CLIP, BART, OPT, Whisper, BERT, ViT, GPT-2, GPT-NeoX, Falcon, Phi, T5, timm, ...): the names of the tensors tell \
-which, --names where they leave a doubt; transformers' config.json beside the file is asked for model_type and \
-rms_norm_eps. Every tensor behind the prefix is used, or named in an error; only what is no part of attention \
-is passed over (BERT's output.LayerNorm, GPT-2's causal mask). Positions, softcaps and scales of a model's configuration \
-are not in its weights: see --scale, --softcap, --bias.
+OLMo, CLIP, BART, OPT, Whisper, BERT, ViT, GPT-2, GPT-NeoX, Falcon, Phi, T5, timm, ...). The tensor names identify the \
+model; if they are ambiguous, use --names. model_type and rms_norm_eps are read from transformers' config.json beside \
+the file. Every tensor under the prefix is used, or the call fails and names it. Only tensors that are not part of \
+attention are skipped (BERT's output.LayerNorm, GPT-2's causal mask). A model's positions, softcap and scale come from \
+its configuration, not its weights: see --scale, --softcap and --bias.
 
-Inputs are [batch, len, dim] (or [len, dim]); without --key and --value the layer attends from the query to itself. \
-Masks and biases are [len_q, len_k], [batch, heads, len_q, len_k] (1 repeats), or, with three axes, \
-[batch * heads, len_q, len_k] as in PyTorch; one per batch entry is [batch, 1, len_q, len_k].
+Inputs are [batch, len, dim] or [len, dim]. Without --key and --value the call is self-attention over the query. \
+Masks and biases are [len_q, len_k], [batch, heads, len_q, len_k] (axes of length 1 broadcast) or, with three axes, \
+[batch * heads, len_q, len_k] as in PyTorch. A mask per batch entry is [batch, 1, len_q, len_k].
 
-The output holds `output`, and `weights` when asked for.
+The output file holds `output` and, if requested, `weights`.
 
 Examples:
   attn mha --weights layer.safetensors --heads 8 --query x.npy -o out.safetensors
@@ -36,47 +36,47 @@ Examples:
   attn mha --weights model.safetensors --prefix encoder.layers.0.self_attn. --heads 12 \\
       --query batch.npz:x --key-padding batch.npz:padding --mask drop -o out.npz --return-weights averaged")]
 pub struct MhaArgs {
-    /// The layer's weights: a safetensors file, the index of one in shards (model.safetensors.index.json), or a folder
+    /// The layer's weights: a safetensors file, the index of a sharded one (model.safetensors.index.json), or a folder
     /// with either
     #[arg(long, value_name = "PATH")]
     weights: PathBuf,
-    /// What stands before the names of the layer's weights, such as encoder.layers.0.self_attn.
+    /// The prefix of the layer's tensor names, such as encoder.layers.0.self_attn.
     #[arg(long, default_value = "")]
     prefix: String,
     /// Heads of the layer
     #[arg(long, value_name = "N")]
     heads: usize,
-    /// Key/value heads, where queries, keys and values are fused and their heads differ in width
+    /// Key/value heads; needed if Q, K and V are one fused tensor and their heads differ in width
     #[arg(long, value_name = "N")]
     kv_heads: Option<usize>,
-    /// Whose names the weights have [default: told by the names]
+    /// The naming scheme of the weights [default: detected from the tensor names]
     #[arg(long, value_name = "NAMES", value_parser = parse_names())]
     names: Option<Names>,
-    /// The epsilon of norms of queries and keys [default: config.json's, or 1e-6, or 1e-5 for q_layernorm]
+    /// Epsilon of the query and key norms [default: from config.json, else 1e-6, or 1e-5 for q_layernorm]
     #[arg(long, value_name = "EPSILON", allow_negative_numbers = true)]
     norm_epsilon: Option<f32>,
-    /// A tensor behind the prefix to pass over, by name; may be given several times
+    /// A tensor under the prefix to skip, by name; may be repeated
     #[arg(long, value_name = "TENSOR")]
     ignore: Vec<String>,
-    /// Where the queries come from: FILE, or FILE:NAME for one tensor of several
+    /// Input that queries are projected from: FILE, or FILE:NAME for one of several tensors
     #[arg(long, value_name = "FILE")]
     query: String,
-    /// Where the keys come from [default: the query]
+    /// Input that keys are projected from [default: the query]
     #[arg(long, value_name = "FILE")]
     key: Option<String>,
-    /// Where the values come from [default: the key]
+    /// Input that values are projected from [default: the key]
     #[arg(long, value_name = "FILE")]
     value: Option<String>,
-    /// Where the result goes: .safetensors, .npz, or .npy for one tensor
+    /// The output file: .safetensors, .npz, or .npy for a single tensor
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
-    /// The layer appends a key and value of zeros (add_zero_attn)
+    /// Append a key and a value of zeros (add_zero_attn)
     #[arg(long)]
     zero_attn: bool,
     /// Inputs and output are [len, batch, dim], PyTorch's default
     #[arg(long)]
     seq_first: bool,
-    /// Also write the attention weights; alone it means per-head
+    /// Also write the attention weights; --return-weights alone means per-head
     #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "per-head")]
     return_weights: Option<WeightsWord>,
     /// A boolean mask over queries and keys (needs --mask)
@@ -92,7 +92,7 @@ pub struct MhaArgs {
     attention: AttentionArgs,
 }
 
-/// The words of `--names`.
+/// Parses `--names`.
 fn parse_names() -> impl TypedValueParser<Value = Names> {
     PossibleValuesParser::new(Names::ALL.map(Names::word)).map(|word| word.parse().expect("one of the words"))
 }
@@ -116,12 +116,12 @@ impl MhaArgs {
     }
 }
 
-/// `model_type` and the epsilon of norms of transformers' `config.json` beside the weights, if there is one. It only
-/// settles what names leave in doubt, so one that cannot be read is as none.
+/// `model_type` and the norm epsilon from transformers' `config.json` beside the weights, if there is one. They only
+/// resolve ambiguous names, so a file that cannot be read is ignored.
 fn model_of(weights: &Path) -> Option<(String, Option<f32>)> {
     let folder = if weights.is_dir() { weights } else { weights.parent()? };
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).ok()?).ok()?;
-    // Models of pictures and text keep the language's part apart.
+    // Vision-language models keep the language model's part in `text_config`.
     let text = json.get("text_config").filter(|text| text.get("model_type").is_some()).unwrap_or(&json);
     let epsilons = ["rms_norm_eps", "norm_eps", "layer_norm_eps"].map(|name| text.get(name)?.as_f64());
     let epsilon = epsilons.into_iter().flatten().next().map(|epsilon| epsilon as f32);
@@ -132,7 +132,7 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
     let names: &[&str] = if args.return_weights.is_some() { &["output", "weights"] } else { &["output"] };
     files::check_output(&args.output, names)?;
     if args.attention.mask.is_some() && args.attn_mask.is_none() && args.key_padding.is_none() {
-        usage!("--mask says what a mask means, but there is neither --attn-mask nor --key-padding");
+        usage!("--mask needs a mask: --attn-mask or --key-padding");
     }
     let state =
         StateDict::open_layer(&args.weights, &args.prefix).map_err(|error| files::explain(&args.weights, error))?;
@@ -146,7 +146,7 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
 
     let is_float = key_padding.as_ref().is_some_and(Array::is_float);
     if args.attention.mask.is_some() && attn_mask.is_none() && is_float {
-        usage!("--mask says what a mask means, but the key padding is of floats, which are added to the scores");
+        usage!("--mask needs a mask, but the key padding holds floats, which are added to the scores");
     }
 
     let target = target::target(adapter)?;
@@ -157,7 +157,7 @@ pub fn mha(args: &MhaArgs, adapter: Option<&str>) -> Result<()> {
         .map_err(|error| Error::Failed(format!("{}: {error}", args.weights.display())))?
         .with_zero_attn(args.zero_attn)?
         .with_batch_first(!args.seq_first);
-    // One tensor for all three where they are the same: the layer then projects it once.
+    // If the inputs are the same, share one tensor, so that the layer projects it once.
     let query = query.upload("query", device)?;
     let key = key.map(|key| key.upload("key", device)).transpose()?.unwrap_or_else(|| query.clone());
     let value = value.map(|value| value.upload("value", device)).transpose()?.unwrap_or_else(|| key.clone());

@@ -33,8 +33,8 @@ impl WeightsWord {
     }
 }
 
-/// A library's error in the program's words: its way out to less memory becomes options, those of the mean over heads
-/// only where that takes less.
+/// Rewords a library error in terms of the program's options: advice that saves memory names options. The mean over
+/// heads is suggested only if it takes less memory.
 pub fn in_options(error: wgpu_attention::Error, averaged: &str, others: &str) -> Error {
     use wgpu_attention::Error::TooLarge;
     match error {
@@ -59,26 +59,26 @@ pub struct Window {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Attention")]
 pub struct AttentionArgs {
-    /// Query i sees key j only when j <= i + offset: top-left (offset 0), bottom-right (len_k - len_q) or the offset
+    /// Query i sees key j only if j <= i + offset: top-left (offset 0), bottom-right (len_k - len_q) or an offset
     #[arg(long, value_name = "top-left|bottom-right|N", value_parser = parse_align, allow_negative_numbers = true)]
     causal: Option<Align>,
-    /// Keys within L to the left and R to the right of the query's own position, which does not count (transformers'
-    /// sliding_window = W is W-1,0); empty or - leaves a side open
+    /// Query i sees L keys to the left and R keys to the right of its own position, which does not count
+    /// (transformers' sliding_window = W is W-1,0); empty or - leaves a side open
     #[arg(long, value_name = "L,R", value_parser = parse_window, allow_hyphen_values = true)]
     window: Option<Window>,
-    /// S becomes cap * tanh(S / cap), before bias and mask
+    /// Scores S become cap * tanh(S / cap), before bias and mask
     #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
     softcap: Option<f32>,
-    /// Factor on Q·Kᵀ [default: 1/sqrt(dim)]
+    /// Scale of Q·Kᵀ [default: 1/sqrt(dim)]
     #[arg(long, allow_negative_numbers = true)]
     scale: Option<f32>,
-    /// What true means in the boolean mask
+    /// What true means in a boolean mask
     #[arg(long, value_enum)]
     pub mask: Option<MaskWord>,
 }
 
 impl AttentionArgs {
-    /// Whether any of them is given.
+    /// Whether the user gave any of them.
     pub fn any(&self) -> bool {
         let AttentionArgs { causal, window, softcap, scale, mask } = self;
         causal.is_some() || window.is_some() || softcap.is_some() || scale.is_some() || mask.is_some()
@@ -102,7 +102,7 @@ impl AttentionArgs {
         attention
     }
 
-    /// Adds key padding: a boolean mask under the meaning that `--mask` gives, or floats, which are a bias.
+    /// Adds key padding: a boolean mask as `--mask` defines it, or floats, which are a bias.
     pub fn pad_keys(&self, attention: Attention, array: &Array, device: &Device) -> Result<Attention> {
         let name = "key padding mask";
         if array.is_float() {
@@ -115,27 +115,27 @@ impl AttentionArgs {
     pub fn add_bias(attention: Attention, array: &Array, device: &Device) -> Result<Attention> {
         if array.is_bool() {
             usage!(
-                "the bias is of bools, which say what may be attended to: a mask; give it as one (--attn-mask FILE, or the \
-                 tensor \"mask\" of attn run), with --mask keep or --mask drop for what true means"
+                "the bias holds bools, so it is a mask; pass it as one (--attn-mask FILE, or the tensor \"mask\" of \
+                 attn run), with --mask keep or --mask drop to say what true means"
             );
         }
         Ok(attention.bias(array.upload("bias", device)?))
     }
 
-    /// A boolean mask under the meaning that `--mask` gives.
+    /// A boolean mask as `--mask` defines it.
     pub fn meant(&self, name: &str, array: &Array, device: &Device) -> Result<Mask> {
         if array.is_float() {
             usage!(
-                "the {name} is of floats ({}), which are added to the scores: a bias; give it as the bias (--bias FILE, or \
-                 the tensor \"bias\" of attn run)",
+                "the {name} holds floats ({}), so it is a bias; pass it as one (--bias FILE, or the tensor \"bias\" of \
+                 attn run)",
                 array.values().type_name()
             );
         }
         let meaning = match self.mask {
             Some(MaskWord::Keep) => MaskMeaning::Keep,
-            Some(MaskWord::Drop) => MaskMeaning::Drop,
+            Some(MaskWord::Drop) => MaskMeaning::Hide,
             None => usage!(
-                "there is a {name}, but not what true means in it: add --mask keep (true may be attended to) \
+                "the meaning of true in the {name} is unknown: add --mask keep (true may be attended to) \
                  or --mask drop (true is masked out)"
             ),
         };
@@ -150,7 +150,7 @@ fn parse_align(text: &str) -> Result<Align, String> {
         number => number
             .parse()
             .map(Align::Offset)
-            .map_err(|_| "top-left, bottom-right or a whole number (the offset) is needed".into()),
+            .map_err(|_| "expected top-left, bottom-right or a whole number (the offset)".into()),
     }
 }
 
@@ -165,7 +165,7 @@ fn parse_window(text: &str) -> Result<Window, String> {
     };
     match text.split_once(',') {
         Some((left, right)) => Ok(Window { left: side(left)?, right: side(right)? }),
-        None => Err("two sides are needed, such as 3,0 or 3,- (open to the right)".into()),
+        None => Err("expected two sides, such as 3,0 or 3,- (open to the right)".into()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Pictures as PNG and SVG, from one drawing.
+//! Pictures as PNG and SVG, from the same drawing code.
 
 use std::io::Write;
 use std::path::Path;
@@ -15,30 +15,30 @@ use crate::font::{self, FONT};
 pub type Area<B> = DrawingArea<B, Shift>;
 pub type Drawn<B> = Result<(), DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
 
-/// What can be drawn on any backend.
+/// A picture that any backend can draw.
 pub trait Picture {
     /// Width and height in pixels.
     fn size(&self) -> (i32, i32);
-    /// How many rectangles and lines its data take.
+    /// The number of rectangles and lines for its data.
     fn marks(&self) -> usize {
         0
     }
-    /// Every text in it, for the glyphs that the embedded font lacks.
+    /// Every text in it, to find glyphs that the embedded font lacks.
     fn texts(&self) -> Vec<&str> {
         Vec::new()
     }
     fn draw<B: DrawingBackend>(&self, root: &Area<B>) -> Drawn<B>;
 }
 
-/// The longest side: viewers and encoders get slow beyond.
+/// The longest side, in pixels: viewers and encoders are slow beyond.
 const LONGEST: i32 = 16_384;
-/// The most pixels, 192 MB of them.
+/// The most pixels: 192 MB.
 const PIXELS: i64 = 64 << 20;
-/// An SVG names every cell and line; viewers choke on more.
+/// An SVG has an element for every cell and line; viewers are slow with more.
 const SVG_MARKS: usize = 100_000;
 
-/// Okabe and Ito's colours, which every kind of colour vision tells apart, without the yellow, which
-/// is too light for a line on white.
+/// Okabe and Ito's colours, which are distinguishable with any colour vision. Yellow is omitted: it is too light for a
+/// line on white.
 pub const COLOURS: [RGBColor; 7] = [
     RGBColor(0x00, 0x72, 0xb2),
     RGBColor(0xd5, 0x5e, 0x00),
@@ -53,7 +53,7 @@ fn extension(path: &Path) -> String {
     path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default()
 }
 
-/// Refuses what is not a picture or has no folder, before the work is done.
+/// Rejects a path that is not a picture or whose folder does not exist, before any work is done.
 pub fn check_output(path: &Path) -> Result<()> {
     match extension(path).as_str() {
         "png" | "svg" => files::check_folder(path),
@@ -67,7 +67,7 @@ pub fn write(path: &Path, picture: &impl Picture) -> Result<()> {
     let (width, height) = picture.size();
     if width.max(height) > LONGEST || i64::from(width) * i64::from(height) > PIXELS {
         fail!(
-            "cannot draw {}: {width} × {height} pixels are more than {LONGEST} on a side or {PIXELS} in all; draw \
+            "cannot draw {}: {width} × {height} pixels exceed {LONGEST} on a side or {PIXELS} in total; draw \
              fewer tokens, positions or heads",
             path.display()
         );
@@ -76,8 +76,8 @@ pub fn write(path: &Path, picture: &impl Picture) -> Result<()> {
     if extension(path) == "svg" {
         if picture.marks() > SVG_MARKS {
             fail!(
-                "cannot draw {}: an SVG names each of its {} cells and lines, and more than {SVG_MARKS} are too many \
-                 for viewers; take .png, or fewer tokens, positions or heads",
+                "cannot draw {}: the SVG would have {} cells and lines, and more than {SVG_MARKS} are too many for \
+                 viewers; use .png, or draw fewer tokens, positions or heads",
                 path.display(),
                 picture.marks()
             );
@@ -88,7 +88,7 @@ pub fn write(path: &Path, picture: &impl Picture) -> Result<()> {
     }
     if let Some(missing) = font::missing(&picture.texts()) {
         anstream::eprintln!(
-            "note: the embedded font has no {missing}; {} shows boxes there, an .svg your viewer's own font",
+            "note: the embedded font has no {missing}; {} shows boxes instead, and an .svg uses your viewer's font",
             path.display()
         );
     }
@@ -115,12 +115,12 @@ pub const RIGHT: Pos = Pos { h_pos: HPos::Right, v_pos: VPos::Center };
 pub const CENTRE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Center };
 pub const ABOVE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Top };
 
-/// Both backends set centred text too high, the bitmap more so; half-way between what each would need.
+/// Both backends place centred text too high, the bitmap one more so. This offset is halfway between what they need.
 fn sink(size: i32) -> i32 {
     (size * 2 + 12) / 25
 }
 
-/// Level text.
+/// Horizontal text.
 pub fn text<B: DrawingBackend>(
     root: &Area<B>,
     text: &str,
@@ -144,7 +144,7 @@ pub fn rectangle<B: DrawingBackend>(root: &Area<B>, from: (i32, i32), to: (i32, 
     root.draw(&Rectangle::new([from, to], ink.filled()))
 }
 
-/// A short line with the n-th marker, and what it stands for, `size` pixels high.
+/// A legend entry: a short line with the n-th marker, and its name, `size` pixels high.
 pub fn legend<B: DrawingBackend>(root: &Area<B>, name: &str, at: (i32, i32), n: usize, size: i32) -> Drawn<B> {
     let style = COLOURS[n % COLOURS.len()].stroke_width(3);
     root.draw(&PathElement::new([at, (at.0 + 44, at.1)], style))?;
@@ -152,10 +152,10 @@ pub fn legend<B: DrawingBackend>(root: &Area<B>, name: &str, at: (i32, i32), n: 
     text(root, name, (at.0 + LEGEND, at.1), size, LEFT, BLACK)
 }
 
-/// Where the name begins in a legend.
+/// Where the name begins in a legend entry.
 pub const LEGEND: i32 = 56;
 
-/// The n-th line's marker: lines differ by form as well as by colour.
+/// The marker of the n-th line: lines differ in shape as well as in colour.
 pub fn mark<B: DrawingBackend, C: CoordTranslate>(area: &DrawingArea<B, C>, at: C::From, n: usize) -> Drawn<B>
 where
     C::From: Clone,

@@ -1,4 +1,4 @@
-//! Progress on stderr, for work longer than a second; nothing where stderr is not a terminal.
+//! Progress on stderr for work that takes more than a second; nothing if stderr is not a terminal.
 
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A spinner that appears after a second and goes when dropped.
+/// A spinner that appears after a second and is removed when dropped.
 pub struct Spinner {
     stop: Option<mpsc::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -31,7 +31,7 @@ impl Spinner {
 
 impl Drop for Spinner {
     fn drop(&mut self) {
-        // The sender must go first: its end is what the thread waits for.
+        // Drop the sender first: the thread waits for it to close.
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -62,7 +62,7 @@ impl Bar {
         self.bar.inc(1);
     }
 
-    /// Prints a line without tearing the bar.
+    /// Prints a line without garbling the bar.
     pub fn line(&self, line: &str) {
         self.bar.suspend(|| anstream::println!("{line}"));
     }

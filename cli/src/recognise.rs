@@ -1,19 +1,19 @@
-//! What a file is that holds no tensors this program reads, and how to get them out of it.
+//! Recognises files that this program cannot read tensors from, and says how to convert them.
 
 use std::path::Path;
 
-/// The bytes from a file's beginning that tell what it is.
+/// How many bytes from the beginning of a file identify it.
 pub const HEAD: usize = 1 << 16;
 
-/// What the file is, and the way out, as the end of a sentence: `it is …: …`. `head` is its beginning, [`HEAD`] bytes or
-/// all of them; contents tell before the name does. `None` where neither is known, and where it is what the ending `own`
-/// says.
+/// What the file is and how to convert it, as the end of a sentence: `it is …: …`. `head` is its first [`HEAD`] bytes,
+/// or the whole file if it is shorter. Contents take precedence over the name. `None` if neither is recognised, or if
+/// the file is what the extension `own` says.
 pub fn recognise(path: &Path, head: &[u8], own: Option<&str>) -> Option<String> {
     let file = path.file_name().unwrap_or_default().to_string_lossy();
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default();
     let kind = match by_content(head) {
-        // A zip, a pickle and a protobuf may be many things: the name may know more.
+        // A zip, a pickle or a protobuf can be many things: the name may be more specific.
         Some(Kind::Zip | Kind::Pickle) | None => by_ending(&ending).or(by_content(head))?,
         Some(kind) => kind,
     };
@@ -25,17 +25,17 @@ pub fn recognise(path: &Path, head: &[u8], own: Option<&str>) -> Option<String> 
     }
     let from_torch = |load: &str| {
         format!(
-            "in Python, state = {load}; safetensors.torch.save_file(state, \"{stem}.safetensors\") writes one that is read \
-             (of arrays: numpy.savez(\"in.npz\", q=q, k=k, v=v))"
+            "in Python, state = {load}; safetensors.torch.save_file(state, \"{stem}.safetensors\") writes a readable file \
+             (for arrays: numpy.savez(\"in.npz\", q=q, k=k, v=v))"
         )
     };
     let from_numpy = |load: &str| {
         format!(
-            "in Python, safetensors.numpy.save_file({load}, \"{stem}.safetensors\") writes one that is read (of arrays: \
+            "in Python, safetensors.numpy.save_file({load}, \"{stem}.safetensors\") writes a readable file (for arrays: \
              numpy.savez(\"in.npz\", q=q, k=k, v=v))"
         )
     };
-    let rename = |right: &str| if ending == right { String::new() } else { format!("call it {stem}.{right}; ") };
+    let rename = |right: &str| if ending == right { String::new() } else { format!("rename it to {stem}.{right}; ") };
     let (is, way_out) = match kind {
         Kind::Empty => ("empty", "nothing was written to it, or not all of it was copied".to_string()),
         Kind::Torch => (
@@ -77,26 +77,26 @@ pub fn recognise(path: &Path, head: &[u8], own: Option<&str>) -> Option<String> 
         Kind::Matlab => ("a MATLAB file", from_numpy(&format!("scipy.io.loadmat(\"{file}\")'s arrays by name"))),
         Kind::Npz => (
             "a NumPy archive",
-            format!("{}of a layer's weights, {}", rename("npz"), from_numpy(&format!("dict(numpy.load(\"{file}\"))"))),
+            format!("{}for layer weights, {}", rename("npz"), from_numpy(&format!("dict(numpy.load(\"{file}\"))"))),
         ),
         Kind::Npy => (
             "a NumPy array",
             format!(
-                "{}of a layer's weights, safetensors.numpy.save_file({{name: array}}, …) writes several by name",
+                "{}for layer weights, safetensors.numpy.save_file({{name: array}}, …) writes several arrays by name",
                 rename("npy")
             ),
         ),
         Kind::Safetensors => ("a safetensors file", rename("safetensors").trim_end_matches("; ").to_string()),
-        Kind::Lfs => ("a pointer of Git LFS, not the file itself", "`git lfs pull` fetches it".to_string()),
+        Kind::Lfs => ("a Git LFS pointer, not the file itself", "`git lfs pull` fetches the file".to_string()),
         Kind::Index => (
             "an index of safetensors files (\"weight_map\"), not one of them",
-            "call it NAME.json where weights are read, or give one of the files that it names, which lie beside it"
+            "rename it to NAME.json to load layer weights, or pass one of the files that it lists, in the same folder"
                 .to_string(),
         ),
         Kind::Json => ("JSON text", from_numpy("{name: numpy.array(…)} of what json.load gives")),
         Kind::Html => (
             "a web page, not the file behind it",
-            "download the file itself (on Hugging Face, the address with /resolve/ for /blob/)".to_string(),
+            "download the file itself (on Hugging Face, replace /blob/ with /resolve/ in the address)".to_string(),
         ),
         Kind::Text => (
             "text",
@@ -183,7 +183,7 @@ fn by_content(head: &[u8]) -> Option<Kind> {
 }
 
 fn by_text(head: &[u8]) -> Option<Kind> {
-    // The last character may be cut.
+    // The last character may be cut off.
     let text = match std::str::from_utf8(head) {
         Ok(text) => text,
         Err(error) if error.error_len().is_none() => std::str::from_utf8(&head[..error.valid_up_to()]).ok()?,
@@ -239,8 +239,8 @@ mod tests {
             ("m.onnx", padded(b"\x08\x07\x12\x07pytorch"), "onnx.load(\"m.onnx\")"),
             ("m.bin", padded(b"\x08\x07\x12\x07pytorch"), "an ONNX model"),
             ("m.tflite", padded(b"\x1c\0\0\0TFL3"), "TensorFlow Lite"),
-            ("m.bin", padded(b"\x93NUMPY\x01\0"), "call it m.npy"),
-            ("m.zip", zip(&["q.npy", "k.npy"]), "call it m.npz"),
+            ("m.bin", padded(b"\x93NUMPY\x01\0"), "rename it to m.npy"),
+            ("m.zip", zip(&["q.npy", "k.npy"]), "rename it to m.npz"),
             ("m.zip", zip(&["readme"]), "unpack it first"),
             ("m.gz", padded(b"\x1f\x8b\x08"), "compressed with gzip"),
             ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n".to_vec(), "git lfs pull"),
@@ -248,7 +248,7 @@ mod tests {
             ("m.json", b" {\"a\": 1}".to_vec(), "JSON"),
             ("m.safetensors", b"<!DOCTYPE html>\n<html>".to_vec(), "/resolve/"),
             ("m.csv", b"1,2\n3,4\n".to_vec(), "numpy.loadtxt"),
-            ("m.dat", [&8u64.to_le_bytes()[..], b"{}      "].concat(), "call it m.safetensors"),
+            ("m.dat", [&8u64.to_le_bytes()[..], b"{}      "].concat(), "rename it to m.safetensors"),
             ("m.npy", Vec::new(), "empty"),
             ("m.pth", padded(b"\xfe\xed"), "PyTorch's own format"),
             ("m.mat", b"MATLAB 5.0 MAT-file".to_vec(), "scipy.io.loadmat"),

@@ -23,14 +23,14 @@ enum LayoutWord {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Tensors: q, k, v (f32, f16 or bf16; f64 is rounded to f32), and if there: mask (bool, or u8 of 0 and 1; needs \
---mask), bias, key_padding ([batch, len_k]: bool, as a mask, or floats, as a bias), key_lengths and query_lengths \
-(integers, one per batch entry), sink (one score per query head). Masks and biases broadcast to [batch, heads, \
-len_q, len_k], whatever the layout. A tensor of another name is an error. NumPy files hold bfloat16 as ml_dtypes \
-writes it (V2).
+IN holds q, k and v (f32, f16 or bf16; f64 is rounded to f32). Optional tensors: mask (bool, or u8 of 0 and 1; needs \
+--mask), bias, key_padding ([batch, len_k]: bool for a mask, floats for a bias), key_lengths and query_lengths \
+(integers, one per batch entry) and sink (one score per query head). Masks and biases broadcast to [batch, heads, \
+len_q, len_k], whatever the layout. Any other tensor name is an error. bfloat16 in NumPy files is read and written as \
+ml_dtypes stores it (V2).
 
-The output holds `output`, and `lse`, `weights`, `column_sums` and `entropy` when asked for, in the type \
-of q (lse, column_sums and entropy in f32).
+The output file holds `output` and, if requested, `lse`, `weights`, `column_sums` and `entropy`. output and weights \
+have the type of q; the others are f32.
 
 Examples:
   attn run in.safetensors -o out.safetensors
@@ -44,7 +44,7 @@ pub struct RunArgs {
     /// A .safetensors or .npz file, or a folder of .npy files
     #[arg(value_name = "IN", required_unless_present = "q")]
     input: Option<PathBuf>,
-    /// The queries, instead of IN; FILE:NAME picks one tensor of several (likewise the others)
+    /// The queries, instead of IN; FILE:NAME picks one of several tensors (also for --k and --v)
     #[arg(long, value_name = "FILE", requires_all = ["k", "v"], conflicts_with = "input")]
     q: Option<String>,
     /// The keys
@@ -53,7 +53,7 @@ pub struct RunArgs {
     /// The values
     #[arg(long, value_name = "FILE", requires = "q")]
     v: Option<String>,
-    /// Where the result goes: .safetensors, .npz, or .npy for one tensor
+    /// The output file: .safetensors, .npz, or .npy for a single tensor
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
     #[command(flatten)]
@@ -64,10 +64,10 @@ pub struct RunArgs {
     /// Also write the log-sum-exp of each query's scores
     #[arg(long)]
     lse: bool,
-    /// Only these query heads in weights, column_sums and entropy
+    /// Restrict weights, column_sums and entropy to these query heads
     #[arg(long, value_name = "H,H,...", value_delimiter = ',')]
     inspect_heads: Option<Vec<usize>>,
-    /// Only these queries, from the first to before the last
+    /// Restrict weights, column_sums and entropy to these queries; END is excluded
     #[arg(long, value_name = "FIRST..END", value_parser = parse_range)]
     inspect_queries: Option<Range<usize>>,
     /// Also write each key's weights summed over the queries: [batch, heads, len_k]
@@ -93,7 +93,7 @@ struct Inputs {
     sink: Option<Array>,
 }
 
-/// What a file may hold.
+/// The tensor names that a file may hold.
 const NAMES: [&str; 9] = ["q", "k", "v", "mask", "bias", "key_padding", "key_lengths", "query_lengths", "sink"];
 
 impl RunArgs {
@@ -137,7 +137,7 @@ impl RunArgs {
         }
     }
 
-    /// `[.., heads, len, dim]` of a tensor in the order the user chose, and back.
+    /// Converts a tensor between the user's layout and `[.., heads, len, dim]`, in either direction.
     fn heads_first(&self, name: &str, tensor: &Tensor) -> Result<Tensor> {
         if self.layout == LayoutWord::Bhsd {
             return Ok(tensor.clone());
@@ -154,17 +154,17 @@ impl RunArgs {
 
 fn parse_range(text: &str) -> Result<Range<usize>, String> {
     let ends = text.split_once("..").and_then(|(start, end)| Some(start.parse().ok()?..end.parse().ok()?));
-    ends.ok_or_else(|| "two numbers are needed, such as 10..20 (10 to 19)".into())
+    ends.ok_or_else(|| "expected two numbers, such as 10..20 (10 to 19)".into())
 }
 
 impl RunArgs {
-    /// The library's error in the program's words.
+    /// Rewords a library error in terms of the program's options.
     fn explain(&self, error: wgpu_attention::Error, inputs: &Inputs) -> Error {
         let error = match error {
             wgpu_attention::Error::Shape(message) => message,
             other => return in_options(other, AVERAGED, CHOSEN),
         };
-        // Heads where lengths are expected, or the other way round.
+        // The axes of heads and lengths may be swapped.
         let at = |array: &Array, back: usize| array.shape().len().checked_sub(back).map(|axis| array.shape()[axis]);
         let fits = |back: usize| match [&inputs.q, &inputs.k, &inputs.v].map(|array| at(array, back)) {
             [Some(q), Some(k), Some(v)] => k == v && k > 0 && q % k == 0,
@@ -173,30 +173,31 @@ impl RunArgs {
         let (bhsd, (now, other)) = (self.layout == LayoutWord::Bhsd, ("bhsd", "bshd"));
         let way_out = match (fits(if bhsd { 3 } else { 2 }), fits(if bhsd { 2 } else { 3 })) {
             (false, true) if bhsd => {
-                format!("; --layout {now} is taken; if heads come after the lengths, say --layout {other}")
+                format!("; the layout is {now}; if heads come after the lengths, use --layout {other}")
             }
-            (false, true) => format!("; --layout {other} is asked for; if heads come before the lengths, leave it out"),
+            (false, true) => format!("; the layout is {other}; if heads come before the lengths, use --layout {now}"),
             _ => String::new(),
         };
         Error::Failed(format!("{error}{way_out}"))
     }
 
-    /// Whether only some weights are asked for.
+    /// Whether the user restricted heads or queries.
     fn chooses(&self) -> bool {
         self.inspect_heads.is_some() || self.inspect_queries.is_some()
     }
 
-    /// What is recomputed beside the output; weights are the forward call's own unless some are chosen.
+    /// What to recompute after the forward call. Weights come from the forward call itself unless heads or queries are
+    /// restricted.
     fn inspect(&self) -> Result<Option<Inspect>> {
         let weights = self.chooses() && self.weights.is_some();
         if weights && WeightsWord::of(self.weights) == Weights::Averaged {
-            usage!("--inspect-heads and --inspect-queries choose among weights per head, not averaged ones");
+            usage!("--inspect-heads and --inspect-queries work with per-head weights, not with averaged ones");
         }
         if !(weights || self.column_sums || self.entropy) {
             if self.chooses() {
                 usage!(
-                    "--inspect-heads and --inspect-queries choose what --weights, --column-sums and --entropy \
-                     write; give at least one of these"
+                    "--inspect-heads and --inspect-queries restrict what --weights, --column-sums and --entropy \
+                     write; add at least one of these"
                 );
             }
             return Ok(None);
@@ -221,10 +222,10 @@ impl RunArgs {
     }
 }
 
-/// What to ask for where the weights do not fit.
+/// Alternatives to suggest when the weights do not fit in memory.
 const AVERAGED: &str = "--weights averaged writes one matrix for all heads";
-const CHOSEN: &str = "--inspect-heads and --inspect-queries write weights of some, --column-sums and --entropy what they add \
-                      up to";
+const CHOSEN: &str = "--inspect-heads and --inspect-queries write only some of the weights, --column-sums and --entropy \
+                      write summaries of them";
 
 pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let names: Vec<&str> = [
@@ -242,9 +243,7 @@ pub fn run(args: &RunArgs, adapter: Option<&str>) -> Result<()> {
     let inputs = args.read()?;
     let is_mask = |array: &Option<Array>| array.as_ref().is_some_and(|array| !array.is_float());
     if args.attention.mask.is_some() && inputs.mask.is_none() && !is_mask(&inputs.key_padding) {
-        usage!(
-            "--mask says what a mask means, but the input holds no tensor \"mask\", and no \"key_padding\" of bools"
-        );
+        usage!("--mask needs a mask, but the input holds neither a tensor \"mask\" nor a boolean \"key_padding\"");
     }
     let target = target::target(adapter)?;
     target.announce();

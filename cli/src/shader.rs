@@ -1,4 +1,4 @@
-//! `attn shader`: the WGSL that runs.
+//! `attn shader`: prints the WGSL of a kernel variant.
 
 use clap::Args;
 use wgpu_attention::kernels;
@@ -8,11 +8,11 @@ use crate::error::{Error, Result};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  attn shader                     list the names
-  attn shader scores.wgsl         a file as it stands
-  attn shader softmax/lanes1x8    a variant as it runs")]
+  attn shader                     list all names
+  attn shader scores.wgsl         print a file unchanged
+  attn shader softmax/lanes1x8    print a variant as it runs")]
 pub struct ShaderArgs {
-    /// A file (softmax.wgsl) or a kernel variant, as `attn` and `attn devices` print them; without it, all names
+    /// A file (softmax.wgsl) or a kernel variant, as `attn` and `attn devices` print it [default: list all]
     name: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! Tables in a terminal.
+//! Terminal tables.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ pub fn table() -> Table {
     table
 }
 
-/// Sets numbers under each other. The table must have its header.
+/// Right-aligns columns of numbers. The header must be set first.
 pub fn align_right(table: &mut Table, columns: Range<usize>) {
     for column in columns {
         if let Some(column) = table.column_mut(column) {

@@ -1,4 +1,4 @@
-//! Which device the work runs on: `--adapter`.
+//! `--adapter`: which device runs the work.
 
 use wgpu_attention::{Device, Gpu, GpuOptions};
 
@@ -7,7 +7,7 @@ use crate::error::{Error, Result, usage};
 /// A device to run on.
 pub struct Target {
     pub device: Device,
-    /// Why it is not the one that a user would expect.
+    /// Why this is not the device that a user would expect.
     pub notice: Option<String>,
 }
 
@@ -30,7 +30,7 @@ impl Target {
         }
     }
 
-    /// Says the notice, if any, on stderr.
+    /// Prints the notice, if any, to stderr.
     pub fn announce(&self) {
         if let Some(notice) = &self.notice {
             anstream::eprintln!("{notice}");
@@ -38,7 +38,7 @@ impl Target {
     }
 }
 
-/// Name and version of the driver; empty where unknown.
+/// Name and version of the driver; empty if unknown.
 pub fn driver_name(info: &wgpu_attention::wgpu::AdapterInfo) -> String {
     format!("{} {}", info.driver, info.driver_info).trim().to_string()
 }
@@ -73,22 +73,22 @@ pub fn target(which: Option<&str>) -> Result<Target> {
     let Some(which) = which else {
         return match Gpu::new() {
             Ok(gpu) => Ok(Target::of(gpu)),
-            // An adapter that the environment names and that is not there is an error, never a fallback.
-            Err(wgpu_attention::Error::NoAdapter(reason)) if std::env::var_os("WGPU_ADAPTER_NAME").is_none() => {
-                Ok(Target { device: Device::Cpu, notice: Some(Device::fallback_notice(&reason)) })
+            // If the environment names an adapter that does not exist, that is an error, never a fallback.
+            Err(error @ wgpu_attention::Error::NoAdapter { .. }) if std::env::var_os("WGPU_ADAPTER_NAME").is_none() => {
+                Ok(Target { device: Device::Cpu, notice: Some(Device::fallback_notice(&error.to_string())) })
             }
             Err(error) => Err(error.into()),
         };
     };
     if which.eq_ignore_ascii_case("all") {
-        usage!("--adapter all makes no sense here; name one of {}", known());
+        usage!("--adapter all is not supported here; name one of {}", known());
     }
     if which.eq_ignore_ascii_case("cpu") {
         return Ok(Target::of(Device::Cpu));
     }
     match Gpu::with_options(&options(which)) {
         Ok(gpu) => Ok(Target::of(gpu)),
-        Err(wgpu_attention::Error::NoAdapter(_)) => {
+        Err(wgpu_attention::Error::NoAdapter { .. }) => {
             Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}", known())))
         }
         Err(error) => Err(error.into()),
@@ -96,7 +96,7 @@ pub fn target(which: Option<&str>) -> Result<Target> {
 }
 
 fn options(which: &str) -> GpuOptions {
-    GpuOptions { adapter: Some(which.into()), ..Default::default() }
+    GpuOptions::adapter(which)
 }
 
 fn known() -> String {

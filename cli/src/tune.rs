@@ -1,4 +1,4 @@
-//! `attn tune`: which kernels are fastest here, kept for calls to come.
+//! `attn tune`: finds the fastest kernels on this machine and keeps them for later calls.
 
 use clap::Args;
 use wgpu_attention::{Align, Attention, Method, Tuned};
@@ -13,15 +13,15 @@ use crate::target::{self, Target};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Shapes are those of attn bench: b,hq,hkv,sq,skv,d, then :causal, or a name; all f32. What is found holds for \
-calls of one tuning key: query rows per key/value head and keys up to the next power of two, the same width, causal or \
-not, any batch. A key that is known is not timed again.
+Shapes are those of attn bench: b,hq,hkv,sq,skv,d, optionally with :causal, or a name; all f32. A result applies to all \
+calls with the same tuning key: query rows per key/value head and keys, both rounded up to a power of two, head width, \
+and causal or not. The batch does not matter. A known key is not timed again.
 
-Each candidate must first agree with float64 on a small random call. The default stays unless another takes \
-3 % less time. Results before and after tuning may differ in their last bits.
+Each candidate must first agree with float64 on a small random call. The default stays unless another candidate \
+takes 3 % less time. Results before and after tuning may differ in their last bits.
 
-The file is tuning.json in the folder that WGPU_ATTENTION_CACHE names (empty: nothing is kept), else in \
-wgpu-attention in the user's cache folder.
+Results are kept in tuning.json, in the folder that WGPU_ATTENTION_CACHE names (if it is empty, nothing is kept), else \
+in wgpu-attention in the user's cache folder.
 
 Examples:
   attn tune
@@ -31,10 +31,10 @@ pub struct TuneArgs {
     /// A named shape or b,hq,hkv,sq,skv,d, then :causal; may be repeated [default: all named ones]
     #[arg(long = "shape", value_name = "SHAPE", value_parser = parse_shape)]
     shapes: Vec<Shape>,
-    /// Time known classes too, and keep nothing
+    /// Time known keys again, and keep nothing
     #[arg(long)]
     dry_run: bool,
-    /// Forget what was found for the adapter
+    /// Delete the kept results of the adapter
     #[arg(long, conflicts_with_all = ["shapes", "dry_run"])]
     clear: bool,
 }
@@ -59,18 +59,18 @@ pub fn tune(args: &TuneArgs, adapter: Option<&str>) -> Result<bool> {
             if several {
                 continue;
             }
-            usage!("the CPU backend has one way only: there is nothing to tune");
+            usage!("the CPU backend has one method only: there is nothing to tune");
         };
         if args.clear {
             gpu.clear_tuning()?;
-            anstream::println!("{}: forgotten", target.label());
+            anstream::println!("{}: results deleted", target.label());
             continue;
         }
         let results: Vec<_> = shapes.iter().map(|shape| (shape, tune_shape(shape, target, args.dry_run))).collect();
         complete &= results.iter().all(|(_, tuned)| tuned.is_ok());
         print(target, &results);
         match gpu.tuning_file() {
-            _ if args.dry_run => anstream::println!("a dry run: nothing is kept\n"),
+            _ if args.dry_run => anstream::println!("dry run: nothing is kept\n"),
             None => anstream::println!("nothing is kept: WGPU_ATTENTION_CACHE is empty, or there is no cache folder\n"),
             Some(file) if results.iter().flat_map(|(_, tuned)| tuned).all(|tuned| tuned.file.is_some()) => {
                 anstream::println!("kept in {}\n", file.display());

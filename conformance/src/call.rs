@@ -1,4 +1,4 @@
-//! One random call, and the truth about it.
+//! A random call and its truth.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use wgpu_attention::{Align, Attended, Attention, Device, Dtype, Element, Mask, M
 use crate::compare::assert_close;
 use crate::truth::Truth;
 
-/// Even over −2 to 2.
+/// Uniform over −2 to 2.
 pub fn noise(rng: &mut Pcg64, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random::<f32>() * 4.0 - 2.0).collect()
 }
@@ -22,23 +22,23 @@ pub fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Rounded to a type of storage.
+/// Rounded to a storage type.
 pub fn narrow<T: Element>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&x| T::from_f32(x)).collect()
 }
 
-/// How an operand lies in memory.
+/// The memory layout of an operand.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Order {
     Bhsd,
     Bshd,
     /// The innermost axis is not contiguous.
     Bhds,
-    /// One of three in a packed `[b, s, 3, h, d]`.
+    /// One of the three operands in a packed `[b, s, 3, h, d]`.
     Packed,
 }
 
-/// One random call: everything needed to run it anywhere.
+/// A random call: everything needed to run it anywhere.
 #[derive(Clone, Debug)]
 pub struct Call {
     pub q: [usize; 4],
@@ -51,7 +51,7 @@ pub struct Call {
     /// Shapes of masks, with their meaning, and of biases.
     pub masks: Vec<(Vec<usize>, MaskMeaning)>,
     pub biases: Vec<Vec<usize>>,
-    /// A sink per head; some of them −∞.
+    /// A sink per head; some are −∞.
     pub sink: bool,
     pub seed: u64,
 }
@@ -61,7 +61,7 @@ fn pick<T: Copy>(rng: &mut Pcg64, from: &[T]) -> T {
 }
 
 impl Call {
-    /// A call without any rule.
+    /// A call without any rules.
     pub fn plain(q: [usize; 4], k: [usize; 4], v: [usize; 4]) -> Call {
         Call {
             q,
@@ -78,7 +78,7 @@ impl Call {
         }
     }
 
-    /// A random call of modest size: every option has its chance.
+    /// A random call of modest size, in which every option may occur.
     pub fn random(seed: u64) -> Call {
         let mut rng = Pcg64::seed_from_u64(seed);
         let rng = &mut rng;
@@ -110,7 +110,7 @@ impl Call {
             let rank = rng.random_range(1..=4usize);
             full[4 - rank..].iter().map(|&n| if rng.random_bool(0.4) { 1 } else { n }).collect()
         };
-        let meaning = |rng: &mut Pcg64| pick(rng, &[MaskMeaning::Keep, MaskMeaning::Drop]);
+        let meaning = |rng: &mut Pcg64| pick(rng, &[MaskMeaning::Keep, MaskMeaning::Hide]);
         let mask_count = pick(rng, &[0, 0, 1, 1, 2, 3]);
         let bias_count = pick(rng, &[0, 0, 1, 2]);
         Call {
@@ -137,7 +137,7 @@ impl Call {
         let mut floats = |shape: &[usize]| noise(&mut rng, shape.iter().product());
         let (q, k, v) = (floats(&self.q), floats(&self.k), floats(&self.v));
         let mut rng = Pcg64::seed_from_u64(self.seed ^ 0x3a5c);
-        // Every third call hides and shows whole runs of keys too.
+        // Every third call also hides and shows whole runs of keys.
         let runs = self.seed.is_multiple_of(3);
         let masks = (self.masks.iter())
             .map(|(shape, meaning)| {
@@ -191,7 +191,7 @@ impl Call {
         self.ruled_as(device, data, attention, Dtype::F32)
     }
 
-    /// The same with biases and sink held as `stored`.
+    /// The same with biases and sink stored as `stored`.
     pub fn ruled_as(&self, device: &Device, data: &Data, mut attention: Attention, stored: Dtype) -> Result<Attention> {
         for ((shape, meaning), mask) in self.masks.iter().zip(&data.masks) {
             attention = attention.mask(Mask::new(Tensor::from_bools(device, shape, mask)?, *meaning)?);
@@ -205,7 +205,7 @@ impl Call {
         Ok(attention)
     }
 
-    /// Q, K and V on a device, held as `stored`.
+    /// Q, K and V on a device, stored as `stored`.
     pub fn operands(&self, device: &Device, data: &Data, stored: Dtype) -> Result<[Tensor; 3]> {
         let place = |shape, data: &Vec<f32>, part| match stored {
             Dtype::F16 => place(device, shape, &narrow::<f16>(data), self.order, part),
@@ -230,17 +230,17 @@ impl Call {
         })
     }
 
-    /// The truth about chosen heads and queries.
+    /// The truth for some heads and queries.
     pub fn inspected(&self, data: &Data, heads: &[usize], queries: Range<usize>) -> Inspected {
         self.with_inputs(data, |problem, inputs| reference::inspect(problem, inputs, heads, queries))
     }
 
-    /// Hands the operands to a function of the reference.
+    /// Passes the operands to a function of the reference implementation.
     pub fn with_inputs<T>(&self, data: &Data, compute: impl FnOnce(&Problem, &Inputs<'_>) -> T) -> T {
         self.with_operands(data, [&data.q, &data.k, &data.v].map(|values| wide(values)), compute)
     }
 
-    /// The same with Q, K and V as they became in f64.
+    /// The same with given Q, K and V in f64.
     pub fn with_operands<T>(
         &self,
         data: &Data,
@@ -268,7 +268,7 @@ impl Call {
         compute(&problem, &inputs)
     }
 
-    /// Holds output and LSE against the truth.
+    /// Compares output and LSE with the truth.
     pub fn check_output(&self, name: &str, device: &Device, method: Method, tolerance: f64) {
         let data = self.data();
         let (truth, _) = self.truth(&data);
@@ -278,7 +278,7 @@ impl Call {
         truth.hold(&what, &out, tolerance);
     }
 
-    /// Runs everywhere the call can tell of, and compares all results with the truth.
+    /// Runs the call with all results requested, and compares them with the truth.
     pub fn check(&self, name: &str, device: &Device, tolerance: f64) {
         use wgpu_attention::ScoreStage::{Capped, Masked, Scaled};
         let data = self.data();
@@ -292,15 +292,15 @@ impl Call {
         let scores = full.scores.as_ref().unwrap();
         truth.hold_scores(&what("scores"), scores, &stages[self.seed as usize % 3], tolerance);
 
-        // Asking for less changes no bit of the output.
+        // Requesting fewer results does not change a bit of the output.
         let bare = self.run(device, &data, self.attention()).unwrap();
         assert_eq!(bits(&bare.output.download().unwrap()), bits(&output), "{}", what("output without weights"));
 
-        // The taught method gives the same within tolerance.
+        // The three passes give the same within tolerance.
         if device.gpu().is_some() {
-            let taught = self.attention().lse(true).method(Method::ThreePasses);
-            let taught = self.run(device, &data, taught).unwrap();
-            truth.hold(&what("three passes"), &taught, tolerance);
+            let passes = self.attention().lse(true).method(Method::ThreePasses);
+            let passes = self.run(device, &data, passes).unwrap();
+            truth.hold(&what("three passes"), &passes, tolerance);
         }
 
         let averaged = self.run(device, &data, self.attention().weights(Weights::Averaged)).unwrap();
@@ -310,12 +310,12 @@ impl Call {
     }
 }
 
-/// Floats by their bits: tells −0 from 0, and NaNs apart.
+/// The bits of floats, which distinguish −0 from 0 and one NaN from another.
 pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The values of a call: operands row-major `[b, h, s, d]`, masks and biases as their shapes say.
+/// The values of a call: row-major operands `[b, h, s, d]`, and masks and biases in their own shapes.
 #[derive(Clone, Debug)]
 pub struct Data {
     pub q: Vec<f32>,
@@ -327,7 +327,7 @@ pub struct Data {
 }
 
 impl Data {
-    /// As narrow storage leaves operands, and biases and sink.
+    /// Rounds operands, biases and sink to the storage types.
     pub fn rounded(mut self, operands: Dtype, rules: Dtype) -> Data {
         let round = |values: &mut Vec<f32>, dtype: Dtype| values.iter_mut().for_each(|x| *x = dtype.round(*x));
         [&mut self.q, &mut self.k, &mut self.v].into_iter().for_each(|values| round(values, operands));
@@ -336,7 +336,7 @@ impl Data {
     }
 }
 
-/// Values on a device, held as `stored`.
+/// Values on a device, stored as `stored`.
 pub fn upload(device: &Device, shape: &[usize], values: &[f32], stored: Dtype) -> Result<Tensor> {
     match stored {
         Dtype::F16 => Tensor::from_slice(device, shape, &narrow::<f16>(values)),
@@ -345,7 +345,7 @@ pub fn upload(device: &Device, shape: &[usize], values: &[f32], stored: Dtype) -
     }
 }
 
-/// Uploads row-major `[b, h, s, d]` data so that it lies in memory as `order` says.
+/// Uploads row-major `[b, h, s, d]` data with the memory layout `order`.
 pub fn place<T: Element>(device: &Device, shape: [usize; 4], data: &[T], order: Order, part: usize) -> Result<Tensor> {
     let layout = Layout::contiguous(&shape)?;
     let [b, h, s, d] = shape;
@@ -357,7 +357,7 @@ pub fn place<T: Element>(device: &Device, shape: [usize; 4], data: &[T], order: 
     let placed = layout.permute(&axes)?;
     let values: Vec<T> = placed.positions().map(|at| data[at]).collect();
     if order == Order::Packed {
-        // What lies between is NaN: it must never be read into a result.
+        // The gaps hold NaN, which must never reach a result.
         let mut packed = vec![T::from_f32(f32::NAN); b * s * 3 * h * d];
         for (at, &value) in values.iter().enumerate() {
             let (row, within) = (at / (h * d), at % (h * d));

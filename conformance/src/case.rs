@@ -1,4 +1,4 @@
-//! Cases by name: an operation over a drawn call, told apart by a text that any run understands.
+//! Named cases: an operation over a drawn call. The name reproduces the case in any run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -10,12 +10,12 @@ use wgpu_attention::{Align, Dtype, Method};
 use crate::call::{Call, Order};
 use crate::draw::{FORMS, draw};
 
-/// What is computed.
+/// The operation to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Op {
     /// Output and LSE.
     Attention,
-    /// Weights per head and averaged, and scores of a stage, beside output and LSE.
+    /// Weights per head and averaged, and the scores of a stage, in addition to output and LSE.
     Weights,
     /// Weights, column sums and entropies of some heads and queries, from the LSE.
     Inspect,
@@ -25,7 +25,7 @@ pub enum Op {
     T5,
     /// Attention with rotary positions.
     Rotary,
-    /// Sequences of different lengths one behind another.
+    /// Packed sequences of different lengths.
     Packed,
     /// A key/value cache filled step by step.
     Cache,
@@ -35,9 +35,9 @@ pub enum Op {
     Softmax,
     /// A linear projection.
     Projection,
-    /// Rows of 16,384 to 1,048,576 keys: random ones, and equal scores beside one key that has it all.
+    /// Rows of 16,384 to 1,048,576 keys: random scores, equal scores, or one key that takes all the weight.
     LongRows,
-    /// How often the loops of an invocation turn: planning counts on so many.
+    /// How many iterations the loops of an invocation run: planning relies on this number.
     Loops,
 }
 
@@ -76,22 +76,22 @@ impl Op {
         }
     }
 
-    /// Whether the kernels that compute it can be chosen, by this method among others.
+    /// Whether the operation can be computed by `method`.
     pub fn takes(self, method: Method) -> bool {
         match self {
             Op::Attention | Op::Alibi | Op::T5 | Op::Rotary => true,
-            // Packed sequences run fused only.
+            // Packed sequences run only fused.
             Op::Packed => method != Method::ThreePasses,
             _ => method == Method::Auto,
         }
     }
 
-    /// Whether it is one forward call, which can be exported as a plan.
+    /// Whether it is a single forward call, which can be exported as a plan.
     pub fn is_one_call(self) -> bool {
         matches!(self, Op::Attention | Op::Alibi | Op::T5 | Op::Rotary)
     }
 
-    /// The forms that it is drawn in, and how many calls of each storage type: in all, and of the quick ones of f32.
+    /// The forms that it is drawn in, with the number of calls per storage type and the number of quick f32 calls.
     fn amount(self) -> (&'static [&'static str], u64, u64) {
         match self {
             Op::Attention => (&["plain", "causal", "wide", "bands", "capped", "biased", "ruled", "all"], 180, 12),
@@ -146,7 +146,7 @@ impl Size {
     ];
 }
 
-/// A rule of a call that a case may leave out.
+/// A rule of a call that a case may omit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rule {
     Masks,
@@ -170,13 +170,13 @@ impl Rule {
     ];
 }
 
-/// A call by its name: `attention/bands/f16/17`, and changed: `attention/bands/f16/17,len_k=9,no-masks`.
+/// A named call, such as `attention/bands/f16/17`; with changes, `attention/bands/f16/17,len_k=9,no-masks`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Case {
     pub op: Op,
     /// Index into [`FORMS`].
     pub form: usize,
-    /// How Q, K and V lie in memory.
+    /// The memory layout of Q, K and V.
     pub storage: Dtype,
     pub seed: u64,
     pub sizes: BTreeMap<Size, usize>,
@@ -198,9 +198,9 @@ impl Display for Case {
     }
 }
 
-/// No size is larger: a name is typed by people.
+/// The largest size in a name, because people may type anything.
 const MOST: usize = 1 << 20;
-/// Elements of Q, K, V and the scores together.
+/// The most elements of Q, K, V and the scores together.
 const MOST_ELEMENTS: u128 = 1 << 26;
 
 impl FromStr for Case {
@@ -211,17 +211,17 @@ impl FromStr for Case {
         let head = parts.next().unwrap_or_default();
         let [op, form, storage, seed] = head.split('/').collect::<Vec<_>>()[..] else {
             return Err(format!(
-                "\"{text}\" is no case: op/form/storage/seed is needed, such as attention/plain/f32/7"
+                "\"{text}\" is not a case: expected op/form/storage/seed, such as attention/plain/f32/7"
             ));
         };
         let ops = Op::ALL.map(Op::name);
         let op = Op::ALL
             .into_iter()
             .find(|known| known.name() == op)
-            .ok_or_else(|| format!("\"{op}\" is no op of a case; there are {}", known(ops.to_vec())))?;
+            .ok_or_else(|| format!("\"{op}\" is not an op of a case; there are {}", known(ops.to_vec())))?;
         let form = FORMS.iter().position(|known| known.name == form).ok_or_else(|| {
             format!(
-                "\"{form}\" is no form of a case; there are {}",
+                "\"{form}\" is not a form of a case; there are {}",
                 known(FORMS.iter().map(|form| form.name).collect())
             )
         })?;
@@ -237,13 +237,13 @@ impl FromStr for Case {
         let storage = [Dtype::F32, Dtype::F16, Dtype::BF16]
             .into_iter()
             .find(|known| known.to_string() == storage)
-            .ok_or_else(|| format!("\"{storage}\" is no storage type of a case; there are f32, f16, bf16"))?;
-        let seed = seed.parse().map_err(|_| format!("\"{seed}\" is no seed: a whole number is needed"))?;
+            .ok_or_else(|| format!("\"{storage}\" is not a storage type of a case; there are f32, f16, bf16"))?;
+        let seed = seed.parse().map_err(|_| format!("\"{seed}\" is not a seed: expected a whole number"))?;
         let mut case = Case { op, form, storage, seed, sizes: BTreeMap::new(), without: BTreeSet::new() };
         for change in parts {
             if let Some(rule) = change.strip_prefix("no-") {
                 let (rule, _) = Rule::ALL.into_iter().find(|(_, name)| *name == rule).ok_or_else(|| {
-                    format!("\"{rule}\" is no rule; there are {}", known(Rule::ALL.map(|(_, name)| name).to_vec()))
+                    format!("\"{rule}\" is not a rule; there are {}", known(Rule::ALL.map(|(_, name)| name).to_vec()))
                 })?;
                 case.without.insert(rule);
                 continue;
@@ -254,7 +254,7 @@ impl FromStr for Case {
             });
             let (size, n) = size.ok_or_else(|| {
                 format!(
-                    "\"{change}\" changes nothing: a size from 1 to {MOST} is needed, such as len_k=9 (there are {}), \
+                    "\"{change}\" is not a change: expected a size from 1 to {MOST}, such as len_k=9 (there are {}), \
                      or no-RULE",
                     known(Size::ALL.map(|(_, name)| name).to_vec())
                 )
@@ -265,14 +265,16 @@ impl FromStr for Case {
         let product = |axes: &[usize]| axes.iter().map(|&n| n as u128).product::<u128>();
         let elements = product(&q) + product(&k) + product(&v) + product(&q[..3]) * k[2] as u128;
         if elements > MOST_ELEMENTS && (op != Op::LongRows || !case.sizes.is_empty()) {
-            return Err(format!("Q {q:?}, K {k:?} and V {v:?} are larger than a case: 2^26 elements, scores included"));
+            return Err(format!(
+                "Q {q:?}, K {k:?} and V {v:?} exceed the limit of a case: 2^26 elements, scores included"
+            ));
         }
         Ok(case)
     }
 }
 
 impl Case {
-    /// The call that stands behind the name.
+    /// The call that the name describes.
     pub fn call(&self) -> Call {
         let mut call = draw(&FORMS[self.form], self.seed);
         if self.op == Op::LongRows {
@@ -294,7 +296,7 @@ impl Case {
         for shape in shapes {
             let first = 4 - shape.len();
             for (axis, n) in shape.iter_mut().enumerate() {
-                // What is as long as its axis stays so, what is broadcast too.
+                // A mask or bias axis follows the size of the call, or stays broadcast.
                 if *n == before[first + axis] {
                     *n = after[first + axis];
                 } else {
@@ -324,12 +326,12 @@ impl Case {
         call
     }
 
-    /// Queries, keys, width and kind of a long row.
+    /// Queries, keys, width and kind of long rows.
     pub(crate) fn long_row(&self) -> (usize, usize, usize, bool) {
         LONG_ROWS[(self.seed % LONG_ROWS.len() as u64) as usize]
     }
 
-    /// Cases that are smaller by one thing each, the largest steps first.
+    /// Cases that are each smaller in one respect, largest steps first.
     pub fn smaller(&self) -> Vec<Case> {
         if self.op == Op::Loops {
             return Vec::new();
@@ -372,8 +374,8 @@ impl Case {
     }
 }
 
-/// Every case of the sweep in its order, each with the method that it is computed by: an op's cases are dealt out to
-/// `methods`, of which there is at least one. Where there is but one way, `methods` holds [`Method::Auto`] alone.
+/// All cases of the sweep in order, each with its method: the cases of an op are distributed over `methods`, which must
+/// not be empty. If there is only one method, `methods` holds only [`Method::Auto`].
 pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> {
     let mut all = Vec::new();
     for op in Op::ALL {
@@ -389,8 +391,8 @@ pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> 
                 if matches!(op, Op::LongRows | Op::Loops) && storage != Dtype::F32 {
                     continue;
                 }
-                // Few kernels, for each costs time even where it is cached: every method in half of the forms, and
-                // of narrow storage, which adds reading and rounding, what shows it.
+                // Use few kernels, because each costs time even if cached: every method in half of the forms, and for
+                // narrow storage, which adds only reading and rounding, just enough to test that.
                 let every_method = matches!(name, "plain" | "causal" | "bands" | "all");
                 let count = match (quick, storage) {
                     (false, _) => in_full,
@@ -401,12 +403,12 @@ pub fn cases(methods: &[Method], seed: u64, quick: bool) -> Vec<(Case, Method)> 
                 };
                 for at in 0..count {
                     let seed = match op {
-                        // Every one of them, whatever the seed.
+                        // All of them, whatever the seed.
                         Op::LongRows => seed.wrapping_mul(9_000_000).wrapping_add(at),
                         _ => seed.wrapping_mul(1_000_000).wrapping_add(at),
                     };
                     let case = Case { op, form, storage, seed, sizes: BTreeMap::new(), without: BTreeSet::new() };
-                    // Another method begins each row, so that few calls reach all of them too.
+                    // Each row begins with another method, so that few calls cover all methods.
                     let way = ways[(at as usize + n * 5 + storage as usize * 3) % ways.len()];
                     all.push((case, way));
                 }
@@ -432,16 +434,16 @@ mod tests {
         for (text, say) in [
             ("", "op/form/storage/seed"),
             ("attention/plain/f32", "op/form/storage/seed"),
-            ("addition/plain/f32/1", "no op"),
-            ("attention/plane/f32/1", "no form"),
-            ("attention/plain/f64/1", "no storage type"),
-            ("attention/plain/f32/-1", "no seed"),
+            ("addition/plain/f32/1", "not an op"),
+            ("attention/plane/f32/1", "not a form"),
+            ("attention/plain/f64/1", "not a storage type"),
+            ("attention/plain/f32/-1", "not a seed"),
             ("attention/plain/f32/1,len_k=0", "from 1 to 1048576"),
             ("attention/plain/f32/1,len_k", "from 1 to 1048576"),
             ("attention/plain/f32/1,length=3", "from 1 to 1048576"),
-            ("attention/plain/f32/1,no-mask", "no rule"),
+            ("attention/plain/f32/1,no-mask", "not a rule"),
             ("rotary/bands/f32/1", "it has causal"),
-            ("attention/plain/f32/1,batch=4096,heads_kv=4096", "larger than a case"),
+            ("attention/plain/f32/1,batch=4096,heads_kv=4096", "exceed the limit of a case"),
         ] {
             assert!(text.parse::<Case>().unwrap_err().contains(say), "{text}");
         }
@@ -453,7 +455,7 @@ mod tests {
         let names: BTreeSet<String> = all.iter().map(|(case, _)| case.to_string()).collect();
         assert_eq!(names.len(), all.len());
         assert!(all.len() >= 5_100, "{}", all.len());
-        // By what they compute too, not by their names alone.
+        // The computations must differ too, not only the names.
         let calls: BTreeSet<String> = (all.iter())
             .map(|(case, _)| format!("{:?} {:?} {} {:?}", case.op, case.storage, FORMS[case.form].name, case.call()))
             .collect();

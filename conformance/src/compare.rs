@@ -1,16 +1,16 @@
-//! Results held against the truth, row by row: the last axis is a row, and each has a bound of its own. A bound by the
-//! largest value of all rows would let a small row hold anything.
+//! Compares results with the truth row by row. A row is the last axis, and each row has its own bound, because a bound
+//! relative to the largest value of all rows would accept any error in a small row.
 
 use wgpu_attention::{Dtype, Tensor};
 
 use crate::run::Got;
 
-/// What can be compared: values whose last axis is `width` long.
+/// A comparable result: values whose last axis is `width` long.
 pub trait Rows {
     /// Row-major.
     fn values(&self) -> Vec<f32>;
     fn width(&self) -> usize;
-    /// What the values are rounded to.
+    /// The type that values are rounded to.
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -50,7 +50,7 @@ impl<V: AsRef<[f32]>> Rows for (V, usize) {
     }
 }
 
-/// Half a unit in the last place of what values are rounded to, relative to them; 0 for f32.
+/// Half a unit in the last place of the type that values are rounded to, relative to the values; 0 for f32.
 pub fn rounding(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F16 => 1.0 / 2048.0,
@@ -59,12 +59,12 @@ pub fn rounding(dtype: Dtype) -> f64 {
     }
 }
 
-/// Half the distance of the numbers next to `x`; 0 for f32, whose rounding is part of any tolerance.
+/// Half the spacing of the numbers around `x`; 0 for f32, whose rounding is part of any tolerance.
 pub fn half_ulp(x: f64, dtype: Dtype) -> f64 {
-    // The least exponent of a whole significand: below it numbers lie evenly.
+    // The exponent of the smallest normal number: below it numbers are evenly spaced.
     let least = if dtype == Dtype::F16 { -14 } else { -126 };
     let x = x.abs().max(2f64.powi(least));
-    // The exponent alone.
+    // Only the exponent.
     f64::from_bits(x.to_bits() & (0x7ff << 52)) * rounding(dtype)
 }
 
@@ -73,7 +73,7 @@ pub fn largest(values: &[f64]) -> f64 {
     values.iter().filter(|x| x.is_finite()).fold(0.0, |most, x| most.max(x.abs()))
 }
 
-/// How far `got` is off: 0 where both are NaN or the same infinity, ∞ where only one of them is finite.
+/// The error of `got`: 0 if both are NaN or the same infinity, ∞ if only one of them is finite.
 pub fn difference(got: f64, expected: f64) -> f64 {
     if got == expected || got.is_nan() && expected.is_nan() {
         0.0
@@ -84,23 +84,24 @@ pub fn difference(got: f64, expected: f64) -> f64 {
     }
 }
 
-/// The largest difference of one row, relative to its largest expected value, and where. NaN and ∞ must be met exactly.
+/// The largest difference of one row, relative to its largest expected value, and its index. NaN and ∞ must match
+/// exactly.
 pub fn worst(row: &[f32], expected: &[f64]) -> (f64, usize) {
     worst_of(&(row, row.len()), expected, |_, row| largest(row))
 }
 
-/// The largest difference, in units of the scale of its row, and where; `scale` is given the number of a row and what is
-/// expected of it. Half a unit in the last place of a half type is not counted.
+/// The largest difference, in units of the scale of its row, and its index. `scale` takes the index of a row and its
+/// expected values. Half a unit in the last place of a half type is not counted.
 pub fn worst_of(got: &impl Rows, expected: &[f64], scale: impl Fn(usize, &[f64]) -> f64) -> (f64, usize) {
     let (values, width, dtype) = (got.values(), got.width().max(1), got.dtype());
     assert_eq!(values.len(), expected.len(), "lengths differ");
     let mut worst = (0.0, 0);
     for (n, (row, expected)) in values.chunks(width).zip(expected.chunks(width)).enumerate() {
-        // Beside what is not finite nothing is small.
+        // A row that is not finite has no small differences.
         let scale = Some(scale(n, expected)).filter(|scale| scale.is_finite()).unwrap_or(0.0).max(1e-30);
         for (at, (&x, &e)) in row.iter().zip(expected).enumerate() {
             let off = difference(x.into(), e);
-            // What is a little larger before it is rounded may be rounded by more.
+            // A value that is slightly larger before rounding may have a larger rounding error.
             let rounded = if off.is_finite() { half_ulp(e.abs().max(f64::from(x.abs())), dtype) } else { 0.0 };
             let off = (off - rounded).max(0.0) / scale;
             if off > worst.0 {
@@ -111,21 +112,21 @@ pub fn worst_of(got: &impl Rows, expected: &[f64], scale: impl Fn(usize, &[f64])
     worst
 }
 
-/// Panics with the worst element unless all are within `tolerance` of the largest expected value of their row, and half
-/// a unit in the last place where results are rounded to a half type.
+/// Panics with the worst element unless all errors are within `tolerance` times the largest expected value of their
+/// row, plus half a unit in the last place if results are rounded to a half type.
 #[track_caller]
 pub fn assert_close(what: &str, got: &impl Rows, expected: &[f64], tolerance: f64) {
     assert_close_to(what, got, expected, |_, row| largest(row), tolerance);
 }
 
-/// The same for logarithms, each by itself: one near 0 is no smaller a thing than one near 1.
+/// The same for logarithms, each judged separately. One near 0 is not judged relative to its size, because it is no
+/// more precise than one near 1.
 #[track_caller]
 pub fn assert_logs_close(what: &str, got: &impl Rows, expected: &[f64], tolerance: f64) {
     assert_close_to(what, &(got.values(), 1), expected, |_, one| largest(one).max(1.0), tolerance);
 }
 
-/// The same with the scale of each row: what its own values are not large enough to say, since they are sums of larger
-/// ones that cancel.
+/// The same with a given scale for each row, for rows whose values are sums of larger ones that cancel.
 #[track_caller]
 pub fn assert_close_to(
     what: &str,
@@ -177,7 +178,7 @@ mod tests {
         assert!(!passes(&[1e4, 2e4, 1.0, 2.01], 2, &expected));
         assert!(passes(&[1e4, 2e4 + 0.01, 1.0, 2.0 + 1e-6], 2, &expected));
         assert_eq!(worst_of(&([1e4, 2e4, 1.0, 3.0], 2), &expected, |_, row| largest(row)), (0.5, 3));
-        // Where nothing is expected, nothing else is close; beside what is not finite neither.
+        // If 0 is expected, nothing else is close; in a row that is not finite, nothing is.
         assert!(!passes(&[1.0, 1e-20], 1, &[1.0, 0.0]));
         assert!(!passes(&[f32::INFINITY, 2.1], 2, &[f64::INFINITY, 2.0]));
         assert!(worst_of(&([2.1], 1), &[2.0], |_, _| f64::INFINITY).0 > 1e20);
@@ -198,12 +199,12 @@ mod tests {
             }
         }
         let off = |got, dtype, expected| worst_of(&Half(got, dtype), &[expected, 1000.0], |_, row| largest(row)).0;
-        // Of the element, not of the largest of its row.
+        // The rounding of the element itself, not of the largest in its row.
         assert!(off(1.0, Dtype::F16, 1.0 + 2f64.powi(-11)) == 0.0);
         assert!(off(1.0, Dtype::F16, 1.0 + 2f64.powi(-10)) > 4e-7);
         assert!(off(1.0, Dtype::BF16, 1.0 + 2f64.powi(-8)) == 0.0);
         assert!(off(1.0, Dtype::BF16, 1.0 + 2f64.powi(-7)) > 3e-6);
-        // Below 2^-14 the numbers of f16 lie evenly.
+        // Below 2^-14 f16 numbers are evenly spaced.
         assert_eq!([1.0, 3.0, 1e-9, 0.0].map(|x| half_ulp(x, Dtype::F16)), [-11, -10, -25, -25].map(|n| 2f64.powi(n)));
         assert_eq!([1.0, 0.3].map(|x| half_ulp(x, Dtype::BF16)), [-8, -10].map(|n| 2f64.powi(n)));
         assert_eq!(half_ulp(1.0, Dtype::F32), 0.0);
@@ -214,7 +215,7 @@ mod tests {
         let passes = |got: f32, expected: f64| {
             std::panic::catch_unwind(|| assert_logs_close("x", &([got, 9.0], 2), &[expected, 9.0], 1e-6)).is_ok()
         };
-        // Each by itself, whatever is beside it.
+        // Each is judged separately, whatever its neighbours are.
         assert!(passes(9e-7, 0.0) && !passes(2e-6, 0.0));
         assert!(passes(1e3, 1e3 + 9e-4) && !passes(1e3, 1e3 + 2e-3));
     }

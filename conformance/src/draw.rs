@@ -1,4 +1,4 @@
-//! Calls drawn for few kernels: a form fixes what a kernel is made for, all else is drawn from a seed.
+//! Random calls that need few kernels: a form fixes what a kernel is specialised for, and a seed determines the rest.
 
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
@@ -7,17 +7,17 @@ use wgpu_attention::problem::{MaskMeaning, Positions};
 
 use crate::call::{Call, Order};
 
-/// What a kernel is made for.
+/// The properties that a kernel is specialised for.
 #[derive(Clone, Copy, Debug)]
 pub struct Form {
     pub name: &'static str,
-    /// Of Q and K, and of V.
+    /// The widths of Q and K, and of V.
     pub dims: [usize; 2],
     pub order: Order,
     pub softcap: bool,
     pub masks: usize,
     pub bias: bool,
-    /// Causal, with one offset.
+    /// Causal, with the same offset for all batch entries.
     pub causal: bool,
     /// Causal, windows, offsets and lengths; one set for each batch entry.
     pub bands: bool,
@@ -36,7 +36,7 @@ const PLAIN: Form = Form {
     sink: false,
 };
 
-/// Every rule and every order in memory, in few kernels.
+/// Forms that cover all rules and memory layouts with few kernels.
 pub const FORMS: [Form; 8] = [
     PLAIN,
     Form { name: "causal", causal: true, ..PLAIN },
@@ -58,11 +58,11 @@ pub const FORMS: [Form; 8] = [
     },
 ];
 
-/// The call of a form and a seed.
+/// The call for a form and a seed.
 pub fn draw(form: &Form, seed: u64) -> Call {
     let mut rng = Pcg64::seed_from_u64(seed);
     let pick = |rng: &mut Pcg64, from: &[usize]| from[rng.random_range(0..from.len())];
-    // Batches of two and more: a batch of one has its band in the parameters, which is another kernel.
+    // The batch is two or more: with a batch of one the band is in the parameters, which needs another kernel.
     let batch = if form.bands { rng.random_range(2..=3) } else { rng.random_range(1..=3) };
     let heads_kv = pick(&mut rng, &[1, 2, 3]);
     let heads_q = heads_kv * pick(&mut rng, &[1, 1, 2, 4]);
@@ -85,7 +85,7 @@ pub fn draw(form: &Form, seed: u64) -> Call {
         let rank = rng.random_range(1..=4usize);
         full[4 - rank..].iter().map(|&n| if rng.random_bool(0.4) { 1 } else { n }).collect()
     };
-    let meanings = [MaskMeaning::Keep, MaskMeaning::Drop];
+    let meanings = [MaskMeaning::Keep, MaskMeaning::Hide];
     Call {
         q: [batch, heads_q, len_q, form.dims[0]],
         k: [batch, heads_kv, len_k, form.dims[0]],

@@ -1,11 +1,11 @@
-//! Files as nobody writes them: readers must end in an error or in a result, never in a panic.
+//! Corrupted files: readers must return an error or a result, and never panic.
 
 use std::panic::AssertUnwindSafe;
 
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
-/// A few bytes changed, cut off, repeated or put in, in the first `head` bytes or anywhere.
+/// A copy with a few bytes changed, cut off, repeated or inserted, in the first `head` bytes or anywhere.
 fn changed(bytes: &[u8], head: usize, rng: &mut Pcg64) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     let head = head.min(bytes.len()).max(1);
@@ -30,7 +30,7 @@ fn changed(bytes: &[u8], head: usize, rng: &mut Pcg64) -> Vec<u8> {
                 [b"NaN", b"-1", b"18446744073709551615", b"1e999", b"null", b"[[[[[[[[[[[[", b"\"", b"\xff\xfe\x00"];
             bytes.splice(at..at, odd[rng.random_range(0..odd.len())].iter().copied());
         }
-        // Where safetensors has the length of its header.
+        // The header length of a safetensors file.
         4 => {
             let length = rng.random::<u64>().to_le_bytes();
             bytes.splice(..bytes.len().min(8), length);
@@ -45,8 +45,9 @@ fn changed(bytes: &[u8], head: usize, rng: &mut Pcg64) -> Vec<u8> {
     bytes
 }
 
-/// Holds `read` against `count` changed copies of `originals`, drawn from seeds 0 to `count`: whether it took one. Most
-/// changes fall into the first `head` bytes. Panics where it refuses an original, or hardly any of the copies.
+/// Runs `read`, which returns whether it accepted a file, on `count` corrupted copies of `originals`, drawn from seeds
+/// 0 to `count`. Most changes are in the first `head` bytes. Panics if it rejects an original, or too few of the
+/// copies.
 pub fn refused(
     what: &str,
     originals: &[Vec<u8>],
@@ -54,7 +55,7 @@ pub fn refused(
     count: u64,
     mut read: impl FnMut(&[u8]) -> bool,
 ) {
-    assert!(originals.iter().all(|bytes| read(bytes)), "{what}: unchanged, they are fine");
+    assert!(originals.iter().all(|bytes| read(bytes)), "{what}: an original was rejected");
     let mut errors = 0;
     for seed in 0..count {
         let mut rng = Pcg64::seed_from_u64(seed);
@@ -63,6 +64,6 @@ pub fn refused(
         let taken = std::panic::catch_unwind(AssertUnwindSafe(|| read(&bytes)));
         errors += u64::from(!taken.unwrap_or_else(|_| panic!("{what}: the copy of seed {seed}, see above")));
     }
-    println!("{count} changed {what}, {errors} refused");
+    println!("{count} corrupted {what}, {errors} rejected");
     assert!(errors > count / 10, "{what}: {errors} of {count}");
 }

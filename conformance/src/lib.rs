@@ -1,5 +1,5 @@
-//! Seeded calls with their truth in f64, and answers of other implementations: what the library's tests draw from, and
-//! what `attn check` runs. And hostile files for the tests of readers.
+//! Seeded calls with their truth in f64 and answers of other implementations, for the library's tests and for
+//! `attn check`, and corrupted files for the tests of readers.
 #![forbid(unsafe_code)]
 
 mod call;

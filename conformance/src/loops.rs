@@ -1,17 +1,17 @@
-//! How often the loops of an invocation turn before a driver ends them.
+//! Measures how many iterations the loops of an invocation run before a driver stops them.
 
 use wgpu_attention::{Error, Gpu, Result};
 
 use crate::probe::one_workgroup;
 
-/// Turns of the first loop; as many again are turned in two loops within each other.
+/// Iterations of the first loop; two nested loops run the same number again.
 const HALF: u32 = 500_000;
-/// Turns that are asked for in all.
+/// The total number of iterations requested.
 pub const ASKED: u32 = 2 * HALF;
 const START: u32 = 12_345;
-const DURING: &str = "counting the turns of loops";
+const DURING: &str = "counting loop iterations";
 
-/// No compiler knows the end of such a chain without going through it (Knuth, TAOCP 2, 3.2.1).
+/// One step of a chain whose end a compiler cannot know without running all steps (Knuth, TAOCP 2, 3.2.1).
 const fn next(x: u32) -> u32 {
     x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223)
 }
@@ -34,19 +34,19 @@ fn main() {
 }
 ";
 
-/// How many of [`ASKED`] turns an invocation really makes.
+/// How many of [`ASKED`] iterations an invocation actually runs.
 pub fn turns(gpu: &Gpu) -> Result<u32> {
     let end = one_workgroup(gpu, DURING, TEXT, &[START, HALF, HALF / 1000, 1000])?[0];
     let mut value = START;
-    for turn in 0..=ASKED {
+    for count in 0..=ASKED {
         if value == end {
-            return Ok(turn);
+            return Ok(count);
         }
         value = next(value);
     }
     Err(Error::Gpu {
         adapter: gpu.info().name.clone(),
         during: DURING.into(),
-        message: format!("the chain ends at {end}, which no number of turns up to {ASKED} gives"),
+        message: format!("the chain ends at {end}, which no number of iterations up to {ASKED} gives"),
     })
 }

@@ -1,9 +1,9 @@
-//! Small kernels that look at an adapter.
+//! Small kernels that probe an adapter.
 
 use wgpu_attention::wgpu::{self, util::DeviceExt};
 use wgpu_attention::{Error, Gpu, Result};
 
-/// What one workgroup of a WGSL text leaves in its only buffer (binding 0, read and written) of `words`.
+/// Runs one workgroup of a WGSL text and returns its only buffer (binding 0, read and written), initially `words`.
 pub fn one_workgroup(gpu: &Gpu, what: &'static str, text: &str, words: &[u32]) -> Result<Vec<u32>> {
     let device = gpu.device();
     let failed = |message: String| Error::Gpu { adapter: gpu.info().name.clone(), during: what.into(), message };

@@ -1,4 +1,4 @@
-//! Cases computed on a device, and their truth.
+//! Runs cases on a device, and computes their truth.
 
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
@@ -18,56 +18,56 @@ use crate::compare::{half_ulp, largest, rounding};
 use crate::loops;
 use crate::truth::Truth;
 
-/// A result of a device, row-major.
+/// A result from a device, in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Got {
     pub name: &'static str,
     pub shape: Vec<usize>,
     pub values: Vec<f32>,
-    /// What the values are rounded to.
+    /// The type that values are rounded to.
     pub dtype: Dtype,
 }
 
-/// What a result should be, row-major.
+/// The expected result, in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Expected {
     pub name: &'static str,
     pub shape: Vec<usize>,
     pub values: Vec<f64>,
-    /// How large the numbers are that a row is made of; each is of `values.len() / scales.len()` neighbours.
+    /// The magnitude of the numbers that each row is summed from; a row has `values.len() / scales.len()` values.
     pub scales: Vec<f64>,
-    /// How far f32 arithmetic may be off, relative to the scale.
+    /// The error allowed for f32 arithmetic, relative to the scale.
     pub tolerance: f64,
-    /// How often values are rounded to their type on the way, the end included.
+    /// How often values are rounded to their type, including the final rounding.
     pub roundings: u32,
 }
 
 const TOLERANCE: f64 = 3e-6;
-/// Of sums over many weights that are themselves recomputed.
+/// The tolerance of sums over many recomputed weights.
 const SUMS: f64 = 3e-5;
 
 const STAGES: [ScoreStage; 3] = [ScoreStage::Scaled, ScoreStage::Capped, ScoreStage::Masked];
 
-/// With rows, the last axis, that are as large as their largest value.
+/// An expected result whose rows (the last axis) have their largest value as scale.
 fn expected(name: &'static str, shape: &[usize], values: Vec<f64>) -> Expected {
     let scales = values.chunks(shape.last().copied().unwrap_or(1).max(1)).map(largest).collect();
     Expected { name, shape: shape.to_vec(), values, scales, tolerance: TOLERANCE, roundings: 1 }
 }
 
-/// With values that stand for themselves; one near 0 is no smaller a thing than one near 1.
+/// Expected logarithms, each with its own scale of at least 1, because one near 0 is no more precise than one near 1.
 fn logs(name: &'static str, shape: &[usize], values: Vec<f64>) -> Expected {
     let scales = values.iter().map(|&x| largest(&[x]).max(1.0)).collect();
     Expected { scales, ..expected(name, shape, values) }
 }
 
 impl Expected {
-    /// How far each value may be off where results are rounded to `dtype`.
+    /// The error allowed for each value if results are rounded to `dtype`.
     pub fn allowed(&self, dtype: Dtype) -> Vec<f64> {
         let each = (self.values.len() / self.scales.len().max(1)).max(1);
         let before = f64::from(self.roundings - 1) * rounding(dtype);
         let allowed = |(at, &x): (usize, &f64)| {
             let limit = (self.tolerance + before) * self.scales[at / each];
-            // What is a little larger before it is rounded may be rounded by more.
+            // A value that is slightly larger before rounding may have a larger rounding error.
             limit + if x.is_finite() { half_ulp(x.abs() + limit, dtype) } else { 0.0 }
         };
         self.values.iter().enumerate().map(allowed).collect()
@@ -87,7 +87,7 @@ fn pair(attended: &Attended) -> Result<Vec<Got>> {
     Ok(all)
 }
 
-/// Random values of their own.
+/// An independent stream of random values.
 fn more(seed: u64, len: usize) -> Vec<f32> {
     noise(&mut Pcg64::seed_from_u64(seed ^ 0xf00d), len)
 }
@@ -96,7 +96,7 @@ fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
     values.into_iter().map(|x| dtype.round(x)).collect()
 }
 
-/// The heads and queries that an inspection looks at.
+/// The heads and queries that an inspection covers.
 fn looked_at(call: &Call) -> (Vec<usize>, std::ops::Range<usize>) {
     let heads = (0..call.q[1]).rev().step_by(2).collect();
     (heads, call.q[2] / 3..call.q[2])
@@ -109,14 +109,15 @@ fn ragged(call: &Call) -> Vec<[usize; 2]> {
     (0..call.q[0]).map(|_| [part(call.q[2]), part(call.k[2])]).collect()
 }
 
-/// The axis that softmax goes over.
+/// The softmax axis.
 fn axis(call: &Call) -> usize {
     (call.seed % 4) as usize
 }
 
 fn rotary(call: &Call) -> RotaryConfig {
     let pairing = if call.seed.is_multiple_of(2) { Pairing::HalfSplit } else { Pairing::Interleaved };
-    // Whole fours of pairs turn while they are read, other widths before; a shrunk head may have no pair at all.
+    // Multiples of four pairs are rotated while they are read, other widths beforehand. A shrunk head may have no
+    // pairs.
     let dim = if call.seed % 3 == 2 { call.q[3] / 2 } else { call.q[3] };
     RotaryConfig::new(dim / 2 * 2).pairing(pairing)
 }
@@ -130,18 +131,19 @@ fn offset(call: &Call) -> i64 {
     }
 }
 
-/// So many queries have their weights looked at too.
+/// The number of queries whose weights are checked too.
 const FEW_ROWS: usize = 8;
-/// What the key that has it all scores.
+/// The score of the key that takes all the weight.
 const HOT: f32 = 200.0;
 
-/// Turns of loops that planning counts on, on an adapter or where nothing limits them.
+/// The loop iterations that planning relies on, for an adapter or without a limit.
 fn promised(gpu: Option<&Gpu>) -> u32 {
     let known = gpu.and_then(|gpu| gpu.capabilities().max_loop_turns);
     known.unwrap_or(loops::ASKED).min(loops::ASKED)
 }
 
-/// Outputs, LSEs and the weights of few rows as [`Case::arrange`] makes them: the mean of all values, the first, the last.
+/// Outputs, LSEs and the weights of a few rows as [`Case::arrange`] makes them: the output is the mean of all values,
+/// the first or the last.
 fn closed_form(call: &Call, data: &Data) -> Vec<Expected> {
     let ([_, _, len_q, dim], len_k) = (call.q, call.k[2]);
     let column = |d: usize| (0..len_k).map(move |j| f64::from(data.v[j * dim + d])).sum::<f64>() / len_k as f64;
@@ -167,8 +169,8 @@ fn closed_form(call: &Call, data: &Data) -> Vec<Expected> {
 }
 
 impl Case {
-    /// Values above 0, since sums around 0 lose digits whoever adds them up. Where scores are not random a query sees all
-    /// keys alike, the first alone or the last alone.
+    /// Makes values positive, because sums around 0 lose digits in any implementation. If scores are not random, a
+    /// query weighs all keys equally, or only the first or only the last.
     fn arrange(&self, call: &Call, data: &mut Data) {
         data.v.iter_mut().for_each(|x| *x += 3.0);
         if self.long_row().3 {
@@ -185,11 +187,11 @@ impl Case {
         data.k[last * dim + 1 % dim] = 4.0 * HOT;
     }
 
-    /// The call as the op means it.
+    /// The call with the op's own rules.
     pub fn meant(&self) -> Call {
         let mut call = self.call();
         match self.op {
-            // The last queries of what the cache holds.
+            // The queries are the last tokens in the cache.
             Op::LongRows => call.scale = Some(1.0 / 4.0),
             Op::Cache => {
                 call.q[2] = call.q[2].min(call.k[2]);
@@ -205,7 +207,7 @@ impl Case {
         call
     }
 
-    /// The operands as narrow storage leaves them.
+    /// The operands, rounded to the storage type.
     fn data(&self, call: &Call) -> Data {
         let mut data = call.data();
         if self.op == Op::LongRows {
@@ -214,7 +216,7 @@ impl Case {
         data.rounded(self.storage, Dtype::F32)
     }
 
-    /// What every result should be, in the order of [`Case::run`].
+    /// All expected results, in the order of [`Case::run`].
     pub fn truth(&self) -> Vec<Expected> {
         let call = self.meant();
         let data = self.data(&call);
@@ -234,7 +236,7 @@ impl Case {
             }
             Op::LongRows => closed_form(&call, &data),
             Op::Loops => vec![expected("turns", &[1], vec![f64::from(promised(None))])],
-            // The halves are rounded, and what they are joined to.
+            // The halves are rounded, and so is the merged result.
             Op::Merge => both(call.truth(&data).0).into_iter().map(|one| Expected { roundings: 2, ..one }).collect(),
             Op::Weights => {
                 let (outputs, stages) = call.truth(&data);
@@ -280,14 +282,14 @@ impl Case {
                 let [cos, sin] =
                     [cos, sin].map(|table| (Layout::contiguous(table.shape()).unwrap(), wide(table.data())));
                 let interleaved = config.pairing == Pairing::Interleaved;
-                let turn = |shape: [usize; 4], values: &[f32], start: usize| {
+                let rotate = |shape: [usize; 4], values: &[f32], start: usize| {
                     let (values, layout) = (wide(values), Layout::contiguous(&shape).unwrap());
                     let [cos, sin] = [&cos, &sin].map(|(layout, data)| View { data, layout });
                     let x = View { data: &values, layout: &layout };
                     reference::rotate(x, cos, sin, interleaved, &Rows::From(start))
                 };
-                let q = turn(call.q, &data.q, offset(&call) as usize);
-                let k = turn(call.k, &data.k, 0);
+                let q = rotate(call.q, &data.q, offset(&call) as usize);
+                let k = rotate(call.k, &data.k, 0);
                 both(call.with_operands(&data, [q, k, wide(&data.v)], Truth::new))
             }
             Op::Packed => {
@@ -295,7 +297,7 @@ impl Case {
                 let (mut output, mut scales, mut lse) = (Vec::new(), Vec::new(), vec![Vec::new(); heads]);
                 for (n, one) in self.sequences(&call).iter().enumerate() {
                     let (truth, _) = one.truth(&self.data(one));
-                    // Rows of all heads side by side; the LSE has its heads first.
+                    // Output rows have all heads side by side; the LSE has the heads first.
                     for i in 0..lens[n][0] {
                         for h in 0..heads {
                             let row = h * lens[n][0] + i;
@@ -339,7 +341,7 @@ impl Case {
         }
     }
 
-    /// The one forward call that the case is, where it is one.
+    /// The case as a single forward call, if it is one.
     fn one_call(&self, device: &Device, method: Method) -> Result<Option<(Attention, [Tensor; 3])>> {
         let call = self.meant();
         let data = self.data(&call);
@@ -365,7 +367,7 @@ impl Case {
         Ok(Some((call.ruled(device, &data, attention)?, operands)))
     }
 
-    /// The case as a plan for another implementation of WebGPU; `None` where it is more than one forward call.
+    /// The case as a plan for another WebGPU implementation; `None` if it is not a single forward call.
     pub fn export(&self, device: &Device, method: Method) -> Result<Option<ExportedCall>> {
         match self.one_call(device, method)? {
             Some((attention, [q, k, v])) => attention.export(&q, &k, &v).map(Some),
@@ -373,7 +375,7 @@ impl Case {
         }
     }
 
-    /// Computes it on a device. An op that has no methods takes [`Method::Auto`] alone.
+    /// Computes the case on a device. An op without methods accepts only [`Method::Auto`].
     pub fn run(&self, device: &Device, method: Method) -> Result<Vec<Got>> {
         if let Some((attention, [q, k, v])) = self.one_call(device, method)? {
             return pair(&attention.forward(&q, &k, &v)?);
@@ -395,7 +397,7 @@ impl Case {
                 Ok(pair(&all)?.into_iter().chain(weights).collect())
             }
             Op::Loops => {
-                // More than planning counts on is as good.
+                // More iterations than planning relies on are fine.
                 let turns = match device.gpu() {
                     Some(gpu) => loops::turns(gpu)?.min(promised(Some(gpu))),
                     None => loops::ASKED,
@@ -433,7 +435,7 @@ impl Case {
                 let mut cache = KvCache::new(device, config)?;
                 let [q, k, v] = call.operands(device, &data, self.storage)?;
                 let attention = call.ruled(device, &data, call.attention().lse(true))?;
-                // All at once, then the last token by itself: the queries of both, one behind another.
+                // All tokens at once, then the last token by itself; the queries of both are concatenated.
                 let len_q = call.q[2];
                 let (first, rest) = (len_k - len_q, len_q - 1);
                 cache.append(&k.narrow(2, 0, first)?, &v.narrow(2, 0, first)?)?;
@@ -473,7 +475,7 @@ impl Case {
         }
     }
 
-    /// The truth with one bias more, `[h, i, j]`.
+    /// The truth with an additional bias `[h, i, j]`.
     fn biased(
         &self,
         call: &Call,
@@ -494,13 +496,13 @@ impl Case {
         }))
     }
 
-    /// Scores of an even and wide spread.
+    /// Scores that are spread uniformly and widely.
     fn scores(&self, shape: [usize; 4]) -> Vec<f32> {
         let values = more(self.seed, shape.iter().product());
         rounded(values.into_iter().map(|x| 4.0 * x).collect(), self.storage)
     }
 
-    /// X, W and b of a projection with their shapes.
+    /// X, W and b of a projection, with their shapes.
     fn projected(&self, call: &Call) -> ([Vec<f32>; 3], [Vec<usize>; 3]) {
         let [batch, heads, len_q, _] = call.q;
         let (dim_in, dim_out) = (call.k[2], heads * call.v[3]);
@@ -510,7 +512,7 @@ impl Case {
         ([rounded(x, self.storage), rounded(w, self.storage), b], shapes)
     }
 
-    /// The packed sequences as calls of their own.
+    /// The packed sequences as separate calls.
     fn sequences(&self, call: &Call) -> Vec<Call> {
         let one = |(n, [len_q, len_k]): (usize, [usize; 2])| Call {
             q: [1, call.q[1], len_q, call.q[3]],
@@ -526,7 +528,7 @@ impl Case {
     fn run_packed(&self, call: &Call, device: &Device, attention: Attention) -> Result<Vec<Got>> {
         let (lens, sequences) = (ragged(call), self.sequences(call));
         let data: Vec<Data> = sequences.iter().map(|one| self.data(one)).collect();
-        // [h, len, d] as rows [len, h, d], one sequence behind another.
+        // Permute [h, len, d] to rows [len, h, d] and concatenate the sequences.
         let pack = |which: fn(&Data) -> &Vec<f32>, heads: usize, dim: usize| {
             let mut rows = Vec::new();
             for data in &data {
@@ -552,7 +554,7 @@ impl Case {
     }
 }
 
-/// Results `[b, h, i, …]` of one query after another as one.
+/// Concatenates results `[b, h, i, …]` along the queries.
 fn side_by_side(mut parts: Vec<Vec<Got>>) -> Vec<Got> {
     let mut all = parts.remove(0);
     for part in parts {

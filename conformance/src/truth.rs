@@ -1,4 +1,4 @@
-//! What an attention call should give, and how large the numbers are that each of its rows is made of.
+//! The expected results of an attention call, and the magnitude of the numbers that each row is summed from.
 
 use std::ops::Deref;
 
@@ -8,14 +8,15 @@ use wgpu_attention::{Attended, Tensor};
 
 use crate::compare::{assert_close, assert_close_to, assert_logs_close, largest};
 
-/// The truth about a call.
+/// The truth for a call.
 #[derive(Clone, Debug)]
 pub struct Truth {
     pub outputs: Outputs,
-    /// Of each query, `[b, h, i]`: values as large as they are, weighed as the query weighs them. A row of the output is
-    /// no larger, and smaller by far where values cancel, which costs it digits whoever adds them up.
+    /// For each query, `[b, h, i]`: the largest magnitudes of the value vectors, averaged with the query's weights. A
+    /// row of the output is no larger, and far smaller if values cancel, which costs digits in any implementation.
     pub values: Vec<f64>,
-    /// Likewise: the largest product of a query's length and a key's, scaled. No score is larger before biases.
+    /// For each query: the largest product of the norms of the query and a key, scaled. No score is larger before
+    /// biases.
     pub scores: Vec<f64>,
 }
 
@@ -26,7 +27,7 @@ impl Deref for Truth {
     }
 }
 
-/// Vectors `[b, h, i]` of a view, each as one number.
+/// Reduces each vector `[b, h, i]` of a view to one number.
 fn of_vectors(x: View<'_>, one: impl Fn(&mut dyn Iterator<Item = f64>) -> f64) -> Vec<f64> {
     let &[batch, heads, len, dim] = x.layout.shape() else { panic!("four axes") };
     let rows = Layout::contiguous(&[batch, heads, len]).expect("no larger than X");
@@ -57,14 +58,14 @@ impl Truth {
         Truth { outputs, values, scores }
     }
 
-    /// Panics unless every result that is there is within `tolerance` of the size of its own row.
+    /// Panics unless every result is within `tolerance` times the scale of its own row.
     #[track_caller]
     pub fn hold(&self, what: &str, attended: &Attended, tolerance: f64) {
         self.hold_output(&format!("output of {what}"), &attended.output, tolerance);
         if let Some(lse) = &attended.lse {
             assert_logs_close(&format!("LSE of {what}"), lse, &self.lse, tolerance);
         }
-        // Averaged weights are compared by themselves.
+        // Averaged weights are compared separately.
         if let Some(weights) = attended.weights.as_ref().filter(|weights| weights.shape().len() != 3) {
             assert_close(&format!("weights of {what}"), weights, &self.weights, tolerance);
         }
@@ -75,7 +76,7 @@ impl Truth {
         assert_close_to(what, output, &self.output, |row, _| self.values[row], tolerance);
     }
 
-    /// Scores of a stage, of visible and of hidden pairs.
+    /// The scores of a stage, for visible and hidden pairs.
     #[track_caller]
     pub fn hold_scores(&self, what: &str, scores: &Tensor, expected: &[f64], tolerance: f64) {
         assert_close_to(what, scores, expected, |row, scores| self.scores[row].max(largest(scores)), tolerance);

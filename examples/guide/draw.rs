@@ -1,4 +1,5 @@
-//! Pictures of the guide: heatmaps and curves, side by side, in colours that every eye tells apart.
+//! Pictures for the guide: heatmaps and curves, side by side, in colours that are distinguishable with any colour
+//! vision.
 
 use std::ops::Range;
 
@@ -29,7 +30,7 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(0x00, 0x00, 0x00),
 ];
 
-/// A white picture for `paint` to draw on.
+/// A white picture that `paint` draws on.
 pub fn picture(width: u32, height: u32, paint: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<RgbImage> {
     register_font(FONT, FontStyle::Normal, epaint_default_fonts::HACK_REGULAR)
         .map_err(|_| "the embedded font is not readable")?;
@@ -43,24 +44,24 @@ pub fn picture(width: u32, height: u32, paint: impl FnOnce(&Area<'_>) -> Result<
     Ok(RgbImage::from_raw(width, height, pixels).expect("three bytes a pixel"))
 }
 
-fn style(size: i32, turned: bool, h: HPos, v: VPos) -> TextStyle<'static> {
-    let turn = if turned { FontTransform::Rotate270 } else { FontTransform::None };
-    TextStyle::from((FONT, f64::from(size)).into_font().transform(turn)).color(&BLACK).pos(Pos::new(h, v))
+fn style(size: i32, upright: bool, h: HPos, v: VPos) -> TextStyle<'static> {
+    let transform = if upright { FontTransform::Rotate270 } else { FontTransform::None };
+    TextStyle::from((FONT, f64::from(size)).into_font().transform(transform)).color(&BLACK).pos(Pos::new(h, v))
 }
 
 fn text_width(text: &str, size: i32) -> i32 {
     (text.chars().count() as f64 * f64::from(size) * 0.62).ceil() as i32
 }
 
-/// A line of text in the middle of the area's top.
+/// A line of text, centred at the top of the area.
 pub fn title(area: &Area<'_>, text: &str) -> Result<()> {
     let (width, _) = area.dim_in_pixel();
     area.draw_text(text, &style(TITLE, false, HPos::Center, VPos::Top), (width as i32 / 2, 10))?;
     Ok(())
 }
 
-/// `values` `[rows, columns]` as colours from `low` (dark) to `high` (bright), each cell `cell` pixels wide; labels
-/// left and below where given. Cells of 28 pixels and more show the value where it is at least a tenth of `high`.
+/// `values` `[rows, columns]` as colours from `low` (dark) to `high` (bright), each cell `cell` pixels wide, with
+/// optional labels on the left and below. Cells of 28 pixels and more show values of at least a tenth of `high`.
 pub struct Heatmap<'a> {
     pub title: &'a str,
     pub values: &'a [f32],
@@ -82,7 +83,7 @@ impl Heatmap<'_> {
         12 + if self.row_axis.is_empty() { 0 } else { TEXT + 10 } + Self::label_room(self.row_labels)
     }
 
-    /// Width and height in pixels, so that no text is cut.
+    /// Width and height in pixels, so that no text is cut off.
     pub fn size(&self) -> (u32, u32) {
         let (left, top) = (self.left(), 12 + TITLE + 12);
         let rows = (self.values.len() / self.columns) as i32;
@@ -136,11 +137,11 @@ pub struct Curves<'a> {
     pub title: &'a str,
     pub x_axis: &'a str,
     pub y_axis: &'a str,
-    /// Where the horizontal axis has labels, from its beginning to its end; on a logarithmic axis all above 0.
+    /// The labelled places of the horizontal axis, from its beginning to its end; on a logarithmic axis all above 0.
     pub x_ticks: &'a [f64],
     pub y_ticks: &'a [f64],
     pub logarithmic: bool,
-    /// Marks on every point, for curves of few points.
+    /// Markers on every point, for curves with few points.
     pub marks: bool,
     pub lines: &'a [(&'a str, Vec<(f64, f64)>)],
 }
@@ -198,7 +199,7 @@ impl Curves<'_> {
             .draw()?;
         for (n, (name, points)) in self.lines.iter().enumerate() {
             let colour = COLOURS[n % COLOURS.len()];
-            // What leaves the chart runs along its edge.
+            // Clip curves to the edge of the chart.
             let points: Vec<(f64, f64)> = points.iter().map(|&(px, py)| (place(px), py.clamp(y.0, y.1))).collect();
             chart.draw_series(LineSeries::new(points.clone(), colour.stroke_width(2)))?;
             if self.marks {
@@ -217,7 +218,7 @@ impl Curves<'_> {
     }
 }
 
-/// The n-th line's mark: lines differ by form as well as by colour.
+/// The marker of the n-th line: lines differ in shape as well as in colour.
 fn mark<C: CoordTranslate>(area: &DrawingArea<BitMapBackend<'_>, C>, at: C::From, n: usize) -> Result<()>
 where
     C::From: Clone,

@@ -1,4 +1,4 @@
-//! What the lessons share: their `main`, random numbers, least squares, a real layer, and drawing.
+//! Shared code of the lessons: their `main`, random numbers, least squares, a real layer, and drawing.
 #![allow(dead_code, reason = "each lesson uses its part")]
 
 pub mod draw;
@@ -12,10 +12,10 @@ use wgpu_attention::Device;
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Writes what it finds into the text and returns its picture.
+/// Writes its results to the text and returns its picture.
 pub type Lesson = fn(&Device, &mut String) -> Result<RgbImage>;
 
-/// Runs a lesson on the best adapter (or the CPU backend) and prints what it found.
+/// Runs a lesson on the best adapter (or the CPU backend) and prints its results.
 pub fn main(lesson: Lesson) -> ExitCode {
     let run = || -> Result<()> {
         let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -53,7 +53,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// The largest difference between two lists of numbers: what a lesson shows, no test of anything.
+/// The largest difference between two lists of numbers, for display only, not as a test.
 pub fn difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
@@ -65,13 +65,13 @@ pub fn rows(values: &[f32], columns: usize) -> Vec<String> {
     values.chunks_exact(columns).map(cells).collect()
 }
 
-/// No −0.00.
+/// Avoids −0.00.
 pub fn tidy(x: f32) -> f32 {
     if x.abs() < 0.005 { 0.0 } else { x }
 }
 
-/// Ridge regression: the `[features, targets]` matrix W that makes `‖X·W − Y‖² + ridge·‖W‖²` least, X being
-/// `[samples, features]` and Y `[samples, targets]`, row-major. Cholesky on the normal equations.
+/// Ridge regression: the `[features, targets]` matrix W that minimises `‖X·W − Y‖² + ridge·‖W‖²`, where X is
+/// `[samples, features]` and Y is `[samples, targets]`, row-major. Uses Cholesky on the normal equations.
 pub fn least_squares(x: &[f64], y: &[f64], features: usize, targets: usize, ridge: f64) -> Vec<f64> {
     let (n, m) = (features, targets);
     let mut a = vec![0.0; n * n];

@@ -1,4 +1,4 @@
-//! A real layer and a real sentence: layer 3 of all-MiniLM-L6-v2, as the program `attn` ships them.
+//! A real layer and a real sentence: layer 3 of all-MiniLM-L6-v2, as embedded in the program `attn`.
 #![allow(dead_code, reason = "each lesson uses its part")]
 
 use std::path::Path;
@@ -15,11 +15,11 @@ const PADDED: usize = 24;
 
 pub struct Sentence {
     pub tokens: Vec<String>,
-    /// What enters the layer, `[len, 384]`, without padding.
+    /// The input of the layer, `[len, 384]`, without padding.
     pub x: Vec<f32>,
-    /// What PyTorch's layer gives in float64: `[len, 384]`.
+    /// The output of PyTorch's layer in float64: `[len, 384]`.
     pub output: Vec<f32>,
-    /// And its weights, `[12, len, len]`.
+    /// The weights of PyTorch's layer, `[12, len, len]`.
     pub weights: Vec<f32>,
 }
 
@@ -28,7 +28,7 @@ impl Sentence {
         Ok(Tensor::from_slice(device, &[self.tokens.len(), WIDTH], &self.x)?)
     }
 
-    /// Where a word stands.
+    /// The index of a word.
     pub fn find(&self, word: &str) -> Result<usize> {
         Ok(self
             .tokens

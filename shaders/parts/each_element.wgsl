@@ -1,5 +1,5 @@
-// One invocation for each of `total` elements. Workgroups lie in two dimensions: some adapters take 65,535 at most in
-// one.
+// One invocation for each of `total` elements. Workgroups are numbered in two dimensions, because some adapters allow
+// at most 65,535 in one.
 const WORKGROUP: u32 = 64u;
 
 @group(0) @binding(0) var<uniform> params: Params;

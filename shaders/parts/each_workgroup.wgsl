@@ -1,4 +1,4 @@
-// One workgroup for each piece of work. They lie in two dimensions: some adapters take 65,535 at most in one.
+// One workgroup for each piece of work, numbered in two dimensions, because some adapters allow at most 65,535 in one.
 const WORKGROUP: u32 = 64u;
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -11,7 +11,7 @@ fn main(
     // @block lane_builtin
     // @end
 ) {
-    // Which of the lanes that share their loads.
+    // The index among the lanes that share their loads.
     // @block lane
     let lane = 0u;
     // @end

@@ -1,9 +1,9 @@
-// What flash.wgsl and flash_tiled.wgsl share: parameters, buffers, the rows and keys of a workgroup.
+// What flash.wgsl and flash_tiled.wgsl share: parameters, buffers, and the rows and keys of a workgroup.
 // @use each_workgroup, score, softmax_row, sink, sequence, block_mask, block_is_full, lse, not_finite
 // @use load(q dim_k PADDED_K), load(k dim_k PADDED_K), rotary, load(v dim_v PADDED_V), store(o dim_v !PADDED_V)
 
 const SINK: bool = true;
-// True when the vec4s hold more than the width of a key, of a value.
+// True if the vec4s are wider than a key, and than a value.
 const PADDED_K: bool = true;
 const PADDED_V: bool = true;
 
@@ -28,7 +28,7 @@ struct Params {
     row_blocks: u32,
     splits: u32,
     keys_per_split: u32,
-    // From the output of one split to the next.
+    // Stride from the output of one split to the next.
     o_split_stride: u32,
     sink_offset: u32,
     sink_stride: u32,
@@ -42,9 +42,9 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> o: array<OElem>;
 @group(0) @binding(8) var<storage, read> v: array<VElem>;
 
-// Where the rows and keys of a workgroup lie.
+// The position of a workgroup's rows and keys.
 struct Sequence {
-    // Which band, and which step of the batch strides.
+    // The index of the band, and of the batch strides.
     index: u32,
     b: u32,
     row_block: u32,
@@ -55,7 +55,7 @@ struct Sequence {
     keys_per_split: u32,
 }
 
-// The work of a workgroup. The rows of all heads that share keys lie one after another.
+// The work of a workgroup. The rows of all heads that share keys are consecutive.
 struct Work {
     band: vec4<i32>,
     b: u32,
@@ -98,7 +98,7 @@ fn work_of(index: u32) -> Work {
     );
 }
 
-// Head and query of a row, those of the last one behind it.
+// Head and query of a row; beyond the last row, those of the last one.
 fn row_of(work: Work, row: u32) -> vec2<u32> {
     let at = min(row, work.rows - 1u);
     return vec2<u32>(work.head_kv * params.slice.group + at / work.len_q, at % work.len_q);
@@ -109,7 +109,8 @@ fn place_of(work: Work, row: vec2<u32>) -> vec3<u32> {
 fn position_of(work: Work, query: u32) -> u32 {
     return u32(i32(query + params.slice.row_0) + work.band.w);
 }
-// Maximum, sum and largest bits of a row before any key: the sink's in split 0, unless it is −∞, which is none.
+// Maximum, sum and largest bits of a row before any key: those of the sink in split 0, unless it is −∞, which means
+// none.
 struct Sums {
     peak: f32,
     total: f32,

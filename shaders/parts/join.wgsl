@@ -1,6 +1,6 @@
 // @for sum
 // @use shared_value
-// What `join_two_sum` makes of the values of all lanes of a row.
+// Combines the values of all lanes of a row with `join_two_sum`.
 fn join_sum(local: u32, x: f32) -> f32 {
     shared_value[local] = x;
     for (var step = LANES / 2u; step > 0u; step /= 2u) {

@@ -4,7 +4,7 @@ fn load_view(at: u32, d4: u32) -> vec4<f32> {
     let d = d4 * 4u;
     let step = params.view.strides.w;
     let first = at + d * step;
-    // What lies beyond the width never enters.
+    // Elements beyond the width do not count.
     return select(
         vec4<f32>(),
         vec4<f32>(element_view(first), element_view(first + step), element_view(first + 2u * step), element_view(first + 3u * step)),

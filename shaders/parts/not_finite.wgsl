@@ -1,23 +1,23 @@
-// 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are finite as a rule: a sum over keys takes a
-// value that is not finite as 0; where there was one, the terms that a row may see are added at the end.
+// 0 · NaN is NaN, so a weight of 0 does not hide a masked value. Values are usually finite: a sum over keys replaces a
+// non-finite value by 0. If there was one, the terms that a row may see are added at the end.
 
-// Keys whose values are looked at together.
+// Number of keys whose values are checked together.
 const SPAN: u32 = 32u;
 
 fn not_finite(x: vec4<f32>) -> vec4<bool> {
     return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
 }
 
-// What values that are not finite add to the first `rows` of some rows. A weight is above 0, so that it is the values
-// alone. Few turns of loops for each key: some drivers count them (src/kernels/turns.rs). Bounds that no compiler
-// knows: written out, this rare part would take longer than all the rest.
-// `columns`: the first vec4 of a row, the one behind the last, how many steps lie between two.
+// Adds the terms of non-finite values to the first `rows` of some rows. A weight is above 0, so only the values matter.
+// The loops do few iterations per key, because some drivers limit them (src/kernels/turns.rs). The bounds are unknown
+// to the compiler: unrolled, this rare part would take longer than all the rest.
+// `columns`: the first vec4 of a row, the end, and the step.
 fn add_not_finite(
     b: u32, head: array<u32, ROWS>, query: array<u32, ROWS>, o_base: array<u32, ROWS>, rows: u32, band: vec4<i32>,
     v_base: u32, keys: vec2<u32>, columns: vec3<u32>,
 ) {
     for (var j = keys.x; j < keys.y; j += SPAN) {
-        // A bit for each key that a row sees.
+        // One bit for each key that a row sees.
         var sees = array<u32, ROWS>();
         for (var c = 0u; c < SPAN; c += PAIRS) {
             let key = four_from(j + c);

@@ -1,4 +1,4 @@
-// The parts of merge.wgsl, two that lie apart.
+// The parts of merge.wgsl: two separate ones.
 @group(0) @binding(1) var<storage, read> a: array<f32>;
 @group(0) @binding(2) var<storage, read> a_lse: array<f32>;
 @group(0) @binding(5) var<storage, read> b: array<f32>;

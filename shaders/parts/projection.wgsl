@@ -1,4 +1,4 @@
-// What project.wgsl and matvec.wgsl share: parameters, operands, where rows begin.
+// What project.wgsl and matvec.wgsl share: parameters, operands, the positions of rows.
 // @use each_workgroup, view, load(x dim_in PADDED), load(w dim_in PADDED), add_bias
 const PADDED: bool = true;
 
@@ -17,7 +17,7 @@ struct Params {
     len: u32,
     dim_in: u32,
     dim_out: u32,
-    // Chunks of the width: before the last of this dispatch, in all, the first of this dispatch.
+    // Chunks of the width: the end of this dispatch's chunks, the total, and the first of this dispatch.
     chunks: u32,
     all_chunks: u32,
     chunk_0: u32,
@@ -31,7 +31,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> w: array<WElem>;
 @group(0) @binding(3) var<storage, read_write> y: array<YElem>;
 
-// Where row r, counted over all batch entries, begins.
+// The position of row r, counted over all batch entries.
 fn row_base(view: View, row: u32) -> u32 {
     let r = min(row, params.rows - 1u);
     return row_at(view, vec3<u32>(r / params.len, 0u, r % params.len));

@@ -1,4 +1,4 @@
-// What the distance of key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
+// What the distance between key and query adds to a score: X[b, h, i, clip(distance, low, high) − low].
 @group(0) @binding(12) var<storage, read> relative: array<f32>;
 fn relative_row(b: u32, h: u32, i: u32) -> u32 {
     return params.rules.relative.offset + dot(params.rules.relative.strides.xyz, vec3<u32>(b, h, i));

@@ -1,4 +1,4 @@
-// As relative.wgsl, from a table of the values of four neighbouring distances for each first one.
+// Like relative.wgsl, from a table that holds, for each first distance, the values of four consecutive distances.
 @group(0) @binding(12) var<storage, read> relative: array<vec4<f32>>;
 fn relative_row(b: u32, h: u32, i: u32) -> u32 {
     return (params.rules.relative.offset + dot(params.rules.relative.strides.xyz, vec3<u32>(b, h, i))) / 4u;

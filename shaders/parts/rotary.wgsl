@@ -1,5 +1,5 @@
-// Rotary positions: vec4 d4 of a row at `position`, its first `2 · PAIRS4` vec4s rotated, each with
-// the one half of them away (half-split pairs). Angles: cosines, then sines, of each position.
+// Rotary positions: vec4 d4 of a row at `position`, whose first `2 · PAIRS4` vec4s are rotated, each together with the
+// one half of them away (half-split pairs). Angles: for each position, cosines, then sines.
 @group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
 const PAIRS4: u32 = 1u;
 fn rotated_halves(low: vec4<f32>, high: vec4<f32>, pair: u32, position: u32) -> array<vec4<f32>, 2> {

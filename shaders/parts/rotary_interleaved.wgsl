@@ -1,4 +1,4 @@
-// Rotary positions whose pairs are neighbouring columns. Angles: cosine and sine of two pairs in each vec4.
+// Rotary positions whose pairs are adjacent columns. Angles: cosines and sines of two pairs in each vec4.
 @group(0) @binding(13) var<storage, read> angles: array<vec4<f32>>;
 const PAIRS4: u32 = 1u;
 fn rotated(x: vec4<f32>, d4: u32, position: u32) -> vec4<f32> {

@@ -1,5 +1,5 @@
 // @use element(x)
-// The row of X at x_at, its cosines and sines at angle.
+// Rotates the row of X at x_at by the cosines and sines at `angle`.
 fn rotate_unit(x_at: u32, y_at: u32, angle: u32, unit: u32) {
     let x_step = params.x.strides.w;
     let y_step = params.y.strides.w;

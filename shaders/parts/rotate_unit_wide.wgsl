@@ -1,5 +1,5 @@
 // @use load(x dim false)
-// As rotate_unit.wgsl, four columns at a time.
+// Like rotate_unit.wgsl, four columns at a time.
 fn rotate_unit(x_at: u32, y_at: u32, angle: u32, unit: u32) {
     let pairs4 = params.pairs / 4u;
     let is_copied = unit >= pairs4;

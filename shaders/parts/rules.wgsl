@@ -1,16 +1,16 @@
-// What hides the key of a pair, and what biases add to its score: the only place.
+// What hides the key of a pair, and what biases add to its score. Defined only here.
 // @use view, bands, mask(a 5), mask(b 6), bias(a 7), bias(b 14)
 
-// Pairs that are looked at together; the others of four are not.
+// Number of pairs, out of four, that are evaluated together; the others are ignored.
 const PAIRS: u32 = 4u;
 const BANDED: bool = true;
-// True with a mask or a bias.
+// True if there is a mask or a bias.
 const MASKED: bool = true;
 const TWO_BIASES: bool = true;
 
 struct Mask {
     view: View,
-    // Whether what is set is seen.
+    // Whether true entries keep the key.
     keeps: u32,
 }
 // A bias by distance: b, h, i, and a column for each distance from `low` to `high`.
@@ -31,7 +31,7 @@ struct Rules {
     relative: Relative,
     scale: f32,
     softcap: f32,
-    // Keys from here on are seen by every query.
+    // Every query sees the keys from here on.
     maskable_keys: u32,
 }
 // The part of a call that a dispatch works on.
@@ -46,7 +46,7 @@ struct Slice {
     // Query heads per key/value head.
     group: u32,
     len_q: u32,
-    // Nested blocks are whole 16 bytes.
+    // Nested blocks have sizes that are multiples of 16 bytes.
     @size(12) len_k: u32,
 }
 
@@ -61,7 +61,7 @@ struct Rule {
     bias_b: vec4<f32>,
 }
 
-// Of four pairs of queries i and keys j of the slice. Masks and biases are read where `masked`.
+// The rules for four pairs of queries i and keys j of the slice. Masks and biases are read where `masked`.
 fn rule_of(b: u32, h: u32, i: vec4<u32>, j: vec4<u32>, band: vec4<i32>, masked: bool) -> Rule {
     let row = vec4<i32>(i + params.slice.row_0);
     let key = vec4<i32>(j + params.slice.key_0);
@@ -91,8 +91,7 @@ fn rule_of(b: u32, h: u32, i: vec4<u32>, j: vec4<u32>, band: vec4<i32>, masked: 
     return rule;
 }
 
-// Of some keys of the slice, those that any query from `first` to `last` can see by position: from where, in whole
-// steps, to where.
+// The range of keys of the slice, in whole steps, that any query from `first` to `last` can see by position.
 fn keys_in_band(first: u32, last: u32, band: vec4<i32>, keys: vec2<u32>, step: u32, len_k: u32) -> vec2<u32> {
     if (!BANDED) {
         return keys;
@@ -100,13 +99,13 @@ fn keys_in_band(first: u32, last: u32, band: vec4<i32>, keys: vec2<u32>, step: u
     let key_0 = params.slice.key_0;
     let low = u32(max(i32(first + params.slice.row_0) + band.y - i32(key_0), 0));
     let high = min(i32(last + params.slice.row_0) + band.z, band.x - 1) - i32(key_0);
-    // The extra keys at the end are seen by every row. No branch: see README.md, on bounds.
+    // Every row sees the extra keys at the end. No branch; see README.md on bounds.
     let maskable = max(params.rules.maskable_keys, key_0) - key_0;
     let end = select(keys.y, min(keys.y, u32(max(high + 1, 0))), maskable >= len_k);
     return vec2<u32>(max(keys.x, min(low, maskable) / step * step), end);
 }
 
-// The tile of a result that a workgroup works on: a block of its rows and one of its columns.
+// The tile of a result that a workgroup works on: a block of rows and a block of columns.
 struct Tile {
     band: vec4<i32>,
     b: u32,

@@ -1,13 +1,13 @@
-// The score of a pair, the only place: scale, softcap, what its distance adds, biases in the order given, masks.
+// The score of a pair: scale, softcap, bias by distance, biases in the order given, masks. Defined only here.
 // @use rules, relative, tanh
 
 const SOFTCAP: bool = true;
-// True with a bias by distance.
+// True if there is a bias by distance.
 const RELATIVE: bool = true;
 
 struct Scores {
     x: vec4<f32>,
-    // False for what is no pair, is hidden, or is −∞.
+    // False for pairs that do not exist, are hidden, or have a score of −∞.
     seen: vec4<bool>,
 }
 
@@ -17,7 +17,7 @@ fn distances(i: u32, j: u32, band: vec4<i32>) -> vec4<i32> {
         + vec4<i32>(i32(j + params.slice.key_0) - i32(i + params.slice.row_0) - band.w);
 }
 
-// Of four queries i and keys j from their products; `by_distance` is what their distances add.
+// The scores of four queries i and keys j, from their products; `by_distance` is their bias by distance.
 fn scores_of(
     product: vec4<f32>, by_distance: vec4<f32>, b: u32, h: u32, i: vec4<u32>, j: vec4<u32>, band: vec4<i32>,
     masked: bool, is_pair: vec4<bool>,

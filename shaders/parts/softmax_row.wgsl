@@ -1,11 +1,11 @@
-// Running maximum and sum of a row of scores, in base 2, where drivers are exact. What is not finite is told by its
-// bits: drivers differ on NaN in max and exp2.
+// Running maximum and sum of a row of scores, in base 2, where drivers are exact. Non-finite scores are detected by
+// their bits, because drivers differ on NaN in max and exp2.
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
-// The running maximum starts at the least finite number: WGSL has no literal for −∞.
+// The running maximum starts at the smallest finite number, because WGSL has no literal for −∞.
 const LEAST: f32 = -3.4028234663852886e38;
 
-// The larger of `so_far` and the bits, without sign, of four scores. NaN and +∞ are above all others.
+// The largest of `so_far` and the sign-less bits of four scores. NaN and +∞ are above all others.
 fn largest_bits(so_far: u32, x: vec4<f32>) -> u32 {
     let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
     return max(max(max(so_far, bits.x), bits.y), max(bits.z, bits.w));
@@ -16,7 +16,7 @@ fn largest(so_far: f32, x: vec4<f32>) -> f32 {
 fn sum_of_four(x: vec4<f32>) -> f32 {
     return (x.x + x.y) + (x.z + x.w);
 }
-// Whether a score makes its row NaN: NaN and +∞ do.
+// Whether a score makes its row NaN; NaN and +∞ do.
 fn makes_nan(score: f32) -> bool {
     let bits = bitcast<u32>(score);
     return (bits & 0x7fffffffu) >= 0x7f800000u && bits != params.minus_infinity;
@@ -25,7 +25,7 @@ fn makes_nan(score: f32) -> bool {
 fn exp_below(x: vec4<f32>, peak: f32) -> vec4<f32> {
     return exp2(max((x - peak) * LOG2_E, vec4<f32>(-200.0)));
 }
-// What divides a row by its sum. A row without visible keys has sum 0 and stays 0.
+// The factor that divides a row by its sum. A row without visible keys has sum 0 and stays 0.
 fn inverse_of(sum: f32, is_nan: bool) -> f32 {
     return select(select(1.0 / sum, 0.0, sum == 0.0), bitcast<f32>(params.not_a_number), is_nan);
 }

@@ -1,4 +1,4 @@
-// The parts of merge.wgsl, one behind another.
+// The parts of merge.wgsl: consecutive ones.
 @group(0) @binding(1) var<storage, read> parts: array<f32>;
 @group(0) @binding(2) var<storage, read> part_lse: array<f32>;
 fn lse_of(s: u32, row: u32, axes: vec3<u32>) -> f32 {

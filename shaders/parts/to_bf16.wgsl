@@ -1,4 +1,4 @@
-// To nearest even by bits.
+// Rounds to nearest even, by bits.
 fn bf16_bits(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
     let is_nan = (bits & 0x7fffffffu) > 0x7f800000u;

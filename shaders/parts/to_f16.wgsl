@@ -1,8 +1,8 @@
-// To nearest even by bits: what drivers do with pack2x16float differs.
+// Rounds to nearest even, by bits: drivers differ in pack2x16float.
 fn f16_bits(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
     let size = bits & 0x7fffffffu;
-    // Below 2^-14 a half counts in steps of 2^-24, as an f32 between 0.5 and 1 does.
+    // Below 2^-14, f16 has steps of 2^-24, like an f32 between 0.5 and 1.
     let small = bitcast<u32>(bitcast<f32>(size) + 0.5) - 0x3f000000u;
     let normal = (size + 0xfffu + ((size >> 13u) & 1u) - 0x38000000u) >> 13u;
     var half = select(normal, small, size < 0x38800000u);

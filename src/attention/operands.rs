@@ -1,4 +1,4 @@
-//! What a call's tensors and rules come to: operands that fit the checked problem.
+//! Turns a call's tensors and rules into operands that fit the checked problem.
 
 use super::{Attention, EmptyRows};
 use crate::call::{Attended, Mask, Operands};
@@ -31,23 +31,23 @@ impl Attention {
         recording.attention(&problem, &operands, wanted, self.method, output.as_ref())?.with_axes_of(q.shape())
     }
 
-    /// What the mean of values for rows without keys does not go with.
+    /// An error if an option excludes [`EmptyRows::MeanOfValues`].
     fn expect_mean_alone(&self, output: Option<&Tensor>) -> Result<()> {
         for (what, given) in [
             ("returned weights", self.weights != Weights::None),
             ("returned scores", self.scores.is_some()),
             ("a sink, which every query sees", self.sink.is_some()),
-            ("query_lengths, behind which queries see nothing on purpose", self.query_lengths.is_some()),
+            ("query_lengths, after which queries see nothing on purpose", self.query_lengths.is_some()),
             ("an output tensor of the caller's", output.is_some()),
         ] {
             if given {
-                return Err(value_error!("EmptyRows::MeanOfValues does not go with {what}"));
+                return Err(value_error!("EmptyRows::MeanOfValues cannot be combined with {what}"));
             }
         }
         Ok(())
     }
 
-    /// The checked problem, and the operands as backends take them.
+    /// The checked problem, and the operands as backends need them.
     pub(crate) fn operands(
         &self,
         recording: &mut Recording,
@@ -102,7 +102,7 @@ impl Attention {
         let rows = rotary.rows(given.as_ref(), &problem)?;
         rotary.check_width("Q", q.shape(), problem.dim_k)?;
         let operands = Operands { rotary: Some((rotary.rotation().clone(), rows)), ..operands };
-        // Kernels count positions themselves: those that are given are for a kernel of their own.
+        // The attention kernels compute positions themselves; explicit positions need the separate rotate kernel.
         let operands = match given {
             None => operands,
             Some(_) => operands.rotated(|x, rotation, rows| recording.rotate(x, rotation, rows))?,
@@ -110,7 +110,7 @@ impl Attention {
         Ok((problem, operands))
     }
 
-    /// The rule of [`Attention::query_lengths`]: `[batch, 1, len_q, 1]`.
+    /// The mask for [`Attention::query_lengths`]: `[batch, 1, len_q, 1]`.
     fn query_mask(&self, recording: &Recording, problem: &Problem) -> Result<Option<Mask>> {
         let Some(lengths) = &self.query_lengths else { return Ok(None) };
         let Problem { batch, len_q, extra_keys, .. } = *problem;
@@ -120,15 +120,15 @@ impl Attention {
         }
         if extra_keys > 0 {
             return Err(value_error!(
-                "query_lengths does not go with add_bias_kv or add_zero_attn: every query sees those {extra_keys} keys; \
-                 leave it out and pass over the outputs behind each length"
+                "query_lengths cannot be combined with add_bias_kv or add_zero_attn: every query sees those \
+                 {extra_keys} keys; leave it out and skip the outputs after each length"
             ));
         }
         if lengths.iter().all(|&len| len == len_q) {
             return Ok(None);
         }
         let valid: Vec<bool> = lengths.iter().flat_map(|&len| (0..len_q).map(move |i| i < len)).collect();
-        Mask::keep(recording.bools(&[batch, 1, len_q, 1], &valid)?).map(Some)
+        Mask::keep_where(recording.bools(&[batch, 1, len_q, 1], &valid)?).map(Some)
     }
 
     pub(crate) fn checked_sink(&self, problem: &Problem) -> Result<Option<Tensor>> {
@@ -145,8 +145,8 @@ impl Attention {
     }
 }
 
-/// The end of a message about a mask or bias that does not broadcast: the axes that it lacks, where its own are those of
-/// a mask all the same.
+/// The end of a message about a mask or bias that does not broadcast: the axes that it lacks, if its shape looks like a
+/// common mask shape.
 fn missing_axes(shape: &[usize], [batch, heads, len_q, len_k]: [usize; 4]) -> String {
     match *shape {
         [b, k] if [b, k] == [batch, len_k] => format!(
@@ -165,22 +165,22 @@ fn missing_axes(shape: &[usize], [batch, heads, len_q, len_k]: [usize; 4]) -> St
     }
 }
 
-/// What speaks of keys alone, `[batch, len_k]` or `[len_k]`, with axes for heads and queries.
+/// A tensor over keys only, `[batch, len_k]` or `[len_k]`, with axes for heads and queries added.
 fn over_keys(what: &str, tensor: &Tensor, problem: &Problem) -> Result<Tensor> {
     let [batch, .., len_k] = problem.mask_shape();
     match *tensor.shape() {
         [len] if len == len_k => Ok(tensor.clone()),
         [entries, len] if len == len_k && (entries == batch || entries == 1) => tensor.unsqueeze(1)?.unsqueeze(1),
         _ => Err(shape_error!(
-            "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; one that tells \
-             queries or heads apart is a mask or a bias, not key padding",
+            "{what} of shape {:?} must be [batch, len_k] = [{batch}, {len_k}], or [{len_k}] for all; if it differs by \
+             query or head, it is a mask or a bias, not key padding",
             tensor.shape()
         )),
     }
 }
 
-/// The output with the mean of all values where the LSE is −∞: joined to a result over the same values at equal scores,
-/// whose LSE is the least finite number, so that it weighs nothing beside any other.
+/// Replaces the output by the mean of all values if the LSE is −∞: merges it with a result over the same values at
+/// equal scores. The LSE of that result is the least finite number, so it weighs nothing next to any other.
 fn mean_where_empty(recording: &mut Recording, problem: &Problem, v: &Tensor, attended: Attended) -> Result<Attended> {
     let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_v, .. } = *problem;
     let Some(lse) = attended.lse else { unreachable!("asked for") };

@@ -1,16 +1,16 @@
-//! What the rules of an attention mean over a cache.
+//! The rules of an attention, applied to a cache.
 
 use super::Sequence;
 use crate::attention::Attention;
 use crate::error::{Result, value_error};
 use crate::problem::{Align, Positions, expect_per_batch};
 
-/// What a cache holds while queries attend to it: one entry per sequence.
+/// The contents of a cache while queries attend to it: one entry per sequence.
 pub(super) struct Held<'a> {
     pub sequences: &'a [Sequence],
-    /// Queries, the last positions.
+    /// Number of queries; they are the last positions.
     pub counts: &'a [usize],
-    /// Keys before its own that a query of the cache sees.
+    /// Number of keys before its own that a query sees.
     pub window: Option<usize>,
     /// Whether the cache rotates queries by their positions.
     pub rotates: bool,
@@ -29,7 +29,7 @@ impl Attention {
         };
         Ok(attention)
     }
-    /// Whether queries over a cache are causal: by default they are, unless the caller says what they see.
+    /// Whether queries over a cache are causal: yes, unless the caller says what they see.
     fn causal_in_cache(&self, counts: &[usize]) -> Result<bool> {
         if self.says_causal || self.says_align || !self.masks.is_empty() {
             return Ok(self.positions.causal);
@@ -37,17 +37,17 @@ impl Attention {
         if self.positions.window_right.is_some() {
             return Ok(false);
         }
-        // A single query at the end of its sequence sees all of it either way.
+        // A single query at the end of its sequence sees all keys either way.
         match counts.iter().enumerate().find(|&(_, &count)| count > 1) {
             Some((b, count)) if !self.biases.is_empty() => Err(value_error!(
                 "{count} queries of batch entry {b} come with a bias, which may be a mask (-inf hides) or not, so it is \
-                 open whether the cache is to hide what comes after each: say causal(Align::BottomRight) for causal, or \
-                 not_causal() where the bias hides what must be hidden"
+                 unclear whether the cache should hide later keys: call causal(Align::BottomRight) if it should, or \
+                 not_causal() if the bias hides what must be hidden"
             )),
             _ => Ok(true),
         }
     }
-    /// Where the first query of each sequence stands among the keys held.
+    /// The position of each sequence's first query among the keys held.
     fn cache_offsets(&self, held: &Held<'_>) -> Result<Vec<i64>> {
         let end = |(at, &count): (&Sequence, &usize)| at.len as i64 - count as i64;
         let ends: Vec<i64> = held.sequences.iter().zip(held.counts).map(end).collect();
@@ -65,16 +65,16 @@ impl Attention {
             let why = match held.sequences[b].first {
                 _ if held.rotates => "by which the cache's rotary rotates it".to_string(),
                 0 => continue,
-                first => format!("counted from position {first} on, since the window dropped the keys before"),
+                first => format!("counted from position {first}, because the window dropped the keys before"),
             };
             return Err(value_error!(
-                "query 0 of batch entry {b} stands at key {end} of the cache, {why}, but the attention's align says \
+                "query 0 of batch entry {b} is at key {end} of the cache, {why}, but the attention's align says \
                  {offset}; leave it to the cache: Align::BottomRight"
             ));
         }
         Ok(given)
     }
-    /// The keys that count of each sequence: those held, or as many of them as the caller says.
+    /// Number of valid keys of each sequence: those held, or the caller's key lengths.
     fn cache_lengths(&self, held: &Held<'_>) -> Result<Vec<usize>> {
         let Some(given) = &self.positions.key_lengths else {
             return Ok(held.sequences.iter().map(|sequence| sequence.len).collect());
@@ -96,8 +96,8 @@ impl Attention {
         }
         Ok(given.clone())
     }
-    /// Whether it matters where queries stand among a cache's keys, beside rotary positions; and whether the caller says
-    /// where that is.
+    /// Whether any rule other than a rotary depends on the positions of queries among the keys held, and whether the
+    /// caller gives those positions.
     pub(super) fn needs_places(&self, counts: &[usize], window: Option<usize>) -> Result<(bool, bool)> {
         let Positions { window_left, window_right, .. } = self.positions;
         let needs = window_left.or(window_right).or(window).is_some()

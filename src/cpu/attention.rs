@@ -10,24 +10,24 @@ use super::{Inputs, Matrix, Outputs, exp, take};
 use crate::kernels::catalogue::RelativeKind;
 use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
-/// Rows per task: query rows of all heads that share keys count together.
+/// Rows per task. Query rows of all heads that share keys count together.
 const TILE_ROWS: usize = 128;
 
 /// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
 pub(super) const TILE_KEYS: usize = 512;
 
-/// Keys that one matrix product adds up one after the other in f32. Longer sums lose digits: an f32 sum of n equal
+/// Number of keys that one matrix product sums sequentially in f32. Longer sums lose digits: an f32 sum of n equal
 /// values is off by up to n / 2 ulp.
 const SUMMED_KEYS: usize = 128;
 
-/// With fewer rows than this a product costs more to begin than to compute: twice as many keys are added up.
+/// With fewer rows than this, starting a product costs more than computing it, so it sums twice as many keys.
 const FEW_ROWS: usize = 16;
 
-/// Steps whose products are added up in f32, before their sum is added up in f64.
+/// Number of steps whose products are summed in f32 before their sum is added in f64.
 const SUMMED_TILES: usize = 4;
 
 thread_local! {
-    // Kept between calls: fresh memory of this size costs more than the arithmetic on it.
+    // Kept between calls, because fresh memory of this size costs more than the arithmetic on it.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
@@ -35,7 +35,7 @@ thread_local! {
 struct Scratch {
     q: Vec<f32>,
     scores: Vec<f32>,
-    /// Output rows before they are divided by their sum, over the keys that are no longer summed in f32.
+    /// Output rows before division by their sum, over the keys that are no longer summed in f32.
     gathered: Vec<f64>,
 }
 
@@ -51,7 +51,7 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
     let mut scores = vec![0.0; if stage.is_some() { rows * len_k } else { 0 }];
 
     if rows > 0 {
-        // Rows that share keys lie side by side: [b, kv head] first, then the rows of the group.
+        // Rows that share keys are adjacent: [b, kv head] first, then the rows of the group.
         let per_head = problem.group() * len_q;
         let heads: Vec<(Matrix<'_>, Values<'_>)> = (0..batch * heads_kv)
             .into_par_iter()
@@ -87,7 +87,7 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
     }
 }
 
-/// The parts of the results that one tile writes. Empty where nothing was asked for.
+/// The parts of the results that one tile writes. Empty for results that were not requested.
 struct Slices<'a> {
     out: &'a mut [f32],
     lse: &'a mut [f32],
@@ -96,7 +96,7 @@ struct Slices<'a> {
 }
 
 impl<'a> Slices<'a> {
-    /// Takes the first `rows` rows.
+    /// Splits off the first `rows` rows.
     fn split_off(&mut self, rows: usize, dim_v: usize, len_k: usize) -> Slices<'a> {
         Slices {
             out: take(&mut self.out, rows * dim_v),
@@ -125,7 +125,7 @@ impl Tile<'_> {
         (self.head_kv * self.problem.group() + r / self.problem.len_q, r % self.problem.len_q)
     }
 
-    /// The tile's queries, one after the other.
+    /// Collects the tile's queries, one after another.
     pub fn queries(&self, q: &mut Vec<f32>) {
         let Problem { dim_k, .. } = *self.problem;
         let step = self.inputs.q.layout.strides()[3];
@@ -141,7 +141,7 @@ impl Tile<'_> {
         }
     }
 
-    /// `scale · Q·Kᵀ` of the tile's rows and a range of keys.
+    /// `scale · Q·Kᵀ` for the tile's rows and a range of keys.
     pub fn products(&self, q: &[f32], keys: Range<usize>, scores: &mut Vec<f32>) {
         let Problem { dim_k, scale, .. } = *self.problem;
         scores.resize(self.count * keys.len(), 0.0);
@@ -154,9 +154,9 @@ impl Tile<'_> {
         }
     }
 
-    /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys, the output rescaled when a
-    /// block raises the maximum (Dao 2023, section 3.1). A few blocks are summed in f32, what they give is added up
-    /// in f64: rows of any length keep their digits.
+    /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys; the output is rescaled when a block raises the
+    /// maximum (Dao 2023, section 3.1). A few blocks are summed in f32, and their results in f64, so rows of any length
+    /// keep their digits.
     fn run(&self, v: &Values<'_>, stage: Option<ScoreStage>, scratch: &mut Scratch, slices: Slices<'_>) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = pulp::Arch::new();
@@ -173,7 +173,7 @@ impl Tile<'_> {
             (low, high) = (low.min(ruled), len_k);
         }
         if let Some(stage) = stage {
-            // Apart from the scores that are summed, so that asking changes no bit of the output.
+            // Separate from the scores that are summed, so that requesting scores does not change the output's bits.
             self.products(q, 0..len_k, scores);
             for (row, (line, range)) in scores.chunks_mut(len_k.max(1)).zip(&ranges).enumerate() {
                 self.rules(row, range.clone(), 0, line, stage);
@@ -182,16 +182,16 @@ impl Tile<'_> {
         }
 
         let (mut peaks, mut sums): (Vec<f32>, Vec<f64>) = (0..self.count).map(|row| self.first(row)).unzip();
-        // What each block's weights were shifted by, for those who want them.
+        // The shift of each block's weights, for requested weights.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
         let summed_keys = if self.count < FEW_ROWS { 2 * SUMMED_KEYS } else { SUMMED_KEYS };
-        // A product of one row adds to what it finds number by number, so that several products make one long sum.
+        // A product with one row adds to the existing values number by number, so several products form one long sum.
         let alone = self.count == 1;
         let gathers = alone && len_k > summed_keys || blocks.len() > SUMMED_TILES;
         let mut has_gathered = false;
         if gathers {
-            // What another tile left is overwritten.
+            // Overwrites the leftovers of another tile.
             gathered.resize(self.count * dim_v, 0.0);
         }
         for (n, keys) in blocks.iter().enumerate() {
@@ -202,7 +202,7 @@ impl Tile<'_> {
                 self.rules(row, ranges[row].clone(), keys.start, line, ScoreStage::Masked);
                 let before = peaks[row];
                 peaks[row] = before.max(exp::peak(arch, line));
-                // While nothing is visible every shift gives zeros, and −∞ would give NaN.
+                // While no key is visible, every shift gives zeros; −∞ would give NaN.
                 let shift = if peaks[row] == f32::NEG_INFINITY { 0.0 } else { peaks[row] };
                 if peaks[row] > before && before > f32::NEG_INFINITY {
                     let factor = (f64::from(before) - f64::from(peaks[row])).exp();
@@ -246,7 +246,7 @@ impl Tile<'_> {
             let (peak, sum) = (peaks[row], sums[row]);
             let out = &mut slices.out[row * dim_v..][..dim_v];
             if sum == 0.0 {
-                // Nothing was visible.
+                // No key was visible.
                 out.fill(0.0);
                 continue;
             }
@@ -258,7 +258,7 @@ impl Tile<'_> {
             if !slices.weights.is_empty() {
                 let weights = &mut slices.weights[row * len_k..][..len_k];
                 if sum.is_nan() {
-                    // A masked key weighs 0 also in a row that is NaN.
+                    // A masked key has weight 0 even in a row that is NaN.
                     let (h, i) = self.query(row);
                     let weight = |j| if self.visible(h, i, j) { f32::NAN } else { 0.0 };
                     weights.iter_mut().enumerate().for_each(|(j, to)| *to = weight(j));
@@ -273,19 +273,19 @@ impl Tile<'_> {
         }
     }
 
-    /// Maximum and sum before any key: those of the sink, where there is one.
+    /// Maximum and sum before any key: those of the sink, if there is one.
     fn first(&self, row: usize) -> (f32, f64) {
         let sink = self.inputs.sink.map(|sink| sink.data[sink.layout.at(&[self.query(row).0])]);
         match sink {
             None | Some(f32::NEG_INFINITY) => (f32::NEG_INFINITY, 0.0),
             Some(sink) if sink.is_finite() => (sink, 1.0),
-            // As a score that is NaN or +∞.
+            // Like a score of NaN or +∞.
             Some(_) => (f32::NEG_INFINITY, f64::NAN),
         }
     }
 
-    /// Softcap, bias and mask, up to `stage`, on a row of products with the keys from `low` on;
-    /// `range` are the keys its position allows.
+    /// Applies softcap, bias and mask, up to `stage`, to a row of products with the keys from `low`; `range` are the
+    /// keys that its position allows.
     pub fn rules(&self, row: usize, range: Range<usize>, low: usize, line: &mut [f32], stage: ScoreStage) {
         let (h, i) = self.query(row);
         let ruled = self.problem.maskable_keys();
@@ -329,7 +329,7 @@ impl Tile<'_> {
                 for bias in &self.inputs.biases {
                     let bias = bias.data[bias.layout.at(&at)];
                     let x = &mut line[j - low];
-                    // −∞ hides the key whatever it holds: NaN − ∞ would be NaN.
+                    // −∞ hides the key whatever it holds; NaN − ∞ would be NaN.
                     *x = if bias == f32::NEG_INFINITY || *x == f32::NEG_INFINITY {
                         f32::NEG_INFINITY
                     } else {
@@ -351,7 +351,7 @@ impl Tile<'_> {
                 && self.inputs.biases.iter().all(|bias| bias.data[bias.layout.at(&at)] != f32::NEG_INFINITY)
     }
 
-    /// Adds the terms of values that are not finite, which were taken as 0, where a row may see them.
+    /// Adds the terms of non-finite values, which were replaced by 0, for rows that may see them.
     fn add_not_finite(&self, v: &Values<'_>, p: &[f32], keys: &Range<usize>, out: &mut [f32]) {
         for &(j, d, value) in v.not_finite.iter().filter(|(j, ..)| keys.contains(j)) {
             for row in 0..self.count {
@@ -364,7 +364,7 @@ impl Tile<'_> {
     }
 }
 
-/// The values of one head: 0 · NaN is NaN, so what is not finite is set to 0 and kept apart.
+/// The values of one head. Since 0 · NaN is NaN, non-finite values are replaced by 0 and stored separately.
 struct Values<'a> {
     matrix: Matrix<'a>,
     /// Key, column, value.
@@ -417,7 +417,7 @@ fn in_order(out: Vec<f32>, problem: &Problem, layout: &Layout) -> Vec<f32> {
     if layout.is_contiguous() {
         return out;
     }
-    // The one other order there is: [b, i, h, d].
+    // The only other order: [b, i, h, d].
     let Problem { heads_q, len_q, dim_v, .. } = *problem;
     let per_batch = heads_q * len_q * dim_v;
     let mut ordered = vec![0.0; out.len()];

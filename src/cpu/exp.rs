@@ -1,14 +1,14 @@
-//! Vector loops over a row of scores. `pulp` compiles them for each SIMD level and picks at run time.
+//! Vector loops over a row of scores. `pulp` compiles them for each SIMD level and selects one at run time.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// The most lanes that any SIMD level has.
+/// The most lanes of any SIMD level.
 const MOST_LANES: usize = 16;
 
 /// `exp(x)` for `x ≤ 0`, 0 below −87; within 2 ulp. Cephes `expf`, without branches or table. NaN stays NaN.
 #[inline(always)]
 fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    // Adding and taking away 1.5 · 2^23 rounds to the nearest integer, which stays in the low bits.
+    // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, which remains in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let number = |x: f32| simd.splat_f32s(x);
     let shifted = simd.mul_add_e_f32s(x, number(std::f32::consts::LOG2_E), number(ROUND));
@@ -27,14 +27,14 @@ fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.select_f32s(tiny, number(0.0), simd.mul_f32s(y, power))
 }
 
-/// The largest element that is not NaN; −∞ for none.
+/// The largest element that is not NaN; −∞ if there is none.
 pub fn peak(arch: Arch, row: &[f32]) -> f32 {
     struct Peak<'a>(&'a [f32]);
     impl WithSimd for Peak<'_> {
         type Output = f32;
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> f32 {
-            // Not the maximum instruction: levels differ in what they make of NaN.
+            // Not the maximum instruction: SIMD levels differ in how it handles NaN.
             let greater = |a: S::f32s, b: S::f32s| simd.select_f32s(simd.greater_than_f32s(b, a), b, a);
             let (vectors, rest) = S::as_simd_f32s(self.0);
             let (fours, ones) = vectors.as_chunks::<4>();
@@ -55,7 +55,7 @@ pub fn peak(arch: Arch, row: &[f32]) -> f32 {
     arch.dispatch(Peak(row))
 }
 
-/// Elements that are added up in f32; sums of such blocks are added up in f64.
+/// Number of elements that are summed in f32; the sums of such blocks are summed in f64.
 const SUMMED: usize = 512;
 
 /// Replaces `x` by `exp(x − shift)` and returns the sum, which keeps the digits of f32 in rows of any length.
@@ -94,7 +94,7 @@ pub fn exp_and_sum(arch: Arch, row: &mut [f32], shift: f32) -> f64 {
     row.chunks_mut(SUMMED).map(|block| f64::from(arch.dispatch(Exp(block, shift)))).sum()
 }
 
-/// True when every element is finite.
+/// True if every element is finite.
 pub fn all_finite(arch: Arch, row: &[f32]) -> bool {
     struct Finite<'a>(&'a [f32]);
     impl WithSimd for Finite<'_> {
@@ -103,7 +103,7 @@ pub fn all_finite(arch: Arch, row: &[f32]) -> bool {
         fn with_simd<S: Simd>(self, simd: S) -> bool {
             let (vectors, rest) = S::as_simd_f32s(self.0);
             let zero = simd.splat_f32s(0.0);
-            // 0 · x is NaN for what is not finite, and NaN stays in a sum.
+            // 0 · x is NaN if x is not finite, and NaN persists in a sum.
             let sum = vectors.iter().fold(zero, |sum, &x| simd.mul_add_e_f32s(x, zero, sum));
             simd.reduce_sum_f32s(sum) == 0.0 && rest.iter().all(|x| x.is_finite())
         }
@@ -111,14 +111,14 @@ pub fn all_finite(arch: Arch, row: &[f32]) -> bool {
     arch.dispatch(Finite(row))
 }
 
-// Loops that do nothing else are left to the compiler, which knows the level within `dispatch`.
+// These simple loops are left to the compiler, which knows the level within `dispatch`.
 
 /// `row *= factor`.
 pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
     arch.dispatch(|| row.iter_mut().for_each(|x| *x *= factor));
 }
 
-/// `sums += row`, or `sums = row` where the row is the first.
+/// `sums += row`, or `sums = row` if the row is the first.
 pub fn gather(arch: Arch, sums: &mut [f64], row: &[f32], first: bool) {
     arch.dispatch(|| match first {
         true => sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = f64::from(x)),

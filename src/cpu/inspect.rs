@@ -6,14 +6,14 @@ use super::attention::{TILE_KEYS, Tile};
 use super::{Inputs, Matrix, View, exp, take};
 use crate::problem::{Chosen, Problem, ScoreStage};
 
-/// Rows per product. Tiles begin at multiples of it whatever is chosen: a product of other rows may take
-/// another path through faer, and a row's bits must not depend on which others are chosen.
+/// Rows per product. Tiles start at multiples of it whatever is chosen: a product of other rows may take another path
+/// through faer, and a row's bits must not depend on which others are chosen.
 const TILE_ROWS: usize = 32;
 
-/// ln of less is lost: exp gives 0.
+/// Smaller logarithms are cut off: exp gives 0.
 const LEAST_LOG: f32 = -138.0;
 
-/// Results, row-major; empty where nothing was asked for.
+/// Results, row-major; empty if not requested.
 pub(crate) struct Inspection {
     /// `[b, heads, queries, j]`
     pub weights: Vec<f32>,
@@ -23,7 +23,7 @@ pub(crate) struct Inspection {
     pub entropy: Vec<f32>,
 }
 
-/// `P = exp(S − LSE)` of what is chosen, tile by tile; `lse` is `[b, hq, i]`.
+/// `P = exp(S − LSE)` for the chosen rows, tile by tile; `lse` is `[b, hq, i]`.
 pub(crate) fn inspect(problem: &Problem, inputs: &Inputs<'_>, lse: View<'_>, chosen: &Chosen) -> Inspection {
     let Problem { batch, heads_kv, len_q, len_k, .. } = *problem;
     let count = batch * chosen.heads.len();
@@ -88,10 +88,10 @@ fn blocks(len_k: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len_k).step_by(TILE_KEYS).map(move |j| j..len_k.min(j + TILE_KEYS))
 }
 
-/// `−Σ P·ln P` of a block of keys, in 32 sums of f32 that fit vector registers.
+/// `−Σ P·ln P` of a block of keys, in 32 f32 sums that fit vector registers.
 fn entropy_of(p: &[f32], log_p: &[f32]) -> f64 {
     const SUMS: usize = 32;
-    // Rounding may lift ln P above 0 by an ulp.
+    // Rounding may raise ln P above 0 by an ulp.
     let term = |p: f32, log_p: f32| p * (-log_p.max(LEAST_LOG)).max(0.0);
     let mut sums = [0.0; SUMS];
     let (chunks, rest) = p.as_chunks::<SUMS>();
@@ -119,8 +119,8 @@ struct Sweep<'a> {
 }
 
 impl Sweep<'_> {
-    /// Hands out the chosen `rows` of a tile of one head: number among the chosen, `P` and `ln P` of `keys`.
-    /// Where positions hide all of the tile there is nothing to hand out.
+    /// Calls back with the chosen `rows` of a tile of one head: the number among the chosen, `P` and `ln P` of `keys`.
+    /// Skips the tile if positions hide all of it.
     fn block(
         &self,
         scratch: &mut Scratch,
@@ -157,12 +157,12 @@ impl Sweep<'_> {
             if lse == f32::NEG_INFINITY {
                 line.fill(0.0);
             } else if lse.is_nan() {
-                // A masked key weighs 0 also in a row that is NaN.
+                // A masked key has weight 0 even in a row that is NaN.
                 let weight = |j| if tile_of_head.visible(h, i, j) { f32::NAN } else { 0.0 };
                 line.iter_mut().zip(keys.clone()).for_each(|(to, j)| *to = weight(j));
             } else {
                 tile_of_head.rules(i - tile.start, by_position(i), keys.start, line, ScoreStage::Masked);
-                // exp overflows above; an LSE of this row leaves nothing above 0 but rounding.
+                // exp overflows above 88; with the LSE of this row, only rounding leaves anything above 0.
                 line.iter_mut().for_each(|x| *x = if *x - lse > 88.0 { 88.0 } else { *x - lse });
             }
             log_p.clear();

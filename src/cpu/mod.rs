@@ -1,5 +1,5 @@
-//! The CPU backend: the same calls without an adapter. Tiles of queries on faer's matrix product, one
-//! rayon task each; how work is cut depends on shapes alone, so results do not depend on threads.
+//! The CPU backend: the same calls without an adapter. Tiles of queries use faer's matrix product, one rayon task per
+//! tile. Work is split by shapes only, so results do not depend on the number of threads.
 
 mod attention;
 mod exp;
@@ -36,7 +36,7 @@ impl<'a> View<'a> {
         self.layout.positions().map(|at| self.data[at]).collect()
     }
 
-    /// The last two axes at `lead` as a matrix with contiguous rows; copied when the strides forbid.
+    /// The last two axes at `lead` as a matrix with contiguous rows; copied if the strides require it.
     fn matrix(&self, lead: &[usize]) -> Matrix<'a> {
         let rank = self.layout.rank();
         let [rows, columns] = [self.layout.shape()[rank - 2], self.layout.shape()[rank - 1]];
@@ -113,7 +113,7 @@ pub(crate) struct Inputs<'a> {
     pub sink: Option<View<'a>>,
 }
 
-/// Results: `output` laid out as asked, the rest row-major.
+/// Results: `output` in the requested layout, the rest row-major.
 pub(crate) struct Outputs {
     pub output: Vec<f32>,
     /// `[b, h, i]`
@@ -124,7 +124,7 @@ pub(crate) struct Outputs {
     pub scores: Option<Vec<f32>>,
 }
 
-/// The first elements of a slice; none where nothing was asked for.
+/// Takes the first elements of a slice; none if they were not requested.
 fn take<'a>(from: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
     let whole = std::mem::take(from);
     let (taken, rest) = whole.split_at_mut(count.min(whole.len()));

@@ -1,4 +1,4 @@
-//! How fast this machine's cores multiply and add in registers.
+//! Measures how fast this machine's cores do multiply-adds in registers.
 
 use std::hint::black_box;
 use std::sync::OnceLock;
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Chains that do not wait for each other: enough to hide the latency of two units, few enough for 16 registers.
+/// Number of independent chains: enough to hide the latency of two units, few enough for 16 registers.
 const CHAINS: usize = 12;
 
 struct Chains {
@@ -14,7 +14,7 @@ struct Chains {
 }
 
 impl WithSimd for Chains {
-    /// Operations per round, and the value that keeps the compiler honest.
+    /// Operations per round, and a value that keeps the compiler from removing the work.
     type Output = (usize, f32);
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> (usize, f32) {
@@ -31,7 +31,7 @@ impl WithSimd for Chains {
     }
 }
 
-/// Operations per second of multiply-adds on all threads, each counting as two; measured once.
+/// Multiply-add operations per second on all threads, each counting as two; measured once.
 pub(crate) fn multiply_add_ceiling() -> f64 {
     static CEILING: OnceLock<f64> = OnceLock::new();
     *CEILING.get_or_init(|| {

@@ -1,11 +1,11 @@
-//! What goes row by row.
+//! Operations that work row by row.
 
 use rayon::prelude::*;
 
 use super::View;
 use crate::problem::{Layout, Place, Rows};
 
-/// `len` elements in rows of `width`, each written by `row` from its number.
+/// `len` elements in rows of `width`; `row` writes each row, given its number.
 fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let mut y = vec![0.0; len];
     y.par_chunks_mut(width.max(1)).enumerate().for_each(|(n, y)| row(n, y));
@@ -13,7 +13,7 @@ fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> V
 }
 
 /// X `[b, h, i, d]` with the first `2 · pairs` columns of each row rotated by the cosines and sines of its row of
-/// `table` `[row, 2 · columns]`. `layout` is the result's: rows of `d` one behind another.
+/// `table` `[row, 2 · columns]`. `layout` is the result's: contiguous rows of `d`.
 pub(crate) fn rotate(
     x: View<'_>,
     table: View<'_>,
@@ -65,8 +65,8 @@ pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) 
     })
 }
 
-/// RMSNorm, or where `centred` LayerNorm, over the last axis of X `[a, b, c, d]` with `weight` and `bias` `[d]`,
-/// row-major. Sums are f64: rows are short.
+/// RMSNorm, or LayerNorm if `centred`, over the last axis of X `[a, b, c, d]` with `weight` and `bias` `[d]`,
+/// row-major. Sums are in f64; rows are short.
 pub(crate) fn normalise(
     x: View<'_>,
     weight: View<'_>,
@@ -118,8 +118,8 @@ pub(crate) fn scatter(x: View<'_>, y: &mut [f32], layout: &Layout, places: &[Pla
     }
 }
 
-/// Joins two results `[b, h, i, d]` over disjoint keys with their LSEs `[b, h, i]`; `output` is the
-/// layout of the result, heads or queries innermost of the rows. The LSE is row-major.
+/// Merges two results `[b, h, i, d]` over disjoint keys, using their LSEs `[b, h, i]`. `output` is the layout of the
+/// result, with heads or queries innermost among the rows. The LSE is row-major.
 pub(crate) fn merge(outputs: [View<'_>; 2], lses: [View<'_>; 2], output: &Layout) -> [Vec<f32>; 2] {
     let &[batch, heads, len_q, dim] = output.shape() else { unreachable!("four axes") };
     let rows = batch * heads * len_q;
@@ -147,7 +147,7 @@ pub(crate) fn merge(outputs: [View<'_>; 2], lses: [View<'_>; 2], output: &Layout
         };
         let (total, weights) = weigh(bhi);
         for ((part, lse), weight) in outputs.iter().zip(&lses).zip(weights) {
-            // What saw no key weighs nothing, whatever it holds.
+            // A part that saw no key has weight 0, whatever it holds.
             if lse.data[lse.layout.at(&bhi)] == f32::NEG_INFINITY {
                 continue;
             }

@@ -1,40 +1,72 @@
-//! Finding an adapter and reading off what it can do.
+//! Finds an adapter and reads its capabilities.
 
 use crate::error::{Error, Result};
 use crate::kernels::turns::MESA_LOOP_TURNS;
 use crate::kernels::{AdapterClass, Capabilities, Variant};
 use crate::memory::system_memory;
 
-/// Which adapter to take.
+/// Which adapter to use, and how.
 #[derive(Clone, Debug, Default)]
+#[must_use]
+#[non_exhaustive]
 pub struct GpuOptions {
     /// A backend word (`vulkan`, `metal`, `dx12`, `gl`), an index into [`Gpu::adapters`](crate::Gpu::adapters),
     /// part of an adapter's name, or both a backend and part of a name: `gl:llvmpipe`. `None`: `WGPU_BACKEND` and
-    /// `WGPU_ADAPTER_NAME` decide, else the best.
+    /// `WGPU_ADAPTER_NAME` decide; if neither is set, the best adapter.
     pub adapter: Option<String>,
-    /// Leaves the subgroup kernels out even where the adapter has subgroups.
+    /// Does not use subgroup kernels, even if the adapter has subgroups.
     pub without_subgroups: bool,
-    /// The device's limits; `None`: all that the adapter offers. With [`wgpu::Limits::default`], WebGPU's own, what is
-    /// planned fits every implementation.
+    /// The device's limits. `None`: all that the adapter offers. With [`wgpu::Limits::default`], WebGPU's own limits,
+    /// plans fit every implementation.
     pub limits: Option<wgpu::Limits>,
-    /// How often the loops of an invocation may turn, all together, on a driver that ends them without a word: `attn
-    /// check` measures it. `None`: 65,000 on Mesa's software drivers, as often as they like elsewhere.
+    /// Maximum number of iterations of all loops of an invocation together, for drivers that silently stop loops there;
+    /// `attn check` measures it. `None`: 65,000 on Mesa's software drivers, unlimited elsewhere.
     pub max_loop_turns: Option<u32>,
-    /// Seconds that one submit may take, by an estimate; `None`: half a second. Work that takes longer goes into several,
-    /// since Windows and some drivers reset a GPU that works on one for two seconds.
+    /// Estimated seconds that one submit may take. `None`: half a second. Longer work is split into several submits,
+    /// because Windows and some drivers reset a GPU that works on one submit for two seconds.
     pub seconds_per_submit: Option<f64>,
-    /// Changes the WGSL of a variant before it is compiled; `None` leaves it. For checks that break a kernel on
-    /// purpose, and for experiments.
+    /// Changes the WGSL of a variant before it is compiled; a result of `None` leaves it unchanged. For tests that
+    /// break a kernel on purpose, and for experiments.
     pub rewrite: Option<fn(&Variant, &str) -> Option<String>>,
 }
 
 impl GpuOptions {
-    /// The adapter called `which`: a backend word, an index or part of a name.
+    /// Selects the adapter `which`: a backend word, an index or part of a name.
     pub fn adapter(which: impl Into<String>) -> GpuOptions {
         GpuOptions { adapter: Some(which.into()), ..Default::default() }
     }
 
-    /// True when one adapter was asked for, here or by `WGPU_ADAPTER_NAME`.
+    /// The best adapter, with all its limits.
+    pub fn new() -> GpuOptions {
+        GpuOptions::default()
+    }
+    /// Sets [`GpuOptions::without_subgroups`].
+    pub fn without_subgroups(mut self, yes: bool) -> Self {
+        self.without_subgroups = yes;
+        self
+    }
+    /// Sets [`GpuOptions::limits`].
+    pub fn limits(mut self, limits: wgpu::Limits) -> Self {
+        self.limits = Some(limits);
+        self
+    }
+    /// Sets [`GpuOptions::max_loop_turns`].
+    pub fn max_loop_turns(mut self, turns: u32) -> Self {
+        self.max_loop_turns = Some(turns);
+        self
+    }
+    /// Sets [`GpuOptions::seconds_per_submit`].
+    pub fn seconds_per_submit(mut self, seconds: f64) -> Self {
+        self.seconds_per_submit = Some(seconds);
+        self
+    }
+    /// Sets [`GpuOptions::rewrite`].
+    pub fn rewrite(mut self, rewrite: fn(&Variant, &str) -> Option<String>) -> Self {
+        self.rewrite = Some(rewrite);
+        self
+    }
+
+    /// True if an adapter was requested, here or by `WGPU_ADAPTER_NAME`.
     #[cfg(feature = "cpu")]
     pub(crate) fn names_an_adapter(&self) -> bool {
         self.adapter.is_some() || environment_name().is_some()
@@ -47,8 +79,9 @@ fn environment_name() -> Option<String> {
 
 /// One adapter of this machine.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AdapterSummary {
-    /// Place in [`Gpu::adapters`](crate::Gpu::adapters); accepted as [`GpuOptions::adapter`].
+    /// Index in [`Gpu::adapters`](crate::Gpu::adapters); accepted as [`GpuOptions::adapter`].
     pub index: usize,
     /// Name, driver, backend, type, subgroup sizes.
     pub info: wgpu::AdapterInfo,
@@ -59,13 +92,13 @@ pub struct AdapterSummary {
 }
 
 impl AdapterSummary {
-    /// Whether `which`, as in [`GpuOptions::adapter`], means this adapter.
+    /// Whether `which`, as in [`GpuOptions::adapter`], matches this adapter.
     pub fn answers_to(&self, which: &str) -> bool {
         answers(which, self.index, &self.info)
     }
 }
 
-/// The backend that a name begins with, and the name.
+/// Splits a name into its leading backend, if any, and the rest.
 fn parted(which: &str) -> (Option<wgpu::Backend>, &str) {
     let (word, name) = which.split_once(':').unwrap_or((which, ""));
     match backend_word(word) {
@@ -82,11 +115,11 @@ fn answers(which: &str, index: usize, info: &wgpu::AdapterInfo) -> bool {
     backend.is_none_or(|backend| backend == info.backend) && info.name.to_lowercase().contains(&name.to_lowercase())
 }
 
-/// An instance that loads nothing but `backends`: even to look at GL starts a display connection.
+/// An instance that loads only `backends`, because merely enumerating GL opens a display connection.
 fn instance(backends: wgpu::Backends) -> wgpu::Instance {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
-    // Where the driver tells its budget, an allocation beyond it fails with an error of ours instead
-    // of taking the machine down.
+    // If the driver reports a memory budget, an allocation beyond it fails with our error instead of taking the machine
+    // down.
     descriptor.memory_budget_thresholds.for_resource_creation.get_or_insert(95);
     descriptor.backends = backends;
     wgpu::Instance::new(descriptor)
@@ -152,9 +185,9 @@ fn backend_word(word: &str) -> Option<wgpu::Backend> {
     })
 }
 
-/// The adapter that `options` ask for.
+/// The adapter that `options` select.
 pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
-    // GL is last in rank and slow to ask, so an unnamed choice asks it only when nothing else answers.
+    // GL ranks last and is slow to enumerate, so an unnamed choice tries it only if nothing else is found.
     let mut found = match (&options.adapter, environment_name()) {
         (None, None) => find(wgpu::Backends::all() - wgpu::Backends::GL).await,
         (Some(which), _) => match parted(which).0 {
@@ -175,7 +208,7 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
         })
         .collect();
     if found.is_empty() {
-        return Err(Error::NoAdapter("wgpu found none that can compute".into()));
+        return Err(Error::NoAdapter { asked: options.adapter.clone().or_else(environment_name), found: names });
     }
     let has_name =
         |adapter: &wgpu::Adapter, part: &str| adapter.get_info().name.to_lowercase().contains(&part.to_lowercase());
@@ -186,20 +219,17 @@ pub async fn choose(options: &GpuOptions) -> Result<wgpu::Adapter> {
     };
     match at {
         Some(at) => Ok(found.swap_remove(at)),
-        None => {
-            let asked = options.adapter.clone().or_else(environment_name).unwrap_or_default();
-            Err(Error::NoAdapter(format!("no adapter answers to \"{asked}\"; there are {}", names.join(", "))))
-        }
+        None => Err(Error::NoAdapter { asked: options.adapter.clone().or_else(environment_name), found: names }),
     }
 }
 
-/// The loop turns of drivers that are known to count them: Mesa's on the CPU, behind a virtual GPU too.
+/// The iteration limit of drivers that are known to have one: Mesa's CPU drivers, including those behind a virtual GPU.
 fn known_loop_turns(info: &wgpu::AdapterInfo) -> Option<u32> {
     let counts = [&info.name, &info.driver].into_iter().any(|text| text.to_lowercase().contains("llvmpipe"));
     counts.then_some(MESA_LOOP_TURNS)
 }
 
-/// Which kind of machine an adapter is.
+/// Whether an adapter is a GPU or runs on the CPU.
 pub fn class(info: &wgpu::AdapterInfo) -> AdapterClass {
     match info.device_type {
         wgpu::DeviceType::Cpu => AdapterClass::Cpu,
@@ -207,7 +237,7 @@ pub fn class(info: &wgpu::AdapterInfo) -> AdapterClass {
     }
 }
 
-/// What planning needs to know of a device.
+/// The capabilities of a device, as planning uses them.
 pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &GpuOptions) -> Capabilities {
     let limits = device.limits();
     let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;

@@ -1,31 +1,29 @@
-//! Device buffers: pooled, so that a call of a shape that was seen before allocates nothing.
+//! Device buffers. They are pooled, so a call of a shape that was seen before allocates nothing.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::{AllocationCounts, Gpu, lock};
-use crate::error::Result;
+use crate::error::{Error, Result, value_error};
 use crate::kernels::plan::check_buffer;
 
-/// Bytes of idle buffers that are kept for the next call.
+/// Most bytes of idle buffers to keep for later calls.
 const MOST_IDLE: u64 = 1 << 30;
 
-/// What uniform blocks and tables are used as.
+/// The usage of uniform blocks and tables.
 const CONSTANT: wgpu::BufferUsages = wgpu::BufferUsages::UNIFORM.union(wgpu::BufferUsages::STORAGE);
 
-/// What a pooled buffer may be reused for.
+/// What a pooled buffer may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Purpose {
-    /// Tensors and working memory of calls that are submitted at once.
+    /// Tensors and working memory.
     Call,
-    /// Working memory of work recorded into a caller's encoder. It may still wait for its submit when
-    /// it comes back, so an upload, which runs before that submit, must never get it.
-    Encoder,
-    /// Uniform blocks and tables of a call whose parameters are new every time.
+    /// Uniform blocks and tables of a call whose parameters change every time.
     Parameters,
-    /// Reading back.
+    /// Readback.
     Staging,
 }
 
@@ -44,12 +42,55 @@ pub struct Pool {
     idle: Mutex<Idle>,
     created: AtomicU64,
     created_bytes: AtomicU64,
+    /// What was recorded into encoders that have not finished, by encoder.
+    recorded: Mutex<HashMap<u64, Weak<Recorded>>>,
 }
 
 #[derive(Default)]
 struct Idle {
     buffers: BTreeMap<(Purpose, u64), Vec<wgpu::Buffer>>,
     bytes: u64,
+}
+
+/// The buffers of all calls recorded into one of a caller's encoders. They are not reused elsewhere until the encoder's
+/// work is done or the encoder is dropped: an upload would run before that work, and another submit might.
+pub(crate) struct Recorded {
+    gpu: Gpu,
+    encoder: u64,
+    /// Buffers that calls in this encoder made and nobody holds any more, by size. Later calls in the same encoder may
+    /// reuse them, because they run after those.
+    idle: Mutex<BTreeMap<u64, Vec<wgpu::Buffer>>>,
+    /// Buffers that were not made for this encoder.
+    held: Mutex<Vec<GpuBuffer>>,
+}
+
+impl Recorded {
+    /// Holds the buffers that a recorded call binds, except those made for this encoder and those of the caller.
+    pub fn hold(&self, buffers: impl Iterator<Item = GpuBuffer>) {
+        let comes_back = |buffer: &GpuBuffer| match &buffer.0.home {
+            Home::Caller => true,
+            Home::Encoder(recorded) => std::ptr::eq(recorded.as_ptr(), self),
+            Home::Pool(_) => false,
+        };
+        lock(&self.held).extend(buffers.filter(|buffer| !comes_back(buffer)));
+    }
+
+    fn take(&self, size: u64) -> Option<wgpu::Buffer> {
+        lock(&self.idle).get_mut(&size)?.pop()
+    }
+
+    fn give(&self, buffer: wgpu::Buffer) {
+        lock(&self.idle).entry(buffer.size()).or_default().push(buffer);
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        let pool = &self.gpu.0.pool;
+        let idle = std::mem::take(&mut *lock(&self.idle));
+        idle.into_values().flatten().for_each(|buffer| pool.give(Purpose::Call, buffer));
+        lock(&pool.recorded).remove(&self.encoder);
+    }
 }
 
 impl Pool {
@@ -77,7 +118,7 @@ impl Pool {
         let mut idle = lock(&self.idle);
         let size = buffer.size();
         if idle.bytes + size > MOST_IDLE {
-            // Sizes of today crowd out sizes of yesterday: start afresh rather than track age.
+            // New sizes crowd out old ones: start over rather than track age.
             *idle = Idle::default();
         }
         if size <= MOST_IDLE {
@@ -87,7 +128,7 @@ impl Pool {
     }
 }
 
-/// Uniform blocks and tables, by content.
+/// Uniform blocks and tables, cached by content.
 pub struct Constants<B = wgpu::Buffer> {
     buffers: HashMap<Vec<u8>, B>,
     bytes: u64,
@@ -100,12 +141,12 @@ impl<B> Default for Constants<B> {
 }
 
 impl<B: Clone> Constants<B> {
-    /// Bytes that are kept in all, those of the keys on the host and those of the buffers alike; a program with more
-    /// shapes than fit makes some again.
+    /// Most bytes to keep, for the keys on the host and for the buffers alike. A program with more shapes than fit
+    /// creates some again.
     const MOST: u64 = 4 << 20;
-    /// A larger table is new with every call, as likely as not, and would push out the others.
+    /// A larger table probably changes with every call and would push out the others.
     const LARGEST: u64 = 64 << 10;
-    /// What each takes beside its bytes, about.
+    /// Approximate overhead of each entry, in bytes.
     const EACH: u64 = 1 << 10;
 
     fn keep(&mut self, bytes: &[u8], buffer: &B) {
@@ -122,7 +163,7 @@ impl<B: Clone> Constants<B> {
     }
 }
 
-/// Sizes are rounded to quarter powers of two, so that nearly equal shapes share buffers.
+/// Rounds a size up to a quarter of a power of two, so that nearly equal shapes share buffers.
 fn size_class(bytes: u64, limit: u64) -> u64 {
     let bytes = bytes.max(256);
     let step = (bytes.next_power_of_two() / 8).max(256);
@@ -132,19 +173,33 @@ fn size_class(bytes: u64, limit: u64) -> u64 {
 struct Owned {
     gpu: Gpu,
     buffer: wgpu::Buffer,
-    /// `None` for a caller's own buffer.
-    purpose: Option<Purpose>,
+    home: Home,
+}
+
+/// Where a buffer goes that nobody holds any more.
+enum Home {
+    /// A caller's own, or a constant.
+    Caller,
+    Pool(Purpose),
+    /// To later calls in the encoder that it was made for, until that is done.
+    Encoder(Weak<Recorded>),
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        if let Some(purpose) = self.purpose {
-            self.gpu.0.pool.give(purpose, self.buffer.clone());
+        let buffer = self.buffer.clone();
+        match &self.home {
+            Home::Caller => {}
+            Home::Pool(purpose) => self.gpu.0.pool.give(*purpose, buffer),
+            Home::Encoder(recorded) => match recorded.upgrade() {
+                Some(recorded) => recorded.give(buffer),
+                None => self.gpu.0.pool.give(Purpose::Call, buffer),
+            },
         }
     }
 }
 
-/// A buffer that goes back to the pool with its last clone.
+/// A buffer that returns to the pool when its last clone is dropped.
 #[derive(Clone)]
 pub(crate) struct GpuBuffer(Arc<Owned>);
 
@@ -155,11 +210,40 @@ impl std::fmt::Debug for GpuBuffer {
 }
 
 impl Gpu {
+    /// What has been recorded into this encoder so far.
+    pub(crate) fn recorded(&self, encoder: &wgpu::CommandEncoder) -> Arc<Recorded> {
+        let mut hasher = DefaultHasher::new();
+        encoder.hash(&mut hasher);
+        let key = hasher.finish();
+        let mut all = lock(&self.0.pool.recorded);
+        if let Some(recorded) = all.get(&key).and_then(Weak::upgrade) {
+            return recorded;
+        }
+        let recorded =
+            Arc::new(Recorded { gpu: self.clone(), encoder: key, idle: Mutex::default(), held: Mutex::default() });
+        all.insert(key, Arc::downgrade(&recorded));
+        let until_done = recorded.clone();
+        encoder.on_submitted_work_done(move || drop(until_done));
+        recorded
+    }
+
     pub(crate) fn allocate(&self, what: &str, bytes: u64, purpose: Purpose) -> Result<GpuBuffer> {
+        self.allocate_for(None, what, bytes, purpose)
+    }
+
+    /// Like [`Gpu::allocate`], for a call in an encoder: reuses what earlier calls in that encoder no longer need.
+    pub(crate) fn allocate_for(
+        &self,
+        recorded: Option<&Arc<Recorded>>,
+        what: &str,
+        bytes: u64,
+        purpose: Purpose,
+    ) -> Result<GpuBuffer> {
         self.check()?;
         check_buffer(&self.0.capabilities, what, bytes)?;
         let size = size_class(bytes, self.0.capabilities.max_buffer);
-        let buffer = match self.0.pool.take(purpose, size) {
+        let idle = recorded.and_then(|recorded| recorded.take(size));
+        let buffer = match idle.or_else(|| self.0.pool.take(purpose, size)) {
             Some(buffer) => buffer,
             None => {
                 let descriptor = wgpu::BufferDescriptor {
@@ -173,20 +257,14 @@ impl Gpu {
                 buffer
             }
         };
-        Ok(GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer, purpose: Some(purpose) })))
+        let home = recorded.map_or(Home::Pool(purpose), |recorded| Home::Encoder(Arc::downgrade(recorded)));
+        Ok(GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer, home })))
     }
 
     pub(crate) fn upload(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
         let buffer = self.allocate(what, bytes.len() as u64, Purpose::Call)?;
         self.write(what, &buffer, bytes)?;
         Ok(buffer)
-    }
-
-    /// As [`Gpu::upload`], into a buffer that is never written again.
-    pub(crate) fn upload_once(&self, what: &str, bytes: &[u8]) -> Result<GpuBuffer> {
-        self.check()?;
-        check_buffer(&self.0.capabilities, what, bytes.len() as u64)?;
-        self.scoped_now(what, || self.constant(bytes))
     }
 
     fn write(&self, what: &str, buffer: &GpuBuffer, bytes: &[u8]) -> Result<()> {
@@ -205,11 +283,43 @@ impl Gpu {
         })
     }
 
-    pub(crate) fn adopt(&self, buffer: &wgpu::Buffer) -> GpuBuffer {
-        GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), purpose: None }))
+    /// An error unless the buffer belongs to this device.
+    pub(crate) fn expect_own(&self, buffer: &wgpu::Buffer) -> Result<()> {
+        let size = wgpu::BufferSize::new(buffer.size().min(16) / 4 * 4);
+        let Some(size) = size else {
+            return Err(value_error!("a buffer of {} bytes holds no element", buffer.size()));
+        };
+        let during = "taking a buffer";
+        let bound = self.scoped_now(during, || {
+            self.0.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some(during),
+                layout: &self.0.one_buffer,
+                entries: &[wgpu::BindGroupEntry {
+                    binding: 0,
+                    resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                        buffer,
+                        offset: 0,
+                        size: Some(size),
+                    }),
+                }],
+            })
+        });
+        match bound {
+            Ok(_) => Ok(()),
+            Err(Error::Gpu { adapter, .. }) => Err(Error::Device {
+                what: "the buffer".into(),
+                there: "another device, or was destroyed,".into(),
+                here: adapter,
+            }),
+            Err(error) => Err(error),
+        }
     }
 
-    /// An immutable buffer of these bytes, made once as long as it is kept.
+    pub(crate) fn adopt(&self, buffer: &wgpu::Buffer) -> GpuBuffer {
+        GpuBuffer(Arc::new(Owned { gpu: self.clone(), buffer: buffer.clone(), home: Home::Caller }))
+    }
+
+    /// An immutable buffer of these bytes; cached by content.
     pub(crate) fn constant(&self, bytes: &[u8]) -> GpuBuffer {
         if let Some(buffer) = lock(&self.0.constants).buffers.get(bytes) {
             return self.adopt(buffer);
@@ -245,13 +355,13 @@ impl GpuBuffer {
         &self.0.buffer
     }
 
-    /// Copies a range back and hands it to `convert`. On native the thread waits for the device.
+    /// Reads a range back and passes it to `convert`. On native platforms the thread waits for the device.
     pub async fn read<T>(&self, range: Range<u64>, convert: impl FnOnce(&[u8]) -> T) -> Result<T> {
         const DURING: &str = "reading a tensor back";
         let gpu = self.gpu();
         gpu.check()?;
         if !self.0.buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
-            return Err(gpu.failure(DURING, "the caller's buffer lacks the usage COPY_SRC"));
+            return Err(value_error!("a tensor over a buffer without the usage COPY_SRC cannot be read back"));
         }
         let size = (range.end - range.start).next_multiple_of(4);
         let staging = gpu.allocate("staging", size, Purpose::Staging)?;
@@ -261,7 +371,7 @@ impl GpuBuffer {
             encoder.copy_buffer_to_buffer(&self.0.buffer, range.start, staging.raw(), 0, size);
             gpu.0.queue.submit([encoder.finish()]);
             staging.raw().map_async(wgpu::MapMode::Read, 0..size, |result| {
-                // The receiver is gone when the caller gave up; then nobody wants to know.
+                // If the caller gave up, the receiver is gone and the result is not needed.
                 let _ = sender.send(result);
             });
         })
@@ -270,7 +380,7 @@ impl GpuBuffer {
         gpu.wait()?;
         match receiver.await {
             Ok(Ok(())) => {}
-            // The copy was valid and is done: only a lost device cannot map it.
+            // The copy was valid and is done, so only a lost device fails to map it.
             _ => return Err(gpu.lost("a buffer could not be mapped")),
         }
         let value = {
@@ -290,7 +400,7 @@ mod tests {
     #[test]
     fn what_is_kept_by_content_is_bounded_by_its_bytes() {
         let mut kept = Constants::<()>::default();
-        // Lengths of a batch of 4,000 that are new with every call, and of one that is too large to keep.
+        // Lengths of a batch of 4,000 that change with every call, and of one that is too large to keep.
         for call in 0..2000u32 {
             kept.keep(&call.to_le_bytes().repeat(4000), &());
             kept.keep(&call.to_le_bytes().repeat(70_000), &());

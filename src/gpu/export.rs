@@ -1,4 +1,4 @@
-//! A call as data: what another implementation of WebGPU needs to run it.
+//! A call as data: everything that another WebGPU implementation needs to run it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,19 +14,19 @@ use crate::problem::{Dtype, Layout};
 
 /// A planned call with its WGSL, its buffers and its dispatches, from [`Attention::export`](crate::Attention::export).
 ///
-/// To run it: create every buffer, write the contents of those that have some, make a compute pipeline per step with
-/// the entry point `main`, bind group 0, and dispatch the steps in their order in one compute pass or several. The
-/// outputs are then in their buffers.
+/// To run it, create every buffer, write the contents of those that have some, create a compute pipeline per step with
+/// the entry point `main`, bind group 0, and dispatch the steps in order in one or more compute passes. The outputs are
+/// then in their buffers.
 ///
-/// [`ExportedCall::save`] writes `plan.json`, in the form of [`ExportedCall::to_json`], and the contents of buffer
-/// `n` as `buffer-n.bin`. All numbers in those files are little-endian. The JSON, `wgpu-attention-plan/1`:
+/// [`ExportedCall::save`] writes `plan.json`, in the format of [`ExportedCall::to_json`], and the contents of buffer
+/// `n` as `buffer-n.bin`. All numbers in the `.bin` files are little-endian. The JSON, `wgpu-attention-plan/1`:
 ///
 /// ```text
 /// { "schema": "wgpu-attention-plan/1",
-///   "adapter": "…",               for which it was planned
-///   "features": ["subgroups"],    WebGPU's names of the features needed
-///   "subgroup_min": 8,            lanes that a subgroup must have at least; null without subgroups
-///   "limits": { "maxBufferSize": … },   WebGPU's names of limits; what is needed, not what the adapter offers
+///   "adapter": "…",               the adapter it was planned for
+///   "features": ["subgroups"],    required features, by their WebGPU names
+///   "subgroup_min": 8,            minimum lanes of a subgroup; null without subgroups
+///   "limits": { "maxBufferSize": … },   required limits, by their WebGPU names; not what the adapter offers
 ///   "buffers": [{ "label", "size": bytes, "contents": whether there is a buffer-n.bin }],
 ///   "steps": [{ "kernel", "wgsl", "workgroups": [x, y, z],
 ///               "bindings": [{ "binding", "kind": "uniform" | "read" | "read_write", "buffer": n, "offset", "size" }] }],
@@ -36,23 +36,24 @@ use crate::problem::{Dtype, Layout};
 ///
 /// `limits` has `maxBufferSize`, `maxStorageBufferBindingSize`, `maxStorageBuffersPerShaderStage`,
 /// `maxComputeInvocationsPerWorkgroup`, `maxComputeWorkgroupSizeX`, `maxComputeWorkgroupStorageSize`,
-/// `maxComputeWorkgroupsPerDimension`, and `minStorageBufferOffsetAlignment`, the largest that the plan's offsets
-/// agree with. The version grows when a member goes, changes its type or its meaning.
+/// `maxComputeWorkgroupsPerDimension`, and `minStorageBufferOffsetAlignment`: the largest alignment that the plan's
+/// offsets satisfy. The version increases when a member is removed or changes its type or meaning.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedCall {
     /// [`ExportedCall::SCHEMA`]
     pub schema: &'static str,
     /// The adapter it was planned for.
     pub adapter: String,
-    /// Features needed, by WebGPU's names.
+    /// Required features, by their WebGPU names.
     pub features: Vec<&'static str>,
-    /// Lanes that a subgroup must have at least; `None` where subgroups are not used.
+    /// Minimum number of lanes of a subgroup; `None` if subgroups are not used.
     pub subgroup_min: Option<u32>,
-    /// Limits needed, by WebGPU's names.
+    /// Required limits, by their WebGPU names.
     pub limits: BTreeMap<&'static str, u64>,
-    /// Steps and outputs count them from 0.
+    /// Steps and outputs refer to these by index.
     pub buffers: Vec<ExportedBuffer>,
-    /// Dispatches in their order.
+    /// Dispatches, in order.
     pub steps: Vec<ExportedStep>,
     /// Where the results are.
     pub outputs: Vec<ExportedOutput>,
@@ -60,31 +61,35 @@ pub struct ExportedCall {
 
 /// A buffer of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedBuffer {
-    /// `operand`, `parameters`, or `results`, working memory included.
+    /// `operand`, `parameters`, or `results`, which includes working memory.
     pub label: &'static str,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// What it holds before the first step; `None`: anything, it is written before it is read.
+    /// Contents before the first step. `None`: arbitrary; the buffer is written before it is read.
     #[serde(serialize_with = "is_some")]
     pub contents: Option<Vec<u8>>,
 }
 
 /// A dispatch of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedStep {
     /// Name of the kernel variant.
     pub kernel: String,
-    /// The text as a browser takes it: with `enable subgroups;` where they are used, a line that naga refuses.
+    /// The WGSL in the form that browsers accept: with `enable subgroups;` if subgroups are used, a line that naga
+    /// refuses.
     pub wgsl: String,
-    /// Workgroups in x, y and z.
+    /// Number of workgroups in x, y and z.
     pub workgroups: [u32; 3],
-    /// Bind group 0.
+    /// The bindings of bind group 0.
     pub bindings: Vec<ExportedBinding>,
 }
 
 /// A part of a buffer bound to a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedBinding {
     /// The `@binding` number.
     pub binding: u32,
@@ -94,13 +99,14 @@ pub struct ExportedBinding {
     pub buffer: usize,
     /// First byte.
     pub offset: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
 }
 
 /// How a kernel declares a binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum BindingKind {
     /// `var<uniform>`
     Uniform,
@@ -112,8 +118,9 @@ pub enum BindingKind {
 
 /// A result of an [`ExportedCall`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ExportedOutput {
-    /// The member of [`Attended`](crate::Attended).
+    /// The field of [`Attended`](crate::Attended).
     pub name: &'static str,
     /// Index into [`ExportedCall::buffers`].
     pub buffer: usize,
@@ -123,10 +130,10 @@ pub struct ExportedOutput {
     pub strides: Vec<usize>,
     /// The first element.
     pub offset: usize,
-    /// What the buffer holds.
+    /// The type in the buffer.
     #[serde(serialize_with = "as_text")]
     pub stored: Dtype,
-    /// What the values are rounded to when they are read.
+    /// The type that values are rounded to when they are read.
     #[serde(serialize_with = "as_text")]
     pub dtype: Dtype,
 }
@@ -143,12 +150,12 @@ impl ExportedCall {
     /// Name and version of the JSON.
     pub const SCHEMA: &'static str = "wgpu-attention-plan/1";
 
-    /// All but the contents of buffers.
+    /// Everything except the contents of buffers.
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("texts, numbers and truth values alone")
+        serde_json::to_string_pretty(self).expect("only strings, numbers and booleans")
     }
 
-    /// Writes `plan.json` and the contents of buffers into a folder that exists.
+    /// Writes `plan.json` and the contents of buffers into an existing folder.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let write = |name: String, bytes: &[u8]| {
             let path = folder.join(name);
@@ -179,14 +186,14 @@ impl ExportedOutput {
     }
 }
 
-/// Buffers in the order they are met.
+/// Buffers in order of first use.
 struct Buffers {
     /// `None`: the steps' parameters.
     met: Vec<(Option<GpuBuffer>, ExportedBuffer)>,
 }
 
 impl Buffers {
-    /// The buffer's index; `label` is that of its first use, `size` what is used of it.
+    /// The buffer's index. `label` is that of its first use, `size` the number of bytes used.
     fn index(&mut self, buffer: Option<&GpuBuffer>, label: &'static str, size: u64) -> usize {
         let is_it = |met: &Option<GpuBuffer>| match (met, buffer) {
             (Some(met), Some(buffer)) => met.is(buffer),
@@ -202,11 +209,11 @@ impl Buffers {
     }
 }
 
-/// Where a result is: its name, its buffer, how it lies there, and its type.
+/// A result: its name, its buffer, its layout there, and its type.
 pub(crate) type ExportedResult<'a> = (&'static str, &'a GpuBuffer, Operand<'a>, Dtype);
 
 impl Steps {
-    /// What [`Steps::submit`] would run, without running it; for what [`Steps::for_step`] made.
+    /// What [`Steps::submit`] would run, without running it. For steps from [`Steps::for_step`].
     pub async fn export(self, results: &[ExportedResult<'_>]) -> Result<ExportedCall> {
         let mut buffers = Buffers { met: Vec::new() };
         let mut steps = Vec::new();
@@ -217,7 +224,7 @@ impl Steps {
             let declared: BTreeMap<String, (u32, wgpu::BufferBindingType)> =
                 declared_bindings(&wgsl).map(|one| (one.name.to_string(), (one.number, one.kind))).collect();
             if variant.uses_subgroups() {
-                // The adapter may be naga's, which refuses the line.
+                // Added here, because naga refuses this line if the adapter uses it.
                 wgsl.insert_str(0, "enable subgroups;\n");
                 features = vec!["subgroups"];
             }
@@ -266,7 +273,7 @@ impl Steps {
             it.contents = match &buffer {
                 None => {
                     let bytes = self.parameters.clone().unwrap_or_default();
-                    // An empty table at the end is bound nowhere.
+                    // An empty table at the end is not bound.
                     it.size = bytes.len() as u64;
                     Some(bytes)
                 }

@@ -1,12 +1,12 @@
-//! The second floor: the only room that talks to wgpu. Adapters and devices, buffers and their pool,
-//! pipelines, and the execution of plans.
+//! The only module that calls wgpu: adapters and devices, buffers and their pool, pipelines, and the execution of
+//! plans.
 
 mod adapters;
 mod buffers;
-// Files, and crates that are left out of a browser's build.
+// Needs files, and crates that a browser build leaves out.
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 mod export;
-// Clocks: a browser's is not the one of std.
+// Needs std's clock, which browsers do not have.
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
 mod run;
@@ -27,6 +27,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::kernels::{AdapterClass, Capabilities, Variant};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 use buffers::{Constants, Pool};
 use run::Pipeline;
 use tuning::Tuning;
@@ -41,41 +44,45 @@ struct Inner {
     device: wgpu::Device,
     queue: wgpu::Queue,
     pipelines: Mutex<HashMap<Variant, Arc<Pipeline>>>,
-    /// Uniform blocks and band tables by content: written once, never changed, so that work recorded
-    /// into a caller's encoder reads what it was recorded with.
+    /// Uniform blocks and band tables by content. They are written once and never changed, so work recorded into a
+    /// caller's encoder reads the values it was recorded with.
     constants: Mutex<Constants>,
     pool: Pool,
+    /// A bind group layout of one storage buffer, to check which device a buffer belongs to.
+    one_buffer: wgpu::BindGroupLayout,
     tuning: Tuning,
-    /// Wide loads are of words of 64 bits: software adapters load word by word.
+    /// Wide loads use 64-bit words, because software adapters load word by word.
     loads_64_bits: bool,
     rewrite: Option<fn(&Variant, &str) -> Option<String>>,
     seconds_per_submit: f64,
-    /// What runs, while somebody wants to know.
+    /// The kernels that ran, while a trace is active.
     trace: Mutex<Option<Vec<Traced>>>,
-    /// What [`Gpu::multiply_add_ceiling`] measured.
+    /// The rate that [`Gpu::multiply_add_ceiling`] measured.
     #[cfg(not(target_arch = "wasm32"))]
     ceiling: Mutex<Option<f64>>,
-    /// Why the device was lost, once it is.
+    /// Why the device was lost, once it has been.
     lost: Arc<Mutex<Option<String>>>,
-    /// The first error that no scope caught.
+    /// The first error that no error scope caught.
     fault: Arc<Mutex<Option<String>>>,
 }
 
-/// Long enough that a submit costs nothing beside its work, short enough for every watchdog.
+/// Long enough that the cost of a submit is negligible, short enough for every watchdog.
 const SECONDS_PER_SUBMIT: f64 = 0.5;
-/// The share of an adapter's multiply-add ceiling that kernels reach at least, about.
+/// The fraction of an adapter's multiply-add ceiling that kernels reach at least, roughly.
 const SHARE_REACHED: f64 = 0.2;
-/// Operations that take less than [`SECONDS_PER_SUBMIT`] on any adapter, about: for more it is worth measuring the ceiling.
+/// Roughly the number of operations that takes less than [`SECONDS_PER_SUBMIT`] on any adapter. Measuring the ceiling
+/// pays off only above it.
 const SURELY_SHORT: f64 = 1e9;
 
-/// How many buffers an adapter has made so far.
+/// Buffers and pipelines created on an adapter so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct AllocationCounts {
-    /// Buffers created: tensors, working memory, staging, uniform blocks.
+    /// Number of buffers created: tensors, working memory, staging, uniform blocks.
     pub buffers: u64,
-    /// Their bytes in all.
+    /// Their total size in bytes.
     pub bytes: u64,
-    /// Pipelines compiled.
+    /// Number of pipelines compiled.
     pub pipelines: u64,
 }
 
@@ -85,32 +92,47 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// A lock whose holder panicked is as good as before: every guarded value is valid at every step.
+/// A poisoned lock is still usable: every guarded value is valid at every step.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Gpu {
-    /// The best adapter: a discrete GPU before an integrated one before software, native backends
-    /// before GL. `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` narrow the choice.
+    /// The best adapter: discrete GPUs before integrated ones before software, native backends before GL.
+    /// `WGPU_BACKEND` and `WGPU_ADAPTER_NAME` narrow the choice.
     ///
-    /// The device is created with the adapter's own limits, unless [`GpuOptions::limits`] says other, and with those of
-    /// the features the library uses that the adapter has: `SUBGROUP` for its kernels, `TIMESTAMP_QUERY` for
-    /// [`Profile::gpu_time`], of software adapters `SHADER_INT64` for wider loads.
+    /// The device is created with the adapter's own limits, unless [`GpuOptions::limits`] is set, and with these
+    /// features if the adapter has them: `SUBGROUP` for the kernels, `TIMESTAMP_QUERY` for [`Profile::gpu_time`], and
+    /// on software adapters `SHADER_INT64` for wider loads.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::NoAdapter`]: no adapter can compute, or none matches `WGPU_ADAPTER_NAME`.
+    /// - [`Error::Gpu`]: the adapter did not create a device.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn new() -> Result<Gpu> {
         Gpu::with_options(&GpuOptions::default())
     }
 
-    /// As [`Gpu::new`], with a say in which adapter.
+    /// Like [`Gpu::new`], with options.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::NoAdapter`]: no adapter can compute, or none matches [`GpuOptions::adapter`] or `WGPU_ADAPTER_NAME`.
+    /// - [`Error::Gpu`]: the adapter did not create a device, for example because [`GpuOptions::limits`] exceed its
+    ///   own.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn with_options(options: &GpuOptions) -> Result<Gpu> {
-        pollster::block_on(Gpu::request(options))
+        wait_for(Gpu::open(options.clone()))
     }
 
-    /// As [`Gpu::with_options`], without blocking.
+    /// Like [`Gpu::with_options`], without blocking.
     pub async fn request(options: &GpuOptions) -> Result<Gpu> {
-        let adapter = adapters::choose(options).await?;
+        apart(Gpu::open(options.clone())).await
+    }
+
+    async fn open(options: GpuOptions) -> Result<Gpu> {
+        let adapter = adapters::choose(&options).await?;
         let mut used = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
         if adapters::class(&adapter.get_info()) == AdapterClass::Cpu {
             used |= wgpu::Features::SHADER_INT64;
@@ -128,8 +150,8 @@ impl Gpu {
             during: "creating the device".into(),
             message: error.to_string(),
         })?;
-        let gpu = Gpu::assemble(info, device, queue, options);
-        // Our own device: what no scope catches is kept and reported by the next call.
+        let gpu = Gpu::assemble(info, device, queue, &options);
+        // This is our own device, so an error that no scope catches is kept and reported by the next call.
         let fault = gpu.0.fault.clone();
         gpu.0.device.on_uncaptured_error(Arc::new(move |error| {
             lock(&fault).get_or_insert_with(|| error.to_string());
@@ -141,9 +163,9 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// A caller's device and queue. Its error handlers stay as they are; features and limits that
-    /// were not requested are not used. Subgroup kernels need [`wgpu::Features::SUBGROUP`], GPU times
-    /// [`wgpu::Features::TIMESTAMP_QUERY`], wide loads of software adapters [`wgpu::Features::SHADER_INT64`].
+    /// Uses a caller's device and queue. The device's error handlers stay in place, and only features and limits that
+    /// it was created with are used. Subgroup kernels need [`wgpu::Features::SUBGROUP`], GPU times
+    /// [`wgpu::Features::TIMESTAMP_QUERY`], and wide loads on software adapters [`wgpu::Features::SHADER_INT64`].
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Gpu {
         Gpu::assemble(adapter.get_info(), device, queue, &GpuOptions::default())
     }
@@ -152,6 +174,19 @@ impl Gpu {
         let capabilities = adapters::capabilities(&info, &device, options);
         let loads_64_bits =
             capabilities.class == AdapterClass::Cpu && device.features().contains(wgpu::Features::SHADER_INT64);
+        let one_buffer = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: Some("one buffer"),
+            entries: &[wgpu::BindGroupLayoutEntry {
+                binding: 0,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: true },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            }],
+        });
         let gpu = Gpu(Arc::new(Inner {
             info,
             capabilities,
@@ -160,6 +195,7 @@ impl Gpu {
             pipelines: Mutex::default(),
             constants: Mutex::default(),
             pool: Pool::default(),
+            one_buffer,
             tuning: Tuning::default(),
             loads_64_bits,
             rewrite: options.rewrite,
@@ -181,11 +217,11 @@ impl Gpu {
         pollster::block_on(adapters::list())
     }
 
-    /// Name, driver, backend, type.
+    /// Name, driver, backend and type.
     pub fn info(&self) -> &wgpu::AdapterInfo {
         &self.0.info
     }
-    /// What planning knows of the adapter.
+    /// The adapter's capabilities, as planning uses them.
     pub fn capabilities(&self) -> &Capabilities {
         &self.0.capabilities
     }
@@ -203,15 +239,15 @@ impl Gpu {
         names.sort();
         names
     }
-    /// Buffers and pipelines made so far. Calls of a shape that was seen before add nothing.
+    /// Buffers and pipelines created so far. Calls of a shape that was seen before add nothing.
     pub fn allocation_counts(&self) -> AllocationCounts {
         let mut counts = self.0.pool.counts();
         counts.pipelines = lock(&self.0.pipelines).len() as u64;
         counts
     }
 
-    /// Operations per second that kernels reach on this adapter, about: a share of
-    /// [`Gpu::multiply_add_ceiling`] once that is known, before that a guess by the kind of adapter.
+    /// An estimate of the operations per second that kernels reach on this adapter: a fraction of
+    /// [`Gpu::multiply_add_ceiling`] once that is measured, before that a guess by the kind of adapter.
     pub(crate) fn operations_per_second(&self) -> f64 {
         #[cfg(not(target_arch = "wasm32"))]
         if let Some(ceiling) = *lock(&self.0.ceiling) {
@@ -223,13 +259,13 @@ impl Gpu {
         }
     }
 
-    /// Operations of one submit.
+    /// The number of operations in one submit.
     pub(crate) fn operations_per_submit(&self) -> f64 {
         self.0.seconds_per_submit * self.operations_per_second()
     }
 
-    /// What planning knows of the adapter before work of so many operations: where that may take long, how fast the
-    /// adapter is. `may_submit`: it may be measured, which takes a tenth of a second once.
+    /// The adapter's capabilities for work of `operations` operations. If that may take long, they include how fast the
+    /// adapter is. `may_submit` permits measuring that, which takes a tenth of a second once.
     pub(crate) fn capabilities_for(&self, operations: f64, may_submit: bool) -> Result<Cow<'_, Capabilities>> {
         let known = &self.0.capabilities;
         if operations <= SURELY_SHORT {
@@ -239,14 +275,14 @@ impl Gpu {
         if may_submit {
             self.multiply_add_ceiling()?;
         }
-        // A browser's clock is not the one of std.
+        // Browsers do not have std's clock.
         #[cfg(target_arch = "wasm32")]
         let _ = may_submit;
         let max_operations = Some(self.operations_per_submit().min(known.dispatch_operations()));
         Ok(Cow::Owned(Capabilities { max_operations, ..known.clone() }))
     }
 
-    /// Does `work`, and tells what ran on this adapter meanwhile, other threads' calls included. Work recorded into a
+    /// Runs `work` and reports what ran on this adapter meanwhile, including other threads' calls. Work recorded into a
     /// caller's encoder counts when it is recorded.
     pub fn trace<T>(&self, work: impl FnOnce() -> T) -> (T, Vec<Traced>) {
         *lock(&self.0.trace) = Some(Vec::new());
@@ -254,15 +290,15 @@ impl Gpu {
         (done, lock(&self.0.trace).take().unwrap_or_default())
     }
 
-    /// Waits until everything submitted so far is done.
+    /// Waits until all submitted work is done.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn wait(&self) -> Result<()> {
         self.wait_until(None)
     }
 
-    /// As [`Gpu::wait`], for no longer than `most`: then [`Error::TimedOut`]. The work goes on, the device stays as
-    /// usable as it was, and waiting again is fine. A driver that computes while it takes the work (GL on the CPU
-    /// does) leaves nothing to wait for.
+    /// Like [`Gpu::wait`], but for no longer than `most`, after which it returns [`Error::TimedOut`]. The work
+    /// continues, the device stays usable, and you can wait again. A driver that computes during the submit (such as GL
+    /// on the CPU) leaves nothing to wait for.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn wait_for(&self, most: Duration) -> Result<()> {
         self.wait_until(Some(most))
@@ -270,7 +306,7 @@ impl Gpu {
 
     #[cfg(not(target_arch = "wasm32"))]
     fn wait_until(&self, most: Option<Duration>) -> Result<()> {
-        /// GL waits two seconds at most, however long it is told to.
+        /// GL waits at most two seconds, whatever the timeout.
         const AT_A_TIME: Duration = Duration::from_secs(1);
         const DURING: &str = "waiting for the device";
         let began = Instant::now();
@@ -278,7 +314,7 @@ impl Gpu {
             let asked = most.map_or(AT_A_TIME, |most| most.saturating_sub(began.elapsed()).min(AT_A_TIME));
             let poll = || self.0.device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(asked) });
             let polled = Instant::now();
-            // Where the driver loses the device in the middle of a wait, wgpu panics.
+            // If the driver loses the device during a wait, wgpu panics.
             match std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll)) {
                 Ok(Ok(_)) => return self.check(),
                 Ok(Err(wgpu::PollError::Timeout)) => {
@@ -302,7 +338,7 @@ impl Gpu {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// An error if the device is lost or an earlier call failed out of sight.
+    /// An error if the device is lost or an earlier call failed outside any error scope.
     fn check(&self) -> Result<()> {
         if let Some(reason) = lock(&self.0.lost).clone() {
             return Err(Error::DeviceLost { adapter: self.0.info.name.clone(), reason });
@@ -313,7 +349,7 @@ impl Gpu {
         }
     }
 
-    /// The device is gone; `reason` is said where wgpu gave none, as to a caller's own device.
+    /// The device is lost. `reason` is used if wgpu gave none, as for a caller's own device.
     fn lost(&self, reason: &str) -> Error {
         let reason = lock(&self.0.lost).get_or_insert_with(|| reason.into()).clone();
         Error::DeviceLost { adapter: self.0.info.name.clone(), reason }
@@ -326,8 +362,8 @@ impl Gpu {
         Error::Gpu { adapter: self.0.info.name.clone(), during: during.into(), message: message.into() }
     }
 
-    /// Asks the device itself: a caller's has no handler of ours, and ours is told only once nothing is at work. On
-    /// a lost device a buffer cannot be mapped, and no scope hears of it.
+    /// Probes the device: a caller's device does not have our handler, and ours is called only once the device is idle.
+    /// On a lost device a buffer cannot be mapped, and no error scope reports that.
     fn is_lost(&self) -> bool {
         #[cfg(target_arch = "wasm32")]
         return false;
@@ -345,8 +381,8 @@ impl Gpu {
         }
     }
 
-    /// Does `work` inside error scopes; the future is the first error that they caught. The scopes are closed when
-    /// this returns: they belong to the thread, and must not be open across an await.
+    /// Runs `work` inside error scopes; the future yields the first error that they caught. The scopes are closed when
+    /// this returns, because they belong to the thread and must not be open across an await.
     fn watched<T, F: FnOnce() -> T>(&self, work: F) -> (T, impl Future<Output = Option<wgpu::Error>> + use<T, F>) {
         let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal];
         let [memory, validation, internal] = filters.map(|filter| self.0.device.push_error_scope(filter));
@@ -360,7 +396,7 @@ impl Gpu {
         (value, first)
     }
 
-    /// Runs `work` inside error scopes; the future tells what they caught.
+    /// Runs `work` inside error scopes; the future yields its value, or what they caught.
     fn scoped<T, F: FnOnce() -> T>(&self, during: &str, work: F) -> impl Future<Output = Result<T>> + use<T, F> {
         let (value, caught) = self.watched(work);
         let (gpu, during) = (self.clone(), during.to_string());
@@ -375,8 +411,8 @@ impl Gpu {
         }
     }
 
-    /// [`Gpu::scoped`] for callers that cannot await. Native scopes are ready at once; in a browser
-    /// the answer comes later, and the device's own error handler keeps it for the next call.
+    /// [`Gpu::scoped`] for callers that cannot await. Native scopes are ready at once. In a browser the answer comes
+    /// later, and the device's error handler keeps it for the next call.
     fn scoped_now<T>(&self, during: &str, work: impl FnOnce() -> T) -> Result<T> {
         #[cfg(not(target_arch = "wasm32"))]
         return pollster::block_on(self.scoped(during, work));

@@ -1,4 +1,4 @@
-//! Measuring an adapter.
+//! Measures an adapter's speed.
 
 use std::time::Instant;
 
@@ -6,16 +6,18 @@ use super::buffers::{GpuBuffer, Purpose};
 use super::{Gpu, Steps, lock};
 use crate::error::Result;
 use crate::kernels::{Slot, plan};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// Seconds that a measurement takes at least, next to which a submit is nothing.
+/// Minimum seconds of a measurement, so that the cost of a submit is negligible.
 const LONG_ENOUGH: f64 = 0.01;
 
 impl Gpu {
-    /// The most f32 operations per second that this adapter does in multiply-adds, each of which counts
-    /// as two: chains of them in registers, without memory. Measured at the first call, in about a tenth
-    /// of a second, and kept.
+    /// The highest rate of f32 operations per second that this adapter reaches in multiply-adds, each of which counts
+    /// as two: chains of them in registers, without memory access. Measured at the first call, in about a tenth of a
+    /// second, and then cached.
     pub fn multiply_add_ceiling(&self) -> Result<f64> {
-        // Held while measuring: two at once would each see half.
+        // Held while measuring: two measurements at once would each see half the speed.
         let mut known = lock(&self.0.ceiling);
         if let Some(ceiling) = *known {
             return Ok(ceiling);
@@ -30,7 +32,7 @@ impl Gpu {
                 best = rate;
                 break;
             }
-            // A step of eight at most: a clock that wakes up late must not make a dispatch of seconds.
+            // Grow by a factor of eight at most, so that a slow clock ramp-up does not lead to a dispatch of seconds.
             rounds = (f64::from(rounds) * (1.5 * LONG_ENOUGH / seconds.max(1e-9)).clamp(2.0, 8.0)) as u32;
         }
         for _ in 0..9 {
@@ -48,7 +50,7 @@ impl Gpu {
         steps.add(plan, &[(Slot::Output, &y)])?;
         self.wait()?;
         let start = Instant::now();
-        pollster::block_on(steps.submit())?;
+        wait_for(steps.submit())?;
         self.wait()?;
         let seconds = start.elapsed().as_secs_f64();
         Ok((seconds, operations / seconds, y))
@@ -68,7 +70,7 @@ mod tests {
             let rounds = 5;
             let (plan, bytes, operations) = plan::probe(rounds, gpu.capabilities()).unwrap();
             let (_, _, y) = gpu.probe(rounds).unwrap();
-            let y: Vec<f32> = pollster::block_on(y.read(0..bytes, bytemuck::pod_collect_to_vec)).unwrap();
+            let y: Vec<f32> = wait_for(y.read(0..bytes, bytemuck::pod_collect_to_vec)).unwrap();
 
             let number = |name: &str| -> u32 {
                 let source = Kernel::Probe.source().unwrap();

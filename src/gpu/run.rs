@@ -1,4 +1,4 @@
-//! Compiling variants and executing plans.
+//! Compiles variants and executes plans.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -6,16 +6,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::buffers::{GpuBuffer, Purpose};
+use super::buffers::{GpuBuffer, Purpose, Recorded};
 use super::{Gpu, lock};
 use crate::error::{Result, value_error};
 use crate::kernels::{Capabilities, Plan, Slot, Step, Variant};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::{may_block, wait_for};
 
 /// A compiled variant.
 pub struct Pipeline {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
-    /// The number of each variable.
+    /// The binding number of each variable.
     numbers: HashMap<String, u32>,
 }
 
@@ -42,27 +44,27 @@ pub(super) fn declared_bindings(source: &str) -> impl Iterator<Item = Declared<'
 }
 
 impl Gpu {
-    /// The WGSL of a variant as it is compiled on this adapter.
+    /// The WGSL of a variant, as compiled on this adapter.
     pub fn source(&self, variant: &Variant) -> Result<String> {
         if self.0.loads_64_bits {
             return self.rewritten(&variant.loading_64_bits());
         }
         let mut source = self.rewritten(variant)?;
         if variant.uses_subgroups() && self.0.info.backend == wgpu::Backend::BrowserWebGpu {
-            // Browsers ask for the line, naga refuses it.
+            // Browsers require this line; naga refuses it.
             source.insert_str(0, "enable subgroups;\n");
         }
         Ok(source)
     }
 
-    /// The WGSL of a variant that any adapter takes.
+    /// The WGSL of a variant in the form that any adapter accepts.
     pub(super) fn rewritten(&self, variant: &Variant) -> Result<String> {
         let source = variant.source()?;
         let changed = self.0.rewrite.and_then(|rewrite| rewrite(variant, &source));
         Ok(changed.unwrap_or(source))
     }
 
-    /// The compiled variant; compiles it the first time.
+    /// The compiled variant; compiled on first use.
     async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
         if let Some(pipeline) = lock(&self.0.pipelines).get(variant) {
             return Ok(pipeline.clone());
@@ -100,7 +102,7 @@ impl Gpu {
             module: &module,
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
-                // What has workgroup memory writes it before it reads.
+                // Kernels write workgroup memory before they read it.
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
@@ -111,33 +113,34 @@ impl Gpu {
     }
 }
 
-/// What ran in a call, and for how long.
+/// The kernels that ran in a call, and how long they took.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Profile {
-    /// The kernel variants in the order they ran, each once; none on the CPU backend.
+    /// The kernel variants in the order they first ran, each once; none on the CPU backend.
     pub kernels: Vec<String>,
-    /// From the start to the end of the compute pass by the adapter's own clock; `None` on the CPU backend,
-    /// and where the device lacks [`wgpu::Features::TIMESTAMP_QUERY`].
+    /// From the start to the end of the compute pass, by the adapter's own clock. `None` on the CPU backend, and if the
+    /// device lacks [`wgpu::Features::TIMESTAMP_QUERY`].
     pub gpu_time: Option<Duration>,
 }
 
-/// A kernel as it was sent to the adapter.
+/// A kernel dispatch.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Traced {
-    /// The kernel; [`Gpu::source`] gives its text.
+    /// The kernel; [`Gpu::source`] gives its WGSL.
     pub variant: Variant,
-    /// Workgroups in x and y.
+    /// Number of workgroups in x and y.
     pub workgroups: [u32; 2],
-    /// Why attention runs on these kernels; empty where there is one way only.
+    /// Why attention runs on these kernels; empty if there is only one way.
     pub why: String,
 }
 
-/// Work for a caller's encoders, cut into slices of about as long as a submit may take
-/// ([`GpuOptions::seconds_per_submit`](crate::GpuOptions::seconds_per_submit)): a GPU that works on one submit for two
-/// seconds is reset by Windows and by some drivers.
+/// Work for a caller's encoders, split into slices that each take about as long as a submit may
+/// ([`GpuOptions::seconds_per_submit`](crate::GpuOptions::seconds_per_submit)). Windows and some drivers reset a GPU
+/// that works on one submit for two seconds.
 ///
-/// Encode the slices in order, each into an encoder of its own, and submit these in that order. Keep this, the inputs and
-/// the results until the last is submitted.
+/// Encode the slices in order, each into its own encoder, and submit the encoders in that order.
 pub struct EncodeSlices {
     steps: Steps,
     pipelines: Vec<Arc<Pipeline>>,
@@ -151,16 +154,16 @@ impl std::fmt::Debug for EncodeSlices {
 }
 
 impl EncodeSlices {
-    /// How many slices there are.
+    /// Number of slices.
     pub fn len(&self) -> usize {
         self.ranges.len()
     }
-    /// True when there is nothing to do.
+    /// True if there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
-    /// How long all slices take together, about: on the long side, by what
-    /// [`Gpu::multiply_add_ceiling`] measured, or by a guess for the kind of adapter before it was asked.
+    /// A conservative estimate of the total time of all slices, from what [`Gpu::multiply_add_ceiling`] measured, or
+    /// from a guess for the kind of adapter if it was not measured.
     pub fn seconds(&self) -> f64 {
         let operations: f64 = self.steps.bound.iter().map(|bound| bound.step.cost.operations).sum();
         operations / self.steps.gpu.operations_per_second()
@@ -170,7 +173,10 @@ impl EncodeSlices {
         let Some(range) = self.ranges.get(n) else {
             return Err(value_error!("there is no slice {n}: there are {}, from 0 on", self.len()));
         };
-        self.record(range.clone(), encoder)
+        self.record(range.clone(), encoder)?;
+        let buffers = self.steps.bound[range.clone()].iter().flat_map(|bound| &bound.parts);
+        self.steps.gpu.recorded(encoder).hold(buffers.filter_map(|(_, part)| part.buffer.clone()));
+        Ok(())
     }
 
     fn record(&self, range: Range<usize>, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
@@ -182,13 +188,13 @@ impl EncodeSlices {
 /// A part of a buffer.
 #[derive(Clone)]
 pub(super) struct Part {
-    /// `None`: of the steps' own parameters.
+    /// `None`: the steps' own parameters.
     pub buffer: Option<GpuBuffer>,
     pub offset: u64,
     pub size: u64,
 }
 
-/// A planned step with its real buffers.
+/// A planned step with its buffers.
 pub(super) struct Bound {
     pub step: Step,
     why: Arc<str>,
@@ -196,33 +202,44 @@ pub(super) struct Bound {
     pub parts: Vec<(&'static str, Part)>,
 }
 
-/// Steps on one adapter, to run in one compute pass.
+/// Steps on one adapter that run in one compute pass.
 pub(crate) struct Steps {
     pub gpu: Gpu,
     pub(super) bound: Vec<Bound>,
-    purpose: Purpose,
-    /// Uniform blocks and tables that go into one pooled buffer; `None` keeps each by its content.
+    /// Whether they are recorded into a caller's encoder.
+    are_encoded: bool,
+    /// What was recorded before into the target encoder, if that is a single known one.
+    recorded: Option<Arc<Recorded>>,
+    /// Uniform blocks and tables that go into one pooled buffer. `None`: each is cached by its content.
     pub(super) parameters: Option<Vec<u8>>,
-    /// Whether it measures the adapter: in one submit, whatever it takes, and out of sight of [`Gpu::trace`].
+    /// Whether this measures the adapter: in one submit, however long it takes, and hidden from [`Gpu::trace`].
     measures: bool,
 }
 
-/// Where a uniform block may begin on any adapter.
+/// An offset alignment of uniform blocks that every adapter accepts.
 const ALIGNMENT: usize = 256;
 
 impl Steps {
     pub fn new(gpu: &Gpu) -> Steps {
-        Steps { gpu: gpu.clone(), bound: Vec::new(), purpose: Purpose::Call, parameters: None, measures: false }
+        Steps {
+            gpu: gpu.clone(),
+            bound: Vec::new(),
+            are_encoded: false,
+            recorded: None,
+            parameters: None,
+            measures: false,
+        }
     }
 
-    /// For a step of a sequence: its parameters are new every time, and not worth keeping.
+    /// For a decoding step, whose parameters change every time and are not worth caching.
     pub fn for_step(gpu: &Gpu) -> Steps {
         Steps { parameters: Some(Vec::new()), ..Steps::new(gpu) }
     }
 
-    /// For work that waits in a caller's encoder.
-    pub fn for_encoder(gpu: &Gpu) -> Steps {
-        Steps { purpose: Purpose::Encoder, ..Steps::new(gpu) }
+    /// For work that is recorded into one or several of a caller's encoders.
+    pub fn for_encoders(gpu: &Gpu, encoder: Option<&wgpu::CommandEncoder>) -> Steps {
+        let recorded = encoder.map(|encoder| gpu.recorded(encoder));
+        Steps { are_encoded: true, recorded, ..Steps::new(gpu) }
     }
 
     #[cfg(not(target_arch = "wasm32"))]
@@ -230,24 +247,26 @@ impl Steps {
         Steps { measures: true, ..Steps::new(gpu) }
     }
 
-    /// Whether they wait in a caller's encoder.
-    pub fn are_encoded(&self) -> bool {
-        self.purpose == Purpose::Encoder
+    /// Memory that is written before it is read.
+    pub fn allocate(&self, what: &str, bytes: u64) -> Result<GpuBuffer> {
+        self.gpu.allocate_for(self.recorded.as_ref(), what, bytes, Purpose::Call)
     }
 
-    /// What planning knows of the adapter before work of so many operations.
+    /// The adapter's capabilities for work of `operations` operations.
     pub fn capabilities_for(&self, operations: f64) -> Result<Cow<'_, Capabilities>> {
-        // To measure the adapter for a caller's encoder would be a submit that nobody asked for.
-        self.gpu.capabilities_for(operations, !self.are_encoded())
+        // Measuring the adapter needs a submit, which a caller who only encodes did not ask for, and it would block an
+        // executor's thread.
+        #[cfg(not(target_arch = "wasm32"))]
+        let may_measure = !self.are_encoded && may_block();
+        #[cfg(target_arch = "wasm32")]
+        let may_measure = false;
+        self.gpu.capabilities_for(operations, may_measure)
     }
 
-    /// Adds the steps of a plan whose slots stand for these buffers.
+    /// Adds the steps of a plan, with these buffers in its slots.
     pub fn add(&mut self, plan: Plan, buffers: &[(Slot, &GpuBuffer)]) -> Result<()> {
-        let scratch = plan
-            .scratch
-            .iter()
-            .map(|&bytes| self.gpu.allocate("working memory", bytes, self.purpose))
-            .collect::<Result<Vec<_>>>()?;
+        let scratch =
+            plan.scratch.iter().map(|&bytes| self.allocate("working memory", bytes)).collect::<Result<Vec<_>>>()?;
         let bands = self.constant(bytemuck::cast_slice(&plan.bands));
         let places = self.constant(bytemuck::cast_slice(&plan.places));
         let rows = self.constant(bytemuck::cast_slice(&plan.rows));
@@ -268,7 +287,7 @@ impl Steps {
                             value_error!("{} was planned without a buffer for {slot:?}", step.variant.name)
                         })?;
                         let total = buffer.raw().size();
-                        // An operand part without elements may begin at the buffer's end: bind its start instead.
+                        // An empty part of an operand may begin at the buffer's end: bind the buffer's start instead.
                         let offset = if binding.offset >= total { 0 } else { binding.offset };
                         let size = binding.size.min((total - offset) / 4 * 4);
                         Part { buffer: Some(buffer.clone()), offset, size }
@@ -281,7 +300,7 @@ impl Steps {
         Ok(())
     }
 
-    /// A place for a uniform block or a table.
+    /// Stores a uniform block or a table.
     fn constant(&mut self, bytes: &[u8]) -> Part {
         let size = bytes.len().next_multiple_of(16);
         match &mut self.parameters {
@@ -299,7 +318,7 @@ impl Steps {
     fn bind_group(&self, pipeline: &Pipeline, bound: &Bound, parameters: Option<&GpuBuffer>) -> wgpu::BindGroup {
         let entries: Vec<_> = (bound.parts.iter())
             .map(|&(name, ref part)| wgpu::BindGroupEntry {
-                // One that is not declared is refused by wgpu, with the kernel's name.
+                // If it is not declared, wgpu reports an error with the kernel's name.
                 binding: pipeline.numbers.get(name).copied().unwrap_or(u32::MAX),
                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
                     buffer: part.buffer.as_ref().or(parameters).expect("allocated where there are any").raw(),
@@ -321,6 +340,12 @@ impl Steps {
             pipelines.push(self.gpu.pipeline(&bound.step.variant).await?);
         }
         Ok(pipelines)
+    }
+
+    /// Compiles all pipelines.
+    pub async fn compile(self) -> Result<()> {
+        self.gpu.check()?;
+        self.pipelines().await.map(drop)
     }
 
     fn label(&self) -> String {
@@ -364,7 +389,7 @@ impl Steps {
         }
     }
 
-    /// Steps that go into one submit each: as many as take no longer than that may, by the estimate.
+    /// The steps of each submit: as many as fit the time limit, by the estimate.
     fn submits(&self) -> Vec<Range<usize>> {
         let most = if self.measures { f64::INFINITY } else { self.gpu.operations_per_submit() };
         let (mut ranges, mut first, mut operations) = (Vec::new(), 0, 0.0);
@@ -382,12 +407,12 @@ impl Steps {
         ranges
     }
 
-    /// One encoder, one compute pass and one submit; several of each where they would take too long.
+    /// One encoder, one compute pass and one submit, or several of each if one would take too long.
     pub async fn submit(self) -> Result<()> {
         self.send(false).await.map(drop)
     }
 
-    /// As [`Steps::submit`]; waits for the end and tells what ran.
+    /// Like [`Steps::submit`], but waits for the end and reports what ran.
     pub async fn submit_profiled(self) -> Result<Profile> {
         let mut profile = Profile::default();
         for bound in &self.bound {
@@ -403,7 +428,7 @@ impl Steps {
             return Ok(profile);
         };
         let ticks: [u64; 2] = gpu.adopt(&timestamps).read(0..timestamps.size(), bytemuck::pod_read_unaligned).await?;
-        // A driver that does not really count leaves zeros.
+        // A driver without real timestamps leaves zeros.
         let elapsed = ticks[1].checked_sub(ticks[0]).filter(|&elapsed| elapsed > 0);
         profile.gpu_time = elapsed.map(|elapsed| {
             Duration::from_nanos((elapsed as f64 * f64::from(gpu.0.queue.get_timestamp_period())) as u64)
@@ -411,7 +436,7 @@ impl Steps {
         Ok(profile)
     }
 
-    /// Submits the steps, if there are any; the times of their start and end where they are `timed`.
+    /// Submits the steps, if there are any. If `timed`, returns a buffer with the times of their start and end.
     async fn send(&self, timed: bool) -> Result<Option<wgpu::Buffer>> {
         let gpu = &self.gpu;
         gpu.check()?;
@@ -455,20 +480,24 @@ impl Steps {
         .await
     }
 
-    /// Into the caller's encoder: one compute pass, no submit.
+    /// Records into the caller's encoder: one compute pass, no submit.
     pub fn encode(self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         if self.bound.is_empty() {
             return self.gpu.check();
         }
         let slices = self.slices()?;
-        slices.record(0..slices.steps.bound.len(), encoder)
+        let recorded = slices.record(0..slices.steps.bound.len(), encoder);
+        let Steps { gpu, bound, .. } = slices.steps;
+        let parts = bound.into_iter().flat_map(|bound| bound.parts);
+        gpu.recorded(encoder).hold(parts.filter_map(|(_, part)| part.buffer));
+        recorded
     }
 
-    /// For the caller's encoders, in slices that each take no longer than a submit may.
+    /// Slices for the caller's encoders, each no longer than a submit may take.
     pub fn slices(self) -> Result<EncodeSlices> {
         self.gpu.check()?;
         #[cfg(not(target_arch = "wasm32"))]
-        let pipelines = pollster::block_on(self.pipelines())?;
+        let pipelines = wait_for(self.pipelines())?;
         #[cfg(target_arch = "wasm32")]
         let pipelines = {
             let ready: Vec<_> = {

@@ -1,4 +1,4 @@
-//! What tuning found for this adapter: a table in memory, and a file of it.
+//! Tuning results for this adapter: a table in memory, and a file.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use super::Gpu;
 use crate::error::Result;
 use crate::kernels::{Method, TuningKey};
 
-/// What tuning found, and the folder where it is kept.
+/// Tuning results, and the folder where they are saved.
 #[derive(Default)]
 pub struct Tuning(RwLock<Table>);
 
@@ -28,12 +28,12 @@ impl Tuning {
 }
 
 impl Gpu {
-    /// What tuning found for calls of a key; [`Method::Auto`] where the default won.
+    /// The tuning result for calls with this key; [`Method::Auto`] if the default won.
     pub(crate) fn tuned(&self, key: &TuningKey) -> Option<Method> {
         self.0.tuning.read().methods.get(key).copied()
     }
 
-    /// Lets [`Method::Auto`] choose `method` for calls of a key from now on; the file that now holds it.
+    /// Makes [`Method::Auto`] choose `method` for calls with this key from now on; returns the file that now holds it.
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn keep_tuned(&self, key: TuningKey, method: Method) -> Option<PathBuf> {
         self.0.tuning.write().methods.insert(key, method);
@@ -41,23 +41,23 @@ impl Gpu {
         if let Some(file) = self.tuning_file() {
             match file::put(&file, &self.0.info, &self.0.capabilities, Some((key, method))) {
                 Ok(()) => return Some(file),
-                Err(error) => log::warn!("what tuning found is not kept: {}: {error}", file.display()),
+                Err(error) => log::warn!("the tuning result is not saved: {}: {error}", file.display()),
             }
         }
         None
     }
 
-    /// The file in which what tuning finds is kept: `tuning.json` in the folder that the variable
-    /// `WGPU_ATTENTION_CACHE` names, else in `wgpu-attention` in the user's cache folder. `None`: in memory
-    /// only, as without the feature `tune`, or where the variable is empty.
+    /// The file that holds tuning results: `tuning.json` in the folder named by the environment variable
+    /// `WGPU_ATTENTION_CACHE`, else in `wgpu-attention` in the user's cache folder. `None`: in memory only, if the
+    /// feature `tune` is off or the variable is empty.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn tuning_file(&self) -> Option<PathBuf> {
         let folder = self.0.tuning.read().folder.clone()?;
         cfg!(feature = "tune").then(|| folder.join("tuning.json"))
     }
 
-    /// Keeps what tuning finds in another folder from now on (`None`: in memory only), and knows what is kept
-    /// there instead of what it knew. A file that cannot be read counts as none, with a line to the log.
+    /// Saves tuning results in another folder from now on (`None`: in memory only), and replaces the current results
+    /// with those saved there. A file that cannot be read is ignored, with a warning in the log.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn keep_tuning_in(&self, folder: Option<&Path>) {
         {
@@ -72,7 +72,7 @@ impl Gpu {
         }
     }
 
-    /// Forgets what tuning found for this adapter, in memory and in the file.
+    /// Deletes the tuning results for this adapter, in memory and in the file.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn clear_tuning(&self) -> Result<()> {
         self.0.tuning.write().methods.clear();
@@ -84,7 +84,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Reads what is kept where the user's surroundings say.
+    /// Reads the results from the folder that the environment names.
     #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
     pub(super) fn load_tuning(&self) {
         if let Some(folder) = file::folder() {
@@ -102,9 +102,9 @@ mod file {
     use super::*;
     use crate::kernels::Capabilities;
 
-    /// More is nothing that this library wrote.
+    /// This library writes no file larger than this.
     const MOST_BYTES: u64 = 1 << 20;
-    /// So many stay below that.
+    /// This many entries stay below that.
     const MOST_ENTRIES: usize = 1000;
     /// Other versions have other kernels.
     const LIBRARY: &str = env!("CARGO_PKG_VERSION");
@@ -122,7 +122,7 @@ mod file {
         method: String,
     }
 
-    /// Whatever makes another adapter of it.
+    /// Everything that identifies an adapter.
     #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
     struct Adapter {
         name: String,
@@ -161,7 +161,7 @@ mod file {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(File::default()),
             about => about?,
         };
-        // To open a pipe would wait for its other end.
+        // Opening a pipe would wait for its other end.
         if !about.is_file() || about.len() > MOST_BYTES {
             let what = format!("a file of at most {MOST_BYTES} bytes is expected");
             return Err(Error::new(ErrorKind::InvalidData, what));
@@ -173,12 +173,12 @@ mod file {
 
     fn known(path: &Path) -> File {
         read(path).unwrap_or_else(|error| {
-            log::warn!("what tuning found before is ignored: {}: {error}", path.display());
+            log::warn!("saved tuning results are ignored: {}: {error}", path.display());
             File::default()
         })
     }
 
-    /// What the file knows of an adapter.
+    /// The results for an adapter in the file.
     pub fn get(path: &Path, info: &wgpu::AdapterInfo, capabilities: &Capabilities) -> HashMap<TuningKey, Method> {
         let adapter = Adapter::new(info, capabilities);
         let mut methods = HashMap::new();
@@ -201,8 +201,8 @@ mod file {
         methods
     }
 
-    /// Replaces one entry of an adapter, or removes all of them. What another process writes in the same
-    /// moment may be lost, never torn.
+    /// Replaces one entry of an adapter, or removes all of them. A concurrent write by another process may be lost, but
+    /// the file is never torn.
     pub fn put(
         path: &Path,
         info: &wgpu::AdapterInfo,

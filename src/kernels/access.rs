@@ -1,8 +1,8 @@
-//! How kernels read and write operands: four elements at a time or one by one, stored as f32 or packed
-//! two to a word as f16 or bf16.
+//! How kernels read and write operands: four elements at a time or one by one, stored as f32 or packed two to a word as
+//! f16 or bf16.
 //!
-//! Halves are unpacked with 32-bit arithmetic everywhere: no adapter needs a feature for it, and where
-//! the feature is there, a word for two halves costs no more than two loads.
+//! f16 and bf16 are always unpacked with 32-bit arithmetic. No adapter needs a feature for it, and even with the
+//! feature, one word for two halves costs no more than two loads.
 
 use super::specialise::{Body, Changes};
 use crate::problem::{Dtype, Layout};
@@ -10,16 +10,16 @@ use crate::problem::{Dtype, Layout};
 /// How a kernel reads or writes one operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
-    /// Four neighbouring elements at a time.
+    /// Reads four adjacent elements at a time.
     pub wide: bool,
-    /// What the buffer holds.
+    /// The type in the buffer.
     pub stored: Dtype,
 }
 
 impl Access {
     /// f32, four at a time.
     pub const WIDE: Access = Access { wide: true, stored: Dtype::F32 };
-    /// f32, one by one: what the shader files do as they stand.
+    /// f32, one by one; what the shader files do unchanged.
     pub const NARROW: Access = Access { wide: false, stored: Dtype::F32 };
 
     fn element(self) -> &'static str {
@@ -32,7 +32,7 @@ impl Access {
     }
 }
 
-/// A strided operand and what its buffer holds.
+/// A strided operand and the type in its buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct Operand<'a> {
     /// Shape and strides, in elements.
@@ -55,7 +55,7 @@ impl std::ops::Deref for Operand<'_> {
 }
 
 impl Operand<'_> {
-    /// Four elements at a time where the layout allows it.
+    /// Four elements at a time if the layout allows it.
     pub fn access(&self) -> Access {
         Access { wide: is_wide(self.layout), stored: self.stored }
     }
@@ -65,7 +65,7 @@ impl Operand<'_> {
     }
 }
 
-/// True when rows may be read four elements at a time.
+/// True if rows may be read four elements at a time.
 pub fn is_wide(layout: &Layout) -> bool {
     let (Some((&dim, lead)), Some((&step, strides))) = (layout.shape().split_last(), layout.strides().split_last())
     else {
@@ -79,7 +79,7 @@ pub fn is_wide(layout: &Layout) -> bool {
         && used.into_iter().all(|(_, s)| s.is_multiple_of(4))
 }
 
-/// A buffer that kernels read: the blocks that load four and one of its elements, and its element type.
+/// A buffer that kernels read: the blocks that load four elements and one element of it, and its element type.
 pub struct Read {
     four: &'static str,
     one: &'static str,
@@ -100,18 +100,18 @@ pub const K: Read = read!("k", "KElem");
 pub const V: Read = read!("v", "VElem");
 /// The rows that a kernel works on.
 pub const X: Read = read!("x", "XElem");
-/// What `inspect.wgsl` keeps in registers.
+/// The operand that `inspect.wgsl` keeps in registers.
 pub const OUTER: Read = read!("outer", "OuterElem");
-/// What `inspect.wgsl` goes through.
+/// The operand that `inspect.wgsl` iterates over.
 pub const INNER: Read = read!("inner", "InnerElem");
-/// What tokens are added to or gated by.
+/// The tokens' second operand: added to them, or gating them.
 pub const Z: Read = read!("z", "ZElem");
 /// The weight of a projection.
 pub const W: Read = read!("w", "WElem");
 
 const READS: [Read; 8] = [Q, K, V, X, OUTER, INNER, Z, W];
 
-/// How `read` is loaded.
+/// Sets how `read` is loaded.
 pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {
     let (block, part) = match (access.wide, access.stored) {
         (true, Dtype::F16) => (read.four, "load_wide(of_f16)"),
@@ -124,7 +124,7 @@ pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {
     changes.alias(read.alias, access.element()).part(block, part)
 }
 
-/// How `o` is stored: `store_o(at, d4, value, add)`. Halves are stored wide only.
+/// Sets how `o` is stored: `store_o(at, d4, value, add)`. f16 and bf16 are stored only in whole fours.
 pub fn store(changes: Changes, access: Access) -> Changes {
     let part = match access {
         Access::NARROW => return changes,
@@ -135,7 +135,7 @@ pub fn store(changes: Changes, access: Access) -> Changes {
     changes.alias("OElem", access.element()).part("store_o", part)
 }
 
-/// How whole fours of `y` are stored.
+/// Sets how whole fours of `y` are stored.
 pub fn store_fours(changes: Changes, access: Access) -> Changes {
     let part = match access.stored {
         Dtype::F16 => "store_fours(y to_f16)",
@@ -145,7 +145,7 @@ pub fn store_fours(changes: Changes, access: Access) -> Changes {
     changes.alias("YElem", access.element()).part("store_fours_y", part)
 }
 
-/// The same changes with wide loads by words of 64 bits.
+/// The same changes, with wide loads in 64-bit words.
 pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
     let mut changes = changes.clone();
     for Read { four, alias, .. } in READS {
@@ -160,7 +160,7 @@ pub fn in_words_of_64_bits(changes: &Changes) -> Changes {
     changes
 }
 
-/// `/wide` when every operand is read in fours, else the letters of those that are; then the halves.
+/// `/wide` if every operand is read in fours, else the letters of those that are; then the f16 and bf16 operands.
 pub fn name(name: &mut String, operands: &[(&str, Access)]) {
     let letters = |which: &dyn Fn(Access) -> bool| -> String {
         operands.iter().filter(|&&(_, access)| which(access)).map(|&(letter, _)| letter).collect()

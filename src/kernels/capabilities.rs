@@ -1,48 +1,49 @@
-//! What planning needs to know of an adapter.
+//! The adapter properties that planning uses.
 
-/// Which kind of machine stands behind an adapter. Tiles are chosen by it.
+/// The kind of hardware behind an adapter. It decides the tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdapterClass {
-    /// A software adapter: lanes are SIMD lanes, registers are cheap, loads and barriers are dear.
+    /// A software adapter: lanes are SIMD lanes, registers are cheap, loads and barriers are expensive.
     Cpu,
     /// A GPU, integrated or discrete.
     Gpu,
 }
 
-/// What planning needs to know of an adapter; made up in tests.
+/// The adapter properties that planning uses. Tests make them up.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capabilities {
     /// For messages.
     pub adapter: String,
-    /// Kind of machine.
+    /// Kind of hardware.
     pub class: AdapterClass,
-    /// Smallest subgroup the adapter may use, when its subgroup operations are usable.
+    /// Smallest subgroup size that the adapter may use, if its subgroup operations are usable.
     pub subgroup_min: Option<u32>,
-    /// Bytes of one storage binding.
+    /// Maximum bytes of one storage binding.
     pub max_binding: u64,
-    /// Bytes of one buffer.
+    /// Maximum bytes of one buffer.
     pub max_buffer: u64,
-    /// Storage buffers per kernel.
+    /// Maximum storage buffers per kernel.
     pub max_storage_buffers: u32,
-    /// Workgroups per dispatch dimension.
+    /// Maximum workgroups per dispatch dimension.
     pub max_workgroups: u32,
-    /// Invocations per workgroup.
+    /// Maximum invocations per workgroup.
     pub max_invocations: u32,
     /// Bytes of workgroup memory. wgpu does not check it; [`Step`](super::Step)s are checked against it.
     pub workgroup_memory: u32,
     /// Alignment of a storage binding's offset, in bytes.
     pub offset_alignment: u64,
-    /// Bytes of memory the adapter may use in all, where that is known.
+    /// Total bytes of memory that the adapter may use, if known.
     pub memory: Option<u64>,
-    /// How often the loops of an invocation may turn, all together, where the driver ends them without a word
-    /// ([`MESA_LOOP_TURNS`](super::turns::MESA_LOOP_TURNS)); `None`: as often as they like.
+    /// Maximum number of iterations of all loops of an invocation together, if the driver silently stops loops there
+    /// ([`MESA_LOOP_TURNS`](super::turns::MESA_LOOP_TURNS)). `None`: unlimited.
     pub max_loop_turns: Option<u32>,
-    /// Floating-point operations of one dispatch, which cannot be interrupted; `None`: by its class.
+    /// Maximum floating-point operations of one dispatch, which cannot be interrupted. `None`: decided by the class.
     pub max_operations: Option<f64>,
 }
 
 impl Capabilities {
-    /// WebGPU's guaranteed minimum: the floor that every variant without subgroups must fit.
+    /// WebGPU's guaranteed minimum, which every variant without subgroups must fit.
     pub fn webgpu_minimum() -> Capabilities {
         Capabilities {
             adapter: "WebGPU minimum".into(),
@@ -61,7 +62,7 @@ impl Capabilities {
         }
     }
 
-    /// The most floating-point operations of one dispatch.
+    /// Maximum floating-point operations of one dispatch.
     pub(crate) fn dispatch_operations(&self) -> f64 {
         self.max_operations.unwrap_or(match self.class {
             // Half a second at 40 GFLOP/s.
@@ -70,7 +71,7 @@ impl Capabilities {
         })
     }
 
-    /// The most turns of an invocation's loops.
+    /// Maximum iterations of an invocation's loops.
     pub(crate) fn loop_turns(&self) -> u64 {
         self.max_loop_turns.map_or(u64::MAX, u64::from)
     }

@@ -1,4 +1,4 @@
-//! Which kernels compute a call: the methods, and the tiles of the fused kernels.
+//! The methods that compute a call, and the tiles of the fused kernels.
 
 use super::capabilities::{AdapterClass, Capabilities};
 use super::catalogue::tiled_memory;
@@ -6,35 +6,39 @@ use super::plan::rows_per_invocation;
 use crate::error::{Error, Result, value_error};
 use crate::problem::Problem;
 
-/// vec4s of a key and a value from which on an invocation takes fewer keys in a step: the text compiles sooner.
+/// Number of vec4s of a key and a value from which an invocation takes fewer keys per step, so that the WGSL compiles
+/// sooner.
 const WIDE4: usize = 192;
-/// vec4s of Q and O that an invocation of a software adapter keeps: they fill its first cache.
+/// Number of vec4s of Q and O that an invocation of a software adapter keeps; they fill its L1 cache.
 const KEPT: u32 = 256;
-/// Rows of a key/value head from which tiles in workgroup memory fill.
+/// Number of rows per key/value head from which tiles in workgroup memory are full.
 const LEAST_TILED_ROWS: usize = 16;
-/// Bytes of scores per batch entry up to which three passes compete with the fused kernel: tuning may not
-/// turn a call that holds no scores into one that fills the memory.
+/// Most bytes of scores per batch entry for which three passes compete with the fused kernel: tuning must not turn a
+/// call that stores no scores into one that fills the memory.
 const MOST_SCORES: usize = 64 << 20;
 
-/// Which kernels compute a call.
+/// The kernels that compute a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Method {
-    /// What `Attention::tune` found, else fused wherever it can be. Weights and scores that are asked for are
-    /// computed beside it.
+    /// The result of `Attention::tune`; without one, the fused kernel if possible. Requested weights and scores are
+    /// computed separately.
     #[default]
     Auto,
-    /// Scores, softmax and weighted sum one after the other.
+    /// Scores, softmax and weighted sum, one after another.
     ThreePasses,
-    /// The output from one kernel that holds no scores; an error where that cannot be.
+    /// One kernel that stores no scores; an error if it cannot compute the call.
     Fused,
-    /// The same, by this tile.
+    /// The fused kernel with this tile.
     Tile(Tile),
 }
 
-/// What a workgroup of the fused kernel works on at a time, whatever the widths. What is fastest differs by adapter.
+/// The tile that a workgroup of the fused kernel works on at a time, independent of the widths. The fastest tile
+/// differs by adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Tile {
-    /// Rows of Q and O in the registers of an invocation (`flash.wgsl`).
+    /// Keeps rows of Q and O in the registers of an invocation (`flash.wgsl`).
     Registers {
         /// Invocations per workgroup.
         workgroup: u32,
@@ -42,12 +46,12 @@ pub enum Tile {
         rows: u32,
         /// Keys per step: 1, 2, 4 or 8.
         keys: u32,
-        /// Lanes that share their loads through subgroup operations; 1: each lane loads for itself.
+        /// Number of lanes that share their loads through subgroup operations; 1: each lane loads for itself.
         share: u32,
     },
-    /// Four rows of each invocation, and 32 keys at a time, in workgroup memory (`flash_tiled.wgsl`).
+    /// Keeps four rows per invocation, and 32 keys at a time, in workgroup memory (`flash_tiled.wgsl`).
     Workgroup {
-        /// Invocations per workgroup, eight to four rows: 64 or 128.
+        /// Invocations per workgroup, eight per four rows: 64 or 128.
         workgroup: u32,
     },
 }
@@ -55,11 +59,11 @@ pub enum Tile {
 impl Tile {
     /// Rows per invocation of [`Tile::Workgroup`].
     pub const ROWS_IN_MEMORY: u32 = 4;
-    /// Keys per step of it.
+    /// Keys per step of [`Tile::Workgroup`].
     pub const KEYS_IN_MEMORY: u32 = 32;
-    /// Invocations that share a row of it.
+    /// Tiles with 32 and 64 rows per workgroup.
     pub const ACROSS: u32 = 8;
-    /// 32 and 64 rows per workgroup.
+    /// 32 and 64 rows per workgroup, respectively 64 and 128 invocations.
     const IN_MEMORY: [Tile; 2] = [Tile::Workgroup { workgroup: 64 }, Tile::Workgroup { workgroup: 128 }];
 
     /// Invocations per workgroup.
@@ -85,7 +89,7 @@ impl Tile {
         }
     }
 
-    /// Invocations of a workgroup, and lanes that share their loads, unless another tile is chosen.
+    /// Number of invocations of a workgroup, and of lanes that share their loads, unless another tile is chosen.
     fn lanes(adapter: &Capabilities) -> (u32, u32) {
         let workgroup: u32 = match adapter.class {
             AdapterClass::Cpu => 8,
@@ -111,7 +115,7 @@ impl Tile {
         let (workgroup, share) = Tile::lanes(adapter);
         let rows = rows_per_invocation(problem.group() * problem.len_q, workgroup, most_rows(problem, adapter));
         let keys = match adapter.class {
-            // Where every lane of a software adapter loads for itself, the loads outweigh all else.
+            // If every lane of a software adapter loads for itself, loads dominate the time.
             AdapterClass::Cpu if share == 1 => 1,
             AdapterClass::Cpu if problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4) >= WIDE4 => 2,
             _ => 4,
@@ -119,14 +123,14 @@ impl Tile {
         Tile::Registers { workgroup, rows, keys, share }
     }
 
-    /// The tiles worth trying for a call, the default first, at most `most`.
+    /// At most `most` tiles worth trying for a call, the default first.
     pub fn candidates(problem: &Problem, adapter: &Capabilities, most: usize) -> Vec<Tile> {
         let default = Tile::default_for(problem, adapter);
         let (workgroups, keys): (&[u32], &[u32]) = match adapter.class {
             AdapterClass::Cpu => (&[8], &[4, 8, 1]),
             AdapterClass::Gpu => (&[64, 128, 32], &[4, 8]),
         };
-        // What the default is compared with, in four numbers.
+        // Four numbers of the default, to compare others with.
         let first = match default {
             Tile::Registers { workgroup, rows, keys, share } => [workgroup, rows, keys, share],
             Tile::Workgroup { workgroup } => [workgroup, Tile::ROWS_IN_MEMORY, Tile::KEYS_IN_MEMORY, 1],
@@ -151,7 +155,7 @@ impl Tile {
                 }
             }
         }
-        // Those that differ in one thing first.
+        // Tiles that differ in one number come first.
         others.sort_by_key(|&(differ, _)| differ);
         for (_, tile) in others {
             if !all.contains(&tile) {
@@ -169,7 +173,7 @@ impl Tile {
             Tile::Workgroup { workgroup } => {
                 let needed = tiled_memory(workgroup);
                 return if !Tile::IN_MEMORY.contains(self) {
-                    rule("in workgroup memory, it has 64 or 128 invocations".into())
+                    rule("a tile in workgroup memory has 64 or 128 invocations".into())
                 } else if workgroup > adapter.max_invocations {
                     rule(format!("a workgroup has at most {} invocations", adapter.max_invocations))
                 } else if needed > adapter.workgroup_memory {
@@ -184,18 +188,20 @@ impl Tile {
         }
         if ![1, 4, 8].contains(&share) || share > 1 && adapter.subgroup_min.is_none_or(|least| least < share) {
             let least = adapter.subgroup_min.map_or("none".into(), |least| least.to_string());
-            return rule(format!("1, 4 or 8 lanes share, at most the smallest subgroup, which is {least}"));
+            return rule(format!(
+                "1, 4 or 8 lanes can share loads, at most the smallest subgroup size, which is {least}"
+            ));
         }
         let most = adapter.max_invocations.min(256);
         if workgroup == 0 || !workgroup.is_multiple_of(share) || workgroup > most {
-            return rule(format!("a workgroup must be a multiple of the lanes that share, at most {most}"));
+            return rule(format!("a workgroup must be a multiple of the lanes that share loads, at most {most}"));
         }
         Ok(())
     }
 }
 
-/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share; `workgroup64`: in workgroup
-/// memory, by 64 invocations.
+/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share loads; `workgroup64`: in
+/// workgroup memory, with 64 invocations.
 impl std::fmt::Display for Tile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match *self {
@@ -223,16 +229,16 @@ impl std::str::FromStr for Tile {
         };
         parse().ok_or_else(|| {
             value_error!(
-                "{text:?} is no tile of the fused kernel; rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64 are"
+                "{text:?} is not a tile of the fused kernel; try rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
             )
         })
     }
 }
 
 impl Method {
-    /// One of each kind of way to compute a call on an adapter: the three passes, the fused kernel's default tile,
-    /// and tiles of every number of rows and of small and large workgroups, with subgroups and without, in
-    /// workgroup memory too. For tests and checks: a fixed list, not what is fastest.
+    /// One of each kind of method on an adapter: the three passes, the fused kernel's default tile, and tiles with
+    /// every number of rows and with small and large workgroups, with and without subgroups, and in workgroup memory.
+    /// For tests and checks: a fixed list, not the fastest.
     pub fn every(adapter: &Capabilities) -> Vec<Method> {
         let (workgroup, share) = Tile::lanes(adapter);
         let other = if workgroup == 64 { 32 } else { 64 };
@@ -277,15 +283,15 @@ impl std::str::FromStr for Method {
             "fused" => Method::Fused,
             tile => Method::Tile(tile.parse().map_err(|_| {
                 value_error!(
-                    "{text:?} is no method: auto, three-passes, fused and tiles of the fused kernel, such as \
-                     rows8x8/keys8/subgroup8, rows4x64/keys4 and workgroup64, are"
+                    "{text:?} is not a method; use auto, three-passes, fused or a tile of the fused kernel, such as \
+                     rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
                 )
             })?),
         })
     }
 }
 
-/// Rows that an invocation can keep.
+/// The most rows that an invocation can keep.
 fn most_rows(problem: &Problem, adapter: &Capabilities) -> u32 {
     match adapter.class {
         AdapterClass::Cpu => (KEPT / (problem.dim_k.div_ceil(4) + problem.dim_v.div_ceil(4)) as u32).max(1),
@@ -294,7 +300,7 @@ fn most_rows(problem: &Problem, adapter: &Capabilities) -> u32 {
     }
 }
 
-/// Whether three passes may stand in for the fused kernel. The batch has no say.
+/// Whether three passes may replace the fused kernel. Independent of the batch.
 pub(crate) fn three_passes_compete(problem: &Problem) -> bool {
     let bytes = [problem.heads_q, problem.len_q, problem.len_k, 4].into_iter().try_fold(1, usize::checked_mul);
     bytes.is_some_and(|bytes| bytes <= MOST_SCORES)

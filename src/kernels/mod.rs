@@ -1,5 +1,5 @@
-//! The first floor: kernels as pure data. Which shader files there are, how a variant's text is made,
-//! and which steps a call takes on an adapter of given capabilities. No wgpu, no GPU.
+//! Kernels as pure data: the shader files, the text of each variant, and the steps of a call on an adapter with given
+//! capabilities. Independent of wgpu and GPUs.
 
 pub mod access;
 mod capabilities;

@@ -1,17 +1,17 @@
-//! The uniform block of every kernel, field by field as in its shader file.
-//! A test compares names, offsets and sizes with naga's reflection.
+//! The uniform block of every kernel, field by field as in its shader file. A test compares names, offsets and sizes
+//! with naga's reflection.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::plan::Window;
 use crate::problem::Layout;
 
-/// The name, offset and size of every number of a block, members of nested structs behind a dot.
+/// The name, offset and size of every number in a block; members of nested structs follow a dot.
 pub type Fields = Vec<(String, usize, usize)>;
 
-/// What may stand in a uniform block.
+/// A type that a uniform block may contain.
 pub trait Member {
-    /// Adds its fields, which begin at `offset`.
+    /// Adds its fields, which start at `offset`.
     fn list(name: &str, offset: usize, to: &mut Fields);
 }
 
@@ -30,7 +30,7 @@ macro_rules! params {
     ($(#[$doc:meta])* $name:ident { $($field:ident : $ty:ty),* $(,)? }) => {
         params!($(#[$doc])* $name { $($field: $ty),* } 0);
     };
-    // What is nested ends in words that no shader reads, so that it is a multiple of 16 bytes.
+    // Nested structs end with padding words that no shader reads, so that their size is a multiple of 16 bytes.
     ($(#[$doc:meta])* $name:ident { $($field:ident : $ty:ty),* $(,)? } $padding:literal) => {
         $(#[$doc])*
         #[allow(missing_docs)]
@@ -68,7 +68,7 @@ params! {
 }
 
 params! {
-    /// What hides keys, and what is added to scores: `parts/rules.wgsl`.
+    /// The rules that hide keys, and what is added to scores: `parts/rules.wgsl`.
     Rules {
         band: [i32; 4],
         mask_a: Mask,
@@ -350,7 +350,7 @@ params! {
 }
 
 impl View {
-    /// A part of an operand, its axes the last ones of four; an operand `[b, i, d]` has one head.
+    /// A part of an operand, whose axes are the last of four; an operand `[b, i, d]` has one head.
     pub(super) fn new(layout: &Layout, at: Window) -> View {
         let mut strides = [0; 4];
         let axes: &[usize] = match layout.rank() {
@@ -360,8 +360,8 @@ impl View {
             _ => &[0, 1, 2, 3],
         };
         for ((&axis, &stride), &len) in axes.iter().zip(layout.strides()).zip(layout.shape()) {
-            // The stride of an axis of length 1 may be anything and is not used, but rows are read in fours, beyond
-            // their end too.
+            // The stride of an axis of length 1 is arbitrary and unused, but rows are read in fours, also beyond their
+            // end.
             strides[axis] = if len > 1 || axis == 3 { stride as u32 } else { 0 };
         }
         View::strided(strides, at.first)

@@ -1,9 +1,9 @@
-//! Kernels are put together from `shaders/NAME.wgsl` and the parts that it names.
+//! Composes kernels from `shaders/NAME.wgsl` and the parts that it names.
 //!
-//! `// @use load(q), view` stands for the text of `shaders/parts/load.wgsl` and `view.wgsl`. A part whose first line is
-//! `// @for x y` has its words `x` and `y` (whole ones, and those between underscores) replaced by the arguments. A
-//! part is a block (`view`, with arguments `load_q`), which [`Changes`] may give another part or a line. Parts use
-//! parts; one that is used twice stands once.
+//! `// @use load(q), view` includes the text of `shaders/parts/load.wgsl` and `view.wgsl`. If the first line of a part
+//! is `// @for x y`, its words `x` and `y` (whole words, and those between underscores) are replaced by the arguments.
+//! A part is a block (`view`, with arguments `load_q`), which [`Changes`] may replace by another part or a line. Parts
+//! use parts; one that is used twice is included once.
 
 use std::collections::BTreeSet;
 
@@ -25,7 +25,7 @@ const PARTS: &[(&str, &str)] = &parts! {
     "softmax_row" "splits" "store" "store_four" "store_fours" "store_wide" "tanh" "to_bf16" "to_f16" "to_f32" "view"
 };
 
-/// The text of a file with that of its parts, as blocks.
+/// The text of a file with the text of its parts, as blocks.
 pub(super) fn compose(file: &str, source: &str, changes: &Changes) -> Result<String> {
     let mut composer = Composer { file, changes, used: BTreeSet::new(), out: String::with_capacity(4 * source.len()) };
     composer.lines(source, &[])?;
@@ -40,7 +40,7 @@ pub(super) fn compose(file: &str, source: &str, changes: &Changes) -> Result<Str
 struct Composer<'a> {
     file: &'a str,
     changes: &'a Changes,
-    /// Blocks that stand there already: what several parts use stands once.
+    /// Blocks that are already included: what several parts use is included once.
     used: BTreeSet<String>,
     out: String,
 }
@@ -61,7 +61,7 @@ impl Composer<'_> {
         Ok(())
     }
 
-    /// What stands for `view(q w)`, as a block.
+    /// Includes the text for `view(q w)`, as a block.
     fn block(&mut self, uses: &str) -> Result<()> {
         let (name, mut arguments) = parse(uses);
         let key = match arguments.first() {

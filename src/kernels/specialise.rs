@@ -1,16 +1,16 @@
-//! From a shader file to the WGSL text of one variant.
+//! Turns a shader file into the WGSL text of one variant.
 //!
-//! Every file is valid WGSL as it stands. Five marks may be acted on, all of them comments or whole
-//! lines that stay legal when nobody acts:
+//! Every file is valid WGSL unchanged. Specialisation acts on five marks, all of them comments or whole lines that are
+//! valid WGSL without it:
 //!
 //! - `const NAME: T = value;`, a line of its own: the value is replaced.
 //! - `alias NAME = type;`, at the start of a line: the type is replaced.
 //! - `// @block name` … `// @end`: the lines between are replaced by one line, or by the body after `// @or other`;
-//!   blocks may stand in blocks.
-//! - `// @use part(x y), other`: blocks whose bodies are files of their own (`parts.rs`).
-//! - `// @unroll` before a `for (var i = 0u; i < N; i++) {` with a constant `N`: the body is written
-//!   out, with `i` replaced by its value. Old drivers (Mesa 22) do not unroll by themselves, and
-//!   registers cannot be indexed by a variable.
+//!   blocks may be nested.
+//! - `// @use part(x y), other`: blocks whose bodies are separate files (`parts.rs`).
+//! - `// @unroll` before a `for (var i = 0u; i < N; i++) {` with a constant `N`: the body is unrolled, with `i`
+//!   replaced by its value. Old drivers (Mesa 22) do not unroll on their own, and registers cannot be indexed by a
+//!   variable.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ pub struct Changes {
     pub consts: BTreeMap<&'static str, String>,
     /// Types of `alias` lines.
     pub aliases: BTreeMap<&'static str, &'static str>,
-    /// What stands in a block.
+    /// The content of a block.
     pub blocks: BTreeMap<&'static str, Body>,
 }
 
@@ -33,9 +33,9 @@ pub struct Changes {
 pub enum Body {
     /// This line.
     Line(&'static str),
-    /// The one behind `// @or` and this name.
+    /// The body after `// @or` with this name.
     Or(&'static str),
-    /// This part, `name` or `name(x)`: `x` stands before the arguments of the use.
+    /// This part, `name` or `name(x)`; `x` comes before the arguments of the use.
     Part(&'static str),
 }
 
@@ -55,16 +55,16 @@ impl Changes {
         self.aliases.insert(name, ty);
         self
     }
-    /// Another body for a block; the last one counts.
+    /// Sets another body for a block; the last one wins.
     pub fn block(mut self, name: &'static str, body: Body) -> Self {
         self.blocks.insert(name, body);
         self
     }
-    /// A line for a block.
+    /// Sets a line for a block.
     pub fn line(self, name: &'static str, line: &'static str) -> Self {
         self.block(name, Body::Line(line))
     }
-    /// Another part for a block.
+    /// Sets another part for a block.
     pub fn part(self, name: &'static str, part: &'static str) -> Self {
         self.block(name, Body::Part(part))
     }
@@ -74,7 +74,7 @@ pub(super) fn fault(file: &str, message: String) -> Error {
     Error::Value(format!("shader {file}: {message}"))
 }
 
-/// The text of a variant. A change that names nothing in the file is an error.
+/// The text of a variant. A change that matches nothing in the file is an error.
 pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String> {
     let (lines, consts) = changed(file, source, changes)?;
     let mut out = String::new();
@@ -82,21 +82,21 @@ pub fn specialise(file: &str, source: &str, changes: &Changes) -> Result<String>
     Ok(out)
 }
 
-/// The text of a file with its parts as it stands.
+/// The text of a file with its parts, unchanged.
 pub fn as_it_stands(file: &str, source: &str) -> Result<String> {
     let (lines, _) = changed(file, source, &Changes::default())?;
     Ok(lines.join("\n") + "\n")
 }
 
-/// The lines of a variant, its loops not yet written out, and its constants.
+/// The lines of a variant before unrolling, and its constants.
 fn changed(file: &str, source: &str, changes: &Changes) -> Result<(Vec<String>, BTreeMap<String, u64>)> {
     let source = compose(file, source, changes)?;
-    // Whether parts are used, `compose` has seen.
+    // `compose` has checked whether parts are used.
     let bodies = changes.blocks.iter().filter(|(_, body)| !matches!(body, Body::Part(_))).map(|(name, _)| name);
     let mut unused: Vec<&str> = changes.consts.keys().chain(changes.aliases.keys()).chain(bodies).copied().collect();
     let mut lines: Vec<String> = Vec::new();
     let mut consts: BTreeMap<String, u64> = BTreeMap::new();
-    // Open blocks, each within the one before, and whether their lines are left out.
+    // Open blocks, each nested in the one before, and whether their lines are left out.
     let mut open: Vec<(&str, bool)> = Vec::new();
     for line in source.lines() {
         let trimmed = line.trim();
@@ -239,7 +239,8 @@ fn replace_word(line: &str, word: &str, value: &str) -> String {
     out
 }
 
-/// The value of an unsigned constant expression of names, numbers, `* / % +`, left to right by rank.
+/// The value of an unsigned constant expression of names, numbers and `* / % +`, with the usual precedence, left to
+/// right.
 fn evaluate(text: &str, consts: &BTreeMap<String, u64>) -> Option<u64> {
     let atom = |text: &str| -> Option<u64> {
         let text = text.trim();

@@ -1,31 +1,34 @@
-//! Which calls share what tuning found.
+//! Decides which calls share a tuning result.
 
 use super::catalogue::RelativeKind;
 use crate::error::{Error, Result, value_error};
 use crate::problem::{Dtype, NO_BOUND, Problem};
 
-/// What calls must have in common to share what tuning found: all that tells the kernels apart that a call may run.
-/// Neither the batch nor the key lengths of its entries belong to it: the same row gives the same bits in every batch.
+/// Calls with the same key share a tuning result. It contains everything that distinguishes the kernels that a call may
+/// run. The batch and the key lengths of its entries are not part of it, because the same row gives the same bits in
+/// every batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct TuningKey {
-    /// Query rows per key/value head, the grouped heads' together, rounded up to a power of two.
+    /// Number of query rows per key/value head, all grouped heads together, rounded up to a power of two.
     pub rows: usize,
-    /// Keys, rounded up likewise.
+    /// Number of keys, rounded up to a power of two.
     pub keys: usize,
     /// Width of a query and a key.
     pub dim_k: usize,
     /// Width of a value.
     pub dim_v: usize,
-    /// What the buffers of Q, K and V hold.
+    /// The types in the buffers of Q, K and V.
     pub stored: [Dtype; 3],
-    /// What is read beside them.
+    /// What is read in addition to them.
     pub rules: KeyRules,
 }
 
-/// What a call reads beside Q, K and V.
+/// What a call reads in addition to Q, K and V.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct KeyRules {
-    /// Causal, or with a window.
+    /// A causal rule or a window.
     pub banded: bool,
     /// Boolean masks.
     pub masks: bool,
@@ -33,14 +36,14 @@ pub struct KeyRules {
     pub biases: bool,
     /// A bias by distance.
     pub relative: Option<RelativeKind>,
-    /// Rotary positions, and whether their pairs are neighbouring columns.
+    /// Rotary positions, and whether their pairs are adjacent columns.
     pub rotary: Option<bool>,
     /// A sink per head.
     pub sink: bool,
 }
 
 impl KeyRules {
-    /// The words of what is there, in order.
+    /// The words for the rules in use, in order.
     fn words(&self) -> impl Iterator<Item = &'static str> {
         let relative = self.relative.map(|kind| match kind {
             RelativeKind::Slope => "slopes",
@@ -52,7 +55,7 @@ impl KeyRules {
         flags.into_iter().filter(|(is_there, _)| *is_there).map(|(_, word)| word).chain(relative).chain(rotary)
     }
 
-    /// What they are read back by: every combination there is.
+    /// Every possible combination, for parsing.
     fn all() -> impl Iterator<Item = KeyRules> {
         let relatives = [None, Some(RelativeKind::Slope), Some(RelativeKind::Table), Some(RelativeKind::Fours)];
         let rotaries = [None, Some(false), Some(true)];
@@ -73,7 +76,7 @@ impl KeyRules {
 }
 
 impl TuningKey {
-    /// The key of a call; whether it is banded, the problem says.
+    /// The key of a call. `problem` determines whether it is banded.
     pub fn of(problem: &Problem, stored: [Dtype; 3], rules: KeyRules) -> TuningKey {
         let bucket = |n: usize| n.max(1).checked_next_power_of_two().unwrap_or(usize::MAX);
         let banded = problem.bands.iter().any(|band| band.lo > -NO_BOUND || band.hi < NO_BOUND);
@@ -116,7 +119,9 @@ impl std::str::FromStr for TuningKey {
             Some(TuningKey { rows, keys, dim_k: dims[0]?, dim_v: dims[1]?, stored, rules })
         };
         parse().ok_or_else(|| {
-            value_error!("{text:?} is no tuning key; rows256 keys1024 dim64x64 f32,f32,f32 banded masks is")
+            value_error!(
+                "{text:?} is not a tuning key; an example is rows256 keys1024 dim64x64 f32,f32,f32 banded masks"
+            )
         })
     }
 }
@@ -171,7 +176,7 @@ mod tests {
             assert_eq!(key.to_string().parse::<TuningKey>().unwrap(), key);
             texts.insert(rules.words().collect::<Vec<_>>());
         }
-        // No two are alike.
+        // No two are equal.
         assert_eq!(texts.len(), 16 * 4 * 3);
         for bad in [
             "",

@@ -1,26 +1,26 @@
-//! How often the loops of a kernel turn.
+//! The number of loop iterations ("turns") of kernels.
 //!
-//! Mesa's software drivers end every loop of an invocation, without a word, once all its loops together have turned
-//! 65,535 times (`lp_bld_limits.h`). So planning counts: a kernel that loops over a length has its turns here, at
-//! most, all loops of one invocation together, the look that ends a loop counted as one. Where
-//! [`Capabilities::max_loop_turns`](super::Capabilities::max_loop_turns) would be passed, work is split or sliced.
+//! Mesa's software drivers silently stop every loop of an invocation once all its loops together have done 65,535
+//! iterations (`lp_bld_limits.h`), so planning counts them. Every kernel that loops over a length has an upper bound
+//! here for all loops of one invocation together; the check that ends a loop counts as one iteration. If
+//! [`Capabilities::max_loop_turns`](super::Capabilities::max_loop_turns) would be exceeded, work is split or sliced.
 //!
-//! What Mesa allows is [`MESA_LOOP_TURNS`].
+//! Mesa's limit is [`MESA_LOOP_TURNS`].
 //!
-//! A loop that is written out ([`specialise`](super::specialise())) does not turn.
+//! An unrolled loop ([`specialise`](super::specialise())) has no iterations.
 
 use super::catalogue::{FlashTile, MatvecTile, RowTile};
 use super::method::Tile;
 
-/// The turns that Mesa's software drivers (lavapipe, llvmpipe) allow an invocation: 65,535, and some to spare.
+/// The iterations that Mesa's software drivers (lavapipe, llvmpipe) allow an invocation: 65,535, less a margin.
 pub const MESA_LOOP_TURNS: u32 = 65_000;
 
-/// Keys that a fused kernel or a weighted sum looks at together where values are not finite: `SPAN`.
+/// Number of keys that a fused kernel or a weighted sum checks together for values that are not finite: `SPAN`.
 const SPAN: u64 = 32;
-/// Values of a column that it looks at in one turn.
+/// Number of values of a column that it checks in one iteration.
 const AT_ONCE: u64 = 4;
 
-/// The turns of an invocation that loops over a length: `before`, and `each` for every `step` of the length.
+/// The iterations of an invocation that loops over a length: `before`, plus `each` for every `step` of the length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turns {
     before: u64,
@@ -29,20 +29,20 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// Over a length.
+    /// The iterations over a length.
     pub fn of(self, len: usize) -> u64 {
         self.before + (len as u64).div_ceil(self.step) * self.each
     }
 
-    /// The longest length, a multiple of the step, whose turns are at most `most`; one step at least.
+    /// The longest length, a multiple of the step, that takes at most `most` iterations; at least one step.
     pub fn longest(self, most: u64) -> usize {
         let steps = (most.saturating_sub(self.before) / self.each).max(1);
         usize::try_from(steps.saturating_mul(self.step)).unwrap_or(usize::MAX)
     }
 
-    /// Those of a kernel that then loops over the same length again.
+    /// The iterations of a kernel that then loops over the same length again.
     fn and(self, other: Turns) -> Turns {
-        // A whole number of both steps.
+        // A multiple of both steps.
         let step = self.step.max(other.step);
         debug_assert!(step.is_multiple_of(self.step) && step.is_multiple_of(other.step));
         let scaled = |one: Turns| one.each * (step / one.step);
@@ -50,24 +50,24 @@ impl Turns {
     }
 }
 
-/// A loop of `turns` turns, and the look that ends it.
+/// A loop of `turns` iterations, and the check that ends it.
 const fn counted(turns: u64) -> u64 {
     turns + 1
 }
 
-/// What is added at the end for values that are not finite, by key; `columns` is how many vec4s of a value an
-/// invocation goes through.
+/// Iterations at the end for values that are not finite, per key; `columns` is the number of vec4s of a value that an
+/// invocation handles.
 fn not_finite(columns: u64) -> Turns {
     Turns { before: 1, each: 1 + counted(SPAN) + counted(columns * (1 + counted(SPAN / AT_ONCE))), step: SPAN }
 }
 
-/// Of `flash.wgsl` and `flash_tiled.wgsl`, by keys of a split; `block_mask`: a block mask is looked at.
+/// Iterations of `flash.wgsl` and `flash_tiled.wgsl`, by keys of a split; `block_mask`: whether a block mask is read.
 pub fn flash(flash: FlashTile, block_mask: bool) -> Turns {
     let [depth4, cols4] = [flash.depth4, flash.cols4].map(u64::from);
-    // The next block: a look each step, a turn for each that is passed over, whose steps are saved.
+    // Finding the next block: a check per step, and one iteration per skipped block, whose own steps are saved.
     let next = 1 + u64::from(block_mask);
     if let Tile::Registers { keys, .. } = flash.tile {
-        // Parts of Q in, of O out; with rotary positions a loop of fewer.
+        // Loads parts of Q and stores parts of O; with rotary positions the loop is shorter.
         let before = counted(depth4) + counted(cols4) + 2 * next;
         let keys = u64::from(keys);
         let main = Turns { before, each: next + counted(keys), step: keys };
@@ -77,46 +77,46 @@ pub fn flash(flash: FlashTile, block_mask: bool) -> Turns {
     let (k_parts, v_parts) = (depth4.div_ceil(across), cols4.div_ceil(across));
     let part = 1 + counted(across);
     let each = next + counted(k_parts * part) + rows * (counted(across) + counted(v_parts)) + counted(v_parts * part);
-    // Sums and signs of a row joined.
+    // Joins the sums and signs of a row.
     let before = 2 * next + 2 * rows * counted(across) + counted(v_parts);
     Turns { before, each, step: u64::from(Tile::KEYS_IN_MEMORY) }.and(not_finite(cols4.div_ceil(across)))
 }
 
-/// Of `scores.wgsl`, by keys of a block; `chunks` of the width.
+/// Iterations of `scores.wgsl`, by keys of a block; `chunks` of the width.
 pub fn scores(chunks: usize) -> Turns {
     let chunks = chunks as u64;
     Turns { before: counted(2 * chunks), each: chunks, step: 4 }
 }
 
-/// Of `weighted_sum.wgsl`, by keys of a slice.
+/// Iterations of `weighted_sum.wgsl`, by keys of a slice.
 pub fn weighted_sum(tile: RowTile) -> Turns {
     Turns { before: 1, each: 1, step: 4 }.and(not_finite(u64::from(tile.depth4)))
 }
 
-/// Of `softmax.wgsl`, by elements of a row.
+/// Iterations of `softmax.wgsl`, by elements of a row.
 pub fn softmax(lanes: u32) -> Turns {
-    // Maximum, flag and sum of the lanes; maximum, sum and weights of the row.
+    // Maximum, flag and sum over the lanes; maximum, sum and weights of the row.
     let join = u64::from(lanes.ilog2());
     Turns { before: 3 * counted(join) + 3, each: 3, step: 4 * u64::from(lanes) }
 }
 
-/// Of `normalise.wgsl`, by elements of a row: it goes through them as often as a softmax.
+/// Iterations of `normalise.wgsl`, by elements of a row: it makes as many passes over them as a softmax.
 pub fn normalise(lanes: u32) -> Turns {
     softmax(lanes)
 }
 
-/// Of `inspect.wgsl`, by rows of a split; `chunks` of the width.
+/// Iterations of `inspect.wgsl`, by rows of a split; `chunks` of the width.
 pub fn inspect(chunks: usize) -> Turns {
     Turns { before: 1, each: 1 + counted(chunks as u64), step: 4 }
 }
 
-/// Of `project.wgsl`, by outputs of a block; `chunks` of the input width, each of `depth4` vec4s.
+/// Iterations of `project.wgsl`, by outputs of a block; `chunks` of the input width, each of `depth4` vec4s.
 pub fn project(chunks: usize, depth4: u32) -> Turns {
     let chunks = chunks as u64;
     Turns { before: counted(chunks * (2 + counted(u64::from(depth4)))), each: chunks * (1 + counted(4)), step: 4 }
 }
 
-/// Of `matvec.wgsl`, by the input width.
+/// Iterations of `matvec.wgsl`, by the input width.
 pub fn matvec(tile: MatvecTile) -> Turns {
     let MatvecTile { workgroup, rows, outs, share } = tile;
     let each_lane = u64::from((rows * outs).div_ceil(workgroup));
@@ -124,27 +124,28 @@ pub fn matvec(tile: MatvecTile) -> Turns {
     Turns { before, each: 1, step: 4 * u64::from(workgroup) }
 }
 
-/// The most chunks of a width, of `depth4` vec4s each, over which four outputs stay within `most` turns.
+/// Maximum number of chunks of a width, of `depth4` vec4s each, for which four outputs stay within `most` iterations.
 pub fn project_chunks(depth4: u32, most: u64) -> usize {
     let per_chunk = project(1, depth4).of(4) - project(0, depth4).of(4);
     Turns { before: project(0, depth4).of(4), each: per_chunk, step: 1 }.longest(most)
 }
 
-/// Of `merge.wgsl`, by splits.
+/// Iterations of `merge.wgsl`, by splits.
 pub fn merge() -> Turns {
-    // The largest LSE, then the sum: two loops within each other, of which the outer has few turns.
+    // The largest LSE, then the sum: two nested loops, of which the outer one is short.
     Turns { before: 4, each: 4, step: 1 }
 }
 
-/// Of `mean_heads.wgsl`, by heads.
+/// Iterations of `mean_heads.wgsl`, by heads.
 pub fn mean_heads() -> Turns {
     Turns { before: 1, each: 1, step: 1 }
 }
 
-/// Of `probe.wgsl`, by rounds.
+/// Iterations of `probe.wgsl`, by rounds.
 pub fn probe() -> Turns {
     Turns { before: 1, each: 1, step: 1 }
 }
 
-/// Of a kernel without a loop over any length, `block_mask.wgsl`'s over its 32 keys the longest.
+/// Iterations of a kernel without a loop over any length; the longest loop is that of `block_mask.wgsl` over its 32
+/// keys.
 pub const FEW: u64 = 64;

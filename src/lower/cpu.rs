@@ -1,4 +1,4 @@
-//! Calls on the CPU backend: tensors as slices and layouts, and results as tensors.
+//! Calls on the CPU backend: passes tensors as slices and layouts, and returns results as tensors.
 
 use crate::call::{Attended, Inspected, Mask, Operands};
 use crate::cpu::{self, Inputs, MaskView, Outputs, View};
@@ -33,7 +33,7 @@ fn inputs(operands: &Operands) -> Inputs<'_> {
     }
 }
 
-/// What `compute` makes in this layout, unless it does not fit in the memory.
+/// The result of `compute` in this layout; an error if it does not fit in memory.
 pub(super) fn made(
     what: &str,
     layout: Layout,
@@ -50,7 +50,7 @@ pub(super) fn attention(problem: &Problem, operands: &Operands, wanted: Wanted, 
     let square = [batch, heads_q, len_q, len_k];
     check_floats("the output", &[batch, heads_q, len_q, dim_v.max(1)])?;
     if wanted.weights != Weights::None || wanted.scores.is_some() {
-        // The mean over heads is taken of all of them.
+        // The mean over heads is computed from the weights of all heads.
         check_floats("the weights", &square).map_err(|error| error.or_rather(INSTEAD_OF_AVERAGED))?;
     }
     let answer = match &operands.sequences {
@@ -71,7 +71,7 @@ pub(super) fn attention(problem: &Problem, operands: &Operands, wanted: Wanted, 
     })
 }
 
-/// Sequences one behind another, one after the other.
+/// Computes packed sequences one after another.
 fn packed(
     problem: &Problem,
     operands: &Operands,

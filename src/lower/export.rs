@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::gpu::ExportedCall;
 
 impl Recording {
-    /// What `record` records, as data; for a recording for a step.
+    /// What `record` records, as data. The recording must be one for a step.
     pub async fn export(mut self, record: impl FnOnce(&mut Recording) -> Result<Attended>) -> Result<ExportedCall> {
         let Attended { output, lse, weights, scores } = record(&mut self)?;
         let steps = self.steps("a call is exported from an adapter; the CPU backend has no kernels")?;

@@ -1,8 +1,8 @@
-//! Calls on an adapter: tensors planned, and bound to the steps of the plan.
+//! Calls on an adapter: plans them and binds tensors to the steps of the plan.
 
 use crate::call::{Attended, Inspected, Operands, Relative, Rotation};
 use crate::error::{Result, value_error};
-use crate::gpu::{GpuBuffer, Purpose, Steps};
+use crate::gpu::{GpuBuffer, Steps};
 use crate::kernels::access::is_wide;
 use crate::kernels::plan::{self, AttentionOperands, InspectOperands};
 use crate::kernels::{Method, Operand, Plan, Slot};
@@ -17,7 +17,7 @@ pub(super) fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
     }
 }
 
-/// What scores are computed from, slot by slot.
+/// The tensors that scores are computed from, by slot.
 fn scored(operands: &Operands) -> Vec<(Slot, &Tensor)> {
     let Operands { q, k, masks, biases, relative, .. } = operands;
     let mut tensors = vec![(Slot::Q, q), (Slot::K, k)];
@@ -28,29 +28,29 @@ fn scored(operands: &Operands) -> Vec<(Slot, &Tensor)> {
 }
 
 impl Steps {
-    /// A new tensor of f32 that is rounded to `dtype` on download.
+    /// A new f32 tensor that is rounded to `dtype` on download.
     pub(super) fn output(&self, what: &str, layout: Layout, dtype: Dtype) -> Result<Tensor> {
         self.output_stored(what, layout, dtype, Dtype::F32)
     }
 
-    /// One where the plan lays one out.
+    /// A new tensor, if the plan has a layout for it.
     fn planned(&self, what: &str, layout: &Option<Layout>, dtype: Dtype) -> Result<Option<Tensor>> {
         layout.as_ref().map(|layout| self.output(what, layout.clone(), dtype)).transpose()
     }
 
-    /// A new tensor held as `stored`.
+    /// A new tensor stored as `stored`.
     fn output_stored(&self, what: &str, layout: Layout, dtype: Dtype, stored: Dtype) -> Result<Tensor> {
-        let buffer = self.gpu.allocate(what, plan::padded_bytes(&layout, stored), Purpose::Call)?;
+        let buffer = self.allocate(what, plan::padded_bytes(&layout, stored))?;
         Ok(Tensor::from_gpu(buffer, layout, dtype, stored))
     }
 
-    /// Adds a plan whose slots stand for these tensors.
+    /// Adds a plan, with these tensors in its slots.
     pub(super) fn bind(&mut self, plan: Plan, tensors: &[(Slot, &Tensor)]) -> Result<()> {
         let buffers: Vec<_> = tensors.iter().map(|&(slot, tensor)| (slot, buffer_of(tensor))).collect();
         self.add(plan, &buffers)
     }
 
-    /// Adds a plan with one result, and makes that.
+    /// Adds a plan with one result, and allocates the result.
     pub(super) fn made(
         &mut self,
         what: &str,
@@ -64,29 +64,18 @@ impl Steps {
         Ok(output)
     }
 
-    /// A boolean tensor of this call's own. One for a caller's encoder gets a buffer that is never written again: the
-    /// tensor is gone before the encoder is submitted, and an upload of another call must not write over it.
-    pub(super) fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
-        if !self.are_encoded() {
-            return Tensor::from_bools(&self.gpu, shape, data);
-        }
-        let layout = Layout::contiguous(shape)?;
-        let bytes: Vec<u8> = data.iter().map(|&x| u8::from(x)).collect();
-        Ok(Tensor::from_gpu(self.gpu.upload_once("mask", &bytes)?, layout, Dtype::Bool, Dtype::Bool))
-    }
-
-    /// One number in a tensor of `layout`, in a buffer that is never written again.
+    /// One number in a tensor of `layout`, in an immutable buffer.
     pub(super) fn number(&self, value: f32, layout: Layout) -> Tensor {
         let buffer = self.gpu.constant(bytemuck::bytes_of(&[value; 4]));
         Tensor::from_gpu(buffer, layout, Dtype::F32, Dtype::F32)
     }
 
-    /// The same values in a buffer of f32, for kernels that read nothing else.
+    /// The same values in an f32 buffer, for kernels that read only f32.
     pub(super) fn widened(&mut self, x: &Tensor) -> Result<Tensor> {
         if matches!(x.stored(), Dtype::F32 | Dtype::Bool) {
             return Ok(x.clone());
         }
-        // What is repeated along an axis is widened once.
+        // An axis that repeats its values is widened once.
         let mut once = x.layout().clone();
         for axis in 0..once.rank() {
             if once.strides()[axis] == 0 && once.shape()[axis] > 1 {
@@ -97,13 +86,13 @@ impl Steps {
         Ok(wide.with_layout(wide.layout().broadcast_to(x.shape())?))
     }
 
-    /// The operands with biases of f32.
+    /// The operands with f32 biases.
     fn readable(&mut self, operands: &Operands) -> Result<Operands> {
         let biases = operands.biases.iter().map(|bias| self.widened(bias)).collect::<Result<_>>()?;
         Ok(Operands { biases, ..operands.clone() })
     }
 
-    /// X (at most four axes) in a row-major buffer of f32.
+    /// X (at most four axes) in a row-major f32 buffer.
     pub(super) fn row_major(&mut self, x: &Tensor) -> Result<Tensor> {
         let mut four = x.layout().clone();
         while four.rank() < 4 {
@@ -122,6 +111,9 @@ impl Steps {
         output: Option<&Tensor>,
         layout: Layout,
     ) -> Result<Attended> {
+        if let Some(output) = output {
+            output.expect_writable(operands.named())?;
+        }
         let sink = operands.sink.as_ref().map(|sink| self.widened(sink)).transpose()?;
         let operands = Operands { sink, ..self.readable(operands)? };
         let Operands { q, k, v, masks, biases, relative, rotary, sink, sequences } = &operands;
@@ -142,7 +134,7 @@ impl Steps {
             ));
         }
         let tuned = match sequences {
-            // Three passes add up their output in f32.
+            // Three passes accumulate their output in f32.
             None => (self.gpu.tuned(&operands.tuning_key(problem)))
                 .filter(|found| *found != Method::ThreePasses || output.is_none() || stored == Dtype::F32),
             Some(_) => None,
@@ -173,8 +165,7 @@ impl Steps {
                 sequences.iter().map(of).sum()
             }
         };
-        let gpu = self.gpu.clone();
-        let capabilities = gpu.capabilities_for(operations, !self.are_encoded())?;
+        let capabilities = self.capabilities_for(operations)?;
         let plan = match sequences {
             None => plan::attention(problem, &planned, &capabilities),
             Some(sequences) => plan::packed(problem, &planned, sequences, &capabilities),
@@ -188,7 +179,7 @@ impl Steps {
             Some(output) if plan.output == stored => output.clone(),
             Some(_) => {
                 return Err(value_error!(
-                    "three passes add up their output in f32; an output buffer of {stored} needs the fused method"
+                    "three passes accumulate their output in f32; an output buffer of {stored} needs the fused method"
                 ));
             }
             None => self.output_stored("output", layout.clone(), dtype, plan.output)?,
@@ -259,7 +250,7 @@ impl Steps {
 
     pub(super) fn softmax(&mut self, x: &Tensor, axis: usize) -> Result<Tensor> {
         let rank = x.layout().rank();
-        // The axis goes last, what is before it becomes three axes.
+        // Move the axis to the end; the others become three axes.
         let mut order: Vec<usize> = (0..rank).filter(|&a| a != axis).collect();
         order.push(axis);
         let mut layout = x.layout().permute(&order)?;

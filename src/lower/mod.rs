@@ -1,4 +1,4 @@
-//! From tensors to steps: a list of operations on one device. On the CPU each is carried out at once; on an adapter
+//! Lowers operations on tensors to steps on one device. The CPU backend executes each operation at once; on an adapter
 //! they are planned and collected, then run in one compute pass.
 
 #[cfg(feature = "cpu")]
@@ -16,6 +16,7 @@ use crate::gpu::{EncodeSlices, Gpu, Profile, Steps};
 use crate::kernels::{Method, Slot, plan};
 use crate::problem::{Chosen, Dtype, Layout, Place, Problem, Rows, Wanted, in_order_of};
 use crate::tensor::Tensor;
+use crate::wait::apart;
 #[cfg(feature = "cpu")]
 use cpu::view;
 
@@ -30,7 +31,7 @@ impl Recording {
         Recording::with(device, Steps::new)
     }
 
-    /// For a step of a sequence, whose parameters are new every time.
+    /// For a decoding step, whose parameters change every time.
     pub fn for_step(device: &Device) -> Recording {
         Recording::with(device, Steps::for_step)
     }
@@ -43,16 +44,22 @@ impl Recording {
         }
     }
 
-    /// For work that is encoded, not submitted, on tensors of `device`.
-    pub fn for_encoder(gpu: &Gpu, device: &Device) -> Result<Recording> {
+    /// For work on tensors of `device` that is encoded, not submitted.
+    pub fn for_encoders(gpu: &Gpu, device: &Device) -> Result<Recording> {
         Device::from(gpu).expect_same(device)?;
-        Ok(Recording::Gpu(Steps::for_encoder(gpu)))
+        Ok(Recording::Gpu(Steps::for_encoders(gpu, None)))
     }
 
-    /// A boolean tensor of this call's own.
+    /// Like [`Recording::for_encoders`], for one known encoder.
+    pub fn for_encoder(gpu: &Gpu, encoder: &wgpu::CommandEncoder, device: &Device) -> Result<Recording> {
+        Device::from(gpu).expect_same(device)?;
+        Ok(Recording::Gpu(Steps::for_encoders(gpu, Some(encoder))))
+    }
+
+    /// Creates a boolean tensor for this call.
     pub fn bools(&self, shape: &[usize], data: &[bool]) -> Result<Tensor> {
         match self {
-            Recording::Gpu(steps) => steps.bools(shape, data),
+            Recording::Gpu(steps) => Tensor::from_bools(&steps.gpu, shape, data),
             #[cfg(feature = "cpu")]
             Recording::Cpu => Tensor::from_bools(Device::Cpu, shape, data),
         }
@@ -80,7 +87,7 @@ impl Recording {
         let layout = Layout::contiguous(&[x.shape()[0], x.shape()[1] + extra.len(), w.shape()[0]])?;
         match self {
             Recording::Gpu(steps) => {
-                // Bias 0 is the bias, those behind it are the extra rows.
+                // Bias 0 is the bias; the following ones are the extra rows.
                 let mut widen = |row: &Option<&Tensor>| row.map(|row| steps.widened(row)).transpose();
                 let rows = [bias].iter().chain(extra).map(&mut widen).collect::<Result<Vec<_>>>()?;
                 let layouts: Vec<_> = rows.iter().map(|row| row.as_ref().map(Tensor::layout)).collect();
@@ -99,8 +106,8 @@ impl Recording {
         }
     }
 
-    /// Attention over operands that fit `problem`; `output`, if given, is written in place. Packed sequences are
-    /// operands `[1, h, total, d]`.
+    /// Attention over operands that fit `problem`. `output`, if given, is written in place. Operands of packed
+    /// sequences are `[1, h, total, d]`.
     pub fn attention(
         &mut self,
         problem: &Problem,
@@ -125,7 +132,7 @@ impl Recording {
         }
     }
 
-    /// Weights of chosen heads and queries from their LSE `[b, hq, i]`; `operands.v` is not read.
+    /// Weights of chosen heads and queries, from their LSE `[b, hq, i]`. `operands.v` is not read.
     pub fn inspect(
         &mut self,
         problem: &Problem,
@@ -141,8 +148,8 @@ impl Recording {
         }
     }
 
-    /// Copies rows of X `[b, h, i, d]` into a cache Y `[b, h, rows, d]`, whose rows are padded to whole vec4s: one place
-    /// per batch entry.
+    /// Copies rows of X `[b, h, i, d]` into a cache Y `[b, h, rows, d]`, whose rows are padded to whole vec4s. `places`
+    /// has one entry per batch entry.
     pub fn scatter(&mut self, x: &Tensor, y: &mut Tensor, places: &[Place]) -> Result<()> {
         match self {
             Recording::Gpu(steps) => {
@@ -163,7 +170,7 @@ impl Recording {
         }
     }
 
-    /// The operands with queries and keys rotated, where they are to be.
+    /// The operands with queries and keys rotated, if there is a rotary.
     fn rotated(&mut self, operands: &Operands) -> Result<Operands> {
         operands.rotated(|x, rotation, rows| self.rotate(x, rotation, rows))
     }
@@ -228,7 +235,7 @@ impl Recording {
         }
     }
 
-    /// X as kernels read it that read f32 alone.
+    /// X in a form for kernels that read only f32.
     pub fn widened(&mut self, x: Tensor) -> Result<Tensor> {
         match self {
             Recording::Gpu(steps) => steps.widened(&x),
@@ -237,7 +244,7 @@ impl Recording {
         }
     }
 
-    /// RMSNorm, or where `centred` LayerNorm, over the last axis of X (four axes), row-major; `weight` and `bias`
+    /// RMSNorm, or LayerNorm if `centred`, over the last axis of X (four axes), row-major; `weight` and `bias` are
     /// `[d]`.
     pub fn normalise(
         &mut self,
@@ -279,7 +286,7 @@ impl Recording {
         }
     }
 
-    /// Joins two results `[b, h, i, d]` over disjoint keys with their LSEs `[b, h, i]`, in the memory order of the
+    /// Merges two results `[b, h, i, d]` over disjoint keys, using their LSEs `[b, h, i]`; in the memory order of the
     /// first.
     pub fn merge(&mut self, outputs: [&Tensor; 2], lses: [&Tensor; 2]) -> Result<[Tensor; 2]> {
         let layout = in_order_of(outputs[0].layout(), outputs[0].four_axes())?;
@@ -311,28 +318,39 @@ impl Recording {
         }
     }
 
-    /// Submits what `record` records, and reports what the driver had to say.
+    /// Submits what `record` records, and reports driver errors.
     pub async fn submit<T>(mut self, record: impl FnOnce(&mut Recording) -> Result<T>) -> Result<T> {
         let recorded = record(&mut self)?;
         match self {
-            Recording::Gpu(steps) => steps.submit().await?,
+            Recording::Gpu(steps) => apart(steps.submit()).await?,
             #[cfg(feature = "cpu")]
             Recording::Cpu => {}
         }
         Ok(recorded)
     }
 
-    /// As [`Recording::submit`]; waits for the end and tells what ran.
+    /// Like [`Recording::submit`], but waits for the end and reports what ran.
     pub async fn submit_profiled<T>(
         mut self,
         record: impl FnOnce(&mut Recording) -> Result<T>,
     ) -> Result<(T, Profile)> {
         let recorded = record(&mut self)?;
         match self {
-            Recording::Gpu(steps) => Ok((recorded, steps.submit_profiled().await?)),
+            Recording::Gpu(steps) => Ok((recorded, apart(steps.submit_profiled()).await?)),
             #[cfg(feature = "cpu")]
             Recording::Cpu => Ok((recorded, Profile::default())),
         }
+    }
+
+    /// Compiles what `record` would run, but runs nothing. The CPU backend has nothing to compile.
+    pub async fn warm_up<T>(mut self, record: impl FnOnce(&mut Recording) -> Result<T>) -> Result<()> {
+        #[cfg(feature = "cpu")]
+        if matches!(self, Recording::Cpu) {
+            return Ok(());
+        }
+        record(&mut self)?;
+        let steps = self.steps("")?;
+        apart(async move { steps.compile().await }).await
     }
 
     /// Writes what `record` records into the caller's encoder.
@@ -346,13 +364,13 @@ impl Recording {
         Ok(recorded)
     }
 
-    /// What `record` records, for the caller's encoders.
+    /// What `record` records, in slices for the caller's encoders.
     pub fn slices<T>(mut self, record: impl FnOnce(&mut Recording) -> Result<T>) -> Result<(T, EncodeSlices)> {
         let recorded = record(&mut self)?;
         Ok((recorded, self.steps("encoding needs an adapter; the CPU backend has none")?.slices()?))
     }
 
-    /// The steps on an adapter; on the CPU backend `reason` why there are none.
+    /// The steps on an adapter; on the CPU backend an error with `reason`.
     #[cfg_attr(not(feature = "cpu"), allow(unused_variables))]
     fn steps(self, reason: &str) -> Result<Steps> {
         match self {

@@ -1,54 +1,58 @@
-//! What a layer is: widths, heads and what it adds to plain attention.
+//! The configuration of a layer: widths, heads and what it adds to plain attention.
 
 use crate::error::{Result, value_error};
 use crate::problem::checked_len;
 
 /// The shape of a [`MultiHeadAttention`](crate::MultiHeadAttention).
 #[derive(Clone, Debug, PartialEq)]
+#[must_use]
+#[non_exhaustive]
 pub struct MultiHeadConfig {
-    /// Width of the queries that come in.
+    /// Width of the query input.
     pub embed_dim: usize,
     /// Query heads.
     pub num_heads: usize,
-    /// Key/value heads; fewer than `num_heads` is grouped-query attention (Ainslie et al. 2023).
+    /// Key/value heads; fewer than `num_heads` means grouped-query attention (Ainslie et al. 2023).
     pub heads_kv: usize,
     /// Width of a head's queries and keys.
     pub head_dim: usize,
     /// Width of a head's values.
     pub value_head_dim: usize,
-    /// Width of the keys that come in.
+    /// Width of the key input.
     pub kdim: usize,
-    /// Width of the values that come in.
+    /// Width of the value input.
     pub vdim: usize,
-    /// Width of the output (Keras's `output_shape`); `embed_dim` unless given.
+    /// Width of the output (Keras's `output_shape`); `embed_dim` by default.
     pub output_dim: usize,
     /// Whether the projections of queries, keys, values and the gate add a bias.
     pub bias: bool,
     /// Whether the output projection adds a bias.
     pub out_bias: bool,
-    /// Multiplies what the heads attended to by `sigmoid(query·W_gᵀ + b_g)` before the output projection (Keras's
-    /// `use_gate`; Qiu et al. 2025).
+    /// Multiplies the heads' results by `sigmoid(query·W_gᵀ + b_g)` before the output projection (Keras's `use_gate`;
+    /// Qiu et al. 2025).
     pub gate: bool,
-    /// Normalises queries and keys behind their projections.
+    /// Normalises queries and keys after their projections.
     pub norm: Option<QueryKeyNorm>,
-    /// Factor on `Q·Kᵀ` where a call's [`Attention`](crate::Attention) gives none; `None`: `1/√head_dim`.
+    /// Factor on `Q·Kᵀ` if a call's [`Attention`](crate::Attention) sets none. `None`: `1/√head_dim`.
     pub scale: Option<f32>,
     /// Appends a learned key and value to every sequence.
     pub add_bias_kv: bool,
     /// Appends a key and value of zeros to every sequence.
     pub add_zero_attn: bool,
-    /// `[batch, len, dim]` in and out when true, PyTorch's default `[len, batch, dim]` when false.
+    /// If true, inputs and output are `[batch, len, dim]`; if false, PyTorch's default `[len, batch, dim]`.
     pub batch_first: bool,
 }
 
 /// A norm of queries and keys, each with a learned weight: `(x − m) / √(s + ε) · w + b`.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[must_use]
+#[non_exhaustive]
 pub struct QueryKeyNorm {
     /// Which norm.
     pub kind: NormKind,
     /// What is normalised together.
     pub span: NormSpan,
-    /// What is added under the root; finite, not negative.
+    /// The value added under the root; finite, not negative.
     pub epsilon: f32,
     /// Whether a learned bias is added.
     pub bias: bool,
@@ -56,6 +60,7 @@ pub struct QueryKeyNorm {
 
 /// Which norm a [`QueryKeyNorm`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NormKind {
     /// `x / √(mean of x² + ε) · w` (Zhang and Sennrich 2019): Qwen 3, Gemma 3, OLMo 2.
     Rms,
@@ -65,11 +70,24 @@ pub enum NormKind {
 
 /// What a [`QueryKeyNorm`] normalises together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NormSpan {
-    /// Each head by itself; the weight is `[head_dim]`, one for all heads.
+    /// Each head separately; all heads share one weight `[head_dim]`.
     Head,
     /// All heads of a token; the weight is as wide as the projection (OLMo 2).
     Width,
+}
+
+impl QueryKeyNorm {
+    /// A norm without a bias.
+    pub const fn new(kind: NormKind, span: NormSpan, epsilon: f32) -> QueryKeyNorm {
+        QueryKeyNorm { kind, span, epsilon, bias: false }
+    }
+    /// Whether a learned bias is added.
+    pub const fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
 }
 
 impl MultiHeadConfig {
@@ -85,8 +103,8 @@ impl MultiHeadConfig {
         MultiHeadConfig::with_head_dims(embed_dim, num_heads, head_dim, head_dim)
     }
 
-    /// `num_heads` heads whose queries and keys are `key_dim` wide and whose values `value_dim`, whatever
-    /// `embed_dim` is: Keras's `MultiHeadAttention(num_heads, key_dim, value_dim)`. Biases on, batch first.
+    /// `num_heads` heads with queries and keys of width `key_dim` and values of width `value_dim`, independent of
+    /// `embed_dim`: Keras's `MultiHeadAttention(num_heads, key_dim, value_dim)`. Biases on, batch first.
     pub fn with_head_dims(
         embed_dim: usize,
         num_heads: usize,
@@ -115,48 +133,48 @@ impl MultiHeadConfig {
         Ok(config)
     }
 
-    /// Fewer key/value heads; must divide `num_heads`.
+    /// Sets the number of key/value heads; must divide `num_heads`.
     pub fn heads_kv(mut self, heads_kv: usize) -> Self {
         self.heads_kv = heads_kv;
         self
     }
-    /// Width of the keys that come in.
+    /// Sets the width of the key input.
     pub fn kdim(mut self, kdim: usize) -> Self {
         self.kdim = kdim;
         self
     }
-    /// Width of the values that come in.
+    /// Sets the width of the value input.
     pub fn vdim(mut self, vdim: usize) -> Self {
         self.vdim = vdim;
         self
     }
-    /// Width of the output.
+    /// Sets the width of the output.
     pub fn output_dim(mut self, output_dim: usize) -> Self {
         self.output_dim = output_dim;
         self
     }
-    /// All biases on or off.
+    /// Switches all biases on or off.
     pub fn bias(mut self, bias: bool) -> Self {
         self.bias = bias;
         self.out_bias = bias;
         self
     }
-    /// The bias of the output projection alone.
+    /// Switches only the bias of the output projection on or off.
     pub fn out_bias(mut self, bias: bool) -> Self {
         self.out_bias = bias;
         self
     }
-    /// A gate on what the heads attended to.
+    /// Switches the gate on the heads' results on or off.
     pub fn gate(mut self, gate: bool) -> Self {
         self.gate = gate;
         self
     }
-    /// Norms of queries and keys.
+    /// Sets the norms of queries and keys.
     pub fn norm(mut self, norm: Option<QueryKeyNorm>) -> Self {
         self.norm = norm;
         self
     }
-    /// Factor on `Q·Kᵀ` where a call gives none.
+    /// Sets the factor on `Q·Kᵀ` for calls that set none.
     pub fn scale(mut self, scale: Option<f32>) -> Self {
         self.scale = scale;
         self
@@ -171,12 +189,12 @@ impl MultiHeadConfig {
         self.add_zero_attn = yes;
         self
     }
-    /// The order of the first two axes.
+    /// Sets the order of the first two axes.
     pub fn batch_first(mut self, yes: bool) -> Self {
         self.batch_first = yes;
         self
     }
-    /// Head widths that are not `embed_dim / num_heads` (Keras's `key_dim` and `value_dim`).
+    /// Sets head widths other than `embed_dim / num_heads` (Keras's `key_dim` and `value_dim`).
     pub fn head_dims(mut self, key_dim: usize, value_dim: usize) -> Self {
         self.head_dim = key_dim;
         self.value_head_dim = value_dim;
@@ -223,8 +241,8 @@ impl MultiHeadConfig {
             }
             if self.add_bias_kv || self.add_zero_attn {
                 return Err(value_error!(
-                    "norms of queries and keys do not go with add_bias_kv or add_zero_attn: no framework says \
-                     whether the keys that these append are normalised"
+                    "norms of queries and keys cannot be combined with add_bias_kv or add_zero_attn: no framework \
+                     defines whether the appended keys are normalised"
                 ));
             }
         }
@@ -240,7 +258,7 @@ impl MultiHeadConfig {
     pub(super) fn v_width(&self) -> Result<usize> {
         checked_len(&[self.heads_kv, self.value_head_dim])
     }
-    /// Width of all heads' results side by side.
+    /// Width of the concatenated heads' results.
     pub(super) fn joined_width(&self) -> Result<usize> {
         checked_len(&[self.num_heads, self.value_head_dim])
     }
@@ -255,12 +273,12 @@ impl MultiHeadConfig {
     pub(super) fn group(&self) -> usize {
         self.num_heads / self.heads_kv.max(1)
     }
-    /// Whether all projections of inputs read the same width.
+    /// Whether all input projections read the same width.
     pub(super) fn is_packed(&self) -> bool {
         self.kdim == self.embed_dim && self.vdim == self.embed_dim
     }
 
-    /// Learned numbers in a layer of this shape.
+    /// Number of learned parameters in a layer of this shape.
     pub fn parameter_count(&self) -> Result<usize> {
         self.check()?;
         let (q, k, v, joined) = (self.q_width()?, self.k_width()?, self.v_width()?, self.joined_width()?);

@@ -1,5 +1,5 @@
-//! Layers from state dicts and back. Every tensor under the prefix is used, passed over because its names' convention
-//! says so, or named in an error.
+//! Reads layers from state dicts and writes them back. Every tensor under the prefix is used, skipped because its
+//! naming convention says so, or named in an error.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,8 +13,9 @@ use crate::error::{Error, Result, shape_error, value_error};
 use crate::problem::checked_len;
 use crate::state_dict::{HostTensor, NOT_OPENED, StateDict, closest, edits};
 
-/// How a layer is read from a [`StateDict`], where its tensors do not say it.
+/// How to read a layer from a [`StateDict`]: what its tensors do not say.
 #[derive(Clone, Debug, PartialEq)]
+#[must_use]
 pub struct LoadOptions {
     num_heads: usize,
     heads_kv: Option<usize>,
@@ -26,7 +27,7 @@ pub struct LoadOptions {
 }
 
 impl LoadOptions {
-    /// A layer of `num_heads` query heads; all else is read off names and shapes.
+    /// A layer with `num_heads` query heads; everything else is inferred from names and shapes.
     pub fn new(num_heads: usize) -> LoadOptions {
         LoadOptions {
             num_heads,
@@ -38,31 +39,33 @@ impl LoadOptions {
             ignored: Vec::new(),
         }
     }
-    /// Key/value heads. Tensors of their own tell them; fused ones (`in_proj_weight`, `qkv`, `c_attn`,
-    /// `query_key_value`) only where queries, keys and values have heads of one width, which is assumed otherwise.
+    /// Sets the number of key/value heads. Separate weights determine it. Fused weights (`in_proj_weight`, `qkv`,
+    /// `c_attn`, `query_key_value`) determine it only if queries, keys and values have heads of equal width, which is
+    /// assumed if this is not set.
     pub fn heads_kv(mut self, heads_kv: usize) -> Self {
         self.heads_kv = Some(heads_kv);
         self
     }
-    /// Whose names the tensors have.
+    /// Sets the naming convention of the tensors.
     pub fn names(mut self, names: Names) -> Self {
         self.names = Some(names);
         self
     }
-    /// What transformers' `config.json` says of the model: `model_type`, which counts where the names of the tensors leave
-    /// a doubt ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`, `layer_norm_eps`).
+    /// Passes on what transformers' `config.json` says about the model: `model_type`, which is used if the tensors'
+    /// names are ambiguous ([`Names::of_model_type`]), and the epsilon of its norms (`rms_norm_eps`, `norm_eps`,
+    /// `layer_norm_eps`).
     pub fn model(mut self, model_type: &str, norm_epsilon: Option<f32>) -> Self {
         self.model = Names::of_model_type(model_type);
         self.model_epsilon = norm_epsilon;
         self
     }
-    /// The epsilon of norms of queries and keys. Files of weights do not hold it: unless given it is 1e-6 (Qwen 3,
-    /// Gemma 3, timm), and 1e-5 for `q_layernorm` (Phi, Persimmon).
+    /// Sets the epsilon of the norms of queries and keys, which weight files do not contain. The default is 1e-6 (Qwen
+    /// 3, Gemma 3, timm), and 1e-5 for `q_layernorm` (Phi, Persimmon).
     pub fn norm_epsilon(mut self, epsilon: f32) -> Self {
         self.norm_epsilon = Some(epsilon);
         self
     }
-    /// Passes over a tensor, by its whole name or as it stands behind the prefix.
+    /// Skips a tensor, by its full name or by its name after the prefix.
     pub fn ignore(mut self, name: impl Into<String>) -> Self {
         self.ignored.push(name.into());
         self
@@ -70,13 +73,23 @@ impl LoadOptions {
 }
 
 impl MultiHeadAttention {
-    /// A layer from the tensors of a state dict behind `prefix` (such as `encoder.layers.0.self_attn.`): PyTorch's
-    /// `nn.MultiheadAttention`, what [`MultiHeadAttention::state_dict`] wrote, or a layer of a well-known model
-    /// ([`Names`]). Widths, key/value heads and biases are read off the shapes; what a state dict does not hold
-    /// (`add_zero_attn`, `batch_first`) is set afterwards. A bias that only some of queries, keys and values have is 0
-    /// for the others.
+    /// A layer from the tensors under `prefix` in a state dict (such as `encoder.layers.0.self_attn.`): PyTorch's
+    /// `nn.MultiheadAttention`, the output of [`MultiHeadAttention::state_dict`], or a layer of a well-known model
+    /// ([`Names`]). Widths, key/value heads and biases are inferred from the shapes. Set what a state dict does not
+    /// contain (`add_zero_attn`, `batch_first`) afterwards. If only some of queries, keys and values have a bias, it is
+    /// 0 for the others.
     ///
-    /// Every tensor behind the prefix is used, passed over as its [`Names`] say, or refused by name.
+    /// Every tensor under the prefix is used, skipped as its [`Names`] define, or named in an error.
+    ///
+    /// # Errors
+    ///
+    /// - [`File`](Error::File): tensors are missing, unexpected, not read or not floats, or their names are ambiguous.
+    /// - [`Shape`](Error::Shape): the shapes do not fit each other or `num_heads`.
+    /// - [`Value`](Error::Value): `num_heads` or `heads_kv` is 0, a tensor to ignore does not exist, or the resulting
+    ///   config breaks a rule.
+    /// - [`Overflow`](Error::Overflow), [`TooLarge`](Error::TooLarge): the weights do not fit the device.
+    /// - [`DeviceLost`](Error::DeviceLost), [`OutOfMemory`](Error::OutOfMemory), [`Gpu`](Error::Gpu): the driver
+    ///   failed.
     pub fn from_state_dict(
         device: impl Into<Device>,
         state: &StateDict,
@@ -86,7 +99,7 @@ impl MultiHeadAttention {
         Self::from_state_dict_with(device, state, prefix, &LoadOptions::new(num_heads))
     }
 
-    /// As [`MultiHeadAttention::from_state_dict`], with what the tensors do not say.
+    /// Like [`MultiHeadAttention::from_state_dict`], with options for what the tensors do not say.
     pub fn from_state_dict_with(
         device: impl Into<Device>,
         state: &StateDict,
@@ -98,8 +111,9 @@ impl MultiHeadAttention {
         Self::from_parameters(device.into(), config, &parameters)
     }
 
-    /// The layer's parameters under PyTorch's names, packed where PyTorch packs them; what PyTorch's layer does not have
-    /// as [`Names::PyTorch`] says. [`MultiHeadAttention::from_state_dict`] reads every layer back.
+    /// The layer's parameters under PyTorch's names, packed as PyTorch packs them. Parameters that PyTorch's layer does
+    /// not have are named as described in [`Names::PyTorch`]. [`MultiHeadAttention::from_state_dict`] reads every layer
+    /// back.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::default();
@@ -158,13 +172,14 @@ impl MultiHeadAttention {
 }
 
 impl StateDict {
-    /// Where attention layers lie: the prefix of each for [`MultiHeadAttention::from_state_dict`], and what its names
-    /// mean unless more is known of the model.
+    /// The attention layers in this state dict: the prefix of each for [`MultiHeadAttention::from_state_dict`], and the
+    /// meaning of its names unless more is known about the model.
     pub fn layers(&self) -> Vec<(String, Names)> {
         let names: BTreeSet<&str> = self.names().collect();
         let mut layers = BTreeMap::new();
         for family in Family::ALL {
-            // Keys: queries alone may stand for something else, and fused ones have no keys.
+            // Look for keys, because a query weight alone may be something else, or for fused weights, which have no
+            // keys.
             let firsts: Vec<String> = [Slot::Qkv, Slot::K].iter().flat_map(|&slot| family.weights_of(slot)).collect();
             for name in &names {
                 for first in &firsts {
@@ -181,7 +196,7 @@ impl StateDict {
         layers.into_iter().collect()
     }
 
-    /// What to try instead of `prefix`.
+    /// Suggests other prefixes than `prefix`.
     fn other_prefixes(&self, prefix: &str) -> String {
         const SHOWN: usize = 3;
         let mut layers = self.layers();
@@ -190,7 +205,7 @@ impl StateDict {
         match (layers.len(), layers.len().saturating_sub(SHOWN)) {
             (0, _) if self.is_empty() => "it holds no tensors at all".into(),
             (0, _) => format!(
-                "no tensors in it are named as those of an attention layer that is known here; the nearest names are \
+                "none of its tensors are named like those of a known attention layer; the nearest names are \
                  {}",
                 closest(prefix, self.names(), 6).join(", ")
             ),
@@ -202,8 +217,8 @@ impl StateDict {
 
 #[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
 impl StateDict {
-    /// As [`StateDict::open`] for one attention layer behind `prefix`: only values that the layer may use are read,
-    /// so that a layer of a large model takes little memory.
+    /// Like [`StateDict::open`], for one attention layer under `prefix`: reads only values that the layer may use, so
+    /// that a layer of a large model takes little memory.
     pub fn open_layer(path: impl AsRef<std::path::Path>, prefix: &str) -> Result<StateDict> {
         let names = names_behind(prefix);
         use crate::state_dict::Wanted;
@@ -216,7 +231,7 @@ impl StateDict {
     }
 }
 
-/// Every name that a layer behind `prefix`, with its dot or without, may use.
+/// Every name that a layer under `prefix`, with or without the trailing dot, may use.
 #[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
 fn names_behind(prefix: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
@@ -228,7 +243,7 @@ fn names_behind(prefix: &str) -> BTreeSet<String> {
     all
 }
 
-/// The whole name of one of a family's tensors behind `prefix`.
+/// The full name of one of a family's tensors under `prefix`.
 fn place(family: &Family, prefix: &str, name: &str) -> Option<String> {
     let Some(beside) = name.strip_prefix("../") else { return Some(format!("{prefix}{name}")) };
     let module = prefix.strip_suffix('.')?;
@@ -240,7 +255,7 @@ fn place(family: &Family, prefix: &str, name: &str) -> Option<String> {
     })
 }
 
-/// The tensors of a family that are there behind `prefix`.
+/// The tensors of a family that exist under `prefix`.
 fn there(family: &'static Family, prefix: &str, has: impl Fn(&str) -> bool) -> Vec<(Role, String)> {
     let places = family.names().filter_map(|(role, name)| Some((role, place(family, prefix, &name)?)));
     places.filter(|(_, name)| has(name)).collect()
@@ -250,19 +265,19 @@ fn missing(family: &Family, roles: &[(Role, String)]) -> Vec<Slot> {
     family.missing(|role| roles.iter().any(|(known, _)| *known == role))
 }
 
-/// A layer's tensors by what they are.
+/// A layer's tensors, by role.
 struct Found<'a> {
     prefix: String,
     family: &'static Family,
-    /// The whole name of each, for messages.
+    /// Each with its full name, for messages.
     tensors: BTreeMap<Role, (String, &'a HostTensor)>,
-    /// Whether buffers were passed over that GPT-J and GPT-Neo keep.
+    /// Whether mask buffers of GPT-J and GPT-Neo were skipped.
     has_mask: bool,
 }
 
 impl<'a> Found<'a> {
     fn new(state: &'a StateDict, prefix: &str, options: &LoadOptions) -> Result<Found<'a>> {
-        // A module's name without its dot.
+        // The prefix may be a module's name without the trailing dot.
         let dotted = format!("{prefix}.");
         let lacks_dot =
             !prefix.is_empty() && !prefix.ends_with('.') && state.names().any(|name| name.starts_with(&dotted));
@@ -276,7 +291,8 @@ impl<'a> Found<'a> {
         }
         let family = match options.names {
             Some(names) => names.family(),
-            // Whole before half, then the one that explains more; the first of equals, which is the last in reverse.
+            // Prefers a complete family, then the one that explains more tensors. Of equals the first, which comes last
+            // in this reversed order.
             None => (Family::ALL.into_iter().rev())
                 .max_by_key(|family| {
                     let roles = there(family, &prefix, |name| state.contains(name));
@@ -366,7 +382,7 @@ impl<'a> Found<'a> {
         self.tensors.get(&(slot, part))
     }
 
-    /// The weight of a slot that is there, `[rows, columns]`.
+    /// The weight of an existing slot, `[rows, columns]`.
     fn matrix(&self, slot: Slot) -> Result<(&str, [usize; 2], &'a [f32])> {
         let (name, tensor) = self.get(slot, Part::Weight).expect("checked when it was found");
         match *tensor.shape() {
@@ -376,7 +392,7 @@ impl<'a> Found<'a> {
         }
     }
 
-    /// A vector of `len` values, whatever axes of length 1 it has.
+    /// A vector of `len` values; axes of length 1 are ignored.
     fn vector(&self, slot: Slot, part: Part, len: usize) -> Result<Option<Vec<f32>>> {
         let Some((name, tensor)) = self.get(slot, part) else { return Ok(None) };
         let width = tensor.shape().last().copied().unwrap_or(1);
@@ -394,7 +410,7 @@ impl<'a> Found<'a> {
         self.tensors.contains_key(&(slot, part))
     }
 
-    /// What the names mean.
+    /// The meaning of the names.
     fn reading(&self, options: &LoadOptions) -> Result<Names> {
         if let Some(names) = options.names {
             return Ok(names);
@@ -416,8 +432,8 @@ impl<'a> Found<'a> {
                     (true, false, true) if options.num_heads == 1 => Names::NanoGpt,
                     (true, false, true) => {
                         return Err(Error::File(format!(
-                            "{name} [{rows}, {columns}] may be nanoGPT's (queries, keys and values one behind another) \
-                             or GPT-BigCode's (the rows of each head together): say names {} or {} (--names)",
+                            "{name} [{rows}, {columns}] may be nanoGPT's (all queries, all keys, all values) or \
+                             GPT-BigCode's (the rows of each head together): choose names {} or {} (--names)",
                             Names::NanoGpt,
                             Names::GptBigCode
                         )));
@@ -425,7 +441,7 @@ impl<'a> Found<'a> {
                     _ => {
                         return Err(shape_error!(
                             "{name} [{rows}, {columns}] and {out_name} {out:?} fit neither GPT-2's Conv1D ([in, 3 · in] and \
-                             [in, in]) nor nn.Linear; say names {}, {} or {} (--names) if they are right",
+                             [in, in]) nor nn.Linear; choose names {}, {} or {} (--names) if they are right",
                             Names::Gpt2,
                             Names::NanoGpt,
                             Names::GptBigCode
@@ -434,13 +450,13 @@ impl<'a> Found<'a> {
                 }
             }
             Names::Falcon => {
-                // ChatGLM has a bias here and none behind, and fewer key/value heads than heads.
+                // ChatGLM has a bias here but none on the output, and fewer key/value heads than heads.
                 let (name, [rows, _], _) = self.matrix(Slot::Qkv)?;
                 let (_, [_, joined], _) = self.matrix(Slot::Out)?;
                 if bias_of(Slot::Qkv) && !bias_of(Slot::Out) && rows != 3 * joined {
                     return Err(Error::File(format!(
-                        "{name} may be ChatGLM's (queries, keys and values one behind another) or Falcon's (the rows of \
-                         each key/value head together): say names {} or {} (--names)",
+                        "{name} may be ChatGLM's (all queries, all keys, all values) or Falcon's (the rows of each \
+                         key/value head together): choose names {} or {} (--names)",
                         Names::ChatGlm,
                         Names::Falcon
                     )));
@@ -451,8 +467,8 @@ impl<'a> Found<'a> {
         })
     }
 
-    /// GPT-Neo has CLIP's names and no scale. Its module is `attn.attention`; GPT-J keeps the same buffers, and has no
-    /// bias behind.
+    /// GPT-Neo has CLIP's names and no scale. Its module is `attn.attention`. GPT-J has the same buffers, but no output
+    /// bias.
     fn is_gpt_neo(&self) -> bool {
         let biased = [Slot::Q, Slot::K, Slot::V].into_iter().any(|slot| self.has(slot, Part::Bias));
         let (out, _) = self.get(Slot::Out, Part::Weight).expect("checked when it was found");
@@ -539,7 +555,7 @@ impl<'a> Found<'a> {
         Ok((config, parameters))
     }
 
-    /// Queries, keys and values in tensors of their own.
+    /// Queries, keys and values from separate tensors.
     fn apart(&self, options: &LoadOptions, value_head_dim: usize) -> Result<Split> {
         let heads = options.num_heads;
         let parts = [self.matrix(Slot::Q)?, self.matrix(Slot::K)?, self.matrix(Slot::V)?];
@@ -568,14 +584,14 @@ impl<'a> Found<'a> {
         Ok(Split { heads_kv, head_dim, widths: [q[1], k[1], v[1]], weights: parts.map(|(_, _, data)| data.to_vec()) })
     }
 
-    /// All three in one tensor.
+    /// Queries, keys and values from one fused tensor.
     fn fused(&self, names: Names, options: &LoadOptions, joined: usize, value_head_dim: usize) -> Result<Split> {
         let heads = options.num_heads;
         let (name, shape, data) = self.matrix(Slot::Qkv)?;
         if let Some(slot) = [Slot::Q, Slot::K, Slot::V].into_iter().find(|&slot| self.has(slot, Part::Weight)) {
             let (other, _) = self.get(slot, Part::Weight).expect("just seen");
             return Err(Error::File(format!(
-                "{name} and {other}: queries, keys and values are fused or apart, not both"
+                "{name} and {other}: queries, keys and values must be either fused or separate"
             )));
         }
         let is_conv1d = names == Names::Gpt2;
@@ -614,7 +630,7 @@ impl<'a> Found<'a> {
         Ok(Split { heads_kv, head_dim, widths: [columns; 3], weights })
     }
 
-    /// Biases of queries, keys and values, fused or apart.
+    /// Biases of queries, keys and values, fused or separate.
     fn biases(
         &self,
         names: Names,
@@ -633,11 +649,13 @@ impl<'a> Found<'a> {
         };
         if let Some((other, _)) = slots.iter().find_map(|&slot| self.get(slot, Part::Bias)) {
             let (name, _) = self.get(Slot::Qkv, Part::Bias).expect("just read");
-            return Err(Error::File(format!("{name} and {other}: a bias for all or one for each, not both")));
+            return Err(Error::File(format!(
+                "{name} and {other}: there must be either one fused bias or separate ones"
+            )));
         }
         let heads = options.num_heads;
         let heads_kv = heads / group;
-        // Tensors of their own have a bias in their own order.
+        // With separate weights, a fused bias is in plain order.
         let is_fused = self.has(Slot::Qkv, Part::Weight);
         let order = order_of(
             if is_fused { names } else { Names::PyTorch },
@@ -649,7 +667,7 @@ impl<'a> Found<'a> {
         Ok(order.map(|rows| Some(rows.into_iter().map(|row| fused[row]).collect())))
     }
 
-    /// The norms of queries and keys; what they are goes into `config`.
+    /// The norms of queries and keys; sets `config.norm`.
     fn norms(
         &self,
         names: Names,
@@ -667,11 +685,16 @@ impl<'a> Found<'a> {
         let epsilon = self.vector(Slot::Epsilon, Part::Weight, 1)?.map(|epsilon| epsilon[0]);
         let (slots, q_word, k_word) = match there[..] {
             [] if epsilon.is_some() => {
-                return Err(Error::File(format!("{}norm_epsilon is there, but no norm", self.prefix)));
+                return Err(Error::File(format!("{}norm_epsilon exists, but there is no norm", self.prefix)));
             }
             [] => return Ok(None),
             [one] => one,
-            _ => return Err(Error::File(format!("{0}q_norm and {0}q_layernorm: one norm only", self.prefix))),
+            _ => {
+                return Err(Error::File(format!(
+                    "{0}q_norm and {0}q_layernorm: only one norm is possible",
+                    self.prefix
+                )));
+            }
         };
         let (Some((q_name, q)), Some((k_name, _))) = (weight(slots[0]), weight(slots[1])) else {
             return Err(Error::File(format!(
@@ -681,7 +704,7 @@ impl<'a> Found<'a> {
         };
         let [bias_q, bias_k] = slots.map(|slot| self.has(slot, Part::Bias));
         if bias_q != bias_k {
-            return Err(Error::File(format!("{q_name} and {k_name}: both have a bias or none has")));
+            return Err(Error::File(format!("{q_name} and {k_name}: either both or neither must have a bias")));
         }
         let is_layernorm = slots[0] == Slot::QLayerNorm;
         let width = q.data().len();
@@ -690,8 +713,8 @@ impl<'a> Found<'a> {
             Names::Qwen3 if is_layernorm && !bias_q => NormKind::Rms,
             Names::Llama if is_layernorm && !bias_q && options.names != Some(Names::Llama) => {
                 return Err(Error::File(format!(
-                    "{q_name} {:?} has no bias, which a LayerNorm mostly has; LFM2 calls an RMSNorm so: say names {} \
-                     (RMSNorm times w) or {} (LayerNorm) (--names)",
+                    "{q_name} {:?} has no bias, which a LayerNorm usually has; LFM2 uses this name for an RMSNorm: \
+                     choose names {} (RMSNorm times w) or {} (LayerNorm) (--names)",
                     q.shape(),
                     Names::Qwen3,
                     Names::Llama
@@ -709,7 +732,7 @@ impl<'a> Found<'a> {
             Names::Llama if span == NormSpan::Head => {
                 return Err(Error::File(format!(
                     "{q_name} {:?} is a norm of each head's queries, which models with these names compute differently: \
-                     say names {} (RMSNorm times w) or {} (RMSNorm times 1 + w) (--names)",
+                     choose names {} (RMSNorm times w) or {} (RMSNorm times 1 + w) (--names)",
                     q.shape(),
                     Names::Qwen3,
                     Names::Gemma3
@@ -733,7 +756,7 @@ impl<'a> Found<'a> {
     }
 }
 
-/// Queries, keys and values apart: weights `[rows, width]`.
+/// Queries, keys and values separated: weights `[rows, width]`.
 struct Split {
     heads_kv: usize,
     head_dim: usize,
@@ -741,14 +764,14 @@ struct Split {
     weights: [Vec<f32>; 3],
 }
 
-/// Which rows of a fused tensor are those of queries, keys and values.
+/// The rows of a fused tensor that belong to queries, keys and values.
 fn order_of(names: Names, heads: usize, heads_kv: usize, head_dim: usize, value_head_dim: usize) -> [Vec<usize>; 3] {
     let [q, k, v] = [heads * head_dim, heads_kv * head_dim, heads_kv * value_head_dim];
     let by_head = names == Names::Falcon || names == Names::GptBigCode && heads_kv == heads;
     if !by_head {
         return [(0..q).collect(), (q..q + k).collect(), (q + k..q + k + v).collect()];
     }
-    // Of each key/value head: its queries' heads, a key's, a value's.
+    // For each key/value head: the rows of its query heads, then its key's, then its value's.
     let mut order = [Vec::with_capacity(q), Vec::with_capacity(k), Vec::with_capacity(v)];
     let mut row = 0;
     for _ in 0..heads_kv {
@@ -767,7 +790,7 @@ fn divided(what: &str, axis: &str, len: usize, heads: usize) -> Result<usize> {
     checked_len(&[len / heads])
 }
 
-/// A name as it can be shown: those of files may be of any length.
+/// A name shortened for display: names in files may be arbitrarily long.
 fn cut(name: &str) -> Cow<'_, str> {
     const SHOWN: usize = 200;
     match name.char_indices().nth(SHOWN) {
@@ -803,9 +826,9 @@ fn unexpected_error(state: &StateDict, prefix: &str, family: &Family, unexpected
         let is = |part: &str| name.contains(part);
         let hint = match near {
             _ if is("relative_attention_bias") => {
-                "it is T5's bias by distance: give it to Attention::t5_bias and ignore it here".into()
+                "it is T5's bias by distance: pass it to Attention::t5_bias and ignore it here".into()
             }
-            _ if is("sink") => "give a sink to Attention::sink and ignore it here".into(),
+            _ if is("sink") => "pass a sink to Attention::sink and ignore it here".into(),
             _ if is("lora_") => "merge adapters into the weights first".into(),
             _ if ["weight_scale", "scale_inv", "SCB", "qweight", "qzeros", "absmax", "quant"]
                 .iter()

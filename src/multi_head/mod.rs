@@ -1,5 +1,5 @@
-//! Multi-head attention with its projections: PyTorch's `nn.MultiheadAttention`, Keras's
-//! `MultiHeadAttention` and the attention of well-known models from one layer.
+//! Multi-head attention with its projections: one layer for PyTorch's `nn.MultiheadAttention`, Keras's
+//! `MultiHeadAttention` and the attention of well-known models.
 
 mod config;
 mod load;
@@ -12,27 +12,31 @@ pub use names::Names;
 use rand::{Rng, RngExt, SeedableRng};
 
 use crate::attention::Attention;
+use crate::cache::{Appended, KvCache};
 use crate::call::Attended;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::{EncodeSlices, Gpu, Profile};
 use crate::lower::Recording;
 use crate::tensor::{Tensor, common_device};
+use crate::wait::apart;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// A projection on the host, row-major: the weight is `[out, in]`.
+/// A projection on the host, row-major; the weight is `[out, in]`.
 struct Projection {
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
 }
 
-/// Parameters on the host, of the lengths that the layer's config says.
+/// Parameters on the host, with the lengths given by the layer's config.
 struct Parameters {
     q: Projection,
     k: Projection,
     v: Projection,
     out: Projection,
     gate: Option<Projection>,
-    /// Weight and bias of the norms of queries and keys.
+    /// Weights and biases of the norms of queries and keys.
     norms: Option<[Projection; 2]>,
     /// The learned extra key and value.
     bias_kv: Option<[Vec<f32>; 2]>,
@@ -46,7 +50,7 @@ struct Linear {
 }
 
 impl Linear {
-    /// `shape`: `[out, in]`, or `[width]` of a norm.
+    /// `shape` is `[out, in]`, or `[width]` for a norm.
     fn upload(device: &Device, shape: &[usize], parameters: &Projection) -> Result<Linear> {
         let bias = parameters.bias.as_ref().map(|bias| Tensor::from_slice(device, &shape[..1], bias));
         Ok(Linear { weight: Tensor::from_slice(device, shape, &parameters.weight)?, bias: bias.transpose()? })
@@ -62,12 +66,12 @@ impl Linear {
 }
 
 /// `Concat(head₁ … headₕ)·Wₒ + bₒ` with `headᵢ = Attention(Q·W_qᵢ, K·W_kᵢ, V·W_vᵢ)`
-/// (Vaswani et al. 2017, section 3.2.2). One `forward` serves self- and cross-attention.
+/// (Vaswani et al. 2017, section 3.2.2). `forward` computes both self- and cross-attention.
 #[derive(Clone, Debug)]
 pub struct MultiHeadAttention {
     config: MultiHeadConfig,
     device: Device,
-    /// W_gate (where there is one), W_q, W_k and W_v below one another when they read the same width.
+    /// W_gate (if there is one), W_q, W_k and W_v stacked, if all read the same width.
     packed: Option<Linear>,
     gate: Option<Linear>,
     q: Linear,
@@ -82,20 +86,60 @@ pub struct MultiHeadAttention {
 
 /// What [`MultiHeadAttention::forward`] returns.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct MultiHeadOutput {
     /// `[batch, len_q, output_dim]`, or `[len_q, batch, output_dim]` when not batch first.
     pub output: Tensor,
-    /// `[batch, heads, len_q, len_k]` or, averaged, `[batch, len_q, len_k]`, when asked for. `len_k`
-    /// counts the keys that `add_bias_kv` and `add_zero_attn` append.
+    /// `[batch, heads, len_q, len_k]` or, averaged, `[batch, len_q, len_k]`, if requested. `len_k` includes the keys
+    /// that `add_bias_kv` and `add_zero_attn` append.
     pub weights: Option<Tensor>,
-    /// `[batch, heads, len_q]`, as asked for by [`Attention::lse`].
+    /// `[batch, heads, len_q]`, if requested with [`Attention::lse`].
     pub lse: Option<Tensor>,
-    /// `[batch, heads, len_q, len_k]`, as asked for by [`Attention::scores`].
+    /// `[batch, heads, len_q, len_k]`, if requested with [`Attention::scores`].
     pub scores: Option<Tensor>,
 }
 
-/// Kernels as Keras's `MultiHeadAttention` and `GroupedQueryAttention` hold them, row-major.
+/// The operands of a layer's attention, `[batch, heads, len, dim]`, and its gate `[batch, len, heads · dim]`.
+struct Projected {
+    gate: Option<Tensor>,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+/// The projections of a layer, as tensors on its device; see [`MultiHeadAttention::from_projections`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Projections {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+}
+
+impl Projections {
+    /// Weights `[out, in]`, as in `nn.Linear`: queries `[heads · head_dim, embed_dim]`, keys
+    /// `[heads_kv · head_dim, kdim]`, values `[heads_kv · value_head_dim, vdim]`, output
+    /// `[output_dim, heads · value_head_dim]`.
+    pub fn new(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Projections {
+        let [q, k, v, out] = [q, k, v, out].map(|weight| Linear { weight, bias: None });
+        Projections { q, k, v, out }
+    }
+    /// Biases of queries, keys and values, each with one entry per row of its weight.
+    pub fn biases(mut self, q: Tensor, k: Tensor, v: Tensor) -> Self {
+        (self.q.bias, self.k.bias, self.v.bias) = (Some(q), Some(k), Some(v));
+        self
+    }
+    /// The bias of the output, `[output_dim]`.
+    pub fn out_bias(mut self, bias: Tensor) -> Self {
+        self.out.bias = Some(bias);
+        self
+    }
+}
+
+/// Kernels in the layout of Keras's `MultiHeadAttention` and `GroupedQueryAttention`, row-major.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct KerasKernels<'a> {
     /// `[query_dim, heads, key_dim]`.
     pub query: &'a [f32],
@@ -107,16 +151,40 @@ pub struct KerasKernels<'a> {
     pub output: &'a [f32],
     /// Biases `[heads, key_dim]`, `[heads_kv, key_dim]`, `[heads_kv, value_dim]`, `[output_dim]`.
     pub biases: Option<[&'a [f32]; 4]>,
-    /// Of `use_gate`: `[query_dim, heads, value_dim]`.
+    /// The kernel of `use_gate`: `[query_dim, heads, value_dim]`.
     pub gate: Option<&'a [f32]>,
-    /// `[heads, value_dim]`, where there are a gate and biases.
+    /// `[heads, value_dim]`, if there are a gate and biases.
     pub gate_bias: Option<&'a [f32]>,
 }
 
+impl<'a> KerasKernels<'a> {
+    /// Without biases and without a gate.
+    pub fn new(query: &'a [f32], key: &'a [f32], value: &'a [f32], output: &'a [f32]) -> KerasKernels<'a> {
+        KerasKernels { query, key, value, output, ..KerasKernels::default() }
+    }
+    /// The biases of query, key, value and output.
+    pub fn biases(mut self, biases: [&'a [f32]; 4]) -> Self {
+        self.biases = Some(biases);
+        self
+    }
+    /// The gate's kernel and, for a layer with biases, its bias.
+    pub fn gate(mut self, kernel: &'a [f32], bias: Option<&'a [f32]>) -> Self {
+        (self.gate, self.gate_bias) = (Some(kernel), bias);
+        self
+    }
+}
+
 impl MultiHeadAttention {
-    /// A new layer, initialised from `seed` as PyTorch does: W_q, W_k, W_v Xavier-uniform (Glorot and
-    /// Bengio 2010; over the packed matrix when there is one), W_o uniform in `±1/√in`, biases 0, the
-    /// extra key and value Xavier-normal; a gate Xavier-uniform by itself as Keras does, the weights of norms 1.
+    /// A new layer, initialised from `seed` like PyTorch's: W_q, W_k and W_v Xavier-uniform (Glorot and Bengio 2010;
+    /// over the packed matrix if there is one), W_o uniform in `±1/√in`, biases 0, the extra key and value
+    /// Xavier-normal. A gate is Xavier-uniform on its own as in Keras, and the weights of norms are 1.
+    ///
+    /// # Errors
+    ///
+    /// - [`Value`](crate::Error::Value): the config breaks a rule.
+    /// - [`Overflow`](crate::Error::Overflow), [`TooLarge`](crate::Error::TooLarge): the weights do not fit.
+    /// - [`DeviceLost`](crate::Error::DeviceLost), [`OutOfMemory`](crate::Error::OutOfMemory),
+    ///   [`Gpu`](crate::Error::Gpu): the driver failed.
     pub fn new(device: impl Into<Device>, config: MultiHeadConfig, seed: u64) -> Result<Self> {
         config.check()?;
         let mut rng = rand_pcg::Pcg64::seed_from_u64(seed);
@@ -188,9 +256,9 @@ impl MultiHeadAttention {
         Ok(MultiHeadAttention { config, device, packed, gate, q, k, v, out, norms, bias_kv })
     }
 
-    /// A layer from Keras-shaped kernels; `config` gives the widths
-    /// ([`MultiHeadConfig::with_head_dims`] for Keras's `key_dim` and `value_dim`, `heads_kv`, `output_dim`, `gate`);
-    /// its `bias`, `out_bias` and `gate` must agree with the kernels that are given.
+    /// A layer from Keras-shaped kernels. `config` gives the widths ([`MultiHeadConfig::with_head_dims`] for Keras's
+    /// `key_dim` and `value_dim`, `heads_kv`, `output_dim`, `gate`); its `bias`, `out_bias` and `gate` must match the
+    /// given kernels.
     pub fn from_keras(device: impl Into<Device>, config: MultiHeadConfig, kernels: KerasKernels<'_>) -> Result<Self> {
         config.check()?;
         if config.add_bias_kv || config.norm.is_some() {
@@ -240,34 +308,84 @@ impl MultiHeadAttention {
         Self::from_parameters(device.into(), config, &parameters)
     }
 
+    /// A layer over weights that are already on the device, with heads of any width; nothing is copied. `config` gives
+    /// the widths ([`MultiHeadConfig::with_head_dims`]); its `bias` and `out_bias` must match the given biases. Norms,
+    /// a gate and `add_bias_kv` can only be read from a [`StateDict`](crate::StateDict).
+    ///
+    /// # Errors
+    ///
+    /// - [`Shape`](crate::Error::Shape): a weight or bias does not have the shape that `config` requires.
+    /// - [`Value`](crate::Error::Value): `config` breaks a rule, has a norm, a gate or `add_bias_kv`, or does not match
+    ///   the given biases; or a tensor is bool.
+    /// - [`Device`](crate::Error::Device): the tensors are on different devices.
+    /// - [`Overflow`](crate::Error::Overflow): a width does not fit in 64 bits.
+    pub fn from_projections(config: MultiHeadConfig, projections: Projections) -> Result<Self> {
+        config.check()?;
+        if config.norm.is_some() || config.gate || config.add_bias_kv {
+            return Err(value_error!("norms, a gate and add_bias_kv are read by from_state_dict only"));
+        }
+        let Projections { q, k, v, out } = projections;
+        let joined = config.joined_width()?;
+        let device = q.weight.device();
+        for (name, linear, shape, biased) in [
+            ("query", &q, [config.q_width()?, config.embed_dim], config.bias),
+            ("key", &k, [config.k_width()?, config.kdim], config.bias),
+            ("value", &v, [config.v_width()?, config.vdim], config.bias),
+            ("output", &out, [config.output_dim, joined], config.out_bias),
+        ] {
+            if linear.weight.shape() != shape {
+                return Err(shape_error!("the {name} weight {:?} must be {shape:?}", linear.weight.shape()));
+            }
+            if linear.bias.is_some() != biased {
+                let has = if linear.bias.is_some() { "has" } else { "lacks" };
+                return Err(value_error!("the {name} projection {has} a bias, but the config says {biased}"));
+            }
+            if let Some(bias) = linear.bias.as_ref().filter(|bias| bias.shape() != &shape[..1]) {
+                return Err(shape_error!("the {name} bias {:?} must be {:?}", bias.shape(), &shape[..1]));
+            }
+            for tensor in [&linear.weight].into_iter().chain(&linear.bias) {
+                tensor.expect_float(name)?;
+                device.expect_same(&tensor.device())?;
+            }
+        }
+        let (packed, gate, norms, bias_kv) = (None, None, None, None);
+        Ok(MultiHeadAttention { config, device, packed, gate, q, k, v, out, norms, bias_kv })
+    }
+
     /// The layer's shape.
     pub fn config(&self) -> &MultiHeadConfig {
         &self.config
     }
-    /// Learned numbers in the layer.
+    /// Number of learned parameters in the layer.
     pub fn parameter_count(&self) -> usize {
         self.config.parameter_count().expect("checked when the layer was made")
     }
-    /// Appends a key and value of zeros to every sequence, or not. A layer with norms of queries and keys cannot.
+    /// Whether to append a key and value of zeros to every sequence; an error for a layer with norms of queries and
+    /// keys.
     pub fn with_zero_attn(mut self, yes: bool) -> Result<Self> {
         self.config.add_zero_attn = yes;
         self.config.check()?;
         Ok(self)
     }
-    /// Which of the first two axes is the batch.
+    /// Whether the batch is the first axis (else the second).
     pub fn with_batch_first(mut self, yes: bool) -> Self {
         self.config.batch_first = yes;
         self
     }
 
     /// Attends from `query` `[batch, len_q, embed_dim]` to `key` `[batch, len_k, kdim]` and `value`
-    /// `[batch, len_k, vdim]` (the batch axis second when not batch first; `[len, dim]` without a
-    /// batch). Self-attention gives one tensor three times and then projects it once.
+    /// `[batch, len_k, vdim]` (the batch axis is second if not batch first; `[len, dim]` without a
+    /// batch). For self-attention, pass the same tensor three times; it is then projected once.
     ///
-    /// `attention` says the rest: masks, biases, [`Attention::key_padding`], causal, which weights to return. A mask
-    /// or bias with three axes is `[batch · heads, len_q, len_k]` as in PyTorch (or `[1, len_q, len_k]`), whatever the
-    /// numbers are; one per batch entry (Keras's `[batch, len_q, len_k]`) needs four: `[batch, 1, len_q, len_k]`, and
-    /// so does one per head: `[1, heads, len_q, len_k]`.
+    /// `attention` gives all other options: masks, biases, [`Attention::key_padding`], the causal rule, which weights
+    /// to return. A mask or bias with three axes is always `[batch · heads, len_q, len_k]` as in PyTorch, or
+    /// `[1, len_q, len_k]`. One mask per batch entry (Keras's `[batch, len_q, len_k]`) needs four axes,
+    /// `[batch, 1, len_q, len_k]`, and so does one per head, `[1, heads, len_q, len_k]`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward`], and [`Shape`](crate::Error::Shape) if an input does not fit the layer's widths,
+    /// the inputs do not fit each other, or a mask or bias with three axes has another first axis.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward(
         &self,
@@ -276,11 +394,23 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        pollster::block_on(self.forward_async(query, key, value, attention))
+        wait_for(self.run(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::forward`], without blocking.
+    /// Like [`MultiHeadAttention::forward`], without blocking.
     pub async fn forward_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<MultiHeadOutput> {
+        let (layer, [query, key, value]) = (self.clone(), [query, key, value].map(Tensor::clone));
+        let attention = attention.clone();
+        apart(async move { layer.run(&query, &key, &value, &attention).await }).await
+    }
+
+    async fn run(
         &self,
         query: &Tensor,
         key: &Tensor,
@@ -290,8 +420,8 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// As [`MultiHeadAttention::forward`]; waits until the work is done and tells which kernels ran, and for how
-    /// long where the adapter counts. Only such calls pay for the counting.
+    /// Like [`MultiHeadAttention::forward`], but waits until the work is done and reports which kernels ran, and how
+    /// long they took if the adapter has timestamps. Only profiled calls pay for the measurement.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn forward_profiled(
         &self,
@@ -300,11 +430,23 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, Profile)> {
-        pollster::block_on(self.forward_profiled_async(query, key, value, attention))
+        wait_for(self.run_profiled(query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::forward_profiled`], without blocking.
+    /// Like [`MultiHeadAttention::forward_profiled`], without blocking.
     pub async fn forward_profiled_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<(MultiHeadOutput, Profile)> {
+        let (layer, [query, key, value]) = (self.clone(), [query, key, value].map(Tensor::clone));
+        let attention = attention.clone();
+        apart(async move { layer.run_profiled(&query, &key, &value, &attention).await }).await
+    }
+
+    async fn run_profiled(
         &self,
         query: &Tensor,
         key: &Tensor,
@@ -314,8 +456,126 @@ impl MultiHeadAttention {
         Recording::new(&self.device).submit_profiled(|to| self.record(to, query, key, value, attention)).await
     }
 
-    /// Records the layer into the caller's encoder: nothing is submitted, nothing waits. Keep the
-    /// inputs and the results until the encoder is submitted.
+    /// Self-attention of new tokens X `[batch, n, embed_dim]` over the cache and themselves: projects X, appends keys
+    /// and values, and attends, in one submit. Causal unless `attention` says otherwise (see [`KvCache::attend`]), and
+    /// rotated if the cache has a rotary ([`KvCache::with_rotary`]).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`KvCache::step`], and:
+    ///
+    /// - [`Value`](crate::Error::Value): the layer has `add_bias_kv` or `add_zero_attn`, or its `kdim` or `vdim` is not
+    ///   `embed_dim`.
+    /// - [`Shape`](crate::Error::Shape): `x` does not fit the layer, or the layer's heads do not fit the cache.
+    /// - [`Device`](crate::Error::Device): the layer, the cache and `x` are not on one device.
+    ///
+    /// ```
+    /// use wgpu_attention::{Attention, Device, KvCache, KvCacheConfig, MultiHeadAttention, MultiHeadConfig, Tensor};
+    ///
+    /// fn main() -> wgpu_attention::Result<()> {
+    ///     let device = Device::new()?;
+    ///     let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(32, 4)?.heads_kv(2), 0)?;
+    ///     let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 2, 128, 8))?; // 2 key/value heads of width 8
+    ///     let prompt = Tensor::from_slice(&device, &[1, 5, 32], &[0.1f32; 160])?;
+    ///     layer.step(&mut cache, &prompt, &Attention::new())?;
+    ///     let token = Tensor::from_slice(&device, &[1, 1, 32], &[0.2f32; 32])?;
+    ///     let output = layer.step(&mut cache, &token, &Attention::new())?.output;
+    ///     assert_eq!((output.shape(), cache.lengths()), (&[1, 1, 32][..], vec![6]));
+    ///     Ok(())
+    /// }
+    /// ```
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn step(&self, cache: &mut KvCache, x: &Tensor, attention: &Attention) -> Result<MultiHeadOutput> {
+        wait_for(self.run_step(cache, x, attention, None))
+    }
+
+    /// Like [`MultiHeadAttention::step`], for only the first `lengths[b]` tokens of batch entry `b`.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn step_lengths(
+        &self,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: &[usize],
+    ) -> Result<MultiHeadOutput> {
+        wait_for(self.run_step(cache, x, attention, Some(lengths)))
+    }
+
+    /// Like [`MultiHeadAttention::step`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_async(&self, cache: &mut KvCache, x: &Tensor, attention: &Attention) -> Result<MultiHeadOutput> {
+        self.run_step(cache, x, attention, None).await
+    }
+
+    /// Like [`MultiHeadAttention::step_lengths`], without blocking; the CPU backend computes before this returns.
+    pub async fn step_lengths_async(
+        &self,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: &[usize],
+    ) -> Result<MultiHeadOutput> {
+        self.run_step(cache, x, attention, Some(lengths)).await
+    }
+
+    async fn run_step(
+        &self,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: Option<&[usize]>,
+    ) -> Result<MultiHeadOutput> {
+        self.device.expect_same(cache.device())?;
+        let recording = Recording::for_step(&self.device);
+        let recorded = recording.submit(|to| self.record_step(to, cache, x, attention, lengths));
+        let (appended, output) = recorded.await?;
+        cache.commit(appended);
+        Ok(output)
+    }
+
+    /// Records [`MultiHeadAttention::step`] (or, with lengths, [`MultiHeadAttention::step_lengths`]) into the caller's
+    /// encoder, under the same conditions as [`KvCache::encode`].
+    pub fn encode_step(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: Option<&[usize]>,
+    ) -> Result<MultiHeadOutput> {
+        self.device.expect_same(cache.device())?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device)?;
+        let (appended, output) = recording.encode(encoder, |to| self.record_step(to, cache, x, attention, lengths))?;
+        cache.commit(appended);
+        Ok(output)
+    }
+
+    /// Compiles the kernels that [`MultiHeadAttention::forward`] needs for inputs of these shapes, and runs nothing;
+    /// see [`Attention::warm_up`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn warm_up(&self, query: &Tensor, key: &Tensor, value: &Tensor, attention: &Attention) -> Result<()> {
+        wait_for(self.compile(query, key, value, attention))
+    }
+
+    /// Like [`MultiHeadAttention::warm_up`], without blocking.
+    pub async fn warm_up_async(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        attention: &Attention,
+    ) -> Result<()> {
+        let (layer, [query, key, value]) = (self.clone(), [query, key, value].map(Tensor::clone));
+        let attention = attention.clone();
+        apart(async move { layer.compile(&query, &key, &value, &attention).await }).await
+    }
+
+    async fn compile(&self, query: &Tensor, key: &Tensor, value: &Tensor, attention: &Attention) -> Result<()> {
+        Recording::new(&self.device).warm_up(|to| self.record(to, query, key, value, attention)).await
+    }
+
+    /// Records the layer into the caller's encoder. Nothing is submitted, and nothing waits. Inputs and results may be
+    /// dropped at once, as with [`Attention::encode`].
     pub fn encode(
         &self,
         gpu: &Gpu,
@@ -325,11 +585,11 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<MultiHeadOutput> {
-        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let recording = Recording::for_encoder(gpu, encoder, &self.device)?;
         recording.encode(encoder, |to| self.record(to, query, key, value, attention))
     }
 
-    /// As [`MultiHeadAttention::encode`], cut into slices for encoders of their own: see
+    /// Like [`MultiHeadAttention::encode`], in slices that each go into an encoder of their own; see
     /// [`Attention::encode_slices`].
     pub fn encode_slices(
         &self,
@@ -339,11 +599,11 @@ impl MultiHeadAttention {
         value: &Tensor,
         attention: &Attention,
     ) -> Result<(MultiHeadOutput, EncodeSlices)> {
-        let recording = Recording::for_encoder(gpu, &self.device)?;
+        let recording = Recording::for_encoders(gpu, &self.device)?;
         recording.slices(|to| self.record(to, query, key, value, attention))
     }
 
-    /// `[batch, len, dim]` of an input, whatever the order it came in.
+    /// An input as `[batch, len, dim]`, whatever its axis order.
     fn batched(&self, name: &str, x: &Tensor, width: usize) -> Result<Tensor> {
         x.expect_float(name)?;
         let x3 = match x.layout().rank() {
@@ -386,7 +646,7 @@ impl MultiHeadAttention {
                 value.shape()
             ));
         }
-        let [batch, len_q] = [q_in.shape()[0], q_in.shape()[1]];
+        let batch = q_in.shape()[0];
         if k_in.shape()[..2] != v_in.shape()[..2] || k_in.shape()[0] != batch {
             return Err(shape_error!(
                 "query {:?}, key {:?} and value {:?} must have one batch size, key and value one length",
@@ -395,35 +655,82 @@ impl MultiHeadAttention {
                 value.shape()
             ));
         }
+        let Projected { gate, q, k, v } = self.project(recording, &q_in, &k_in, &v_in)?;
+        let mut attention = self.rules(attention, batch)?;
+        attention.extra_keys = self.extra_rows(|(k, _)| k).len();
+        let attended = attention.record(recording, &q, &k, &v, None)?;
+        self.finish(recording, query, gate, attended)
+    }
+
+    /// One decoding step: [`MultiHeadAttention::record`] for self-attention over the cache and `x`.
+    fn record_step(
+        &self,
+        recording: &mut Recording,
+        cache: &mut KvCache,
+        x: &Tensor,
+        attention: &Attention,
+        lengths: Option<&[usize]>,
+    ) -> Result<(Appended, MultiHeadOutput)> {
+        let config = &self.config;
+        if config.add_bias_kv || config.add_zero_attn {
+            return Err(value_error!("a layer with add_bias_kv or add_zero_attn cannot use a cache"));
+        }
+        if [config.kdim, config.vdim] != [config.embed_dim; 2] {
+            return Err(value_error!(
+                "a step is self-attention: kdim = {} and vdim = {} must be embed_dim = {}",
+                config.kdim,
+                config.vdim,
+                config.embed_dim
+            ));
+        }
+        common_device(&self.q.weight, [("x", x)])?;
+        let x_in = self.batched("x", x, config.embed_dim)?;
+        let Projected { gate, q, k, v } = self.project(recording, &x_in, &x_in, &x_in)?;
+        let attention = self.rules(attention, x_in.shape()[0])?;
+        let (appended, attended) = cache.record_step(recording, &attention, [&q, &k, &v], lengths, None)?;
+        Ok((appended, self.finish(recording, x, gate, attended)?))
+    }
+
+    /// The rules of a call, applied to the heads of this layer.
+    fn rules(&self, attention: &Attention, batch: usize) -> Result<Attention> {
+        let mut attention = attention.clone().for_layer(batch, self.config.num_heads)?;
+        attention.scale = attention.scale.or(self.config.scale);
+        Ok(attention)
+    }
+
+    /// Queries, keys and values by head, and the gate, from inputs `[batch, len, width]`.
+    fn project(&self, recording: &mut Recording, q_in: &Tensor, k_in: &Tensor, v_in: &Tensor) -> Result<Projected> {
+        let config = &self.config;
+        let batch = q_in.shape()[0];
         let (rows_q, rows_k, rows_v) = (config.q_width()?, config.k_width()?, config.v_width()?);
         let joined_width = config.joined_width()?;
         let rows_gate = if config.gate { joined_width } else { 0 };
         let extra_k: Vec<Option<&Tensor>> = self.extra_rows(|(k, _)| k);
         let extra_v: Vec<Option<&Tensor>> = self.extra_rows(|(_, v)| v);
 
-        // One product for everything that reads the same input.
+        // One matrix product for everything that reads the same input.
         let same = |a: &Tensor, b: &Tensor| a.is_same_view(b);
         let mut one = |x: &Tensor, linear: &Linear, extra: &[Option<&Tensor>]| {
             recording.project(x, &linear.weight, linear.bias.as_ref(), extra)
         };
         let gated = |both: &Tensor| config.gate.then(|| both.narrow(2, 0, rows_gate)).transpose();
         let (gate, q, k, v) = match &self.packed {
-            Some(packed) if extra_k.is_empty() && same(&q_in, &k_in) && same(&k_in, &v_in) => {
-                let all = one(&q_in, packed, &[])?;
+            Some(packed) if extra_k.is_empty() && same(q_in, k_in) && same(k_in, v_in) => {
+                let all = one(q_in, packed, &[])?;
                 let part = |start, len| all.narrow(2, rows_gate + start, len);
                 (gated(&all)?, part(0, rows_q)?, part(rows_q, rows_k)?, part(rows_q + rows_k, rows_v)?)
             }
-            Some(packed) if extra_k.is_empty() && same(&k_in, &v_in) => {
-                let first = one(&q_in, &packed.rows(0, rows_gate + rows_q)?, &[])?;
-                let both = one(&k_in, &packed.rows(rows_gate + rows_q, rows_k + rows_v)?, &[])?;
+            Some(packed) if extra_k.is_empty() && same(k_in, v_in) => {
+                let first = one(q_in, &packed.rows(0, rows_gate + rows_q)?, &[])?;
+                let both = one(k_in, &packed.rows(rows_gate + rows_q, rows_k + rows_v)?, &[])?;
                 let q = first.narrow(2, rows_gate, rows_q)?;
                 (gated(&first)?, q, both.narrow(2, 0, rows_k)?, both.narrow(2, rows_k, rows_v)?)
             }
             _ => (
-                self.gate.as_ref().map(|gate| one(&q_in, gate, &[])).transpose()?,
-                one(&q_in, &self.q, &[])?,
-                one(&k_in, &self.k, &extra_k)?,
-                one(&v_in, &self.v, &extra_v)?,
+                self.gate.as_ref().map(|gate| one(q_in, gate, &[])).transpose()?,
+                one(q_in, &self.q, &[])?,
+                one(k_in, &self.k, &extra_k)?,
+                one(v_in, &self.v, &extra_v)?,
             ),
         };
         // [batch, len, heads, dim]
@@ -443,17 +750,27 @@ impl MultiHeadAttention {
         let q = heads_first(normalised(&q, 0, config.num_heads)?)?;
         let k = heads_first(normalised(&k, 1, config.heads_kv)?)?;
         let v = heads_first(split(&v, config.heads_kv, config.value_head_dim)?)?;
-        let mut attention = attention.clone().for_layer(batch, config.num_heads)?;
-        attention.extra_keys = extra_k.len();
-        attention.scale = attention.scale.or(config.scale);
-        let Attended { output, weights, lse, scores } = attention.record(recording, &q, &k, &v, None)?;
-        let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, joined_width])?;
+        Ok(Projected { gate, q, k, v })
+    }
+
+    /// The layer's results for a `query`, from its heads' attention.
+    fn finish(
+        &self,
+        recording: &mut Recording,
+        query: &Tensor,
+        gate: Option<Tensor>,
+        attended: Attended,
+    ) -> Result<MultiHeadOutput> {
+        let config = &self.config;
+        let Attended { output, weights, lse, scores } = attended;
+        let [batch, _, len_q, _] = output.four_axes();
+        let mut joined = output.permute(&[0, 2, 1, 3])?.reshape(&[batch, len_q, config.joined_width()?])?;
         if let Some(gate) = &gate {
             joined = recording.gate(&joined, gate)?;
         }
         let output = recording.project(&joined, &self.out.weight, self.out.bias.as_ref(), &[])?;
         let output = output.with_dtype(query.dtype())?;
-        let unbatched = ranks[0] == 2;
+        let unbatched = query.layout().rank() == 2;
         let of_batch = |result: Option<Tensor>| {
             result.map(|result| if unbatched { result.select(0, 0) } else { Ok(result) }).transpose()
         };
@@ -476,11 +793,11 @@ impl MultiHeadAttention {
 }
 
 impl Attention {
-    /// Masks and biases as a layer's caller writes them: three axes are `[batch · heads, len_q, len_k]`.
+    /// Interprets masks and biases in the form a layer takes: three axes are `[batch · heads, len_q, len_k]`.
     fn for_layer(mut self, batch: usize, heads: usize) -> Result<Attention> {
         let fix = |what: &str, tensor: &Tensor| -> Result<Tensor> {
             match *tensor.shape() {
-                // Of whatever three axes could mean (per batch entry, per head, both), this is the same in all.
+                // Whatever three axes could mean (per batch entry, per head, both), this means the same.
                 [1, _, _] => Ok(tensor.clone()),
                 [both, len_q, len_k] if both == batch.saturating_mul(heads) => {
                     tensor.reshape(&[batch, heads, len_q, len_k])
@@ -506,7 +823,7 @@ impl Attention {
     }
 }
 
-/// `[rows, columns]` turned to `[columns, rows]`.
+/// `[rows, columns]` transposed to `[columns, rows]`.
 fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| matrix[r * columns + c])).collect()
 }
@@ -515,7 +832,7 @@ fn uniform(rng: &mut impl Rng, len: usize, bound: f32) -> Vec<f32> {
     (0..len).map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound).collect()
 }
 
-/// Normal values by Box and Muller's transform.
+/// Normally distributed values by the Box–Muller transform.
 fn normal(rng: &mut impl Rng, len: usize, deviation: f32) -> Vec<f32> {
     (0..len)
         .map(|_| {

@@ -1,58 +1,59 @@
-//! How well-known models call the tensors of an attention layer, and what their names do not say: which axis of a
-//! weight is which, how fused rows lie, what the scale is. Checked against the sources of PyTorch 2.15,
-//! transformers 5.24 and timm 1.0.31.
+//! How well-known models name the tensors of an attention layer, and what the names imply: the axis order of a weight,
+//! the order of fused rows, the scale. Checked against the sources of PyTorch 2.15, transformers 5.24 and timm 1.0.31.
 
 use crate::error::{Error, Result, value_error};
 
-/// Whose names the tensors of a layer have. Found by the names that are there, where these leave no doubt.
+/// The naming convention of a layer's tensors. Detected from the names if these are unambiguous.
 ///
-/// Only the attention itself is read. Positions (rotary, relative), windows, softcaps and scales that a model's
-/// configuration sets are given to each call by [`Attention`](crate::Attention); clipping of queries, keys and values
-/// (`clip_qkv` of MPT, DBRX, OLMo) is in no file of weights and is not computed. Nor are scales that a model's code sets:
-/// Zamba's is `(head_dim / 2)^-0.5`, to be given to [`Attention::scale`](crate::Attention::scale).
+/// Only the attention itself is read. Pass positions (rotary, relative), windows, softcaps and scales from a model's
+/// configuration to each call through [`Attention`](crate::Attention). Clipping of queries, keys and values (`clip_qkv`
+/// of MPT, DBRX, OLMo) is not in weight files and is not computed. Scales that a model's code sets are not in weight
+/// files either: Zamba's is `(head_dim / 2)^-0.5`; set it with [`Attention::scale`](crate::Attention::scale).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Names {
     /// `in_proj_weight`, `in_proj_bias` (or `q_proj_weight` …, `q_proj.bias` …), `out_proj`, `bias_k`, `bias_v`:
-    /// `nn.MultiheadAttention`; and what [`MultiHeadAttention::state_dict`](crate::MultiHeadAttention::state_dict)
-    /// writes beside: `gate_proj`, `q_norm`, `k_norm` (RMSNorm), `q_layernorm`, `k_layernorm`, `norm_epsilon`,
+    /// `nn.MultiheadAttention`. Also what [`MultiHeadAttention::state_dict`](crate::MultiHeadAttention::state_dict)
+    /// writes in addition: `gate_proj`, `q_norm`, `k_norm` (RMSNorm), `q_layernorm`, `k_layernorm`, `norm_epsilon`,
     /// `attention_scale`.
     PyTorch,
-    /// `q_proj`, `k_proj`, `v_proj` and `o_proj`, `out_proj` or `dense`, with biases where they are there: Llama,
-    /// Qwen 2, Mistral, Phi, CLIP, BART, OPT, Whisper, GPT-J. Norms that are LayerNorm (`q_layernorm` or `q_norm` with
-    /// a bias) or span all heads (OLMo 2) are read; RMSNorm per head needs [`Names::Qwen3`] or [`Names::Gemma3`], and
-    /// `q_layernorm` without a bias that one of the two is said.
+    /// `q_proj`, `k_proj`, `v_proj` and `o_proj`, `out_proj` or `dense`, with or without biases: Llama, Qwen 2,
+    /// Mistral, Phi, CLIP, BART, OPT, Whisper, GPT-J. Norms that are LayerNorm (`q_layernorm` or `q_norm` with a bias)
+    /// or span all heads (OLMo 2) are read. RMSNorm per head needs [`Names::Qwen3`] or [`Names::Gemma3`]. `q_layernorm`
+    /// without a bias needs an explicit [`Names::Qwen3`] (RMSNorm) or [`Names::Llama`] (LayerNorm).
     Llama,
-    /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `w`: Qwen 3, LFM2.
+    /// Like [`Names::Llama`] with RMSNorm of each head's queries and keys, times `w`: Qwen 3, LFM2.
     Qwen3,
-    /// As [`Names::Llama`] with RMSNorm of each head's queries and keys, times `1 + w`: Gemma 3.
+    /// Like [`Names::Llama`] with RMSNorm of each head's queries and keys, times `1 + w`: Gemma 3.
     Gemma3,
-    /// As [`Names::Llama`] with RMSNorm over all heads of queries and keys: OLMo 2.
+    /// Like [`Names::Llama`] with RMSNorm over all heads of queries and keys: OLMo 2.
     Olmo2,
-    /// As [`Names::Llama`] with scale 1: GPT-Neo.
+    /// Like [`Names::Llama`] with scale 1: GPT-Neo.
     GptNeo,
-    /// `query`, `key`, `value` (under `self.` or `attention.`) and `output.dense`, which may lie beside the prefix:
-    /// BERT, RoBERTa, ViT; `dense`: ALBERT. The LayerNorm behind the residual is not attention, and is passed over.
+    /// `query`, `key`, `value` (under `self.` or `attention.`) and `output.dense`, which may be next to the prefix:
+    /// BERT, RoBERTa, ViT; `dense`: ALBERT. The LayerNorm after the residual is not part of attention and is skipped.
     Bert,
     /// `q_lin`, `k_lin`, `v_lin`, `out_lin`: DistilBERT, XLM.
     DistilBert,
-    /// `c_attn` and `c_proj` of `Conv1D`, `[in, out]`: GPT-2. The buffers `bias` (its causal mask) and `masked_bias` are
-    /// passed over.
+    /// `c_attn` and `c_proj` of `Conv1D`, `[in, out]`: GPT-2. The buffers `bias` (its causal mask) and `masked_bias`
+    /// are skipped.
     Gpt2,
-    /// `c_attn` and `c_proj` of `nn.Linear`, queries, keys and values one behind another: nanoGPT.
+    /// `c_attn` and `c_proj` of `nn.Linear`, with all queries, then all keys, then all values: nanoGPT.
     NanoGpt,
-    /// The same with one key/value head, or else with the rows of each head together: GPT-BigCode, StarCoder.
+    /// Like [`Names::NanoGpt`] with one key/value head; otherwise with the rows of each head together: GPT-BigCode,
+    /// StarCoder.
     GptBigCode,
-    /// `qkv` and `proj` (`projection`), queries, keys and values one behind another; `q_norm`, `k_norm` (LayerNorm with a
-    /// bias, else RMSNorm) and `gate`: timm, BLIP, Qwen-VL's vision.
+    /// `qkv` and `proj` (`projection`), with all queries, then all keys, then all values; `q_norm`, `k_norm` (LayerNorm
+    /// with a bias, else RMSNorm) and `gate`: timm, BLIP, Qwen-VL's vision model.
     Timm,
-    /// `Wqkv` and `Wo` or `out_proj`, one behind another: ModernBERT, MPT, FlashAttention's `MHA`.
+    /// `Wqkv` and `Wo` or `out_proj`, in the same row order: ModernBERT, MPT, FlashAttention's `MHA`.
     Wqkv,
-    /// `qkv_proj` and `o_proj`, one behind another: Phi-3.
+    /// `qkv_proj` and `o_proj`, in the same row order: Phi-3.
     Phi3,
-    /// `query_key_value` and `dense`, the rows of each key/value head together: Falcon, GPT-NeoX, BLOOM, Persimmon.
+    /// `query_key_value` and `dense`, with the rows of each key/value head together: Falcon, GPT-NeoX, BLOOM,
+    /// Persimmon.
     Falcon,
-    /// The same one behind another: ChatGLM 2 and 3.
+    /// `query_key_value` and `dense`, with all queries, then all keys, then all values: ChatGLM 2 and 3.
     ChatGlm,
     /// `q`, `k`, `v`, `o` without biases, scale 1: T5.
     T5,
@@ -63,7 +64,7 @@ pub enum Names {
 }
 
 impl Names {
-    /// All of them.
+    /// All conventions.
     pub const ALL: [Names; 19] = [
         Names::PyTorch,
         Names::Llama,
@@ -86,7 +87,7 @@ impl Names {
         Names::Diffusers,
     ];
 
-    /// The word for it: `pytorch`, `llama`, `gpt2` …
+    /// The convention's short name: `pytorch`, `llama`, `gpt2` …
     pub fn word(self) -> &'static str {
         match self {
             Names::PyTorch => "pytorch",
@@ -111,8 +112,8 @@ impl Names {
         }
     }
 
-    /// For a `model_type` of transformers' `config.json` whose attention has tensors that the names alone leave in
-    /// doubt; `None` for others.
+    /// The convention for a `model_type` of transformers' `config.json` if the tensor names alone are ambiguous; `None`
+    /// for others.
     pub fn of_model_type(model_type: &str) -> Option<Names> {
         match model_type {
             "qwen3" | "qwen3_moe" | "qwen3_vl_text" | "qwen3_vl_moe_text" | "lfm2" | "lfm2_moe" => Some(Names::Qwen3),
@@ -159,10 +160,10 @@ impl std::str::FromStr for Names {
     }
 }
 
-/// What a tensor of a layer is.
+/// The role of a tensor in a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Slot {
-    /// Queries, keys and values in one.
+    /// Queries, keys and values fused.
     Qkv,
     Q,
     K,
@@ -180,7 +181,7 @@ pub(super) enum Slot {
     Scale,
 }
 
-/// A weight or a bias of a slot; what is neither counts as a weight.
+/// A weight or a bias of a slot. Anything else counts as a weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     Weight,
@@ -191,16 +192,17 @@ pub(super) type Role = (Slot, Part);
 
 /// Names that belong together.
 pub(super) struct Family {
-    /// Modules: `NAME.weight` and `NAME.bias`. `../` is beside the last word of a prefix that ends in one of `inner`.
+    /// Modules: `NAME.weight` and `NAME.bias`. `../` means next to the last word of a prefix that ends in one of
+    /// `inner`.
     modules: &'static [(Slot, &'static [&'static str])],
-    /// Tensors under names of their own.
+    /// Tensors with other names.
     tensors: &'static [(Role, &'static str)],
-    /// What is there and not attention, or no parameter: a name, or a beginning that ends in `.`.
+    /// Tensors that are not part of attention, or not parameters: a name, or a beginning of one that ends in `.`.
     passed_over: &'static [&'static str],
-    /// Ends of a prefix whose last word has the output projection beside it: BERT's `attention.self.`, ViT's
-    /// `attention.attention.`, but not `attention.`, which has another module's beside it.
+    /// Endings of prefixes whose last word has the output projection next to it: BERT's `attention.self.`, ViT's
+    /// `attention.attention.`, but not `attention.`, which has another module's next to it.
     pub inner: &'static [&'static str],
-    /// The first is what the names mean unless more is known.
+    /// The possible meanings of the names; the first is the default.
     pub readings: &'static [Names],
 }
 
@@ -218,7 +220,7 @@ impl Family {
         modules.chain(self.tensors.iter().map(|&(role, name)| (role, name.to_string())))
     }
 
-    /// Whether a tensor of these names is passed over. Masks that GPT-2 and its kin keep are told by their shapes.
+    /// Whether a tensor is skipped. The masks that GPT-2 and similar models store are recognised by their shapes.
     pub fn passes_over(&self, name: &str, shape: &[usize]) -> bool {
         self.passed_over.iter().any(|&known| match known {
             "bias" => name == known && shape.len() == 4,
@@ -227,7 +229,7 @@ impl Family {
         })
     }
 
-    /// What a layer needs and lacks, by the roles that are there.
+    /// The required slots that are missing, given the existing roles.
     pub fn missing(&self, has: impl Fn(Role) -> bool) -> Vec<Slot> {
         let weight = |slot| has((slot, Part::Weight));
         let fused = self.knows(Slot::Qkv) && (weight(Slot::Qkv) || !self.knows(Slot::Q));
@@ -289,7 +291,7 @@ static LLAMA: Family = Family {
         (Slot::QLayerNorm, &["q_layernorm"]),
         (Slot::KLayerNorm, &["k_layernorm"]),
     ],
-    // GPT-J and GPT-Neo keep their causal masks, old Llamas their frequencies.
+    // GPT-J and GPT-Neo store their causal masks, old Llamas their frequencies.
     passed_over: &["bias", "masked_bias", "rotary_emb.inv_freq"],
     readings: &[Names::Llama, Names::Qwen3, Names::Gemma3, Names::Olmo2, Names::GptNeo],
     ..UNNAMED
@@ -329,7 +331,7 @@ static TIMM: Family = Family {
         (Slot::QNorm, &["q_norm"]),
         (Slot::KNorm, &["k_norm"]),
     ],
-    // BEiT's biases: none for keys.
+    // BEiT's biases; it has none for keys.
     tensors: &[((Slot::Q, BIAS), "q_bias"), ((Slot::V, BIAS), "v_bias")],
     readings: &[Names::Timm],
     ..UNNAMED

@@ -5,9 +5,11 @@ use super::{check_len, check_table};
 use crate::device::Device;
 use crate::error::{Result, value_error};
 use crate::tensor::Tensor;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// One slope per head: `2^(−8h / heads)`, `h` from 1, where `heads` is a power of two. Else those of the power
-/// of two below, and behind them every second one of twice that power (the paper's code; BLOOM, MPT).
+/// One slope per head: `2^(−8h / heads)`, with `h` from 1, if `heads` is a power of two. Otherwise the slopes of the
+/// next lower power of two, followed by every second slope of twice that power (the paper's code; BLOOM, MPT).
 pub fn slopes(heads: usize) -> Result<Vec<f32>> {
     exact_slopes(heads).map(|slopes| slopes.into_iter().map(|slope| slope as f32).collect())
 }
@@ -23,21 +25,21 @@ fn exact_slopes(heads: usize) -> Result<Vec<f64>> {
     Ok(first.chain((0..heads - below).map(|n| slope(2 * n + 1, 2 * below))).collect())
 }
 
-/// The bias `[heads, len_q, len_k]` for [`Attention::bias`](crate::Attention::bias): query `i` stands at key
-/// `i + offset`, and each step away from it costs the head's slope,
+/// The bias `[heads, len_q, len_k]` for [`Attention::bias`](crate::Attention::bias). Query `i` is at the position of
+/// key `i + offset`, and each step away from it subtracts the head's slope:
 ///
 /// ```text
 /// B[h, i, j] = −slope(h) · |i + offset − j|
 /// ```
 ///
-/// With a causal mask this is the paper's bias; without one, its symmetric form. BLOOM adds `slope · j`
-/// instead, which differs by a constant per query and so gives the same weights.
+/// With a causal mask this is the paper's bias; without one, its symmetric form. BLOOM adds `slope · j` instead, which
+/// differs by a constant per query and therefore gives the same weights.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn bias(device: impl Into<Device>, heads: usize, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    pollster::block_on(bias_async(device, heads, len_q, len_k, offset))
+    wait_for(bias_async(device, heads, len_q, len_k, offset))
 }
 
-/// As [`bias`], without blocking.
+/// Like [`bias`], without blocking.
 pub async fn bias_async(
     device: impl Into<Device>,
     heads: usize,
@@ -49,7 +51,7 @@ pub async fn bias_async(
     check(&device, [1, heads, len_q, len_k], offset)?;
     let slopes = exact_slopes(heads)?;
     let distances = Distances { len_q, len_k, offset };
-    // A column for every |i + offset − j| there is, from the smallest on.
+    // One column for every |i + offset − j| that occurs, from the smallest.
     let (nearest, farthest) = distances.magnitudes();
     let columns = (farthest - nearest + 1) as usize;
     check_table(&device, "the ALiBi table", &[heads, columns])?;

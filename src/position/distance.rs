@@ -1,4 +1,4 @@
-//! Biases that kernels read from a small table by the distance of key and query.
+//! Biases that kernels read from a small table, by the distance between key and query.
 
 use super::shaw::RelativeKeys;
 use super::t5::{self, Buckets};
@@ -9,7 +9,7 @@ use crate::lower::Recording;
 use crate::problem::Problem;
 use crate::tensor::Tensor;
 
-/// What the distance of key and query adds to a score.
+/// What the distance between key and query adds to a score.
 #[derive(Clone, Debug)]
 pub(crate) enum Distance {
     Alibi(Tensor),
@@ -18,7 +18,7 @@ pub(crate) enum Distance {
 }
 
 impl Distance {
-    /// What it is learned or made as, and its name in messages.
+    /// Its tensor, and the tensor's name in messages.
     pub fn named_tensor(&self) -> (&str, &Tensor) {
         match self {
             Distance::Alibi(slopes) => ("the slopes", slopes),
@@ -27,7 +27,7 @@ impl Distance {
         }
     }
 
-    /// The table of a call with queries Q `[batch, heads, len_q, dim]`.
+    /// The table for a call with queries Q `[batch, heads, len_q, dim]`.
     pub fn record(&self, recording: &mut Recording, problem: &Problem, q: &Tensor) -> Result<Relative> {
         let heads = problem.heads_q;
         let (table, kind, low, high, factor) = match self {

@@ -1,8 +1,8 @@
-//! Positional methods: where a token stands, told to attention by its embedding (sinusoidal, learned), by
-//! rotating queries and keys ([`Rotary`]) or by a bias on the scores ([`alibi`], [`t5`], [`shaw`]).
+//! Positional methods. They encode a token's position in its embedding (sinusoidal, learned), by rotating queries and
+//! keys ([`Rotary`]), or in a bias on the scores ([`alibi`], [`t5`], [`shaw`]).
 //!
-//! Every table is computed on the host in f64 and rounded once to f32: sines and cosines of adapters are
-//! off by up to 4e-4. What depends on data runs on the tensor's device.
+//! Every table is computed on the host in f64 and rounded once to f32, because adapters' sines and cosines are off by
+//! up to 4e-4. Everything that depends on data runs on the tensor's device.
 
 pub mod alibi;
 mod distance;
@@ -23,14 +23,15 @@ use crate::error::{Result, shape_error, value_error};
 use crate::kernels::plan::check_buffer;
 use crate::problem::{MAX_LEN, Rows, checked_len};
 
-/// Where the tokens `[batch, len]` of a call stand.
+/// The positions of the tokens `[batch, len]` of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TokenPositions {
-    /// Token `i` at `start + i`.
+    /// Token `i` is at `start + i`.
     From(usize),
-    /// Token `i` of batch entry `b` at `starts[b] + i`.
+    /// Token `i` of batch entry `b` is at `starts[b] + i`.
     FromEach(Vec<usize>),
-    /// Given one by one, row-major: `[len]` for every batch entry, or `[batch, len]`.
+    /// Explicit positions, row-major: `[len]` for all batch entries, or `[batch, len]`.
     Given(Vec<usize>),
 }
 
@@ -47,7 +48,7 @@ impl Default for TokenPositions {
 }
 
 impl TokenPositions {
-    /// The rows of a table of `rows` positions, one for each of `[batch, len]` tokens.
+    /// The table row of each of `[batch, len]` tokens, in a table of `rows` positions.
     pub(crate) fn rows(&self, batch: usize, len: usize, rows: usize) -> Result<Rows> {
         let beyond = |position: u128| {
             value_error!("position {position} is beyond the table, which holds positions 0 to {}", rows as i128 - 1)
@@ -93,12 +94,11 @@ impl TokenPositions {
 
 /// The position of the first query of a batch entry whose band has this offset.
 pub(crate) fn first_position(b: usize, offset: i32) -> Result<usize> {
-    usize::try_from(offset).map_err(|_| {
-        value_error!("query 0 of batch entry {b} stands at position {offset}; rotary positions begin at 0")
-    })
+    usize::try_from(offset)
+        .map_err(|_| value_error!("query 0 of batch entry {b} is at position {offset}; rotary positions begin at 0"))
 }
 
-/// A length that indices can count.
+/// An error if a length is too large for indices.
 fn check_len(what: &str, len: usize) -> Result<()> {
     if len > MAX_LEN {
         return Err(shape_error!("{what} = {len} is more than {MAX_LEN}"));
@@ -106,7 +106,7 @@ fn check_len(what: &str, len: usize) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a table that the device cannot hold, before it is made.
+/// An error if the device cannot hold a table; checked before it is computed.
 fn check_table(device: &Device, what: &str, shape: &[usize]) -> Result<()> {
     let elements = checked_len(shape)? as u64;
     match device {

@@ -1,4 +1,4 @@
-//! Biases that depend on the distance of query and key.
+//! Biases that depend on the distance between query and key.
 
 use super::check_table;
 use crate::device::Device;
@@ -7,7 +7,7 @@ use crate::lower::Recording;
 use crate::problem::MAX_LEN;
 use crate::tensor::Tensor;
 
-/// Every distance `j − (i + offset)` of `len_q` queries and `len_k` keys.
+/// All distances `j − (i + offset)` between `len_q` queries and `len_k` keys.
 #[derive(Clone, Copy)]
 pub(super) struct Distances {
     pub len_q: usize,
@@ -15,7 +15,7 @@ pub(super) struct Distances {
     pub offset: i64,
 }
 
-/// What [`Distances`] and the kernel can count.
+/// An error if [`Distances`] or the kernel cannot handle the lengths.
 pub(super) fn check(device: &Device, shape: [usize; 4], offset: i64) -> Result<()> {
     let [_, _, len_q, len_k] = shape;
     if len_q >= MAX_LEN || len_k >= MAX_LEN {
@@ -28,7 +28,7 @@ pub(super) fn check(device: &Device, shape: [usize; 4], offset: i64) -> Result<(
 }
 
 impl Distances {
-    /// From the first key as the last query sees it to the last key as the first query does.
+    /// From the first key relative to the last query, to the last key relative to the first query.
     fn all(self) -> std::ops::RangeInclusive<i64> {
         let first = 1 - self.len_q.max(1) as i64 - self.offset;
         first..=self.len_k.max(1) as i64 - 1 - self.offset
@@ -41,7 +41,7 @@ impl Distances {
         (nearest, first.unsigned_abs().max(last.unsigned_abs()))
     }
 
-    /// A column for each distance; that of query `i` and key `j` is number `j − i + len_q − 1`.
+    /// The column of each distance; query `i` and key `j` have entry `j − i + len_q − 1`.
     pub fn columns(self, column: impl FnMut(i64) -> u32) -> Vec<u32> {
         if self.len_q == 0 || self.len_k == 0 {
             return Vec::new();

@@ -10,8 +10,10 @@ use crate::memory::check_floats;
 use crate::problem::{Problem, Rows, checked_len};
 use crate::state_dict::HostTensor;
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// Which columns of a head are a pair, of the first `dim`.
+/// Which of a head's first `dim` columns form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Pairing {
     /// `i` and `i + dim / 2`: GPT-NeoX, Llama, transformers' `rotate_half`.
@@ -21,67 +23,69 @@ pub enum Pairing {
     Interleaved,
 }
 
-/// How frequencies are changed for sequences longer than a model was trained on, as in transformers'
-/// `modeling_rope_utils`.
+/// How frequencies change for sequences longer than those in training, as in transformers' `modeling_rope_utils`.
 #[derive(Clone, Debug, PartialEq, Default)]
+#[non_exhaustive]
 pub enum RotaryScaling {
-    /// Not at all.
+    /// No change.
     #[default]
     None,
-    /// Position interpolation (Chen et al. 2023): all frequencies divided by `factor`.
+    /// Position interpolation (Chen et al. 2023): divides all frequencies by `factor`.
     Linear {
-        /// How many times longer.
+        /// How many times longer sequences are.
         factor: f64,
     },
-    /// NTK-aware, growing with the sequence: beyond `original_len` the base becomes
+    /// NTK-aware scaling that grows with the sequence: beyond `original_len` the base becomes
     /// `base · (factor · len / original_len − (factor − 1))^(dim / (dim − 2))`.
     DynamicNtk {
-        /// How fast.
+        /// How fast the base grows.
         factor: f64,
-        /// Positions in training (transformers: `max_position_embeddings`).
+        /// Number of positions in training (transformers: `max_position_embeddings`).
         original_len: usize,
     },
-    /// YaRN.
+    /// YaRN; see [`Yarn`].
     Yarn(Yarn),
-    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
+    /// Llama 3.1: divides the frequencies of long wavelengths by `factor` and keeps those of short ones, with a ramp
+    /// between.
     Llama3 {
-        /// How many times longer.
+        /// How many times longer sequences are.
         factor: f64,
-        /// Wavelengths above `original_len / low_freq_factor` are divided.
+        /// Frequencies with wavelengths above `original_len / low_freq_factor` are divided.
         low_freq_factor: f64,
-        /// Wavelengths below `original_len / high_freq_factor` are kept.
+        /// Frequencies with wavelengths below `original_len / high_freq_factor` are kept.
         high_freq_factor: f64,
-        /// Positions in training.
+        /// Number of positions in training.
         original_len: usize,
     },
-    /// LongRoPE.
+    /// LongRoPE; see [`LongRope`].
     LongRope(LongRope),
 }
 
-/// Peng et al. 2023, "YaRN", section 3: frequencies that turn often within the trained length are kept, those
-/// that turn rarely divided by `factor`, a ramp between.
+/// Peng et al. 2023, "YaRN", section 3: frequencies that make many rotations within the training length are kept, those
+/// that make few are divided by `factor`, with a ramp between.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Yarn {
-    /// How many times longer.
+    /// How many times longer sequences are.
     pub factor: f64,
-    /// Positions in training.
+    /// Number of positions in training.
     pub original_len: usize,
-    /// From so many turns on a frequency is kept.
+    /// Frequencies with at least this many rotations are kept.
     pub beta_fast: f64,
-    /// Up to so many turns it is divided.
+    /// Frequencies with at most this many rotations are divided.
     pub beta_slow: f64,
-    /// On sines and cosines; unless given, `0.1 · mscale · ln factor + 1` over the same of `mscale_all_dim`.
+    /// Factor on sines and cosines. `None`: the ratio of `0.1 · mscale · ln factor + 1` to the same expression with
+    /// `mscale_all_dim`; if these are not both set, `0.1 · ln factor + 1`. For a `factor` up to 1 it is 1.
     pub attention_factor: Option<f64>,
-    /// As DeepSeek's models give it; with `mscale_all_dim` only.
+    /// As set by DeepSeek's models; used only together with `mscale_all_dim`.
     pub mscale: Option<f64>,
-    /// Likewise.
+    /// As set by DeepSeek's models; used only together with `mscale`.
     pub mscale_all_dim: Option<f64>,
-    /// Whether the ramp begins and ends at whole pairs.
+    /// Whether the ramp's ends are rounded to whole pairs.
     pub truncate: bool,
 }
 
 impl Yarn {
-    /// The paper's choices.
+    /// The paper's values.
     pub fn new(factor: f64, original_len: usize) -> Yarn {
         Yarn {
             factor,
@@ -96,38 +100,40 @@ impl Yarn {
     }
 }
 
-/// Ding et al. 2024, "LongRoPE": each frequency divided by a factor of its own.
+/// Ding et al. 2024, "LongRoPE": each frequency is divided by its own factor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LongRope {
-    /// One per pair, for sequences up to `original_len`.
+    /// One factor per pair, for sequences up to `original_len`.
     pub short_factor: Vec<f64>,
-    /// One per pair, for longer ones.
+    /// One factor per pair, for longer sequences.
     pub long_factor: Vec<f64>,
-    /// Positions in training.
+    /// Number of positions in training.
     pub original_len: usize,
-    /// How many times longer: `max_position_embeddings / original_max_position_embeddings`.
+    /// How many times longer sequences are: `max_position_embeddings / original_max_position_embeddings`.
     pub factor: f64,
-    /// On sines and cosines; unless given, `√(1 + ln factor / ln original_len)`, or 1 for a factor up to 1.
+    /// Factor on sines and cosines. `None`: `√(1 + ln factor / ln original_len)`, or 1 for a factor up to 1.
     pub attention_factor: Option<f64>,
 }
 
-/// Which rotation.
+/// The frequencies and pairs of a [`Rotary`].
 #[derive(Clone, Debug, PartialEq)]
+#[must_use]
+#[non_exhaustive]
 pub struct RotaryConfig {
-    /// Columns that are rotated, an even number; those of a head from `dim` on stay as they are.
+    /// Number of columns that are rotated, even. A head's columns from `dim` on are unchanged.
     pub dim: usize,
-    /// Pair `i` is rotated by `position · base^(−2i / dim)`.
+    /// Pair `i` is rotated by the angle `position · base^(−2i / dim)`.
     pub base: f64,
-    /// Which columns are a pair.
+    /// Which columns form a pair.
     pub pairing: Pairing,
-    /// For long sequences.
+    /// Scaling for long sequences.
     pub scaling: RotaryScaling,
-    /// Whether frequencies are rounded as f32 arithmetic does it.
+    /// Whether frequencies are rounded as in f32 arithmetic.
     pub f32_frequencies: bool,
 }
 
 impl RotaryConfig {
-    /// Base 10,000, halves split, no scaling, exact frequencies.
+    /// Base 10,000, [`Pairing::HalfSplit`], no scaling, exact frequencies.
     pub fn new(dim: usize) -> RotaryConfig {
         RotaryConfig {
             dim,
@@ -137,24 +143,24 @@ impl RotaryConfig {
             f32_frequencies: false,
         }
     }
-    /// The base of the frequencies (transformers: `rope_theta`).
+    /// Sets the base of the frequencies (transformers: `rope_theta`).
     pub fn base(mut self, base: f64) -> Self {
         self.base = base;
         self
     }
-    /// Which columns are a pair.
+    /// Sets which columns form a pair.
     pub fn pairing(mut self, pairing: Pairing) -> Self {
         self.pairing = pairing;
         self
     }
-    /// For long sequences.
+    /// Sets the scaling for long sequences.
     pub fn scaling(mut self, scaling: RotaryScaling) -> Self {
         self.scaling = scaling;
         self
     }
-    /// Frequencies rounded step by step to f32, as transformers computes them. A frequency's last bit turns a
-    /// pair by up to 0.01 at position 100,000; models that were trained so expect it. The angle itself, sines
-    /// and cosines stay exact.
+    /// Whether to round frequencies to f32 after every step, as transformers computes them. The last bit of a frequency
+    /// rotates a pair by up to 0.01 at position 100,000, and models trained that way expect it. The angle, sines and
+    /// cosines stay exact.
     pub fn f32_frequencies(mut self, yes: bool) -> Self {
         self.f32_frequencies = yes;
         self
@@ -163,7 +169,9 @@ impl RotaryConfig {
     fn check(&self) -> Result<()> {
         let RotaryConfig { dim, base, .. } = *self;
         if dim == 0 || dim % 2 != 0 {
-            return Err(value_error!("the rotary dimension {dim} must be even and positive: columns turn in pairs"));
+            return Err(value_error!(
+                "the rotary dimension {dim} must be even and positive: columns are rotated in pairs"
+            ));
         }
         let positive = |name: &str, value: f64| match value > 0.0 && value.is_finite() {
             true => Ok(()),
@@ -226,11 +234,11 @@ impl RotaryConfig {
         }
     }
 
-    /// By how much each pair is rotated per position, `[dim / 2]`, in a sequence of `len` positions in all (of which
-    /// only dynamic NTK and LongRoPE take notice).
+    /// The rotation of each pair per position in radians, `[dim / 2]`, for a sequence of `len` positions in total (only
+    /// dynamic NTK and LongRoPE depend on `len`).
     pub fn frequencies(&self, len: usize) -> Result<Vec<f64>> {
         self.check()?;
-        // The steps of transformers, each rounded where f32 is asked for.
+        // The same steps as transformers, each rounded if f32 is requested.
         let r = |x: f64| if self.f32_frequencies { f64::from(x as f32) } else { x };
         let (dim, pairs) = (self.dim, self.dim / 2);
         let powers =
@@ -244,7 +252,7 @@ impl RotaryConfig {
                 plain(self.base * (factor * growth - (factor - 1.0)).powf(dim as f64 / (dim as f64 - 2.0)))
             }
             RotaryScaling::Yarn(yarn) => {
-                // The pair that turns so often within the trained length.
+                // The pair that makes this many rotations within the training length.
                 let pair_of = |turns: f64| {
                     dim as f64 * (yarn.original_len as f64 / (turns * std::f64::consts::TAU)).ln()
                         / (2.0 * self.base.ln())
@@ -292,7 +300,7 @@ impl RotaryConfig {
         }
     }
 
-    /// What sines and cosines are multiplied by: 1 but for YaRN and LongRoPE.
+    /// The factor on sines and cosines: 1 except for YaRN and LongRoPE.
     pub fn attention_factor(&self) -> Result<f64> {
         self.check()?;
         Ok(match &self.scaling {
@@ -311,7 +319,7 @@ impl RotaryConfig {
         })
     }
 
-    /// Cosines and sines of positions 0 to `len − 1`, each `[len, dim / 2]`, with the attention factor in them.
+    /// Cosines and sines for positions 0 to `len − 1`, each `[len, dim / 2]`, multiplied by the attention factor.
     pub fn tables(&self, len: usize) -> Result<[HostTensor; 2]> {
         check_len("the number of positions", len)?;
         self.check()?;
@@ -330,7 +338,7 @@ impl RotaryConfig {
     }
 }
 
-/// Queries and keys rotated by their positions, so that their products depend on distances alone:
+/// Rotates queries and keys by their positions, so that their products depend only on distances:
 ///
 /// ```text
 /// y₀ = x₀ · cos − x₁ · sin      y₁ = x₁ · cos + x₀ · sin
@@ -358,8 +366,8 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// For positions 0 to `len − 1`. Dynamic NTK and LongRoPE scale for a sequence of `len` in all: make another
-    /// when it has grown.
+    /// A table for positions 0 to `len − 1`. Dynamic NTK and LongRoPE scale for a total sequence length of `len`:
+    /// create a new table when the sequence has grown.
     pub fn new(device: impl Into<Device>, config: &RotaryConfig, len: usize) -> Result<Rotary> {
         let device = device.into();
         config.check()?;
@@ -369,7 +377,7 @@ impl Rotary {
         Rotary::from_tables(device, &cos, &sin, config.pairing)
     }
 
-    /// From the caller's own cosines and sines, each `[positions, pairs]` (ONNX's `cos_cache` and `sin_cache`).
+    /// A table from the caller's own cosines and sines, each `[positions, pairs]` (ONNX's `cos_cache` and `sin_cache`).
     pub fn from_tables(
         device: impl Into<Device>,
         cos: &HostTensor,
@@ -407,15 +415,15 @@ impl Rotary {
         Ok(Rotary { rotation: Rotation { table, pairs, interleaved, fused } })
     }
 
-    /// Positions that the table holds.
+    /// Number of positions in the table.
     pub fn positions(&self) -> usize {
         self.rotation.table.shape()[0]
     }
-    /// Columns that are rotated.
+    /// Number of columns that are rotated.
     pub fn dim(&self) -> usize {
         2 * self.rotation.pairs
     }
-    /// Which columns are a pair.
+    /// Which columns form a pair.
     pub fn pairing(&self) -> Pairing {
         if self.rotation.interleaved { Pairing::Interleaved } else { Pairing::HalfSplit }
     }
@@ -424,11 +432,11 @@ impl Rotary {
         &self.rotation
     }
 
-    /// The rows of the table for queries and keys: given, or from each band's offset and from 0 on.
+    /// The table rows for queries and keys: as given, or starting at each band's offset for queries and at 0 for keys.
     pub(crate) fn rows(&self, given: Option<&[TokenPositions; 2]>, problem: &Problem) -> Result<[Rows; 2]> {
         if problem.extra_keys > 0 {
             return Err(value_error!(
-                "rotary positions do not go with add_bias_kv or add_zero_attn: {} keys stand nowhere",
+                "rotary positions cannot be combined with add_bias_kv or add_zero_attn: {} keys have no position",
                 problem.extra_keys
             ));
         }
@@ -452,21 +460,21 @@ impl Rotary {
         ])
     }
 
-    /// Turns X `[batch, heads, len, dim]` (any strides; missing leading axes as in
-    /// [`Attention::forward`](crate::Attention::forward)), the result in X's memory order, held as f32 and rounded
+    /// Rotates X `[batch, heads, len, dim]` (any strides; leading axes may be missing as in
+    /// [`Attention::forward`](crate::Attention::forward)). The result is in X's memory order, stored as f32 and rounded
     /// to X's type on download.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn rotate(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
-        pollster::block_on(self.rotate_async(x, positions))
+        wait_for(self.rotate_async(x, positions))
     }
 
-    /// As [`Rotary::rotate`], without blocking.
+    /// Like [`Rotary::rotate`], without blocking.
     pub async fn rotate_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         let device = common_device(&self.rotation.table, [("x", x)])?;
         Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
-    /// As [`Rotary::rotate`], recorded into the caller's encoder under the terms of
+    /// Like [`Rotary::rotate`], recorded into the caller's encoder under the same conditions as
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,
@@ -476,10 +484,10 @@ impl Rotary {
         positions: &TokenPositions,
     ) -> Result<Tensor> {
         let device = common_device(&self.rotation.table, [("x", x)])?;
-        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
+        Recording::for_encoder(gpu, encoder, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
-    /// Refuses rows of `dim` columns that are fewer than are rotated.
+    /// An error if rows of `dim` columns are narrower than the rotation.
     pub(crate) fn check_width(&self, name: &str, shape: &[usize], dim: usize) -> Result<()> {
         if self.dim() > dim {
             return Err(shape_error!("the rotary dimension {} is more than the width of {name} {shape:?}", self.dim()));

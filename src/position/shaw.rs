@@ -6,8 +6,10 @@ use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::problem::{MAX_LEN, checked_len};
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// A learned key per clipped distance, `[left + right + 1, dim]`, shared by all heads.
+/// One learned key per clipped distance, `[left + right + 1, dim]`, shared by all heads.
 ///
 /// ```
 /// use wgpu_attention::position::shaw::RelativeKeys;
@@ -31,8 +33,8 @@ pub struct RelativeKeys {
 }
 
 impl RelativeKeys {
-    /// A table of any strides for distances from `−left` (a key before the query) to `right`; those beyond count
-    /// as the farthest.
+    /// A table with any strides, for distances from `−left` (a key before the query) to `right`. Distances beyond are
+    /// clipped to these.
     pub fn new(table: &Tensor, left: usize, right: usize) -> Result<RelativeKeys> {
         table.expect_float("the relative keys")?;
         if left >= MAX_LEN || right >= MAX_LEN {
@@ -52,12 +54,12 @@ impl RelativeKeys {
         &self.table
     }
 
-    /// The least and the greatest distance with a key of its own.
+    /// The smallest and the largest distance with its own key.
     pub(crate) fn range(&self) -> [i32; 2] {
         [-(self.left as i32), self.right as i32]
     }
 
-    /// The products of each query of Q `[batch, heads, len_q, dim]` with all relative keys.
+    /// The product of each query of Q `[batch, heads, len_q, dim]` with every relative key.
     pub(crate) fn products(&self, recording: &mut Recording, q: &Tensor) -> Result<Tensor> {
         if self.table.shape()[1] != q.shape()[3] {
             return Err(shape_error!(
@@ -81,22 +83,22 @@ impl RelativeKeys {
     /// B[b, h, i, j] = scale · Q[b, h, i] · A[clip(j − i − offset, −left, right) + left]
     /// ```
     ///
-    /// Q `[batch, heads, len_q, dim]`, any strides, missing leading axes as in
-    /// [`Attention::forward`](crate::Attention::forward). Query `i` stands at key `i + offset`; `scale` is that of
-    /// the attention, `1/√dim` unless given. The product with A is taken once per row of it, not per key (section
-    /// 3.3).
+    /// Q is `[batch, heads, len_q, dim]` with any strides; leading axes may be missing as in
+    /// [`Attention::forward`](crate::Attention::forward). Query `i` is at the position of key `i + offset`. `scale` is
+    /// that of the attention, `1/√dim` by default. The product with A is computed once per row of A, not per key
+    /// (section 3.3).
     #[cfg(not(target_arch = "wasm32"))]
     pub fn bias(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
-        pollster::block_on(self.bias_async(q, len_k, offset, scale))
+        wait_for(self.bias_async(q, len_k, offset, scale))
     }
 
-    /// As [`RelativeKeys::bias`], without blocking.
+    /// Like [`RelativeKeys::bias`], without blocking.
     pub async fn bias_async(&self, q: &Tensor, len_k: usize, offset: i64, scale: Option<f32>) -> Result<Tensor> {
         let device = common_device(&self.table, [("Q", q)])?;
         Recording::for_step(&device).submit(|to| self.record(to, q, len_k, offset, scale)).await
     }
 
-    /// As [`RelativeKeys::bias`], recorded into the caller's encoder under the terms of
+    /// Like [`RelativeKeys::bias`], recorded into the caller's encoder under the same conditions as
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,
@@ -108,7 +110,7 @@ impl RelativeKeys {
         scale: Option<f32>,
     ) -> Result<Tensor> {
         let device = common_device(&self.table, [("Q", q)])?;
-        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, q, len_k, offset, scale))
+        Recording::for_encoder(gpu, encoder, &device)?.encode(encoder, |to| self.record(to, q, len_k, offset, scale))
     }
 
     fn record(
@@ -141,7 +143,7 @@ fn project_rows(recording: &mut Recording, x: &Tensor, w: &Tensor) -> Result<Ten
     let [a, b, c, dim] = x.four_axes();
     let out = w.shape()[0];
     let (ab, ac) = (checked_len(&[a, b])?, checked_len(&[a, c])?);
-    // Two of the leading axes merge in every order that a layer makes; anything else is copied.
+    // In every order that a layer produces, two of the leading axes merge; anything else is copied.
     if let Ok(merged) = x.reshape(&[ab, c, dim]) {
         return recording.project(&merged, w, None, &[])?.reshape(&[a, b, c, out]);
     }

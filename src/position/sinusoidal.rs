@@ -1,11 +1,11 @@
-//! Fixed sinusoids.
+//! Sinusoidal position tables.
 
 use super::check_len;
 use crate::error::{Result, value_error};
 use crate::memory::check_floats;
 use crate::state_dict::HostTensor;
 
-/// Sinusoids of positions `start..start + len`, `[len, dim]` (Vaswani et al. 2017, section 3.5):
+/// Sinusoids for positions `start..start + len`, `[len, dim]` (Vaswani et al. 2017, section 3.5):
 ///
 /// ```text
 /// PE[p, 2i] = sin(p / 10000^(2i / dim))      PE[p, 2i + 1] = cos(p / 10000^(2i / dim))
@@ -19,8 +19,8 @@ pub fn sinusoidal(start: usize, len: usize, dim: usize) -> Result<HostTensor> {
     })
 }
 
-/// The same as tensor2tensor lays it out, `[len, dim]`: sines in the first half, cosines in the second, at
-/// frequencies `10000^(−i / (dim / 2 − 1))`; an odd `dim` ends with 0.
+/// Sinusoids in tensor2tensor's layout, `[len, dim]`: sines in the first half, cosines in the second, at
+/// frequencies `10000^(−i / (dim / 2 − 1))`. An odd `dim` ends with 0.
 pub fn sinusoidal_halves(start: usize, len: usize, dim: usize) -> Result<HostTensor> {
     let half = dim / 2;
     let frequency = |i: usize| 10000f64.powf(-(i as f64) / half.saturating_sub(1).max(1) as f64);

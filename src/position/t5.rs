@@ -1,5 +1,4 @@
-//! T5's relative position bias (Raffel et al. 2020, section 2.1): one learned number per head and bucket of
-//! distances.
+//! T5's relative position bias (Raffel et al. 2020, section 2.1): one learned number per head and distance bucket.
 
 use super::check_table;
 use super::relative::{self, Distances, check};
@@ -7,15 +6,17 @@ use crate::error::{Result, shape_error, value_error};
 use crate::lower::Recording;
 use crate::problem::MAX_LEN;
 use crate::tensor::Tensor;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// How distances fall into buckets.
+/// How distances map to buckets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buckets {
-    /// Half of the buckets for keys behind the query (encoders); without, such keys share bucket 0.
+    /// Whether half of the buckets are for keys after the query (encoders). If not, all such keys share bucket 0.
     pub bidirectional: bool,
     /// Number of buckets.
     pub num_buckets: usize,
-    /// From this distance on all share the last bucket.
+    /// Distances from this one up share the last bucket.
     pub max_distance: usize,
 }
 
@@ -25,7 +26,7 @@ impl Buckets {
         Buckets { bidirectional, num_buckets: 32, max_distance: 128 }
     }
 
-    /// Buckets of one direction, and how many of them hold a single distance.
+    /// Number of buckets per direction, and how many of them hold a single distance.
     fn counts(&self) -> Result<(usize, usize)> {
         let Buckets { bidirectional, num_buckets, max_distance } = *self;
         let each = if bidirectional { num_buckets / 2 } else { num_buckets };
@@ -36,13 +37,13 @@ impl Buckets {
         }
         if max_distance <= exact {
             return Err(value_error!(
-                "max_distance = {max_distance} must be more than {exact}, the distances with a bucket of their own"
+                "max_distance = {max_distance} must be more than {exact}, the number of distances with their own bucket"
             ));
         }
         Ok((each, exact))
     }
 
-    /// The least and the greatest distance that may have a bucket of their own; beyond, all share the last.
+    /// The smallest and largest distance that may have their own bucket; all beyond share the last one.
     pub(crate) fn range(&self) -> Result<[i32; 2]> {
         self.counts()?;
         if self.max_distance >= MAX_LEN {
@@ -52,8 +53,8 @@ impl Buckets {
         Ok([-far, if self.bidirectional { far } else { 0 }])
     }
 
-    /// The bucket of `distance`, the key's position minus the query's: the nearest have one each, farther ones
-    /// share by the logarithm of their distance.
+    /// The bucket of `distance`, the key's position minus the query's. The nearest distances have one bucket each;
+    /// farther ones share buckets by the logarithm of their distance.
     pub fn bucket(&self, distance: i64) -> Result<usize> {
         let (each, exact) = self.counts()?;
         let mut first = 0;
@@ -65,7 +66,7 @@ impl Buckets {
         if away < exact as u64 {
             return Ok(first + away as usize);
         }
-        // In f32, as T5 was trained: where a logarithm is whole, the last bit decides.
+        // In f32, as T5 was trained: if the logarithm is a whole number, the last bit decides.
         let ratio = away as f32 / exact as f32;
         let span = (self.max_distance as f64 / exact as f64).ln() as f32;
         let steps = f64::from(ratio).ln() as f32 / span * (each - exact) as f32;
@@ -73,8 +74,8 @@ impl Buckets {
     }
 }
 
-/// The biases of four distances from each on, from the greatest of [`Buckets::range`] down to three below the
-/// least: `[1, heads, 1, distances · 4]`.
+/// For each first distance, from the largest of [`Buckets::range`] down to three below the smallest, the biases of four
+/// consecutive distances: `[1, heads, 1, distances · 4]`.
 pub(crate) fn by_distance(
     recording: &mut Recording,
     table: &Tensor,
@@ -113,14 +114,15 @@ fn columns_of(table: &Tensor, buckets: &Buckets) -> Result<Tensor> {
 }
 
 /// The bias `[heads, len_q, len_k]` for [`Attention::bias`](crate::Attention::bias) from a learned table
-/// `[num_buckets, heads]` (any strides; T5's `relative_attention_bias.weight`), on the table's device. Query `i`
-/// stands at key `i + offset`. T5 does not scale its scores: [`Attention::scale`](crate::Attention::scale) is 1.
+/// `[num_buckets, heads]` (any strides; T5's `relative_attention_bias.weight`), on the table's device. Query `i` is at
+/// the position of key `i + offset`. T5 does not scale its scores, so set [`Attention::scale`](crate::Attention::scale)
+/// to 1.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn bias(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
-    pollster::block_on(bias_async(table, buckets, len_q, len_k, offset))
+    wait_for(bias_async(table, buckets, len_q, len_k, offset))
 }
 
-/// As [`bias`], without blocking.
+/// Like [`bias`], without blocking.
 pub async fn bias_async(table: &Tensor, buckets: &Buckets, len_q: usize, len_k: usize, offset: i64) -> Result<Tensor> {
     let table = columns_of(table, buckets)?;
     let heads = table.shape()[1];

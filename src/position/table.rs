@@ -7,9 +7,11 @@ use crate::gpu::Gpu;
 use crate::lower::Recording;
 use crate::problem::checked_len;
 use crate::tensor::{Tensor, common_device};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::wait_for;
 
-/// A vector per position, `[max_len, dim]`, to be added to the embedding of the token that stands there:
-/// learned (Gehring et al. 2017, section 3.1; BERT, GPT-2) or sinusoidal (Vaswani et al. 2017, section 3.5).
+/// One vector per position, `[max_len, dim]`, which is added to the embedding of the token at that position: learned
+/// (Gehring et al. 2017, section 3.1; BERT, GPT-2) or sinusoidal (Vaswani et al. 2017, section 3.5).
 ///
 /// ```
 /// use wgpu_attention::position::{PositionTable, TokenPositions};
@@ -52,20 +54,20 @@ impl PositionTable {
         &self.table
     }
 
-    /// X `[.., len, dim]` (any strides; axes before the length count as one batch) plus each token's row. The
-    /// result is row-major, held as f32 and rounded to X's type on download.
+    /// Adds each token's row to X `[.., len, dim]` (any strides; axes before the length merge into one batch axis). The
+    /// result is row-major, stored as f32 and rounded to X's type on download.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn add(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
-        pollster::block_on(self.add_async(x, positions))
+        wait_for(self.add_async(x, positions))
     }
 
-    /// As [`PositionTable::add`], without blocking.
+    /// Like [`PositionTable::add`], without blocking.
     pub async fn add_async(&self, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {
         let device = common_device(&self.table, [("x", x)])?;
         Recording::for_step(&device).submit(|to| self.record(to, x, positions)).await
     }
 
-    /// As [`PositionTable::add`], recorded into the caller's encoder under the terms of
+    /// Like [`PositionTable::add`], recorded into the caller's encoder under the same conditions as
     /// [`Attention::encode`](crate::Attention::encode).
     pub fn encode(
         &self,
@@ -75,7 +77,7 @@ impl PositionTable {
         positions: &TokenPositions,
     ) -> Result<Tensor> {
         let device = common_device(&self.table, [("x", x)])?;
-        Recording::for_encoder(gpu, &device)?.encode(encoder, |to| self.record(to, x, positions))
+        Recording::for_encoder(gpu, encoder, &device)?.encode(encoder, |to| self.record(to, x, positions))
     }
 
     fn record(&self, recording: &mut Recording, x: &Tensor, positions: &TokenPositions) -> Result<Tensor> {

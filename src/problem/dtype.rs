@@ -1,11 +1,12 @@
-//! Element types. Arithmetic is in f32; f16 and bf16 are ways to store.
+//! Element types. Arithmetic is in f32; f16 and bf16 are storage formats.
 
 use std::borrow::Cow;
 
 use half::{bf16, f16};
 
-/// The element type a tensor was given in, and is given back in.
+/// The element type of a tensor, in which it was created and is returned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Dtype {
     /// 32-bit float.
     #[default]
@@ -19,7 +20,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes of one element as stored on an adapter.
+    /// Size in bytes of one element on an adapter.
     pub fn stored_size(self) -> u64 {
         match self {
             Dtype::Bool => 1,
@@ -28,7 +29,7 @@ impl Dtype {
         }
     }
 
-    /// The values of bytes in this type.
+    /// The values that bytes hold in this type.
     pub(crate) fn floats(self, bytes: &[u8]) -> Cow<'_, [f32]> {
         match self {
             Dtype::F16 => bytemuck::cast_slice::<u8, f16>(bytes).iter().map(|x| x.to_f32()).collect(),
@@ -38,7 +39,7 @@ impl Dtype {
         }
     }
 
-    /// `value` as it comes back after a round trip through this type.
+    /// `value` after a round trip through this type.
     pub fn round(self, value: f32) -> f32 {
         match self {
             Dtype::F16 => f16::from_f32(value).to_f32(),
@@ -66,7 +67,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// A float type that tensors are made from and read back as.
+/// A float type that tensors can be created from and read back as.
 pub trait Element: bytemuck::Pod + Send + Sync + sealed::Sealed + 'static {
     /// The tensor type of these elements.
     const DTYPE: Dtype;

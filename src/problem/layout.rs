@@ -1,8 +1,8 @@
-//! Shape and strides: how a tensor's elements lie in its buffer, in elements.
+//! Shape and strides: where a tensor's elements are in its buffer, in elements.
 
 use crate::error::{Result, shape_error};
 
-/// Where the element at an index lies: `offset + Σ index[i] · strides[i]`, all in elements.
+/// Maps an index to a buffer position: `offset + Σ index[i] · strides[i]`, all in elements.
 ///
 /// A stride of 0 repeats (broadcasts) an axis. Strides are never negative.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,7 +12,7 @@ pub struct Layout {
     offset: usize,
 }
 
-/// A layout of `shape` with the heads inside the sequence (`[b, s, h, d]`) when `like` has them so, else
+/// A layout of the given shape, with the heads inside the sequence (`[b, s, h, d]`) if `like` has that order, else
 /// row-major.
 pub(crate) fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -> Result<Layout> {
     let strides = like.strides();
@@ -23,7 +23,7 @@ pub(crate) fn in_order_of(like: &Layout, [batch, heads, len, dim]: [usize; 4]) -
     }
 }
 
-/// The number of elements of `shape`, or an error when it does not fit.
+/// The number of elements of `shape`, or an error if it is too large.
 pub fn checked_len(shape: &[usize]) -> Result<usize> {
     if shape.contains(&0) {
         return Ok(0);
@@ -91,11 +91,11 @@ impl Layout {
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
-    /// Steps of the axes, in elements.
+    /// Strides of the axes, in elements.
     pub fn strides(&self) -> &[usize] {
         &self.strides
     }
-    /// The first element.
+    /// Position of the first element.
     pub fn offset(&self) -> usize {
         self.offset
     }
@@ -107,15 +107,29 @@ impl Layout {
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
-    /// True when an axis has length 0.
+    /// True if an axis has length 0.
     pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
-    /// One past the last element that is reached; 0 when empty.
+    /// One past the position of the last element; 0 if empty.
     pub fn end(&self) -> usize {
         self.checked_end().expect("checked when the layout was made")
     }
-    /// True when elements lie one after another in row-major order.
+    /// True if no two elements share a position in memory. Also false for some axes that interleave without sharing.
+    pub fn is_one_to_one(&self) -> bool {
+        let mut axes: Vec<(usize, usize)> =
+            self.strides.iter().copied().zip(self.shape.iter().copied()).filter(|&(_, len)| len > 1).collect();
+        axes.sort_unstable();
+        let mut reach = 0;
+        self.is_empty()
+            || axes.iter().all(|&(stride, len)| {
+                let is_beyond = stride > reach;
+                reach += stride * (len - 1);
+                is_beyond
+            })
+    }
+
+    /// True if the elements are contiguous in row-major order.
     pub fn is_contiguous(&self) -> bool {
         let mut expected = 1;
         for (&n, &s) in self.shape.iter().zip(&self.strides).rev() {
@@ -126,7 +140,7 @@ impl Layout {
         }
         true
     }
-    /// The element at `index`.
+    /// The position of the element at `index`.
     pub fn at(&self, index: &[usize]) -> usize {
         debug_assert_eq!(index.len(), self.rank());
         self.offset + index.iter().zip(&self.strides).map(|(i, s)| i * s).sum::<usize>()
@@ -154,7 +168,7 @@ impl Layout {
         })
     }
 
-    /// `len` entries of `axis` from `start` on.
+    /// The `len` entries of `axis` from `start`.
     pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Layout> {
         let axis = self.axis(axis)?;
         if start.checked_add(len).is_none_or(|end| end > self.shape[axis]) {
@@ -168,7 +182,7 @@ impl Layout {
         Ok(out)
     }
 
-    /// One entry of `axis`; the axis goes.
+    /// One entry of `axis`; the axis is removed.
     pub fn select(&self, axis: usize, index: usize) -> Result<Layout> {
         let mut out = self.narrow(axis, index, 1)?;
         out.shape.remove(axis);
@@ -187,7 +201,7 @@ impl Layout {
         Ok(out)
     }
 
-    /// Repeats axes of length 1 (and missing leading axes) up to `shape`, without a copy.
+    /// Broadcasts axes of length 1 (and missing leading axes) to `shape`, without a copy.
     pub fn broadcast_to(&self, shape: &[usize]) -> Result<Layout> {
         let refuse = || {
             shape_error!(
@@ -207,7 +221,7 @@ impl Layout {
         Ok(Layout { shape: shape.to_vec(), strides, offset: self.offset })
     }
 
-    /// The same elements under another shape, without a copy; `None` when the strides do not allow it.
+    /// The same elements with another shape, without a copy; `None` if the strides do not allow it.
     pub fn reshape(&self, shape: &[usize]) -> Result<Option<Layout>> {
         if checked_len(shape)? != self.len() {
             return Err(shape_error!(
@@ -220,7 +234,7 @@ impl Layout {
         if self.is_empty() {
             return Layout::contiguous(shape).map(Some);
         }
-        // Merge neighbouring axes that step evenly, then split the runs (NumPy's no-copy reshape).
+        // Merge adjacent axes with matching strides into runs, then split the runs (NumPy's no-copy reshape).
         let mut runs: Vec<(usize, usize)> = Vec::new();
         for (&n, &s) in self.shape.iter().zip(&self.strides) {
             if n == 1 {
@@ -251,12 +265,12 @@ impl Layout {
         Ok(Some(Layout { shape: shape.to_vec(), strides, offset: self.offset }))
     }
 
-    /// The same view, counted from `offset` elements further left.
+    /// The same layout with another offset.
     pub fn rebased(&self, offset: usize) -> Layout {
         Layout { offset, ..self.clone() }
     }
 
-    /// Every element's place, in row-major order of the index.
+    /// The positions of all elements, in row-major order of the index.
     pub fn positions(&self) -> impl Iterator<Item = usize> + '_ {
         let mut index = vec![0usize; self.rank()];
         let mut at = self.offset;

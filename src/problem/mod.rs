@@ -1,4 +1,4 @@
-//! The ground floor: what is asked for, in checked arithmetic, with no GPU in sight.
+//! The description of a call in checked arithmetic, independent of any GPU.
 //!
 //! `S = scale · Q·Kᵀ` → softcap → `+ bias` → mask → softmax over keys → `· V`, per batch and head.
 
@@ -14,10 +14,10 @@ pub(crate) use wanted::{Chosen, Wanted};
 
 use crate::error::{Result, shape_error, value_error};
 
-/// Longest query or key axis. Keeps every position, offset and bound inside 32-bit integers.
+/// Upper limit on the length of a query or key axis. Keeps every position, offset and bound within 32-bit integers.
 pub const MAX_LEN: usize = 1 << 29;
 
-/// Where query `i` stands among the keys: at key `i + offset`.
+/// The position of query `i` among the keys: that of key `i + offset`.
 ///
 /// ```text
 /// len_q = 2, len_k = 4        TopLeft (offset 0)    BottomRight (offset 2)
@@ -25,30 +25,32 @@ pub const MAX_LEN: usize = 1 << 29;
 ///                              ■ ■ · ·               ■ ■ ■ ■
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Align {
-    /// Offset 0: query `i` stands at key `i` (PyTorch's `is_causal`, JAX, Keras).
+    /// Offset 0: query `i` is at key `i` (PyTorch's `is_causal`, JAX, Keras).
     #[default]
     TopLeft,
-    /// Offset `len_k − len_q`: the last query stands at the last key (FlashAttention, MLX).
+    /// Offset `len_k − len_q`: the last query is at the last key (FlashAttention, MLX).
     BottomRight,
-    /// Any offset, negative too (ONNX: the length of the past).
+    /// Any offset, including negative ones (ONNX: the length of the past).
     Offset(i64),
     /// One offset per batch entry.
     PerBatch(Vec<i64>),
 }
 
-/// Whether a true entry of a boolean mask keeps the key or drops it. There is no default: PyTorch's
-/// `scaled_dot_product_attention`, JAX, Keras and ONNX keep, PyTorch's `MultiheadAttention` drops.
+/// Whether a true entry of a boolean mask keeps or hides the key. There is no default, because PyTorch's
+/// `scaled_dot_product_attention`, JAX, Keras and ONNX keep it, and PyTorch's `MultiheadAttention` hides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaskMeaning {
     /// True: the query may attend to the key.
     Keep,
     /// True: the query may not attend to the key.
-    Drop,
+    Hide,
 }
 
-/// Which scores to hand out beside the output: ONNX's `qk_matmul_output_mode` 0 to 3.
+/// Which scores to return in addition to the output: ONNX's `qk_matmul_output_mode` 0 to 3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ScoreStage {
     /// `scale · Q·Kᵀ` (mode 0).
     Scaled,
@@ -60,7 +62,7 @@ pub enum ScoreStage {
     Weights,
 }
 
-/// The keys query `i` may see by position: `j < keys` and `i + lo ≤ j ≤ i + hi`.
+/// The keys that query `i` may see by position: `j < keys` and `i + lo ≤ j ≤ i + hi`.
 ///
 /// Causal masks, windows and key lengths all reduce to one band per batch entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +73,7 @@ pub struct Band {
     pub lo: i32,
     /// Highest visible key, relative to the query's index.
     pub hi: i32,
-    /// The key that query 0 stands at.
+    /// The key that query 0 is at.
     pub offset: i32,
 }
 
@@ -79,12 +81,12 @@ pub struct Band {
 pub const NO_BOUND: i32 = 1 << 30;
 
 impl Band {
-    /// Whether it hides any of `keys` keys from any query.
+    /// Whether the band hides any of `keys` keys from any query.
     pub fn hides_any_of(&self, keys: usize) -> bool {
         (self.keys as usize) < keys || self.lo > -NO_BOUND || self.hi < NO_BOUND
     }
 
-    /// The range of visible keys of query `i`, of `len_k` in all.
+    /// The range of keys, out of `len_k`, that query `i` may see.
     pub fn range(&self, i: usize, len_k: usize) -> std::ops::Range<usize> {
         let start = (i as i64 + i64::from(self.lo)).max(0);
         let end = (i as i64 + i64::from(self.hi) + 1).min(i64::from(self.keys)).min(len_k as i64);
@@ -93,12 +95,12 @@ impl Band {
     }
 }
 
-/// Which row of a table the tokens `[batch, len]` of a call read.
+/// The table rows that the tokens `[batch, len]` of a call read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rows {
     /// Token `i` reads row `start + i`.
     From(usize),
-    /// Listed for `[len]` tokens of every batch entry alike, or for `[batch, len]`.
+    /// Listed, for `[len]` tokens that all batch entries share, or for `[batch, len]`.
     Each {
         /// Row-major.
         rows: Vec<u32>,
@@ -127,49 +129,49 @@ impl Rows {
     }
 }
 
-/// Rows of one batch entry to copy: `count` rows from `from` on go to `to` and behind it, past the last
-/// row to the first.
+/// Rows of one batch entry to copy: `count` rows starting at `from` go to rows starting at `to`, wrapping around from
+/// the last row to the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Place {
     /// First row read.
     pub from: usize,
     /// First row written.
     pub to: usize,
-    /// Rows.
+    /// Number of rows.
     pub count: usize,
 }
 
-/// One of several sequences that lie one behind another (a ragged batch, "varlen").
+/// One of several packed sequences (a ragged batch, "varlen").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
     /// Its first row of Q.
     pub first_query: usize,
-    /// Its rows of Q.
+    /// Number of rows of Q.
     pub len_q: usize,
     /// Its first row of K and V.
     pub first_key: usize,
-    /// Its rows of K and V.
+    /// Number of rows of K and V.
     pub len_k: usize,
-    /// What its queries may see, counted within the sequence.
+    /// The keys that its queries may see, counted within the sequence.
     pub band: Band,
 }
 
 /// The positional rules of one call, before the shapes are known.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Positions {
-    /// Where queries stand among keys.
+    /// The positions of queries relative to keys.
     pub align: Align,
-    /// Key `j` is visible to query `i` only when `j ≤ i + offset`.
+    /// Key `j` is visible to query `i` only if `j ≤ i + offset`.
     pub causal: bool,
-    /// Keys to the left of the query's own position that stay visible.
+    /// Number of visible keys to the left of the query's own position.
     pub window_left: Option<usize>,
-    /// Keys to the right of the query's own position that stay visible.
+    /// Number of visible keys to the right of the query's own position.
     pub window_right: Option<usize>,
-    /// Valid keys per batch entry.
+    /// Number of valid keys per batch entry.
     pub key_lengths: Option<Vec<usize>>,
 }
 
-/// One attention call, shapes agreed: plain data that every backend computes from.
+/// One attention call with consistent shapes: plain data that every backend works from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
     /// Independent sequences.
@@ -188,11 +190,11 @@ pub struct Problem {
     pub dim_v: usize,
     /// Factor on `Q·Kᵀ`.
     pub scale: f32,
-    /// `cap · tanh(S / cap)` when given.
+    /// The cap of `cap · tanh(S / cap)`, if any.
     pub softcap: Option<f32>,
     /// One band, or one per batch entry.
     pub bands: Vec<Band>,
-    /// The last keys, which no band, mask or bias touches (`add_bias_kv`, `add_zero_attn`).
+    /// Number of keys at the end that bands, masks and biases do not apply to (`add_bias_kv`, `add_zero_attn`).
     pub extra_keys: usize,
 }
 
@@ -271,7 +273,7 @@ impl Problem {
         self.heads_q / self.heads_kv.max(1)
     }
 
-    /// The keys that bands, masks and biases speak of; those behind are always visible.
+    /// Number of keys that bands, masks and biases apply to; those after them are always visible.
     pub fn maskable_keys(&self) -> usize {
         self.len_k - self.extra_keys
     }
@@ -281,7 +283,7 @@ impl Problem {
         self.bands[if self.bands.len() == 1 { 0 } else { b }]
     }
 
-    /// True when no position rule hides any key.
+    /// True if no position rule hides any key.
     pub fn is_unbanded(&self) -> bool {
         !self.bands.iter().any(|band| band.hides_any_of(self.maskable_keys()))
     }
@@ -291,20 +293,20 @@ impl Problem {
         [self.batch, self.heads_q, self.len_q, self.maskable_keys()]
     }
 
-    /// Floating-point operations of both products, two for a multiply-add, over all pairs of query and key.
+    /// Floating-point operations of both products over all pairs of query and key; a multiply-add counts as two.
     pub fn operations(&self) -> f64 {
         let pairs = (self.batch * self.heads_q) as f64 * self.len_q as f64 * self.len_k as f64;
         pairs * 2.0 * (self.dim_k + self.dim_v) as f64
     }
 
-    /// True when there is nothing to compute.
+    /// True if there is nothing to compute.
     pub fn is_empty(&self) -> bool {
         self.batch == 0 || self.heads_q == 0 || self.len_q == 0
     }
 }
 
 impl Positions {
-    /// The sequences that `starts_q` and `starts_k` mark: `[0, end₀, end₁, …]`, in rows of Q and of K.
+    /// The sequences delimited by `starts_q` and `starts_k`: `[0, end₀, end₁, …]`, in rows of Q and of K.
     pub fn sequences(
         &self,
         starts_q: &[usize],
@@ -322,7 +324,7 @@ impl Positions {
         for (name, starts, total) in [("cu_seqlens_q", starts_q, total_q), ("cu_seqlens_k", starts_k, total_k)] {
             if let Some(at) = starts.windows(2).position(|pair| pair[1] < pair[0]) {
                 return Err(value_error!(
-                    "{name}[{}] = {} is less than {name}[{at}] = {}; it must not fall",
+                    "{name}[{}] = {} is less than {name}[{at}] = {}; it must not decrease",
                     at + 1,
                     starts[at + 1],
                     starts[at]
@@ -363,7 +365,7 @@ impl Positions {
     }
 
     fn bands(&self, batch: usize, len_q: usize, keys: usize) -> Result<Vec<Band>> {
-        // There is a band even where an empty batch has none to ask for.
+        // There is always a band, even for an empty batch.
         let offsets = match &self.align {
             Align::TopLeft => vec![0],
             Align::BottomRight => vec![keys as i64 - len_q as i64],
@@ -383,7 +385,7 @@ impl Positions {
                 if batch == 0 { vec![keys] } else { lengths.clone() }
             }
         };
-        // Sums in 128 bits, then clamped: beyond ±2^30 a bound hides everything or nothing anyway.
+        // Computed in 128 bits and then clamped: beyond ±2^30 a bound hides everything or nothing anyway.
         let clamp = |x: i128| x.clamp(-i128::from(NO_BOUND), i128::from(NO_BOUND)) as i32;
         let count = offsets.len().max(lengths.len());
         Ok((0..count)
@@ -398,7 +400,7 @@ impl Positions {
     }
 }
 
-/// An error unless a list has an entry for each of the batch.
+/// An error unless a list has one entry per batch entry.
 pub(crate) fn expect_per_batch(what: &str, len: usize, batch: usize) -> Result<()> {
     if len != batch {
         return Err(shape_error!("{what} has {len} entries for a batch of {batch}; one per batch entry is needed"));

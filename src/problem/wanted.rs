@@ -1,4 +1,4 @@
-//! What a call is to hand back beside its output.
+//! What a call returns in addition to its output.
 
 use std::ops::Range;
 
@@ -7,6 +7,7 @@ use crate::error::Result;
 
 /// Which attention weights to return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Weights {
     /// None.
     #[default]
@@ -17,7 +18,7 @@ pub enum Weights {
     Averaged,
 }
 
-/// What attention returns beside the output.
+/// What attention returns in addition to the output.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wanted {
     pub lse: bool,
@@ -25,7 +26,7 @@ pub(crate) struct Wanted {
     pub scores: Option<ScoreStage>,
 }
 
-/// Which heads and queries an inspection looks at, and what it returns of them.
+/// The heads and queries of an inspection, and what it returns for them.
 pub(crate) struct Chosen {
     pub heads: Vec<usize>,
     pub queries: Range<usize>,

@@ -3,7 +3,7 @@ use std::ops::Range;
 use super::{Inputs, attention};
 use crate::problem::Problem;
 
-/// What an inspection returns.
+/// The results of an inspection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Inspected {
     /// `[b, heads, queries, j]`

@@ -1,5 +1,5 @@
-//! The truth: plain f64 loops, one readable function per shader. For tests, checks and the
-//! tuner's self-tests; no result of the library is computed with it.
+//! The reference: plain f64 loops, one readable function per shader. For tests, checks and the tuner's self-tests; the
+//! library never uses it to compute results.
 //!
 //! Operands are strided views of f64; results are row-major.
 
@@ -52,7 +52,7 @@ pub struct Inputs<'a> {
     pub masks: Vec<(View<'a, bool>, MaskMeaning)>,
     /// Additive biases; −∞ masks.
     pub biases: Vec<View<'a>>,
-    /// `[hq]`: one more score per head, without a value.
+    /// `[hq]`: one extra score per head, without a value.
     pub sink: Option<View<'a>>,
 }
 
@@ -62,7 +62,7 @@ impl Inputs<'_> {
     }
 }
 
-/// Everything a call can return.
+/// All results that a call can return.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outputs {
     /// `[b, hq, i, d]`
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_sink_takes_its_share() {
-        // Score ln 3 and a sink of ln 5 or none: of 3 + 5 or of 3.
+        // Score ln 3 with a sink of ln 5 or none: sums of 3 + 5 or of 3.
         let (shape, ln) = ([1, 1, 1, 1], f64::ln);
         let run =
             |sink, positions: &Positions| with_sink(&[ln(3.0)], &[1.0], &[8.0], [shape; 3], positions, Some(&[sink]));

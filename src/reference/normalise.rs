@@ -1,7 +1,7 @@
 use super::View;
 
-/// `(x − m) / √(s + ε) · w + b` over the last axis of X `[a, b, c, d]`, w and b `[d]`: RMSNorm (m = 0, s = mean of
-/// x²), or where `centred` LayerNorm (m = mean of x, s = mean of (x − m)²). Row-major.
+/// `(x − m) / √(s + ε) · w + b` over the last axis of X `[a, b, c, d]`, with w and b `[d]`. RMSNorm: m = 0, s = mean of
+/// x². LayerNorm (if `centred`): m = mean of x, s = mean of (x − m)². Row-major.
 pub fn normalise(x: View<'_>, weight: View<'_>, bias: Option<View<'_>>, centred: bool, epsilon: f64) -> Vec<f64> {
     let &[a_len, b_len, c_len, dim] = x.layout.shape() else { panic!("X has four axes") };
     let mut y = Vec::with_capacity(a_len * b_len * c_len * dim);

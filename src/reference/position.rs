@@ -1,8 +1,8 @@
 use super::View;
 use crate::problem::Rows;
 
-/// X `[b, h, i, d]` with each pair of its first columns rotated: `x₀·cos − x₁·sin` and `x₁·cos + x₀·sin`, with
-/// cosines and sines `[row, pairs]`; pairs are neighbours where `interleaved`, else half of those columns apart.
+/// X `[b, h, i, d]` with each pair of its first columns rotated: `x₀·cos − x₁·sin` and `x₁·cos + x₀·sin`, with cosines
+/// and sines `[row, pairs]`. Pairs are adjacent columns if `interleaved`, else half of those columns apart.
 pub fn rotate(x: View<'_>, cos: View<'_>, sin: View<'_>, interleaved: bool, rows: &Rows) -> Vec<f64> {
     let (&[batch, heads, len, dim], &[_, pairs]) = (x.layout.shape(), cos.layout.shape()) else {
         panic!("X has four axes and the cosines two");

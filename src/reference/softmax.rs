@@ -1,5 +1,5 @@
-/// `P = softmax(S)` over `rows` rows, and `LSE = ln Σ exp S`. A score of −∞ is a masked key; a row of nothing
-/// else gives weights 0 and LSE −∞. `sink` gives one more score of a row, without a weight; −∞: none.
+/// `P = softmax(S)` over `rows` rows, and `LSE = ln Σ exp S`. A score of −∞ is a masked key; a row with no other scores
+/// gives weights 0 and LSE −∞. `sink` gives one extra score per row, without a weight; −∞ means none.
 pub fn softmax(s: &[f64], rows: usize, sink: impl Fn(usize) -> f64) -> (Vec<f64>, Vec<f64>) {
     let width = s.len() / rows.max(1);
     let mut weights = Vec::with_capacity(s.len());

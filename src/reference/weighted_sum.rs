@@ -1,7 +1,7 @@
 use super::{Inputs, visible};
 use crate::problem::Problem;
 
-/// `O = P·V` over visible keys: `[b, hq, i, d]`, row-major. What a masked value holds does not count.
+/// `O = P·V` over visible keys: `[b, hq, i, d]`, row-major. The contents of masked values do not count.
 pub fn weighted_sum(problem: &Problem, inputs: &Inputs<'_>, weights: &[f64]) -> Vec<f64> {
     let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = *problem;
     let mut o = vec![0.0; batch * heads_q * len_q * dim_v];

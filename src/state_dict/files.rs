@@ -1,4 +1,4 @@
-//! Checkpoints on disk: single files, and shards with an index.
+//! Checkpoints on disk: single files, and sharded files with an index.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use super::StateDict;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::error::Error;
 
-/// What a file that is not safetensors is by its first bytes, and the way out.
+/// Recognises a file that is not safetensors by its first bytes, and says what to do.
 pub(super) fn what_it_is(bytes: &[u8]) -> Option<&'static str> {
     const CONVERT: &str = "it is a PyTorch pickle (.pt, .pth, .bin), which can run code when it is read; convert it: \
         safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'layer.safetensors')";
     let text = bytes.iter().position(|byte| !byte.is_ascii_whitespace()).map(|first| bytes[first]);
     match bytes {
-        // PyTorch's files since 1.6 are zip archives, as .npz are.
+        // PyTorch's files since 1.6 are zip archives, like .npz.
         [b'P', b'K', 3, 4, ..] if contains(bytes, b".npy") => {
             Some("it is a NumPy .npz; write the weights with safetensors.numpy.save_file(dict(numpy.load(PATH)), …)")
         }
@@ -34,7 +34,7 @@ pub(super) fn what_it_is(bytes: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// In the first few KiB.
+/// Whether `part` is in the first 4 KiB.
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes[..bytes.len().min(4096)].windows(part.len()).any(|window| window == part)
 }
@@ -42,7 +42,7 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
 /// The longest header that safetensors allows.
 const LONGEST: u64 = 100_000_000;
 
-/// The length of the header of a file of `length` bytes that begins with `start`.
+/// The header length of a file of `length` bytes that begins with `start`.
 pub(super) fn header_len(start: &[u8], length: u64) -> Result<usize, String> {
     let Some(header_len) = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err("it is shorter than 8 bytes".into());
@@ -53,7 +53,7 @@ pub(super) fn header_len(start: &[u8], length: u64) -> Result<usize, String> {
     Ok(header_len as usize)
 }
 
-/// What a header says of the tensors in the `data_len` bytes behind it. Offsets, shapes and types agree.
+/// The tensors that a header describes in the `data_len` bytes after it. Checks that offsets, shapes and types agree.
 pub(super) fn tensors(header: &[u8], data_len: u64) -> Result<Metadata, String> {
     let Entries(mut entries) = serde_json::from_slice(header).map_err(|error| error.to_string())?;
     let about = entries.remove("__metadata__").map(serde_json::from_value).transpose();
@@ -67,11 +67,11 @@ pub(super) fn tensors(header: &[u8], data_len: u64) -> Result<Metadata, String> 
     let metadata = Metadata::new(about, tensors).map_err(|error| error.to_string())?;
     match metadata.data_len() as u64 {
         taken if taken == data_len => Ok(metadata),
-        taken => Err(format!("its tensors take {taken} bytes of the {data_len} behind its header")),
+        taken => Err(format!("its tensors take {taken} bytes of the {data_len} after its header")),
     }
 }
 
-/// The entries of a header. A name that stands there twice would be one tensor or the other.
+/// The entries of a header. A duplicate name is an error, because it would be ambiguous.
 struct Entries(BTreeMap<String, serde_json::Value>);
 
 impl<'de> serde::Deserialize<'de> for Entries {
@@ -86,7 +86,7 @@ impl<'de> serde::Deserialize<'de> for Entries {
                 let mut entries = BTreeMap::new();
                 while let Some((name, entry)) = map.next_entry::<String, serde_json::Value>()? {
                     if entries.insert(name.clone(), entry).is_some() {
-                        return Err(serde::de::Error::custom(format_args!("{name:?} stands there twice")));
+                        return Err(serde::de::Error::custom(format_args!("{name:?} appears twice")));
                     }
                 }
                 Ok(Entries(entries))
@@ -107,14 +107,14 @@ pub(super) mod open {
     use super::{Error, LONGEST, StateDict, header_len, tensors, what_it_is};
     use crate::error::Result;
 
-    /// The files of a model's folder, in the order in which they are looked for.
+    /// The usual files in a model's folder, in the order in which they are tried.
     const USUAL: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
     fn failed(path: &Path, what: impl std::fmt::Display) -> Error {
         Error::File(format!("{}: {what}", path.display()))
     }
 
-    /// What is wanted of a tensor, by its name.
+    /// What to read of a tensor.
     #[derive(Clone, Copy, PartialEq, Eq)]
     pub(crate) enum Wanted {
         Values,
@@ -126,12 +126,12 @@ pub(super) mod open {
     pub(crate) type Choice<'a> = &'a dyn Fn(&str) -> Wanted;
 
     impl StateDict {
-        /// Reads a checkpoint: a `.safetensors` file, the index of one that is cut into shards
-        /// (`model.safetensors.index.json`: `{"weight_map": {name: file}}`, the files beside it), or a folder that holds
-        /// `model.safetensors` or such an index.
+        /// Reads a checkpoint: a `.safetensors` file, the index of a sharded one (`model.safetensors.index.json`:
+        /// `{"weight_map": {name: file}}`, with the files next to it), or a folder that contains `model.safetensors` or
+        /// such an index.
         ///
-        /// Only the values of tensors whose names begin with `part` are read, and of the shards only those that hold
-        /// some; of the others names are kept. `""` reads all.
+        /// Reads only the values of tensors whose names begin with `part`, and opens only shards that contain some. Of
+        /// the other tensors only the names are kept. `""` reads everything.
         pub fn open(path: impl AsRef<Path>, part: &str) -> Result<StateDict> {
             let choice = |name: &str| if name.starts_with(part) { Wanted::Values } else { Wanted::Name };
             StateDict::open_chosen(path.as_ref(), &choice)
@@ -154,7 +154,7 @@ pub(super) mod open {
         fn read_shards(&mut self, index: &Path, choice: Choice<'_>) -> Result<()> {
             let length = std::fs::metadata(index).map_err(|error| failed(index, error))?.len();
             if length > LONGEST {
-                return Err(failed(index, format!("{length} bytes are too long for an index of shards")));
+                return Err(failed(index, format!("{length} bytes are too many for an index of shards")));
             }
             let text = std::fs::read(index).map_err(|error| failed(index, error))?;
             let form = "an index of shards is {\"weight_map\": {\"name\": \"file.safetensors\", …}}";
@@ -165,10 +165,10 @@ pub(super) mod open {
             let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
             for (name, file) in map {
                 let file = file.as_str();
-                let file = file.ok_or_else(|| failed(index, format!("the file of {name} is no text; {form}")))?;
+                let file = file.ok_or_else(|| failed(index, format!("the file of {name} is not a string; {form}")))?;
                 let mut parts = Path::new(file).components();
                 if !matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None)) {
-                    return Err(failed(index, format!("the shard {file:?} of {name} does not lie beside the index")));
+                    return Err(failed(index, format!("the shard {file:?} of {name} is not next to the index")));
                 }
                 match choice(name) {
                     Wanted::Name => {
@@ -182,7 +182,7 @@ pub(super) mod open {
             }
             let folder = index.parent().unwrap_or(Path::new(""));
             for (file, names) in shards {
-                // What the index says of a name counts.
+                // The index decides which shard a name is read from.
                 let here = |name: &str| if names.contains(name) { choice(name) } else { Wanted::Name };
                 let there = self.read_file(&folder.join(file), &here)?;
                 if let Some(name) = names.iter().find(|name| !there.contains(**name)) {
@@ -196,7 +196,7 @@ pub(super) mod open {
             Ok(())
         }
 
-        /// Reads a file and says the names of all its tensors.
+        /// Reads a file and returns the names of all its tensors.
         fn read_file(&mut self, path: &Path, choice: Choice<'_>) -> Result<BTreeSet<String>> {
             let io = |error: std::io::Error| failed(path, error);
             let mut file = File::open(path).map_err(io)?;

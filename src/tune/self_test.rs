@@ -1,4 +1,4 @@
-//! What a candidate must get right before it is timed.
+//! The self-test that a candidate must pass before it is timed.
 
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
@@ -21,15 +21,16 @@ pub(super) struct Case {
     attention: Attention,
     tensors: [Tensor; 3],
     truth: reference::Outputs,
-    /// Of the output, relative to its largest value.
+    /// Tolerance for the output, relative to its largest value.
     tolerance: f64,
 }
 
-/// Relative error allowed to sums in f32.
+/// Relative error allowed for sums in f32.
 const TOLERANCE: f64 = 1e-5;
 
 impl Case {
-    /// As wide as `problem`, of the same types and kinds of rules; of few rows and keys: the truth is slow.
+    /// As wide as `problem`, with the same types and kinds of rules, but few rows and keys, because the reference is
+    /// slow.
     pub fn new(gpu: &Gpu, attention: &Attention, problem: &Problem, operands: &Operands) -> Result<Case> {
         let mut rng = Pcg64::seed_from_u64(0x7e57);
         let device = Device::Gpu(gpu.clone());
@@ -111,7 +112,7 @@ impl Case {
         Ok(Case { attention, tensors, truth, tolerance: half_ulp + TOLERANCE })
     }
 
-    /// With the LSE and without it: those are two kernels.
+    /// Checks calls with and without the LSE, which are two kernels.
     pub fn check(&self, method: Method) -> Result<()> {
         let [q, k, v] = &self.tensors;
         for lse in [true, false] {
@@ -126,13 +127,13 @@ impl Case {
 }
 
 impl Attention {
-    /// The softcap and positional rules for one batch entry of `[len_q, len_k]` and the first `heads` heads, without masks
-    /// and biases.
+    /// The softcap and positional rules, for one batch entry of `[len_q, len_k]` and the first `heads` heads, without
+    /// masks and biases.
     fn rules_alone(&self, [len_q, len_k]: [usize; 2], heads: usize) -> Result<Attention> {
-        // Rows whose positions are listed are rotated by a kernel of their own.
+        // Rows with explicit positions are rotated by a separate kernel.
         let rotary = self.rotary.clone().filter(|(_, given)| given.is_none());
         let key_length = self.positions.key_lengths.is_some().then(|| len_k.max(2) - 1);
-        // Rotary positions begin at 0, so that not more queries than keys can end where the keys do.
+        // Rotary positions begin at 0, so with more queries than keys the two cannot end at the same position.
         let top_left =
             self.positions.align == Align::TopLeft || rotary.is_some() && len_q > key_length.unwrap_or(len_k);
         let positions = Positions {
@@ -149,12 +150,12 @@ impl Attention {
     }
 }
 
-/// An error unless each value is met within `tolerance` of the largest, and what is not finite exactly.
+/// An error unless each value is within `tolerance` times the largest, and non-finite values match exactly.
 fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result<()> {
     let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f64, |most, x| most.max(x.abs())).max(1e-30);
     for (n, (&actual, &expected)) in actual.iter().zip(expected).enumerate() {
         let actual = f64::from(actual);
-        // Not so for NaN.
+        // False for NaN.
         let close = actual == expected || (actual - expected).abs() <= tolerance * largest;
         if !close {
             return Err(value_error!("its self-test failed: {what} {n} is {actual} instead of {expected}"));
@@ -163,7 +164,7 @@ fn agree(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result
     Ok(())
 }
 
-/// Values over a range of `span` around 0 that `like`'s types hold exactly, held as `like` is.
+/// Values over a range of `span` around 0 that `like`'s types represent exactly, stored like `like`.
 fn random(rng: &mut Pcg64, device: &Device, shape: &[usize], span: f32, like: &Tensor) -> Result<(Tensor, Vec<f64>)> {
     let count = shape.iter().product();
     let value = |_| like.stored().round(rng.random::<f32>() * span - span / 2.0);
@@ -180,7 +181,7 @@ fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.download()?.into_iter().map(f64::from).collect())
 }
 
-/// X rotated by its positions, which begin at `first`.
+/// X rotated by its positions, starting at `first`.
 fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
     let rotation = rotary.rotation();
     let angles = in_f64(&rotation.table)?;
@@ -191,7 +192,7 @@ fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
     Ok(reference::rotate(x, of(&cos), of(&sin), rotation.interleaved, &Rows::From(first)))
 }
 
-/// What the distances of keys from queries add: `[1, heads_q, len_q, len_k]`.
+/// The bias by distance: `[1, heads_q, len_q, len_k]`.
 fn from_distance(attention: &Attention, problem: &Problem, q: View<'_>) -> Result<Option<Vec<f64>>> {
     let Problem { heads_q, len_q, len_k, .. } = *problem;
     let offset = i64::from(problem.band(0).offset);

@@ -14,8 +14,8 @@ const TOLERANCE: f64 = 3e-6;
 #[test]
 fn random_calls_match_the_truth() {
     for (name, device) in devices() {
-        // Each call compiles its own kernels on an adapter, for seconds where no driver cache is warm: there the
-        // quick suite of `attn check`, in the program's tests, draws many calls for few kernels.
+        // On an adapter each call compiles its own kernels, for seconds if no driver cache is warm. Therefore the quick
+        // suite of `attn check`, in the program's tests, draws many calls for few kernels.
         let calls = if matches!(device, Device::Cpu) { 400 } else { 5 };
         for seed in 0..calls {
             Call::random(seed).check(&name, &device, TOLERANCE);
@@ -25,7 +25,8 @@ fn random_calls_match_the_truth() {
 
 #[test]
 fn small_rows_beside_large_ones() {
-    // Values of heads and batch entries that differ by 1e4, and queries whose scores do: each row is held by its own size.
+    // Values of heads and batch entries differ by 1e4, and so do scores of queries: each row is judged by its own
+    // scale.
     let positions = Positions { causal: true, align: Align::BottomRight, ..Default::default() };
     for len_k in [60, 700] {
         let len_q = if len_k == 60 { 21 } else { 2 };
@@ -58,7 +59,7 @@ fn small_rows_beside_large_ones() {
 #[test]
 fn every_width_up_to_512() {
     for (name, device) in devices() {
-        // Every width on the CPU; on adapters each compiles kernels of its own.
+        // Every width on the CPU, but not on adapters, where each width compiles its own kernels.
         let widths: Vec<usize> = match device {
             Device::Cpu => (1..=512).collect(),
             _ => vec![6, 63, 257, 512],
@@ -99,7 +100,7 @@ fn empty_axes_are_valid() {
 }
 
 #[test]
-fn what_masked_keys_hold_changes_no_bit() {
+fn contents_of_masked_keys_do_not_change_a_bit() {
     let call = Call {
         masks: vec![(vec![2, 1, 20, 33], MaskMeaning::Keep)],
         positions: Positions { key_lengths: Some(vec![30, 17]), ..Default::default() },
@@ -128,9 +129,9 @@ fn what_masked_keys_hold_changes_no_bit() {
 }
 
 #[test]
-fn tiles_that_masks_hide_are_passed_over() {
-    // Documents one behind another in one sequence: block-diagonal, the same for all heads, or only for some;
-    // alone, with a band, with an additive −∞, and along a padded batch of one query.
+fn fully_masked_tiles_are_skipped() {
+    // Documents packed in one sequence: a block-diagonal mask, for all heads or only for some; alone, with a band, with
+    // an additive −∞, and with a padded batch of one query.
     let (len, dim) = (200, 20);
     for (name, gpu) in gpus() {
         let device = Device::from(&gpu);
@@ -177,8 +178,8 @@ fn tiles_that_masks_hide_are_passed_over() {
 }
 
 #[test]
-fn not_finite_inputs_reach_exactly_what_depends_on_them() {
-    // Causal: row i depends on keys 0..=i. Each poison in turn, against the truth.
+fn non_finite_inputs_reach_exactly_their_dependents() {
+    // Causal: row i depends on keys 0..=i. Compare each poison value with the truth.
     let call = Call {
         positions: Positions { causal: true, ..Default::default() },
         ..Call::plain([1, 2, 40, 8], [1, 2, 40, 8], [1, 2, 40, 8])
@@ -238,8 +239,8 @@ fn same_bits_every_run_and_in_every_batch() {
     }
 }
 
-/// Two biases of ±2²⁸ round a small score away; added to each other first, they would
-/// leave it as it is. So every key weighs the same.
+/// Two biases of ±2²⁸, added one after the other, round a small score to 0, so all keys have the same weight. Added to
+/// each other first, they would leave the score unchanged.
 #[test]
 fn two_biases_are_added_one_after_the_other() {
     let shape = [1, 2, 5, 8];
@@ -322,7 +323,7 @@ fn work_recorded_into_a_callers_encoder() {
         let device = Device::Gpu(gpu.clone());
         let [q, k, v] = [(call.q, &data.q), (call.k, &data.k), (call.v, &data.v)]
             .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
-        // The caller's own output buffer, [b, s, h, d], with NaN around it.
+        // The caller's output buffer, [b, s, h, d], surrounded by NaN.
         let bytes: Vec<u8> = [f32::NAN; 64]
             .iter()
             .chain(&[0.0; 2 * 19 * 2 * 12])
@@ -377,7 +378,7 @@ fn wrong_calls_are_errors_with_the_numbers() {
         );
         expect(plain.forward(&zeros(&[8]), &x, &x), "at least two axes");
         expect(plain.forward(&bools(&[2, 4, 3, 8]), &x, &x), "bool tensor");
-        let mask = Mask::keep(bools(&[5, 3])).unwrap();
+        let mask = Mask::keep_where(bools(&[5, 3])).unwrap();
         expect(
             plain.clone().mask(mask).forward(&x, &x, &x),
             "[5, 3] does not broadcast to [batch, heads_q, len_q, len_k] = [2, 4, 3, 3]",
@@ -387,7 +388,7 @@ fn wrong_calls_are_errors_with_the_numbers() {
         expect(plain.clone().scale(f32::NAN).forward(&x, &x, &x), "scale = NaN");
         expect(plain.clone().key_lengths(vec![1]).forward(&x, &x, &x), "key_lengths has 1 entries");
         expect(plain.clone().key_lengths(vec![1, 4]).forward(&x, &x, &x), "key_lengths[1] = 4 is more than len_k = 3");
-        assert!(Mask::keep(x.clone()).unwrap_err().to_string().contains("bias"));
+        assert!(Mask::keep_where(x.clone()).unwrap_err().to_string().contains("bias"));
         assert!(Tensor::from_slice(&device, &[2, 3], &[0.0f32; 5]).is_err());
         assert!(Tensor::from_slice(&device, &[usize::MAX, 3], &[0.0f32; 5]).is_err());
         if device.gpu().is_some() {
@@ -398,18 +399,18 @@ fn wrong_calls_are_errors_with_the_numbers() {
 }
 
 #[test]
-fn queries_behind_their_lengths_see_nothing() {
-    // Alone, and composed with all else; grouped heads, weights, an inspection, a sink.
+fn queries_beyond_their_lengths_see_nothing() {
+    // Alone, and combined with everything else: grouped heads, weights, an inspection, a sink.
     let lengths = vec![7, 0, 20];
     let (q, kv) = ([3, 4, 20, 12], [3, 2, 33, 12]);
     let mut plain = Call::plain(q, kv, kv);
-    // The rule written out.
+    // The rule as an explicit mask.
     plain.masks = vec![(vec![3, 1, 20, 1], MaskMeaning::Keep)];
     let keep: Vec<bool> = lengths.iter().flat_map(|&len| (0..20).map(move |i| i < len)).collect();
     let positions = Positions { causal: true, key_lengths: Some(vec![33, 20, 9]), ..Positions::default() };
     let ruled = Call {
         positions,
-        masks: vec![(vec![3, 1, 20, 1], MaskMeaning::Keep), (vec![20, 33], MaskMeaning::Drop)],
+        masks: vec![(vec![3, 1, 20, 1], MaskMeaning::Keep), (vec![20, 33], MaskMeaning::Hide)],
         biases: vec![vec![4, 20, 33]],
         softcap: Some(5.0),
         sink: true,
@@ -433,10 +434,10 @@ fn queries_behind_their_lengths_see_nothing() {
             let seen = attention.inspect(&q, &k, &lse, &Inspect::new().weights()).unwrap().weights.unwrap();
             assert_close(&name, &seen, &truth.weights, 1e-5);
             if device.gpu().is_some() {
-                let taught = attention.clone().method(Method::ThreePasses).forward(&q, &k, &v).unwrap();
-                truth.hold_output(&name, &taught.output, TOLERANCE);
+                let passes = attention.clone().method(Method::ThreePasses).forward(&q, &k, &v).unwrap();
+                truth.hold_output(&name, &passes.output, TOLERANCE);
             }
-            // Whole lengths are no rule.
+            // Full lengths are not a rule.
             let whole = without.attention().query_lengths(vec![20; 3]);
             let whole = without.run(&device, &data, whole).unwrap().output.download().unwrap();
             let bare = without.run(&device, &data, without.attention()).unwrap().output.download().unwrap();
@@ -480,7 +481,10 @@ fn lengths_and_padding_that_do_not_fit() {
             (Attention::new().key_padding_bias(floats(&[2, 5])), "must be [batch, len_k] = [2, 9]"),
             (Attention::new().key_padding_bias(floats(&[2, 1, 9])), "is a mask or a bias, not key padding"),
             (Attention::new().key_padding_bias(bools(&[2, 9])), "a bias is a bool tensor"),
-            (Attention::new().key_padding(Mask::drop(bools(&[9, 2])).unwrap()), "must be [batch, len_k] = [2, 9]"),
+            (
+                Attention::new().key_padding(Mask::hide_where(bools(&[9, 2])).unwrap()),
+                "must be [batch, len_k] = [2, 9]",
+            ),
         ] {
             let error = attention.forward(&q, &k, &k).unwrap_err().to_string();
             assert!(error.contains(say), "{name}: {error}");
@@ -491,20 +495,20 @@ fn lengths_and_padding_that_do_not_fit() {
             (Attention::new().key_padding_bias(floats(&[1, 3])), "a key padding mask"),
         ] {
             let error = attention.forward_packed(&x, &x, &x, &[0, 3], &[0, 3]).unwrap_err().to_string();
-            assert!(error.contains(say) && error.contains("run the sequences apart"), "{name}: {error}");
+            assert!(error.contains(say) && error.contains("run the sequences separately"), "{name}: {error}");
         }
     }
 }
 
 #[test]
-fn weights_that_do_not_fit_name_what_does() {
+fn weights_that_do_not_fit_suggest_alternatives() {
     for (name, device) in devices() {
         let x = Tensor::from_slice(&device, &[1, 64, 60_000, 1], &vec![0.5f32; 64 * 60_000]).unwrap();
         let with = |weights| Attention::new().weights(weights).forward(&x, &x, &x).unwrap_err().to_string();
         let per_head = with(Weights::PerHead);
         assert!(per_head.contains("the weights needs 921600000000 bytes"), "{name}: {per_head}");
         assert!(per_head.contains("Attention::inspect"), "{name}: {per_head}");
-        // The CPU backend takes the mean of all of them.
+        // The CPU backend computes their mean from all of them.
         assert_eq!(per_head.contains("Weights::Averaged"), device.gpu().is_some(), "{name}: {per_head}");
         let averaged = with(Weights::Averaged);
         assert!(averaged.contains("; Attention::inspect") && !averaged.contains("Weights::"), "{name}: {averaged}");
@@ -515,19 +519,19 @@ fn weights_that_do_not_fit_name_what_does() {
 }
 
 #[test]
-fn a_query_without_keys_gets_the_mean_of_values_where_asked() {
+fn a_query_without_keys_gets_the_mean_of_values_if_requested() {
     let v: Vec<f32> = (0..2 * 5 * 3).map(|i| i as f32).collect();
     for (name, device) in devices() {
         let x = Tensor::from_slice(&device, &[2, 1, 5, 4], &noise(&mut Pcg64::seed_from_u64(3), 40)).unwrap();
         let v = Tensor::from_slice(&device, &[2, 1, 5, 3], &v).unwrap();
-        // The first two queries of the first entry see nothing, and of the second the first four.
+        // The first two queries of the first entry see nothing, nor do the first four of the second entry.
         let plain = Attention::new().causal(Align::PerBatch(vec![-2, -4])).lse(true);
         let zero = plain.forward(&x, &x, &v).unwrap();
         let mean = plain.clone().empty_rows(EmptyRows::MeanOfValues).forward(&x, &x, &v).unwrap();
         let (zero, lse) = (zero.output.download().unwrap(), zero.lse.unwrap().download().unwrap());
         let wanted: Vec<f64> = (0..30)
             .map(|at| match lse[at / 3] {
-                // Of 0, 3 … 12 for the first column of the first entry, and so on.
+                // The mean of 0, 3 … 12 for the first column of the first entry, and so on.
                 f32::NEG_INFINITY => 6.0 + (at / 15 * 15 + at % 3) as f64,
                 _ => f64::from(zero[at]),
             })
@@ -541,7 +545,7 @@ fn a_query_without_keys_gets_the_mean_of_values_where_asked() {
             plain.clone().query_lengths(vec![5, 4]),
         ] {
             let error = refused.empty_rows(EmptyRows::MeanOfValues).forward(&x, &x, &v).unwrap_err();
-            assert!(error.to_string().contains("MeanOfValues does not go with"), "{error}");
+            assert!(error.to_string().contains("MeanOfValues cannot be combined with"), "{error}");
         }
     }
 }

@@ -8,7 +8,7 @@ use wgpu_attention::{Attention, Device, Dtype, KvCache, KvCacheConfig, Result, S
 
 const TOLERANCE: f64 = 3e-6;
 
-/// Whole sequences, and what one causal pass over them gives.
+/// Whole sequences, and the result of one causal pass over them.
 struct Story {
     call: Call,
     q: Vec<f32>,
@@ -37,8 +37,7 @@ impl Story {
         Story { q: data.q, k: data.k, v: data.v, truth, call }
     }
 
-    /// Tokens `starts[b]..starts[b] + n` of every batch entry: Q, K and V. What lies behind `counts[b]` of
-    /// them is NaN.
+    /// Tokens `starts[b]..starts[b] + n` of every batch entry: Q, K and V. Tokens after the first `counts[b]` are NaN.
     fn tokens(&self, device: &Device, order: Order, starts: &[usize], n: usize, counts: &[usize]) -> [Tensor; 3] {
         let cut = |part: usize, shape: [usize; 4], data: &[f32]| {
             let [batch, heads, len, dim] = shape;
@@ -93,7 +92,7 @@ fn says<T>(name: &str, result: Result<T>, say: &str) {
 #[test]
 fn a_thousand_steps_with_rollbacks_are_one_causal_pass() {
     let mut rng = Pcg64::seed_from_u64(1);
-    // Before each step: tokens that are refused (appended and rolled back), and accepted ones taken back.
+    // Before each step: rejected tokens (appended and rolled back), and accepted tokens rolled back.
     let mut len = 0;
     let steps: Vec<(usize, usize)> = (0..1000)
         .map(|_| {
@@ -117,7 +116,7 @@ fn a_thousand_steps_with_rollbacks_are_one_causal_pass() {
             let (output, lse) = (step.output.download().unwrap(), step.lse.unwrap().download().unwrap());
             story.check(&format!("{name} at {}", at[0]), &output, Some(&lse), &at, 1, &[1]);
         }
-        // Long enough for the keys to be split.
+        // Long enough that the keys are split.
         assert!(cache.lengths()[0] > 300, "{:?}", cache.lengths());
         let held = cache.lengths()[0];
         assert_eq!(cache.keys().unwrap().shape(), [1, 2, held, 8]);
@@ -147,7 +146,7 @@ fn a_thousand_steps_allocate_nothing() {
                     drop(cache.step(&attention, &q, &token, &token).unwrap());
                 }
             };
-            // Every length once: short and split, and with a window until old keys were dropped.
+            // Every length once: short, split, and with a window until old keys were dropped.
             for _ in 0..2 {
                 cache.append(&chunk, &chunk).unwrap();
                 run(&mut cache, 1);
@@ -163,7 +162,7 @@ fn a_thousand_steps_allocate_nothing() {
 
 #[test]
 fn sequences_of_a_batch_have_their_own_lengths() {
-    // Widths that are no whole vec4s, a prefill of several tokens, operands of any strides.
+    // Widths that are not multiples of a vec4, a prefill of several tokens, operands with arbitrary strides.
     let story = Story::new([3, 4, 2, 90], [5, 3], None);
     for (name, device) in devices() {
         for order in [Order::Bhsd, Order::Packed, Order::Bhds] {
@@ -178,7 +177,7 @@ fn sequences_of_a_batch_have_their_own_lengths() {
                 let step = cache.step_lengths(&together, &q, &k, &v, &counts).unwrap();
                 let (output, lse) = (step.output.download().unwrap(), step.lse.unwrap().download().unwrap());
                 story.check(&what, &output, Some(&lse), &at, n, &counts);
-                // The same apart.
+                // The same separately.
                 cache.rollback_lengths(&counts).unwrap();
                 cache.append_lengths(&k, &v, &counts).unwrap();
                 let apart = cache.attend_lengths(&Attention::new(), &q, &counts).unwrap().output.download().unwrap();
@@ -191,7 +190,7 @@ fn sequences_of_a_batch_have_their_own_lengths() {
 }
 
 #[test]
-fn a_window_goes_on_without_end() {
+fn a_window_slides_indefinitely() {
     for window in [6, 0] {
         let story = Story::new([2, 2, 1, 200], [8, 12], Some(window));
         for (name, device) in devices() {
@@ -207,7 +206,7 @@ fn a_window_goes_on_without_end() {
                 let what = format!("{name}, window {window}, {counts:?} tokens at {at:?}");
                 story.check(&what, &output.download().unwrap(), None, &at, n, &counts);
                 let (lengths, positions) = (cache.lengths(), cache.positions());
-                // All that is left can be taken back but the window, once keys were dropped.
+                // Once keys were dropped, everything except the window can be rolled back.
                 let most: Vec<usize> = (lengths.iter().zip(&positions))
                     .map(|(&len, &at)| if len == at { len } else { len - window })
                     .collect();
@@ -222,7 +221,7 @@ fn a_window_goes_on_without_end() {
                     cache.rollback_lengths(&back).unwrap();
                 }
             }
-            // As many queries as have their whole window held, and one more.
+            // As many queries as have their whole window in the cache, and one more.
             let (lengths, ends) = (cache.lengths(), cache.positions());
             assert!(lengths.iter().zip(&ends).all(|(&len, &end)| len <= 17 && len < end));
             let mut counts = [0, 1].map(|b| lengths[b] - window);
@@ -257,7 +256,7 @@ fn a_step_that_fails_changes_nothing() {
         let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 1, 9, 8).window(Some(4))).unwrap();
         for at in 0..30 {
             let [q, k, v] = story.tokens(&device, Order::Bhsd, &[at], 1, &[1]);
-            // Queries of another width: refused after the append was recorded, dropped keys and all.
+            // Queries of another width: rejected after the append was recorded, including the dropped keys.
             let wrong = floats(&device, &[1, 2, 1, 4], 1.0);
             says(&name, cache.step(&Attention::new(), &wrong, &k, &v), "different widths");
             assert_eq!(cache.positions(), [at]);
@@ -282,7 +281,7 @@ fn steps_recorded_into_a_callers_encoder() {
                 let step = cache.encode(&gpu, &mut encoder, &Attention::new(), q, k, v, None, None).unwrap();
                 kept.push((at, tokens, step.output));
             }
-            // Old keys were dropped on the way: an upload before the submit must not get their buffers.
+            // Old keys were dropped in between: an upload before the submit must not reuse their buffers.
             let noise: Vec<Tensor> = (0..40).map(|_| floats(&device, &[2, 1, 9, 8], f32::NAN)).collect();
             gpu.queue().submit([encoder.finish()]);
             drop(noise);
@@ -294,12 +293,12 @@ fn steps_recorded_into_a_callers_encoder() {
         let mut on_cpu = KvCache::new(&other, KvCacheConfig::new(1, 1, 4, 8)).unwrap();
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let x = floats(&other, &[1, 1, 1, 8], 0.0);
-        says(&name, on_cpu.encode(&gpu, &mut encoder, &Attention::new(), &x, &x, &x, None, None), "live on cpu");
+        says(&name, on_cpu.encode(&gpu, &mut encoder, &Attention::new(), &x, &x, &x, None, None), "lives on cpu");
     }
 }
 
 #[test]
-fn rows_written_over() {
+fn rows_are_overwritten() {
     let (batch, heads, capacity, dim) = (3, 2, 7, 5);
     let mut rng = Pcg64::seed_from_u64(6);
     let shape = |rows| [batch, heads, rows, dim];
@@ -326,9 +325,9 @@ fn rows_written_over() {
             }
         }
         let one = floats(&device, &shape(1), 1.0);
-        says(&name, cache.append(&one, &one), "no longer lie in the order of positions");
-        says(&name, cache.rollback(1), "no longer lie in the order of positions");
-        says(&name, cache.attend(&Attention::new(), &one), "no longer lie in the order of positions");
+        says(&name, cache.append(&one, &one), "no longer in order of position");
+        says(&name, cache.rollback(1), "no longer in order of position");
+        says(&name, cache.attend(&Attention::new(), &one), "no longer in order of position");
         cache.clear();
         says(&name, cache.write(&[0, 1, 0], &one, &one, ScatterMode::Linear), "starts[1] = 1 leaves a gap");
         says(&name, cache.write(&[0, 0], &one, &one, ScatterMode::Linear), "2 entries for a batch of 3");
@@ -344,7 +343,7 @@ fn rows_written_over() {
 }
 
 #[test]
-fn what_a_view_held_stays_on_the_cpu() {
+fn a_view_keeps_its_contents_on_the_cpu() {
     let mut cache = KvCache::new(Device::Cpu, KvCacheConfig::new(1, 1, 8, 4)).unwrap();
     let token = |x| floats(&Device::Cpu, &[1, 1, 1, 4], x);
     cache.append(&token(1.0), &token(2.0)).unwrap();
@@ -353,14 +352,14 @@ fn what_a_view_held_stays_on_the_cpu() {
     cache.append(&token(3.0), &token(4.0)).unwrap();
     assert_eq!(keys.download().unwrap(), [1.0; 4]);
     assert_eq!(cache.keys().unwrap().download().unwrap(), [3.0; 4]);
-    // A cache's own rows, repeated.
+    // Append the cache's own rows.
     let (keys, values) = (cache.keys().unwrap(), cache.values().unwrap());
     cache.append(&keys, &values).unwrap();
     assert_eq!(cache.values().unwrap().download().unwrap(), [4.0; 8]);
 }
 
 #[test]
-fn a_cache_of_halves_rounds_what_comes_in() {
+fn a_half_type_cache_rounds_its_input() {
     for (name, device) in devices() {
         for (dtype, dim) in [(Dtype::F16, 8), (Dtype::BF16, 6), (Dtype::F16, 5)] {
             let mut cache =
@@ -443,7 +442,7 @@ fn wrong_calls_are_errors_with_the_numbers() {
             let own = (cache.keys().unwrap(), cache.values().unwrap());
             says(&name, cache.append(&own.0, &own.1), "a view of the cache itself");
         }
-        // Nothing at all is valid: an empty chunk, an empty batch, an empty cache.
+        // Empty input is valid: an empty chunk, an empty batch, an empty cache.
         let none = zeros(&[2, 2, 0, 4]);
         cache.append(&none, &none).unwrap();
         assert!(cache.attend(&attention, &none).unwrap().output.download().unwrap().is_empty());
@@ -457,10 +456,10 @@ fn wrong_calls_are_errors_with_the_numbers() {
     }
 }
 
-/// Attention over `keys` of a call's keys, as output and LSE.
+/// Output and LSE of attention over `keys` of a call's keys.
 fn part(call: &Call, device: &Device, [q, k, v]: &[Tensor; 3], keys: std::ops::Range<usize>) -> [Tensor; 2] {
     let narrow = |x: &Tensor| x.narrow(2, keys.start, keys.len()).unwrap();
-    // The same causal rule, seen from the first key of the part.
+    // The same causal rule, relative to the first key of the part.
     let attention = Attention::new().causal(Align::Offset(-(keys.start as i64))).lse(true);
     let attended = attention.forward(q, &narrow(k), &narrow(v)).unwrap();
     assert!(attended.output.device().name() == device.name() && call.q[2] == q.shape()[2]);
@@ -468,7 +467,7 @@ fn part(call: &Call, device: &Device, [q, k, v]: &[Tensor; 3], keys: std::ops::R
 }
 
 #[test]
-fn two_results_merge_into_that_of_all_keys() {
+fn two_results_merge_into_the_result_of_all_keys() {
     for (dims, order) in [([8, 8], Order::Bhsd), ([6, 7], Order::Bshd)] {
         let story = Story::new([2, 4, 2, 33], dims, None);
         for (name, device) in devices() {
@@ -489,7 +488,7 @@ fn two_results_merge_into_that_of_all_keys() {
 }
 
 #[test]
-fn what_merges_with_nothing_and_with_nan() {
+fn merging_with_empty_results_and_with_nan() {
     const NAN: f32 = f32::NAN;
     const NONE: f32 = f32::NEG_INFINITY;
     for (name, device) in devices() {
@@ -498,7 +497,7 @@ fn what_merges_with_nothing_and_with_nan() {
             let data: Vec<f32> = x.iter().flat_map(|&x| [x; 3]).collect();
             Tensor::from_slice(&device, &[x.len(), 3], &data).unwrap()
         };
-        // A part with LSE −∞ weighs nothing, whatever it holds; NaN and +∞ reach their rows alone.
+        // A part with LSE −∞ has no weight, whatever it holds; NaN and +∞ affect only their rows.
         let a = ([1.0, NAN, 5.0, NAN, NAN, 1.0, 1.0, 4.0], [0.0, NONE, NONE, NONE, 0.0, NAN, f32::INFINITY, 1e30]);
         let b = ([3.0, 2.0, NAN, NAN, 1.0, 1.0, 1.0, 2.0], [0.0, 1.0, NONE, NONE, 0.0, 0.0, 0.0, -1e30]);
         let merged = merge(&wide(&a.0), &rows(&a.1), &wide(&b.0), &rows(&b.1)).unwrap();

@@ -1,4 +1,4 @@
-//! What queries over a cache see: the cache's causal rule, and the caller's in its place. On every device, against f64.
+//! What queries over a cache see: the cache's causal rule, or the caller's instead. On every device, against f64.
 
 use crate::kit::{Call, Data, Order, assert_close, assert_close_to, assert_logs_close, devices, gpus, place};
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, TokenPositions};
@@ -12,7 +12,7 @@ const KEYS: usize = 12;
 const QUERIES: usize = 5;
 const DIM: usize = 8;
 
-/// The last queries of what a cache holds, under `positions`.
+/// The last queries of a cache's sequence, under `positions`.
 fn call(positions: Positions) -> Call {
     let kv = [BATCH, HEADS[1], KEYS, DIM];
     Call { positions, ..Call::plain([BATCH, HEADS[0], QUERIES, DIM], kv, kv) }
@@ -38,7 +38,7 @@ fn says<T>(name: &str, result: Result<T>, say: &str) {
     assert!(error.to_string().contains(say), "{name}: {error}");
 }
 
-/// Every way to say what queries see, and the rule that it means.
+/// Every way to specify what queries see, and the resulting rule.
 fn rules() -> Vec<(&'static str, Attention, Positions)> {
     let plain = || Positions { align: Align::BottomRight, ..Positions::default() };
     let causal = || Positions { causal: true, ..plain() };
@@ -95,7 +95,7 @@ fn the_callers_rules_hold() {
 }
 
 #[test]
-fn a_mask_stands_in_for_the_causal_rule() {
+fn a_mask_replaces_the_causal_rule() {
     let bottom_right = |causal| Positions { align: Align::BottomRight, causal, ..Positions::default() };
     for (name, device) in devices() {
         for shape in [vec![QUERIES, KEYS], vec![BATCH, 1, QUERIES, KEYS], vec![KEYS], vec![1]] {
@@ -118,20 +118,20 @@ fn a_mask_stands_in_for_the_causal_rule() {
         // A step: both queries see both keys, weights 1/2 and 1/(1 + e) to e/(1 + e).
         let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 1, 4, 1)).unwrap();
         let x = Tensor::from_slice(&device, &[1, 1, 2, 1], &[0.0f32, 1.0]).unwrap();
-        let keeps_all = Mask::keep(Tensor::from_bools(&device, &[2, 2], &[true; 4]).unwrap()).unwrap();
+        let keeps_all = Mask::keep_where(Tensor::from_bools(&device, &[2, 2], &[true; 4]).unwrap()).unwrap();
         let stepped = cache.step(&Attention::new().mask(keeps_all), &x, &x, &x).unwrap().output;
         let e = std::f64::consts::E;
         assert_close(&name, &stepped, &[0.5, e / (1.0 + e)], TOLERANCE);
-        // Key padding, as a mask and as a bias, hides keys and says nothing about what comes later.
+        // Key padding, as a mask and as a bias, hides keys and does not replace the causal rule.
         let mut call = call(bottom_right(true));
-        call.masks = vec![(vec![BATCH, 1, 1, KEYS], MaskMeaning::Drop)];
+        call.masks = vec![(vec![BATCH, 1, 1, KEYS], MaskMeaning::Hide)];
         call.biases = vec![vec![BATCH, 1, 1, KEYS]];
         let data = call.data();
         let (truth, _) = call.truth(&data);
         let (cache, q) = filled(&device, &call, &data, config());
         let padding = Tensor::from_bools(&device, &[BATCH, KEYS], &data.masks[0]).unwrap();
         let bias = Tensor::from_slice(&device, &[BATCH, KEYS], &data.biases[0]).unwrap();
-        let attention = Attention::new().key_padding(Mask::drop(padding).unwrap()).key_padding_bias(bias);
+        let attention = Attention::new().key_padding(Mask::hide_where(padding).unwrap()).key_padding_bias(bias);
         let output = cache.attend(&attention, &q).unwrap().output;
         truth.hold_output(&name, &output, TOLERANCE);
     }
@@ -147,13 +147,13 @@ fn a_bias_for_several_queries_must_say_which_rule() {
             let (truth, _) = call.truth(&data);
             let (cache, q) = filled(&device, &call, &data, config());
             let attention = call.ruled(&device, &data, Attention::new()).unwrap();
-            says(&name, cache.attend(&attention, &q), "say causal(Align::BottomRight)");
+            says(&name, cache.attend(&attention, &q), "call causal(Align::BottomRight)");
             says(&name, cache.attend_lengths(&attention, &q, &[1, 3]), "3 queries of batch entry 1");
             let said = if causal { attention.causal(Align::BottomRight) } else { attention.not_causal() };
             let output = cache.attend(&said, &q).unwrap().output;
             truth.hold_output(&format!("{name}, causal {causal}"), &output, TOLERANCE);
         }
-        // A single query stands at the end of its sequence: both rules are the same.
+        // A single query is at the end of its sequence, so both rules are the same.
         let mut call = call(Positions::default());
         call.q[2] = 1;
         call.biases = vec![vec![1, KEYS]];
@@ -182,7 +182,7 @@ fn chunk(whole: &Call, data: &Data, from: usize, count: usize, positions: Positi
     (Call { q, k, v, positions, ..whole.clone() }, Data { q: q_data, k: k_data, v: v_data, ..data.clone() })
 }
 
-/// A sequence of text with images in it: how many tokens come together, and whether they see each other both ways.
+/// A sequence of text and images: the length of each block, and whether its tokens see each other in both directions.
 const STORY: [(usize, bool); 9] =
     [(4, true), (1, false), (3, false), (1, false), (6, true), (2, false), (1, false), (5, true), (7, false)];
 
@@ -193,7 +193,7 @@ fn image_tokens_see_each_other_and_text_is_causal() {
     let whole = Call::plain(q, kv, kv);
     let data = whole.data();
     for (name, device) in devices() {
-        // Whole, and with a window that drops keys on the way.
+        // Without a window, and with one that drops keys in between.
         for window in [None, Some(5)] {
             let capacity = if window.is_some() { 13 } else { len };
             let mut cache =
@@ -226,7 +226,7 @@ fn rotary_positions_do_not_depend_on_the_rule() {
     let data = whole.data();
     for (name, device) in devices() {
         let rotary = Rotary::new(&device, &RotaryConfig::new(DIM).pairing(Pairing::HalfSplit), len).unwrap();
-        // Turned by hand.
+        // Rotated by hand.
         let rotated = |shape: [usize; 4], data: &[f32]| {
             let x = Tensor::from_slice(&device, &shape, data).unwrap();
             rotary.rotate(&x, &TokenPositions::From(0)).unwrap().download().unwrap()
@@ -246,7 +246,7 @@ fn rotary_positions_do_not_depend_on_the_rule() {
                     tensor(&device, shape, &data)
                 };
                 let [q, k, v] = [step(whole.q, &data.q), step(whole.k, &data.k), step(whole.v, &data.v)];
-                // Said in every way in turn; `align` may say what is so.
+                // Alternate between the ways to specify the rule; `align` may state the default.
                 let held = cache.lengths()[0] as i64;
                 let attention = match (both_ways, n % 2) {
                     (true, 0) => Attention::new().not_causal(),
@@ -269,14 +269,14 @@ fn rotary_positions_do_not_depend_on_the_rule() {
     }
 }
 
-/// A mask that keeps all.
+/// A mask that keeps all keys.
 fn all(device: &Device) -> Mask {
-    Mask::keep(Tensor::from_bools(device, &[1, 1], &[true]).unwrap()).unwrap()
+    Mask::keep_where(Tensor::from_bools(device, &[1, 1], &[true]).unwrap()).unwrap()
 }
 
 #[test]
 fn queries_of_another_sequence_over_encoder_keys() {
-    // More queries than keys, sequences of their own lengths.
+    // More queries than keys, and sequences of different lengths.
     let held = [4, 9];
     let positions = Positions { key_lengths: Some(held.to_vec()), ..Positions::default() };
     let call = Call {
@@ -302,7 +302,7 @@ fn queries_of_another_sequence_over_encoder_keys() {
             cache.attend(&Attention::new().key_lengths(vec![4, 10]), &q.narrow(2, 0, 1).unwrap()),
             "is more than",
         );
-        // Fewer than are held.
+        // Fewer than the cache holds.
         let fewer = Positions { key_lengths: Some(vec![2, 0]), ..Positions::default() };
         let fewer = Call { positions: fewer, ..call.clone() };
         let attention = Attention::new().not_causal().key_lengths(vec![2, 0]);
@@ -349,7 +349,7 @@ fn lengths_of_their_own_under_the_callers_rules() {
                     assert_close_to(&what, &(got, DIM), expected, |_, _| truth.values[row], TOLERANCE);
                 }
             }
-            // As many queries as count, the rest 0.
+            // The queries within the length; the rest are 0.
             let attention = attention.query_lengths(counts.to_vec()).lse(true);
             let out = cache.attend_lengths(&attention, &q, &counts).unwrap();
             let (output, lse) = (out.output.download().unwrap(), out.lse.unwrap().download().unwrap());
@@ -368,12 +368,12 @@ fn lengths_of_their_own_under_the_callers_rules() {
 }
 
 #[test]
-fn a_ring_goes_on_without_positions() {
+fn a_ring_continues_without_positions() {
     for (name, device) in devices() {
         let call = call(Positions::default());
         let mut data = call.data();
         let (mut cache, q) = filled(&device, &call, &data, config());
-        // Three rows around the end: 11, 0 and 1.
+        // Three rows that wrap around: 11, 0 and 1.
         let (shape, new) = tokens(call.k, &data.v, 4, 3);
         let update = tensor(&device, shape, &new);
         cache.write(&[KEYS - 1; BATCH], &update, &update, ScatterMode::Circular).unwrap();
@@ -399,7 +399,7 @@ fn a_ring_goes_on_without_positions() {
 }
 
 #[test]
-fn what_a_window_dropped_has_no_place_of_the_callers() {
+fn callers_rules_do_not_cover_dropped_keys() {
     for (name, device) in devices() {
         let mut cache = KvCache::new(&device, KvCacheConfig::new(1, 1, 9, DIM).window(Some(3))).unwrap();
         let x = Tensor::from_slice(&device, &[1, 1, 4, DIM], &[0.5f32; 4 * DIM]).unwrap();
@@ -437,7 +437,7 @@ fn rules_of_steps_in_a_callers_encoder() {
         let attention = call.ruled(&device, &data, Attention::new()).unwrap().query_lengths(vec![QUERIES, 2]);
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let out = cache.encode(&gpu, &mut encoder, &attention, &q, &k, &v, None, None).unwrap();
-        // The lengths' own tensor is gone: no upload before the submit may get its memory.
+        // The tensor of lengths is dropped: no upload before the submit may reuse its memory.
         let noise: Vec<Tensor> = (0..40).map(|_| Tensor::from_bools(&device, &[64], &[true; 64]).unwrap()).collect();
         gpu.queue().submit([encoder.finish()]);
         drop(noise);

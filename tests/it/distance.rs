@@ -14,7 +14,7 @@ use wgpu_attention::{Align, Attention, Device, Inspect, KvCache, KvCacheConfig, 
 
 const TOLERANCE: f64 = 3e-6;
 
-/// What the distance of a key from a query adds.
+/// A bias that depends on the distance between query and key.
 pub enum Distance {
     /// A slope per head.
     Alibi(Vec<f32>),
@@ -25,17 +25,17 @@ pub enum Distance {
 }
 
 impl Distance {
-    /// The bias `[b, h, i, j]` for Q `[b, h, i, d]`; query `i` stands at key `i + offset`, of which there is one, or one
-    /// per batch entry.
+    /// The bias `[b, h, i, j]` for Q `[b, h, i, d]`. Query `i` is at the position of key `i + offset`, with one offset,
+    /// or one per batch entry.
     pub fn bias(&self, q: View<'_>, offsets: &[i64], len_k: usize, scale: f64) -> Vec<f64> {
         let &[batch, heads, len_q, dim] = q.layout.shape() else { panic!("Q has four axes") };
         let flat = Layout::contiguous(&[batch * heads, len_q, dim]).unwrap();
-        // Small tables `[b, h, i, column]`, and which column a distance reads.
+        // Small tables `[b, h, i, column]`, and the column for each distance.
         let far = len_q + len_k + offsets.iter().map(|offset| offset.unsigned_abs() as usize).max().unwrap_or(0);
         type Column<'a> = Box<dyn Fn(i64) -> usize + 'a>;
         let (table, shape, column, factor): (Vec<f64>, [usize; 4], Column<'_>, f64) = match self {
             Distance::Alibi(slopes) => {
-                // A column for each step away.
+                // One column per unit of distance.
                 let steps = |slope: &f32| {
                     let slope = f64::from(*slope);
                     (0..far).map(move |step| -slope * step as f64)
@@ -74,7 +74,7 @@ impl Distance {
             .collect()
     }
 
-    /// The same asked of an attention.
+    /// Adds it to an attention call.
     pub fn asked(&self, attention: Attention, device: &Device, heads: usize, dim: usize) -> Attention {
         let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
         match self {
@@ -87,7 +87,7 @@ impl Distance {
         }
     }
 
-    /// Hands the operands of a call, this bias among them, to a function of the reference.
+    /// Passes the operands of a call, including this bias, to a function of the reference implementation.
     pub fn with_inputs<T>(&self, call: &Call, data: &Data, compute: impl FnOnce(&Problem, &Inputs<'_>) -> T) -> T {
         call.with_inputs(data, |problem, inputs| {
             let offsets: Vec<i64> = problem.bands.iter().map(|band| band.offset.into()).collect();
@@ -127,7 +127,7 @@ fn every_method_adds_the_formula() {
         Call { positions: window, softcap: Some(3.0), ..Call::plain([1, 3, 33, 5], [1, 3, 40, 5], [1, 3, 40, 9]) },
         // One query over many keys: keys are split.
         Call { positions: causal, scale: Some(0.3), ..Call::plain([1, 4, 1, 16], [1, 2, 700, 16], [1, 2, 700, 16]) },
-        // An offset of each batch entry.
+        // One offset per batch entry.
         Call {
             positions: Positions { causal: true, align: Align::PerBatch(vec![30, 11]), ..Positions::default() },
             ..Call::plain([2, 4, 9, 12], [2, 2, 40, 12], [2, 2, 40, 12])
@@ -146,7 +146,7 @@ fn every_method_adds_the_formula() {
                         reference::inspect(problem, inputs, &heads, 0..call.q[2]),
                     )
                 });
-                // Each compiles kernels of its own: one beside what planning chooses.
+                // Each method compiles its own kernels, so only one is tested in addition to planning's choice.
                 for method in methods_in_turn(&device, 3 * c + r, 1) {
                     let what = format!("{rule} by {method} on {name}: {call:?}");
                     let out = call.run(&device, &data, asked.clone().lse(true).method(method)).unwrap();
@@ -157,7 +157,7 @@ fn every_method_adds_the_formula() {
                 let out = call.run(&device, &data, all).unwrap();
                 truth.hold(&what, &out, TOLERANCE);
                 truth.hold_scores(&what, out.scores.as_ref().unwrap(), &scores, TOLERANCE);
-                // Sums and entropies beside the fused path.
+                // Sums and entropies with the fused path.
                 let [q, k, _] = call.operands(&device, &data, wgpu_attention::Dtype::F32).unwrap();
                 let attention = call.ruled(&device, &data, asked).unwrap();
                 let seen =
@@ -170,7 +170,7 @@ fn every_method_adds_the_formula() {
 }
 
 #[test]
-fn a_cache_takes_them() {
+fn a_cache_supports_them() {
     const LEN: usize = 40;
     for window in [None, Some(9)] {
         let positions = Positions { causal: true, window_left: window, ..Positions::default() };

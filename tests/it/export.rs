@@ -1,4 +1,4 @@
-//! Exported calls, run by nothing but wgpu.
+//! Exported calls, run with wgpu only.
 #![cfg(feature = "export")]
 
 use crate::kit::{self, Call, bits};
@@ -17,7 +17,7 @@ fn replay(gpu: &Gpu, call: &ExportedCall) -> Vec<Vec<u8>> {
         | wgpu::BufferUsages::COPY_DST;
     let buffers: Vec<wgpu::Buffer> = (call.buffers.iter())
         .map(|buffer| {
-            // What is written before it is read may hold anything.
+            // Buffers that are written before they are read may hold anything.
             let garbage = vec![0xee; buffer.size as usize];
             let contents = buffer.contents.as_ref().unwrap_or(&garbage);
             assert_eq!(contents.len() as u64, buffer.size);
@@ -97,11 +97,11 @@ fn replay(gpu: &Gpu, call: &ExportedCall) -> Vec<Vec<u8>> {
     staging.iter().map(|staging| staging.get_mapped_range(..).unwrap().to_vec()).collect()
 }
 
-/// Runs both ways; every result has the same bits.
+/// Runs the call directly and as a plan; every result has the same bits.
 fn compare(what: &str, gpu: &Gpu, attention: &Attention, [q, k, v]: &[Tensor; 3]) -> ExportedCall {
     let call = attention.export(q, k, v).unwrap_or_else(|error| panic!("{what}: {error}"));
     let bytes = replay(gpu, &call);
-    let Attended { output, lse, weights, scores } = attention.forward(q, k, v).unwrap();
+    let Attended { output, lse, weights, scores, .. } = attention.forward(q, k, v).unwrap();
     let expected = [("output", Some(output)), ("lse", lse), ("weights", weights), ("scores", scores)];
     let expected: Vec<_> = expected.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
     assert_eq!(call.outputs.len(), expected.len(), "{what}");
@@ -130,7 +130,7 @@ fn replayed_calls_give_the_same_bits() {
                 1 => attention.weights(Weights::Averaged),
                 _ => attention.method(methods[seed as usize % methods.len()]),
             };
-            // Not every tile takes every call.
+            // Not every tile supports every call.
             if attention.forward(&operands[0], &operands[1], &operands[2]).is_err() {
                 attention = attention.method(Method::Auto);
             }
@@ -163,7 +163,7 @@ fn positions_and_leading_axes_too() {
             let attention = Attention::new().method(method).rotary(rotary.clone()).alibi(slopes.clone());
             let call = compare(&format!("{method} on {name}"), &gpu, &attention, &operands);
             assert_eq!(call.outputs[0].shape, [4, 20, 16]);
-            // One buffer behind three operands.
+            // One buffer shared by three operands.
             let operands =
                 call.buffers.iter().filter(|buffer| buffer.size == 4 * 20 * 16 * 4 && buffer.contents.is_some());
             assert_eq!(operands.count(), 1, "{method} on {name}");
@@ -198,7 +198,7 @@ fn a_saved_call_is_a_folder() {
 }
 
 #[test]
-fn what_has_no_kernels_is_not_exported() {
+fn calls_without_kernels_are_not_exported() {
     let x = Tensor::from_slice(&Device::Cpu, &[2, 2], &[1f32; 4]).unwrap();
     let error = Attention::new().export(&x, &x, &x).unwrap_err().to_string();
     assert!(error.contains("CPU backend"), "{error}");

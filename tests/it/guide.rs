@@ -1,5 +1,5 @@
-//! The guide for learners: every page prints what its lesson prints, on every device, its pictures are those that
-//! the lesson draws, and its links lead somewhere. Its Rust blocks are doctests (`src/lib.rs`).
+//! The guide for learners: every page shows what its lesson prints, on every device. Its pictures are those that the
+//! lesson draws, and its links have targets. Its Rust blocks are doctests (`src/lib.rs`).
 
 #[path = "../../examples/lesson_1.rs"]
 #[allow(dead_code, clippy::duplicate_mod, reason = "a program of its own, run here as a module")]
@@ -37,7 +37,7 @@ fn page(name: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The lines of all blocks of that language.
+/// The lines of all blocks in that language.
 fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
     let mut inside = None;
     let mut lines = Vec::new();
@@ -53,7 +53,8 @@ fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
     lines
 }
 
-/// A line as text and numbers in turn. Numbers begin with a digit (or a minus before one) that no letter precedes.
+/// A line split into alternating text and numbers. A number begins with a digit (or a minus and a digit) that does not
+/// follow a letter.
 fn pieces(line: &str) -> Vec<&str> {
     let bytes = line.as_bytes();
     let digit = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_digit);
@@ -177,7 +178,7 @@ fn positions() {
     check("5-positions", lesson_5::lesson);
 }
 
-/// What follows `](`, up to the bracket that closes it.
+/// The text after `](`, up to the closing bracket.
 fn links(page: &str) -> Vec<&str> {
     page.match_indices("](").filter_map(|(at, _)| page[at + 2..].split_once(')').map(|(link, _)| link)).collect()
 }

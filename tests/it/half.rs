@@ -7,8 +7,8 @@ use wgpu_attention::{
     Align, Attention, Device, Dtype, Element, Gpu, Mask, Method, ScoreStage, Tensor, Weights, project,
 };
 
-/// Of the size of a row; half a unit in the last place comes on top where a result is rounded to a half type. The truth is
-/// that of the rounded operands: what rounding them loses is no error of the library.
+/// Relative to the scale of a row, plus half a unit in the last place if a result is rounded to a half type. The truth
+/// is that of the rounded operands, because rounding the input is not an error of the library.
 const TOLERANCE: f64 = 3e-6;
 
 fn call(order: Order, dim_k: usize, dim_v: usize) -> Call {
@@ -20,7 +20,7 @@ fn call(order: Order, dim_k: usize, dim_v: usize) -> Call {
     }
 }
 
-/// A call with operands and rules of half types or of f32, by some methods or by all.
+/// A call with operands and rules of half types or f32, by some methods or all.
 fn holds(call: &Call, stored: Dtype, rules: Dtype, methods: impl Fn(&Device) -> Vec<Method>) {
     let data = call.data().rounded(stored, rules);
     let (truth, stages) = call.truth(&data);
@@ -61,7 +61,7 @@ fn halves_in_every_order_and_at_odd_widths() {
 
 #[test]
 fn rules_of_halves_beside_operands_of_any_type() {
-    // A bias, a mask, a softcap and a sink; operands and rules each of their own type.
+    // A bias, a mask, a softcap and a sink; operands and rules have independent types.
     let call = Call {
         masks: vec![(vec![21, 37], MaskMeaning::Keep)],
         biases: vec![vec![4, 1, 37], vec![2, 1, 21, 37]],
@@ -69,7 +69,7 @@ fn rules_of_halves_beside_operands_of_any_type() {
         sink: true,
         ..call(Order::Bhsd, 12, 20)
     };
-    // Another method for each pair: every one compiles kernels of its own.
+    // Another method for each pair, because each compiles its own kernels.
     for (n, (stored, rules)) in [
         (Dtype::F32, Dtype::F16),
         (Dtype::F32, Dtype::BF16),
@@ -97,7 +97,7 @@ fn halves_by_every_method() {
 
 #[test]
 fn small_rows_of_halves_beside_large_ones() {
-    // Heads whose values differ by 1e4: each row is held by its own size, down to where f16 has whole significands.
+    // Heads whose values differ by 1e4: each row is judged by its own scale, down to the smallest normal f16 numbers.
     for stored in [Dtype::F16, Dtype::BF16] {
         let call = call(Order::Bhsd, 16, 16);
         let mut data = call.data();
@@ -117,8 +117,8 @@ fn small_rows_of_halves_beside_large_ones() {
 }
 
 #[test]
-fn splits_of_the_keys_join_into_halves() {
-    // Few queries over many keys: pieces of the keys, joined in f32.
+fn splits_of_the_keys_merge_into_half_types() {
+    // Few queries over many keys: the keys are split, and the parts merged in f32.
     let call = Call { q: [1, 2, 3, 8], k: [1, 1, 900, 8], v: [1, 1, 900, 8], ..call(Order::Bhsd, 8, 8) };
     let data = call.data().rounded(Dtype::F16, Dtype::F32);
     let (truth, _) = call.truth(&data);
@@ -149,7 +149,7 @@ fn every_half_is_read_and_written_exactly() {
         let v = Tensor::from_slice(&device, &[256, 1, 1, 256], &brains).unwrap();
         let out = Attention::new().forward(&q, &q, &v).unwrap().output.download().unwrap();
         for (x, y) in brains.iter().zip(&out) {
-            // Below 2^-126 an adapter may take a number for 0.
+            // Below 2^-126 an adapter may flush a number to 0.
             let tiny = x.to_f32().abs() < f32::MIN_POSITIVE && *y == 0.0;
             assert!(x.to_f32() == *y || tiny || x.is_nan() && y.is_nan(), "{name}: {x:?} came back as {y}");
         }
@@ -158,7 +158,7 @@ fn every_half_is_read_and_written_exactly() {
 
 #[test]
 fn results_are_rounded_to_nearest_even() {
-    // Two keys of equal weight: means that lie half way between two halves, and beyond the largest.
+    // Two keys of equal weight: means halfway between two half-type numbers, and beyond the largest.
     let pairs =
         [(1.0, 1.0009765625), (1.0009765625, 1.001953125), (65504.0, 65504.0), (6e-8, 0.0), (-2.5e-5, -2.52e-5)];
     for (name, device) in devices() {
@@ -187,10 +187,10 @@ fn halves_take_half_the_memory_and_mix_with_f32() {
         let big = Tensor::from_slice(&device, &[1 << 20], &vec![f16::ONE; 1 << 20]).unwrap();
         assert_eq!(gpu.allocation_counts().bytes - before, 2 << 20, "{name}");
         assert_eq!(big.narrow(0, 7, 3).unwrap().download().unwrap(), [1.0; 3]);
-        // A bias of halves gives the bits of the same numbers in f32.
+        // A half-type bias gives the same bits as the same numbers in f32.
         let bias: Vec<f16> = data.biases[0].iter().map(|&x| f16::from_f32(x)).collect();
         let run = |bias: Tensor| {
-            let mask = Mask::keep(Tensor::from_bools(&device, &[21, 37], &data.masks[0]).unwrap()).unwrap();
+            let mask = Mask::keep_where(Tensor::from_bools(&device, &[21, 37], &data.masks[0]).unwrap()).unwrap();
             let [q, k, v] = [(call.q, &data.q), (call.k, &data.k), (call.v, &data.v)]
                 .map(|(shape, data)| Tensor::from_slice(&device, &shape, data).unwrap());
             call.attention().mask(mask).bias(bias).forward(&q, &k, &v).unwrap().output
@@ -199,7 +199,7 @@ fn halves_take_half_the_memory_and_mix_with_f32() {
         let whole = run(Tensor::from_slice(&device, &[4, 1, 37], &data.biases[0]).unwrap());
         assert_eq!(bits(&half.download().unwrap()), bits(&whole.download().unwrap()), "{name}");
         truth.hold_output(&name, &half, TOLERANCE);
-        // What only f32 kernels read.
+        // Operands that only f32 kernels read.
         let x: Vec<f16> = (0..60).map(|i| f16::from_f32(i as f32 * 0.1)).collect();
         let exps: Vec<f64> = x.iter().map(|x| x.to_f64().exp()).collect();
         let softmax: Vec<f64> =
@@ -235,7 +235,7 @@ fn an_output_of_halves_must_be_whole_fours() {
     }
 }
 
-/// What kernels of every kind of load give, over tensors that hold `T`.
+/// The results of kernels with every kind of load, over tensors of `T`.
 fn bits_of_loads<T: Element>(gpu: &Gpu) -> [Vec<u32>; 4] {
     let tensor = |shape: &[usize], by: f32| {
         let data: Vec<T> = (0..shape.iter().product()).map(|n| T::from_f32((n as f32 * by).sin())).collect();
@@ -249,7 +249,7 @@ fn bits_of_loads<T: Element>(gpu: &Gpu) -> [Vec<u32>; 4] {
     [&fused.output, &weights.output, &few, &many].map(|one| bits(&one.download().unwrap()))
 }
 
-/// Words of 64 bits, where a device has them (those of `limited` have not), are another way to load the same.
+/// Devices with 64-bit words (those of `limited` have none) load the same data in another way.
 #[test]
 fn wide_loads_of_64_bits_change_no_bit() {
     let without = limited(|_| {});

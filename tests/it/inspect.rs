@@ -61,7 +61,7 @@ fn plain(q: [usize; 4], k: [usize; 4]) -> Call {
     Call::plain(q, k, [k[0], k[1], k[2], 4])
 }
 
-/// The entries of `[rows, row]` values that `heads` and `queries` choose; rows are `[b, h, i]`.
+/// The entries of `[rows, row]` values selected by `heads` and `queries`; rows are `[b, h, i]`.
 fn chosen(call: &Call, values: &[f32], row: usize, heads: &[usize], queries: &Range<usize>) -> Vec<f32> {
     let [batch, heads_q, len_q, _] = call.q;
     let mut out = Vec::new();
@@ -82,7 +82,7 @@ fn compare(what: impl Fn(&str) -> String, actual: &[Vec<f32>; 3], truth: referen
     assert_logs_close(&what("entropies"), &(&actual[2], 1), &truth.entropy, TOLERANCE);
 }
 
-/// Inspects everything and a random choice, and holds both against the truth and against each other.
+/// Inspects everything and a random selection, and compares both with the truth and with each other.
 fn check(call: &Call, name: &str, device: &Device) {
     let data = call.data();
     let run = Forwarded::new(call, &data, device);
@@ -106,7 +106,7 @@ fn check(call: &Call, name: &str, device: &Device) {
     let queries = start..rng.random_range(start..=len_q);
     let some = run.inspect(&all().heads(&heads).queries(queries.clone()));
     hold(&format!("heads {heads:?}, queries {queries:?}"), &some, &heads, queries.clone());
-    // A row's bits do not depend on what else is chosen; a key's not on which heads are.
+    // A row's bits do not depend on the selection; a key's do not depend on the selected heads.
     for (n, row) in [(0, len_k), (2, 1)] {
         let same = chosen(call, &whole[n], row, &heads, &queries);
         assert_eq!(bits(&some[n]), bits(&same), "{}", what(&format!("part {n} of {heads:?}, {queries:?}")));
@@ -152,7 +152,7 @@ fn same_bits_in_every_batch() {
 #[test]
 fn wide_heads_and_long_sums() {
     for (name, device) in devices() {
-        // More than registers hold, and more rows than a split.
+        // Wider than registers hold, and more rows than one split.
         check(&plain([1, 1, 9, 600], [1, 1, 17, 600]), &name, &device);
         let banded = Positions { causal: true, window_left: Some(700), ..Default::default() };
         check(&Call { positions: banded, ..plain([1, 2, 1100, 8], [1, 1, 1100, 8]) }, &name, &device);
@@ -212,7 +212,7 @@ fn nan_reaches_exactly_what_depends_on_it() {
     for (name, device) in devices() {
         for (key, poison) in [(false, f32::NAN), (true, f32::NAN), (true, f32::INFINITY)] {
             let mut data = call.data();
-            // Positive where the poison meets it: ∞ makes scores of +∞.
+            // Positive where it is multiplied by the poison value: ∞ makes scores of +∞.
             data.q.chunks_mut(8).for_each(|row| row[2] = row[2].abs() + 0.1);
             (if key { &mut data.k } else { &mut data.q })[5 * 8 + 2] = poison;
             let truth = call.inspected(&data, &[0], 0..12);
@@ -254,7 +254,7 @@ fn fewer_axes_and_half_precision() {
 }
 
 #[test]
-fn recorded_into_a_callers_encoder_behind_the_forward_call() {
+fn recorded_into_a_callers_encoder_after_the_forward_call() {
     let call = plain([1, 2, 19, 16], [1, 2, 23, 16]);
     let data = call.data();
     for (name, gpu) in gpus() {
@@ -273,7 +273,7 @@ fn recorded_into_a_callers_encoder_behind_the_forward_call() {
 }
 
 #[test]
-fn nothing_as_large_as_the_weights_is_made() {
+fn memory_stays_below_the_size_of_the_weights() {
     const LEN: usize = 8192;
     let x: Vec<f32> = (0..LEN * 4).map(|n| (n as f32 * 0.37).sin()).collect();
     for (name, gpu) in gpus() {
@@ -286,7 +286,7 @@ fn nothing_as_large_as_the_weights_is_made() {
         // The weights would take 256 MiB; results and partial sums take 18 floats per row.
         let made = gpu.allocation_counts().bytes - before;
         assert!(made <= 20 * 4 * LEN as u64, "{name}: {made} bytes");
-        // Every query gives away 1.
+        // The weights of every query sum to 1.
         let given: f64 = seen.column_sums.unwrap().download().unwrap().iter().map(|&x| f64::from(x)).sum();
         assert!((given - LEN as f64).abs() < 1e-4 * LEN as f64, "{name}: {given}");
         let entropy = seen.entropy.unwrap().download().unwrap();
@@ -311,7 +311,7 @@ fn plans_fit_small_adapters_and_lose_nothing() {
             key_lengths: Some(vec![170, 200]),
             ..Default::default()
         },
-        masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
+        masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Hide)],
         biases: vec![vec![4, 1, 200]],
         ..plain([0; 4], [0; 4])
     };
@@ -331,7 +331,7 @@ fn plans_fit_small_adapters_and_lose_nothing() {
             let lse = Tensor::from_slice(&gpu, &call.q[..3], &whole.lse.download().unwrap()).unwrap();
             let mask = Tensor::from_bools(&gpu, &call.masks[0].0, &data.masks[0]).unwrap();
             let bias = Tensor::from_slice(&gpu, &call.biases[0], &data.biases[0]).unwrap();
-            let attention = call.attention().mask(Mask::drop(mask).unwrap()).bias(bias);
+            let attention = call.attention().mask(Mask::hide_where(mask).unwrap()).bias(bias);
             let seen = attention.inspect(&q, &k, &lse, &all().heads(&[3, 0, 1]).queries(3..60)).unwrap();
             let truth = call.inspected(&data, &[3, 0, 1], 3..60);
             compare(|part| format!("{part} on {name}"), &download(seen), truth, call.k[2]);
@@ -340,7 +340,7 @@ fn plans_fit_small_adapters_and_lose_nothing() {
 }
 
 #[test]
-fn too_few_buffers_for_the_rules_are_said() {
+fn too_few_buffers_for_the_rules_are_an_error() {
     let adapter = Capabilities { max_storage_buffers: 4, ..Capabilities::webgpu_minimum() };
     let shape = [1, 1, 4, 4];
     let problem = Problem::new(&shape, &shape, &shape, None, None, &Positions::default(), 0).unwrap();
@@ -412,7 +412,7 @@ fn long_calls_are_cut_to_every_limit() {
                         u64::from(params.slice.heads) * u64::from(params.slice.len_q) * u64::from(params.slice.len_k);
                 }
             }
-            // Where the batch is whole, every query of every head meets every key once.
+            // If the batch is not cut, every query of every head meets every key once.
             if q[0] == 1 {
                 assert_eq!(pairs, (q[1] * q[2] * k[2]) as u64);
             }
@@ -454,9 +454,9 @@ fn wrong_calls_are_errors_with_the_numbers() {
     }
 }
 
-/// A call with a mask, an additive bias, a softcap and a bias by distance. Products are exact in f32; the bias undoes the
-/// distance up to 3000 and small numbers. Where it is of another power of two than the distance, adding it first rounds
-/// scores to other multiples: by a thousandth and more.
+/// A call with a mask, an additive bias, a softcap and a bias by distance. Products are exact in f32, and the bias
+/// cancels the distance up to 3000 and small numbers. If its power of two differs from that of the distance, adding it
+/// first rounds scores to other multiples: by a thousandth and more.
 fn of_order(distance: &Distance, biases: usize) -> (Call, Data) {
     let (q, k) = ([2, 4, 9, 8], [2, 2, 40, 8]);
     let call = Call {
@@ -473,14 +473,14 @@ fn of_order(distance: &Distance, biases: usize) -> (Call, Data) {
     let added = added_by(distance, &call, &data);
     let noise = data.biases.clone();
     data.biases[0].iter_mut().zip(&added).for_each(|(bias, added)| *bias += 3000.0 - added);
-    // Several undo it together.
+    // Several biases cancel it together.
     for (bias, noise) in data.biases.iter_mut().skip(1).zip(&noise[1..]) {
         bias.copy_from_slice(noise);
     }
     (call, data)
 }
 
-/// What the distance adds, which f32 holds exactly.
+/// The bias of the distance, which is exact in f32.
 fn added_by(distance: &Distance, call: &Call, data: &Data) -> Vec<f32> {
     call.with_inputs(data, |problem, inputs| {
         let offsets = [i64::from(problem.band(0).offset)];
@@ -491,7 +491,7 @@ fn added_by(distance: &Distance, call: &Call, data: &Data) -> Vec<f32> {
     })
 }
 
-/// One of each kind, of few digits.
+/// One of each kind, with few digits.
 fn few_digits() -> [(&'static str, Distance); 3] {
     let digits = |seed: u64, len: usize, by: f32| -> Vec<f32> {
         kit::noise(&mut Pcg64::seed_from_u64(seed), len).into_iter().map(|x| (x * 4.0).round() / 4.0 * by).collect()
@@ -505,7 +505,7 @@ fn few_digits() -> [(&'static str, Distance); 3] {
 }
 
 #[test]
-fn every_path_takes_the_same_scores_to_the_bit() {
+fn every_path_computes_the_same_scores_to_the_bit() {
     for (rule, distance) in few_digits() {
         for biases in [1, 2] {
             let (call, data) = of_order(&distance, biases);
@@ -520,7 +520,7 @@ fn every_path_takes_the_same_scores_to_the_bit() {
                     let out = asked.forward(&q, &k, &v).unwrap();
                     [out.scores, out.weights].map(|tensor| tensor.unwrap().download().unwrap())
                 };
-                // Beside a fused call, and of a call that keeps its scores.
+                // Of a fused call, and of a call that stores its scores.
                 let [beside, weights] = all(Method::Auto, ScoreStage::Masked);
                 if device.gpu().is_some() {
                     let [unfused, unfused_weights] = all(Method::ThreePasses, ScoreStage::Masked);
@@ -569,7 +569,7 @@ fn inspected_weights_are_those_of_the_same_scores() {
                     // The difference is rounded once, and the exponential to a few places.
                     let allowed = (8.0 + log.abs()) * 2f64.powi(-24) * log.exp();
                     let off = (f64::from(weight) - log.exp()).abs();
-                    // Below the least whole number of f32 nothing is held.
+                    // Below the smallest normal f32 number nothing is guaranteed.
                     let holds = if log == f64::NEG_INFINITY { weight == 0.0 } else { off <= allowed + 1.2e-38 };
                     assert!(holds, "[{at}] {weight} instead of {} from a score of {}, {what}", log.exp(), scores[at]);
                 }

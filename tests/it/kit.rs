@@ -1,4 +1,4 @@
-//! What the tests share: every device of this machine, and the random calls of `conformance`.
+//! Shared code of the tests: every device of this machine, and the random calls of `conformance`.
 
 use wgpu_attention::{AdapterSummary, Device, Gpu, GpuOptions, Method, wgpu};
 pub use wgpu_attention_conformance::{
@@ -6,15 +6,14 @@ pub use wgpu_attention_conformance::{
     wide, worst,
 };
 
-/// The CPU backend and every adapter; where all of them have subgroups, the first without as well. (A software
-/// adapter compiles for seconds, and the quick suite of `attn check` has both kinds of kernels on each.) No adapter at
-/// all is a failure: `./test` installs a software one.
+/// The CPU backend and every adapter. If all adapters have subgroups, the first is also included without. (A software
+/// adapter compiles for seconds, and the quick suite of `attn check` covers both kinds of kernels on each.) Having no
+/// adapter is a failure: `./test` installs a software one.
 pub fn devices() -> Vec<(String, Device)> {
     let adapters = Gpu::adapters();
     assert!(!adapters.is_empty(), "no GPU adapter at all; ./test installs Mesa's software adapter");
     let open = |adapter: &AdapterSummary, without_subgroups: bool| {
-        let options =
-            GpuOptions { adapter: Some(adapter.index.to_string()), without_subgroups, ..GpuOptions::default() };
+        let options = GpuOptions::adapter(adapter.index.to_string()).without_subgroups(without_subgroups);
         let kernels = if without_subgroups { ", plain kernels" } else { "" };
         let name = format!("{} ({}{kernels})", adapter.info.name, adapter.info.backend);
         let gpu = Gpu::with_options(&options).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -28,28 +27,28 @@ pub fn devices() -> Vec<(String, Device)> {
     devices
 }
 
-/// Every way to run a call on a device: what planning chooses, then one of each kind.
+/// Every method on a device: planning's choice, then one of each kind.
 pub fn methods(device: &Device) -> Vec<Method> {
     let every = device.gpu().map(|gpu| Method::every(gpu.capabilities()));
     [Method::Auto].into_iter().chain(every.into_iter().flatten()).collect()
 }
 
-/// What planning chooses, and `count` of the other ways, others for every `turn`: each compiles kernels of its own, and
-/// all calls of a test together go every way.
+/// Planning's choice and `count` of the other methods, which differ for every `turn`. Each compiles its own kernels,
+/// and all calls of a test together cover all methods.
 pub fn methods_in_turn(device: &Device, turn: usize, count: usize) -> Vec<Method> {
     let all = methods(device);
     let others = all.len() - 1;
-    let turned = (0..count.min(others)).map(|n| all[1 + (turn * count + n) % others]);
-    [Method::Auto].into_iter().chain(turned).collect()
+    let chosen = (0..count.min(others)).map(|n| all[1 + (turn * count + n) % others]);
+    [Method::Auto].into_iter().chain(chosen).collect()
 }
 
-/// The GPU devices alone.
+/// Only the GPU devices.
 pub fn gpus() -> Vec<(String, Gpu)> {
     let gpu = |(name, device): (String, Device)| device.gpu().cloned().map(|gpu| (name, gpu));
     devices().into_iter().filter_map(gpu).collect()
 }
 
-/// The adapters of this machine, with a device that offers less than they could.
+/// The adapters of this machine, with a device that offers less than the adapter supports.
 pub fn limited(change: impl Fn(&mut wgpu::Limits)) -> Vec<(String, Gpu)> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));

@@ -1,4 +1,4 @@
-//! Work larger than an adapter's limits: cut into slices, folded, or refused with the numbers.
+//! Work larger than an adapter's limits: sliced, folded, or rejected with the numbers.
 
 use crate::kit::{self, Call, Order, gpus, limited};
 use crate::plans::check;
@@ -16,7 +16,7 @@ fn problem(q: [usize; 4], k: [usize; 4]) -> Problem {
     Problem::new(&q, &k, &k, None, None, &Positions::default(), 0).unwrap()
 }
 
-/// Keys that are their own values, without any rule; with the LSE.
+/// A call with keys as values, without any rules, and with the LSE.
 fn plain<'a>(q: &'a Layout, k: &'a Layout) -> AttentionOperands<'a> {
     AttentionOperands {
         q: q.into(),
@@ -37,8 +37,8 @@ fn plain<'a>(q: &'a Layout, k: &'a Layout) -> AttentionOperands<'a> {
     }
 }
 
-/// Plans a plain call with `masks` boolean masks and `biases` biases of full size in three passes; what
-/// fits them must fit with fused kernels too, by themselves or because planning falls back.
+/// Plans a plain call with `masks` boolean masks and `biases` full-size biases in three passes. A call that fits must
+/// also fit with `Method::Auto`, by fused kernels or because planning falls back.
 fn plan(
     q: [usize; 4],
     k: [usize; 4],
@@ -70,9 +70,9 @@ fn adapters() -> Vec<Capabilities> {
         Capabilities { adapter: "small bindings".into(), max_binding: 256 * KIB, ..floor.clone() },
         Capabilities { adapter: "few workgroups".into(), max_workgroups: 300, ..floor.clone() },
         Capabilities { adapter: "few invocations".into(), max_invocations: 64, ..floor.clone() },
-        Capabilities { adapter: "few turns".into(), max_loop_turns: Some(2000), ..floor.clone() },
+        Capabilities { adapter: "few iterations".into(), max_loop_turns: Some(2000), ..floor.clone() },
         Capabilities {
-            adapter: "few turns of a software adapter".into(),
+            adapter: "few iterations of a software adapter".into(),
             class: AdapterClass::Cpu,
             max_loop_turns: Some(2000),
             ..floor.clone()
@@ -106,7 +106,7 @@ fn plans_fit_every_adapter() {
 }
 
 #[test]
-fn large_work_is_cut_and_nothing_is_lost() {
+fn large_work_is_sliced_and_nothing_is_lost() {
     let adapter = Capabilities { max_binding: 1 << 20, ..Capabilities::webgpu_minimum() };
     // Scores of 4 · 4096 · 4096 · 4 bytes = 256 MiB through bindings of 1 MiB.
     let cut = plan([1, 4, 4096, 64], [1, 4, 4096, 64], 0, 0, &adapter).unwrap();
@@ -119,12 +119,12 @@ fn large_work_is_cut_and_nothing_is_lost() {
         .sum();
     assert_eq!(rows, 4 * 4096);
 
-    // Keys that do not fit one binding are cut too, and their products added up.
+    // Keys that do not fit into one binding are sliced too, and their products summed.
     let cut = plan([1, 1, 2, 64], [1, 1, 20_000, 64], 1, 1, &adapter).unwrap();
     check(&cut, &adapter);
     assert!(cut.steps.iter().any(|step| step.variant.name.contains("accumulate")));
 
-    // A hundred million workgroups go over two dimensions.
+    // A hundred million workgroups need two dimensions.
     let many = plan(
         [1 << 15, 64, 4, 4],
         [1 << 15, 64, 4, 4],
@@ -137,7 +137,7 @@ fn large_work_is_cut_and_nothing_is_lost() {
 }
 
 #[test]
-fn what_cannot_fit_is_refused_with_the_numbers() {
+fn work_that_cannot_fit_is_rejected_with_the_numbers() {
     let adapter = Capabilities { max_binding: 4096, ..Capabilities::webgpu_minimum() };
     let message = plan([1, 1, 8, 64], [1, 1, 5000, 64], 0, 0, &adapter).unwrap_err().to_string();
     assert!(message.contains("4096"), "{message}");
@@ -175,7 +175,7 @@ fn slices_give_the_same_results() {
     };
     let calls = [
         Call {
-            masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Drop)],
+            masks: vec![(vec![2, 1, 65, 200], MaskMeaning::Hide)],
             biases: vec![vec![4, 1, 200]],
             positions,
             ..base.clone()
@@ -202,7 +202,7 @@ fn slices_give_the_same_results() {
         for binding in [64 * KIB, 16 * KIB, 12 * KIB] {
             for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = binding) {
                 let (name, device) = (format!("{name} with bindings of {binding}"), Device::Gpu(gpu));
-                // All that a call can return where all four axes are cut.
+                // Everything that a call can return if all four axes are sliced.
                 if binding == 12 * KIB {
                     call.check(&name, &device, 3e-6);
                 } else {
@@ -230,7 +230,7 @@ fn few_buffers_and_few_workgroups_give_the_same_results() {
 
 #[test]
 fn long_sequences_need_little_memory_and_short_dispatches() {
-    // 65,536 queries and keys, causal: 4 TB of scores for 256 heads, were they held.
+    // 65,536 queries and keys, causal: for 256 heads, stored scores would take 4 TB.
     let positions = Positions { causal: true, ..Default::default() };
     for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
         for (heads, len_q) in [(1, 65_536), (256, 65_536), (1, 1), (8, 64)] {
@@ -254,14 +254,14 @@ fn long_sequences_need_little_memory_and_short_dispatches() {
                 assert!(flop <= most, "{what}: {flop:e} FLOP in one dispatch");
                 pairs += rows * f64::from(params.slice.len_k);
             }
-            // Nothing left out, nothing twice.
+            // Nothing is missing, and nothing is computed twice.
             assert_eq!(pairs, heads as f64 * len_q as f64 * 65_536.0, "{what}");
         }
     }
 }
 
 #[test]
-fn a_dispatch_takes_no_longer_than_it_may() {
+fn dispatches_stay_within_their_time_limit() {
     // 24 × 256 × 8,192 × 256 once took 2.5 seconds in one submit.
     let (q, k) = ([24, 1, 256, 256], [24, 1, 8192, 256]);
     for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
@@ -299,14 +299,14 @@ fn a_dispatch_takes_no_longer_than_it_may() {
 }
 
 #[test]
-fn long_work_goes_into_several_submits_with_the_same_bits() {
+fn long_work_is_split_into_several_submits_with_the_same_bits() {
     let call = Call::plain([1, 4, 300, 32], [1, 4, 500, 32], [1, 4, 500, 32]);
     let data = call.data();
     for adapter in Gpu::adapters() {
         let open = |seconds_per_submit| {
-            let adapter = Some(adapter.index.to_string());
-            Gpu::with_options(&wgpu_attention::GpuOptions { adapter, seconds_per_submit, ..Default::default() })
-                .unwrap()
+            let mut options = wgpu_attention::GpuOptions::adapter(adapter.index.to_string());
+            options.seconds_per_submit = seconds_per_submit;
+            Gpu::with_options(&options).unwrap()
         };
         let (whole, cut) = (open(None), open(Some(1e-3)));
         let run = |gpu: &Gpu, method| {
@@ -340,7 +340,7 @@ fn a_projection_larger_than_a_binding() {
     for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = 8 * KIB) {
         let small = Device::Gpu(gpu);
         let config = MultiHeadConfig::new(48, 4).unwrap();
-        let norm = QueryKeyNorm { kind: NormKind::Layer, span: NormSpan::Head, epsilon: 1e-5, bias: true };
+        let norm = QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-5).bias(true);
         let configs = [config.clone().add_bias_kv(true).add_zero_attn(true), config.gate(true).norm(Some(norm))];
         let x: Vec<f32> = (0..3 * 50 * 48).map(|i| (i as f32 * 0.37).sin()).collect();
         let run = |device: &Device, config: &MultiHeadConfig| {
@@ -359,7 +359,7 @@ fn a_projection_larger_than_a_binding() {
 
 #[test]
 fn a_cache_larger_than_a_binding() {
-    // Cut by batch and heads, and, where one head is too large, by rows, around the end too.
+    // Sliced by batch and heads and, if one head is too large, by rows, including rows that wrap around.
     for (binding, capacity) in [(8 * KIB, 40), (4 * KIB, 150)] {
         for (name, gpu) in limited(|limits| limits.max_storage_buffer_binding_size = binding) {
             let run = |device: &Device| {
@@ -392,7 +392,7 @@ fn a_cache_larger_than_a_binding() {
 }
 
 #[test]
-fn more_memory_than_there_is_is_said_before_allocating() {
+fn too_little_memory_is_an_error_before_allocating() {
     for (name, gpu) in gpus() {
         let device = Device::Gpu(gpu.clone());
         // Weights of 2^20 · 2^20 · 4 bytes from inputs of a few.
@@ -400,7 +400,7 @@ fn more_memory_than_there_is_is_said_before_allocating() {
         let long =
             Tensor::from_wgpu(&gpu, &raw(&gpu), &[1, 1, 1 << 20, 1], &[0, 0, 0, 1], 0, wgpu_attention::Dtype::F32)
                 .unwrap();
-        // Before work of this size planning measures the adapter, once.
+        // Planning measures the adapter once before work of this size.
         gpu.multiply_add_ceiling().unwrap();
         let before = gpu.allocation_counts();
         let message = Attention::new().weights(Weights::PerHead).forward(&long, &long, &long).unwrap_err().to_string();
@@ -411,8 +411,8 @@ fn more_memory_than_there_is_is_said_before_allocating() {
 }
 
 #[test]
-fn the_cpu_backend_refuses_what_the_machine_cannot_hold() {
-    // No element in, 2^50 rows out.
+fn the_cpu_backend_rejects_results_larger_than_memory() {
+    // No input elements, 2^50 output rows.
     let q = Tensor::from_slice(Device::Cpu, &[1 << 22, 1 << 20, 1 << 8, 0], &[0.0f32; 0]).unwrap();
     let k = Tensor::from_slice(Device::Cpu, &[1 << 22, 1 << 20, 1, 0], &[0.0f32; 0]).unwrap();
     let message = Attention::new().forward(&q, &k, &k).unwrap_err().to_string();
@@ -446,7 +446,7 @@ fn a_lost_device_is_a_typed_error_and_a_new_gpu_works() {
 }
 
 #[test]
-fn an_unknown_adapter_is_an_error_that_lists_those_there_are() {
+fn an_unknown_adapter_is_an_error_that_lists_the_adapters() {
     for which in ["no such adapter", "99"] {
         let message = Gpu::with_options(&wgpu_attention::GpuOptions::adapter(which)).unwrap_err().to_string();
         assert!(message.contains(which) && message.contains("0: "), "{message}");

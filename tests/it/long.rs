@@ -1,15 +1,15 @@
-//! Rows longer than some drivers' loops turn, and than a sum keeps its digits.
+//! Rows longer than the loop limits of some drivers, and longer than naive sums stay accurate.
 
 use crate::kit::{self, Call, devices, wide};
 use wgpu_attention::kernels::Variant;
 use wgpu_attention::problem::{Align, MaskMeaning, Positions};
 use wgpu_attention::{Attention, Device, Error, Gpu, GpuOptions, Inspect, Method, Tensor, Weights, project, softmax};
 
-/// The turns of [`counting`].
+/// The iteration limit of [`counting`].
 const TURNS: u32 = 2000;
 
-/// A kernel whose loops, all together, end after [`TURNS`] turns, as Mesa's software drivers end them after 65,535: the
-/// look that ends a loop counts.
+/// A kernel whose loops end after [`TURNS`] iterations in total, as Mesa's software drivers end them after 65,535. The
+/// check that ends a loop counts as an iteration.
 fn counting(_: &Variant, text: &str) -> Option<String> {
     let mut counted = format!("var<private> turns_left: u32 = {TURNS}u;\n");
     for line in text.lines() {
@@ -27,16 +27,11 @@ fn counting(_: &Variant, text: &str) -> Option<String> {
     Some(counted)
 }
 
-/// Every adapter with such kernels; `max_loop_turns` is what planning knows of them.
+/// Every adapter with such kernels; `max_loop_turns` is the limit that planning assumes.
 fn counters(max_loop_turns: u32) -> Vec<(String, Device)> {
     let open = |adapter: wgpu_attention::AdapterSummary| {
-        let options = GpuOptions {
-            adapter: Some(adapter.index.to_string()),
-            max_loop_turns: Some(max_loop_turns),
-            rewrite: Some(counting),
-            ..GpuOptions::default()
-        };
-        let name = format!("{} ({}), loops of {TURNS} turns", adapter.info.name, adapter.info.backend);
+        let options = GpuOptions::adapter(adapter.index.to_string()).max_loop_turns(max_loop_turns).rewrite(counting);
+        let name = format!("{} ({}), loops of {TURNS} iterations", adapter.info.name, adapter.info.backend);
         (name, Device::Gpu(Gpu::with_options(&options).unwrap()))
     };
     Gpu::adapters().into_iter().map(open).collect()
@@ -47,9 +42,9 @@ fn sines(len: usize) -> Vec<f32> {
 }
 
 #[test]
-fn loops_that_a_driver_ends_are_split_before() {
+fn loops_are_split_before_a_driver_ends_them() {
     let (q, k, v) = ([2, 4, 9, 16], [2, 2, 1500, 16], [2, 2, 1500, 24]);
-    let masks = vec![(vec![2, 1, 1, 1500], MaskMeaning::Drop)];
+    let masks = vec![(vec![2, 1, 1, 1500], MaskMeaning::Hide)];
     let positions = Positions {
         causal: true,
         align: Align::PerBatch(vec![1490, 900]),
@@ -58,10 +53,10 @@ fn loops_that_a_driver_ends_are_split_before() {
     };
     let ruled = Call { masks, biases: vec![vec![4, 9, 1500]], positions, ..Call::plain(q, k, v) };
     for (n, (name, device)) in counters(TURNS).into_iter().enumerate() {
-        // Output, LSE, weights and scores, in three passes too.
+        // Output, LSE, weights and scores, also in three passes.
         ruled.check(&name, &device, 3e-6);
         let gpu = device.gpu().unwrap();
-        // Each compiles kernels of its own.
+        // Each compiles its own kernels.
         let mut methods = Method::every(gpu.capabilities());
         methods.truncate(if n == 0 { usize::MAX } else { 2 });
         for &method in &methods {
@@ -121,7 +116,7 @@ fn loops_that_a_driver_ends_are_split_before() {
         }
         gpu.multiply_add_ceiling().unwrap();
     }
-    // Where planning does not know, rows are wrong: what is above can fail.
+    // If planning does not know the limit, rows are wrong: the checks above can fail.
     let plain = Call::plain(q, [2, 2, 4000, 16], [2, 2, 4000, 24]);
     for (name, device) in counters(u32::MAX) {
         let (truth, _) = plain.truth(&plain.data());
@@ -133,12 +128,12 @@ fn loops_that_a_driver_ends_are_split_before() {
 
 #[test]
 fn loops_that_cannot_be_split_are_refused_with_the_numbers() {
-    let options = GpuOptions { max_loop_turns: Some(20), ..GpuOptions::default() };
+    let options = GpuOptions::new().max_loop_turns(20);
     let device = Device::Gpu(Gpu::with_options(&options).unwrap());
     let x = Tensor::from_slice(&device, &[1, 1, 300, 64], &vec![0.5f32; 300 * 64]).unwrap();
     for method in [Method::Fused, Method::ThreePasses] {
         match Attention::new().method(method).forward(&x, &x, &x) {
-            Err(Error::Unsupported { needs, .. }) => assert!(needs.contains("at most 20 turns"), "{needs}"),
+            Err(Error::Unsupported { needs, .. }) => assert!(needs.contains("at most 20 iterations"), "{needs}"),
             other => panic!("{other:?}"),
         }
     }
@@ -147,7 +142,7 @@ fn loops_that_cannot_be_split_are_refused_with_the_numbers() {
 #[test]
 fn rows_over_a_vocabulary_sum_to_one() {
     for (name, device) in devices() {
-        // Equal logits, and one that has it all at either end.
+        // Equal logits, and one that takes all the weight at either end.
         for width in [128_256, 1_000_003] {
             let mut x = vec![0.0f32; 3 * width];
             x[width] = 200.0;
@@ -167,7 +162,7 @@ fn long_rows_meet_their_closed_forms() {
     let value = |j: usize, d: usize| ((j * 7 + d * 3) % 11) as f32 - 4.0;
     let v: Vec<f32> = (0..KEYS * 8).map(|at| value(at / 8, at % 8)).collect();
     let mean: Vec<f64> = (0..8).map(|d| (0..KEYS).map(|j| f64::from(value(j, d))).sum::<f64>() / KEYS as f64).collect();
-    // Query 0 sees all keys alike, 1 the first alone, 2 the last alone.
+    // Query 0 weighs all keys equally, 1 only the first, 2 only the last.
     let q: Vec<f32> = (0..3 * 8).map(|at| f32::from(u8::from(at / 8 > 0 && at % 8 == at / 8))).collect();
     let mut k = vec![0.0f32; KEYS * 8];
     (k[1], k[KEYS * 8 - 6]) = (200.0, 200.0);
@@ -194,7 +189,7 @@ fn long_rows_meet_their_closed_forms() {
 }
 
 #[test]
-fn a_value_that_is_not_finite_is_found_at_the_end_of_a_long_row() {
+fn a_non_finite_value_at_the_end_of_a_long_row_is_found() {
     const KEYS: usize = 70_000;
     let mut v = vec![1.0f32; KEYS * 16];
     (v[(KEYS - 1) * 16 + 3], v[(KEYS - 2) * 16 + 9]) = (f32::NAN, f32::NEG_INFINITY);
@@ -203,7 +198,7 @@ fn a_value_that_is_not_finite_is_found_at_the_end_of_a_long_row() {
         let k = Tensor::from_slice(&device, &[1, 1, KEYS, 16], &vec![0.1f32; KEYS * 16]).unwrap();
         let v = Tensor::from_slice(&device, &[1, 1, KEYS, 16], &v).unwrap();
         for method in [Method::Fused, Method::ThreePasses] {
-            // The last query sees both, the one before it −∞ alone.
+            // The last query sees both, the one before it only −∞.
             let attention = Attention::new().causal(Align::BottomRight).method(method);
             let got = attention.forward(&q, &k, &v).unwrap().output;
             let wanted: Vec<f64> = (0..40 * 16)

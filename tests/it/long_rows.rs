@@ -1,4 +1,4 @@
-//! Rows of many keys on the CPU backend: what a sum of n numbers loses must not grow with n.
+//! Rows of many keys on the CPU backend: the rounding error of a sum of n numbers must not grow with n.
 //!
 //! The bounds are twice the errors of PyTorch 2.15's f32 `scaled_dot_product_attention` at 65,536 keys
 //! (`docs/performance.md`), relative to the largest value of a result.
@@ -8,7 +8,7 @@ use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::{Align, Attention, Device, Inspect, Tensor, Weights, softmax};
 
-/// Twice PyTorch's error where the scores of a row are equal and its values are one number.
+/// Twice PyTorch's error if all scores of a row are equal and all its values are the same number.
 const EQUAL: f64 = 3.8e-6;
 /// Twice PyTorch's error on random scores and positive values.
 const RANDOM: f64 = 1.6e-6;
@@ -137,7 +137,7 @@ fn softmax_over_a_long_row() {
                 let of = |row: &[f32]| row.iter().skip(column).step_by(step).copied().collect::<Vec<f32>>();
                 let (got, x) = (of(&got), of(&x));
                 let sum: f64 = x.iter().map(|&x| f64::from(x).exp()).sum();
-                // Two ulp of exp, two roundings and what the shift rounds off.
+                // Two ulp of exp, two roundings, and the rounding of the shift.
                 let off = largest_error(&got, |at| f64::from(x[at]).exp() / sum);
                 assert!(off <= 5e-7, "{len}: {off:.1e}");
                 let total: f64 = got.iter().map(|&p| f64::from(p)).sum();

@@ -1,10 +1,12 @@
-//! The library from outside, on every adapter of this machine and on the CPU backend. One program: its tests share
-//! the cores, and everything is linked once.
+//! Tests of the public API, on every adapter of this machine and on the CPU backend. They are one program, so that
+//! tests share the cores and everything is linked once.
 
 mod attention;
 mod cache;
 mod cache_rules;
 mod distance;
+mod encode;
+mod executor;
 mod export;
 mod guide;
 mod half;

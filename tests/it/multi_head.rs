@@ -16,14 +16,14 @@ use wgpu_attention::{
 
 const TOLERANCE: f64 = 4e-6;
 
-/// What a call of a layer asks of its attention, in f64.
+/// The attention options of a layer call, for the f64 truth.
 #[derive(Clone, Copy, Default)]
 struct Asked<'a> {
     /// Keys to drop, `[batch, len_k]`.
     padding: Option<&'a [bool]>,
     causal: bool,
     softcap: Option<f32>,
-    /// Query `i` stands at `queries + i`, key `j` at `keys + j`.
+    /// Query `i` is at position `queries + i`, key `j` at `keys + j`.
     rotary: Option<(&'a RotaryConfig, [usize; 2])>,
     distance: Option<&'a Distance>,
 }
@@ -79,7 +79,7 @@ fn truth(
                 )
             }
         };
-        // Extra keys behind every batch entry.
+        // Extra keys after every batch entry.
         let (batch, len, width) = (shape[0], shape[1], widths[n]);
         let mut extended = Vec::new();
         for b in 0..batch {
@@ -141,7 +141,7 @@ fn truth(
         q: View { data: &projected[0], layout: &ql },
         k: View { data: &projected[1], layout: &kl },
         v: View { data: &projected[2], layout: &vl },
-        masks: (asked.padding.iter()).map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Drop)).collect(),
+        masks: (asked.padding.iter()).map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Hide)).collect(),
         biases: bias.iter().map(|data| View { data: data.as_slice(), layout: &bias_layout }).collect(),
         sink: None,
     };
@@ -188,9 +188,9 @@ fn truth(
     (output, averaged)
 }
 
-const RMS: QueryKeyNorm = QueryKeyNorm { kind: NormKind::Rms, span: NormSpan::Head, epsilon: 1e-6, bias: false };
+const RMS: QueryKeyNorm = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-6);
 
-/// The same layer with every parameter another number, biases and the weights of norms too.
+/// The same layer with random values for all parameters, including biases and norm weights.
 fn shaken(layer: &MultiHeadAttention, device: &Device) -> MultiHeadAttention {
     let mut rng = Pcg64::seed_from_u64(77);
     let mut state = layer.state_dict().unwrap();
@@ -216,8 +216,8 @@ fn self_and_cross_attention_match_the_truth() {
         base().gate(true).output_dim(10).head_dims(7, 5),
         base().gate(true).kdim(10).bias(false).heads_kv(2),
         base().norm(Some(RMS)).heads_kv(2).head_dims(5, 7).out_bias(false),
-        base().norm(Some(QueryKeyNorm { kind: NormKind::Layer, bias: true, epsilon: 1e-3, ..RMS })).scale(Some(1.0)),
-        base().norm(Some(QueryKeyNorm { span: NormSpan::Width, ..RMS })).heads_kv(1).vdim(9).gate(true),
+        base().norm(Some(QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-3).bias(true))).scale(Some(1.0)),
+        base().norm(Some(QueryKeyNorm::new(NormKind::Rms, NormSpan::Width, 1e-6))).heads_kv(1).vdim(9).gate(true),
         base(),
         base().bias(false),
         base().heads_kv(2),
@@ -242,7 +242,7 @@ fn self_and_cross_attention_match_the_truth() {
                 .map(|(len, width)| (vec![batch, len, width], noise(&mut rng, batch * len * width)));
             let [q, k, v] = [0, 1, 2].map(|i| Tensor::from_slice(&device, &data[i].0, &data[i].1).unwrap());
 
-            let mask = Mask::drop(Tensor::from_bools(&device, &[batch, len_k], &padding).unwrap()).unwrap();
+            let mask = Mask::hide_where(Tensor::from_bools(&device, &[batch, len_k], &padding).unwrap()).unwrap();
             let attention = Attention::new().key_padding(mask).weights(Weights::Averaged);
             let out = layer.forward(&q, &k, &v, &attention).unwrap();
             let views = [0, 1, 2].map(|i| (data[i].0.as_slice(), data[i].1.as_slice()));
@@ -252,12 +252,12 @@ fn self_and_cross_attention_match_the_truth() {
             assert_close(&what, &out.weights.unwrap(), &weights, TOLERANCE);
 
             if is_self {
-                // One input three times takes another road: one product for Q, K and V.
+                // The same input three times uses another path: one product for Q, K and V.
                 let causal = Attention::new().causal(Align::TopLeft);
                 let out = layer.forward(&q, &q, &q, &causal).unwrap().output;
                 let (output, _) = truth(config, &state, [views[0]; 3], &Asked { causal: true, ..Asked::default() });
                 assert_close(&what, &out, &output, TOLERANCE);
-                // Key and value the same, the query another.
+                // The same key and value, and another query.
                 let out = layer.forward(&q, &k, &k, &Attention::new()).unwrap().output;
                 let (output, _) = truth(config, &state, [views[0], views[1], views[1]], &Asked::default());
                 assert_close(&what, &out, &output, TOLERANCE);
@@ -280,10 +280,10 @@ fn positions_in_a_layer_match_the_truth() {
     let cases: Vec<(MultiHeadConfig, Asked<'_>)> = vec![
         (base(), Asked { rotary: Some((&half, [0, 0])), causal: true, ..plain() }),
         (base().heads_kv(2).norm(Some(RMS)), Asked { rotary: Some((&part, [0, 0])), ..plain() }),
-        // Positions of the caller's own.
+        // Positions given by the caller.
         (base().gate(true), Asked { rotary: Some((&half, [50, 3])), softcap: Some(2.0), ..plain() }),
         (base(), Asked { distance: Some(&alibi), causal: true, ..plain() }),
-        // Keys that stand nowhere have no distance.
+        // Keys without a position have no distance.
         (base().add_zero_attn(true).add_bias_kv(true), Asked { distance: Some(&alibi), softcap: Some(2.0), ..plain() }),
         (base().heads_kv(2), Asked { distance: Some(&t5), ..plain() }),
         (base().norm(Some(RMS)).scale(Some(0.5)), Asked { distance: Some(&shaw), ..plain() }),
@@ -292,7 +292,7 @@ fn positions_in_a_layer_match_the_truth() {
     let (batch, len_q, len_k) = (2, 9, 13);
     let padding: Vec<bool> = (0..batch * len_k).map(|at| at % 5 == 3).collect();
     for (n, (config, asked)) in cases.into_iter().enumerate() {
-        // The keys are those of the queries, or others.
+        // Self-attention or cross-attention.
         for is_self in [true, false] {
             let len_k = if is_self { len_q } else { len_k };
             let asked = Asked { padding: (!is_self).then_some(&padding), ..asked };
@@ -307,7 +307,7 @@ fn positions_in_a_layer_match_the_truth() {
                 let mut attention = Attention::new();
                 if let Some(padding) = asked.padding {
                     let mask = Tensor::from_bools(&device, &[batch, len_k], padding).unwrap();
-                    attention = attention.key_padding(Mask::drop(mask).unwrap());
+                    attention = attention.key_padding(Mask::hide_where(mask).unwrap());
                 }
                 if asked.causal {
                     attention = attention.causal(Align::TopLeft);
@@ -341,7 +341,7 @@ fn positions_in_a_layer_match_the_truth() {
 #[test]
 fn wide_rows_are_normalised_by_several_invocations() {
     // 70,400 and 17,600 wide: 64 and 8 invocations share a row.
-    let norm = QueryKeyNorm { kind: NormKind::Layer, span: NormSpan::Width, epsilon: 1e-5, bias: true };
+    let norm = QueryKeyNorm::new(NormKind::Layer, NormSpan::Width, 1e-5).bias(true);
     let config = MultiHeadConfig::with_head_dims(2, 1100, 64, 1).unwrap().heads_kv(275).norm(Some(norm));
     let data = noise(&mut Pcg64::seed_from_u64(3), 2 * 3 * 2);
     for (name, device) in devices() {
@@ -355,7 +355,7 @@ fn wide_rows_are_normalised_by_several_invocations() {
 }
 
 #[test]
-fn halves_go_through_norms_and_gates() {
+fn half_types_work_with_norms_and_gates() {
     let config = MultiHeadConfig::new(16, 2).unwrap().norm(Some(RMS)).gate(true);
     let data: Vec<half::f16> = noise(&mut Pcg64::seed_from_u64(5), 160).into_iter().map(half::f16::from_f32).collect();
     let floats: Vec<f32> = data.iter().map(|x| x.to_f32()).collect();
@@ -366,14 +366,14 @@ fn halves_go_through_norms_and_gates() {
         assert_eq!(out.dtype(), Dtype::F16);
         let state = layer.state_dict().unwrap();
         let (output, _) = truth(&config, &state, [(&[2, 5, 16], floats.as_slice()); 3], &Asked::default());
-        // Kernels hold what heads attended to in halves too, which the last projection adds up.
+        // Kernels also store the outputs of heads in half types, which the last projection sums.
         let held = if device.gpu().is_some() { rounding(Dtype::F16) } else { 0.0 };
         assert_close(&name, &out, &output, TOLERANCE + held);
     }
 }
 
 #[test]
-fn what_is_not_finite_reaches_its_own_tokens() {
+fn non_finite_values_reach_only_their_own_tokens() {
     let config = MultiHeadConfig::new(8, 2).unwrap().norm(Some(RMS)).gate(true);
     for (name, device) in devices() {
         let layer = shaken(&MultiHeadAttention::new(&device, config.clone(), 4).unwrap(), &device);
@@ -404,7 +404,8 @@ fn three_axes_of_a_mask_have_one_meaning() {
                     Attention::new().bias(Tensor::from_slice(&device, shape, values).unwrap())
                 } else {
                     let bools: Vec<bool> = values.iter().map(|&x| x < 0.3).collect();
-                    Attention::new().mask(Mask::keep(Tensor::from_bools(&device, shape, &bools).unwrap()).unwrap())
+                    Attention::new()
+                        .mask(Mask::keep_where(Tensor::from_bools(&device, shape, &bools).unwrap()).unwrap())
                 };
                 layer.forward(&q, &k, &k, &attention).and_then(|out| out.output.download())
             };
@@ -457,7 +458,7 @@ fn parameter_counts() {
 }
 
 #[test]
-fn weights_move_over_unchanged() {
+fn weights_are_transferred_unchanged() {
     for (name, device) in devices() {
         for config in [
             MultiHeadConfig::new(12, 3).unwrap().add_bias_kv(true),
@@ -470,13 +471,11 @@ fn weights_move_over_unchanged() {
             MultiHeadConfig::new(12, 3).unwrap().out_bias(false).scale(Some(0.5)),
             MultiHeadConfig::new(12, 3).unwrap().norm(Some(RMS)),
             MultiHeadConfig::new(12, 1).unwrap().norm(Some(RMS)).heads_kv(1),
-            MultiHeadConfig::new(12, 3).unwrap().norm(Some(QueryKeyNorm { kind: NormKind::Layer, ..RMS })),
-            MultiHeadConfig::new(12, 4).unwrap().heads_kv(2).norm(Some(QueryKeyNorm {
-                kind: NormKind::Layer,
-                span: NormSpan::Width,
-                epsilon: 0.0,
-                bias: true,
-            })),
+            MultiHeadConfig::new(12, 3).unwrap().norm(Some(QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-6))),
+            MultiHeadConfig::new(12, 4)
+                .unwrap()
+                .heads_kv(2)
+                .norm(Some(QueryKeyNorm::new(NormKind::Layer, NormSpan::Width, 0.0).bias(true))),
         ] {
             let layer = MultiHeadAttention::new(&device, config.clone(), 5).unwrap();
             let state = layer.state_dict().unwrap();
@@ -497,7 +496,7 @@ fn keras_kernels_are_pytorch_weights_transposed() {
 
 #[test]
 fn keras_groups_heads_projects_to_another_width_and_gates() {
-    // GroupedQueryAttention, output_shape, use_gate; 9 is no multiple of the heads.
+    // GroupedQueryAttention, output_shape, use_gate; 9 is not a multiple of the heads.
     keras(1, 9, true);
 }
 
@@ -513,7 +512,7 @@ fn keras(heads_kv: usize, to: usize, gated: bool) {
     let x = kernel(4 * dim);
     let config = MultiHeadConfig::with_head_dims(dim, heads, key_dim, value_dim).unwrap();
     let config = config.heads_kv(heads_kv).output_dim(to).gate(gated);
-    // Keras, written out: einsum("ld,dhk->lhk"), attention per head, einsum("lhv,hvo->lo").
+    // Keras's computation: einsum("ld,dhk->lhk"), attention per head, einsum("lhv,hvo->lo").
     let project = |kernel: &[f32], bias: &[f32], width: usize| -> Vec<f64> {
         (0..4 * width)
             .map(|at| {
@@ -549,23 +548,20 @@ fn keras(heads_kv: usize, to: usize, gated: bool) {
         }
     }
     for (name, device) in devices() {
-        let kernels = KerasKernels {
-            query: &query,
-            key: &key,
-            value: &value,
-            output: &output,
-            biases: Some([&biases[0], &biases[1], &biases[2], &biases[3]]),
-            gate: gated.then_some(gate.as_slice()),
-            gate_bias: gated.then_some(gate_bias.as_slice()),
-        };
+        let mut kernels = KerasKernels::new(&query, &key, &value, &output);
+        kernels = kernels.biases([&biases[0], &biases[1], &biases[2], &biases[3]]);
+        if gated {
+            kernels = kernels.gate(&gate, Some(&gate_bias));
+        }
         let layer = MultiHeadAttention::from_keras(&device, config.clone(), kernels).unwrap();
         let x = Tensor::from_slice(&device, &[1, 4, dim], &x).unwrap();
         let out = layer.forward(&x, &x, &x, &Attention::new()).unwrap().output;
         assert_close(&name, &out, &expected, TOLERANCE);
-        let wrong = KerasKernels { query: &query[1..], ..kernels };
+        let mut wrong = kernels;
+        wrong.query = &query[1..];
         let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
         assert!(message.contains(&format!("query kernel has {} values", query.len() - 1)), "{message}");
-        let wrong = KerasKernels { gate_bias: None, gate: Some(&gate), ..kernels };
+        let wrong = kernels.gate(&gate, None);
         let message = MultiHeadAttention::from_keras(&device, config.clone(), wrong).unwrap_err().to_string();
         assert!(message.contains("gate"), "{message}");
     }
@@ -679,7 +675,7 @@ fn wrong_layers_are_errors_with_the_numbers() {
 }
 
 #[test]
-fn what_is_asked_of_the_attention_of_a_layer_comes_back() {
+fn a_layer_returns_the_requested_attention_results() {
     for (name, device) in devices() {
         let layer = MultiHeadAttention::new(&device, MultiHeadConfig::new(16, 2).unwrap(), 5).unwrap();
         let data: Vec<f32> = (0..2 * 7 * 16).map(|i| (i as f32 * 0.37).sin()).collect();

@@ -1,4 +1,4 @@
-//! Layers of well-known models, read by the names of their tensors; what is refused, and files in shards.
+//! Layers of well-known models, read by the names of their tensors; rejected files; sharded files.
 
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
@@ -9,7 +9,7 @@ use wgpu_attention::{
 
 use crate::kit::noise;
 
-/// A layer on the CPU with numbers everywhere, as its own state dict.
+/// The state dict of a CPU layer with random parameters.
 fn random(config: MultiHeadConfig, seed: u64) -> StateDict {
     let mut rng = Pcg64::seed_from_u64(seed);
     let layer = MultiHeadAttention::new(Device::Cpu, config, seed).unwrap();
@@ -22,7 +22,7 @@ fn random(config: MultiHeadConfig, seed: u64) -> StateDict {
     state
 }
 
-/// The parts of a layer by plain words: `q.weight`, `k.bias`, `out.weight` …
+/// The parts of a layer under plain names: `q.weight`, `k.bias`, `out.weight` …
 struct Parts {
     rows: [usize; 3],
     width: usize,
@@ -41,7 +41,7 @@ impl Parts {
     fn get(&self, name: &str) -> HostTensor {
         self.state.get(name).unwrap_or_else(|| panic!("no {name}")).clone()
     }
-    /// Weight of queries (0), keys or values.
+    /// The weight of queries (0), keys or values.
     fn weight(&self, n: usize) -> HostTensor {
         let start: usize = self.rows[..n].iter().sum();
         match self.state.get("in_proj_weight") {
@@ -60,7 +60,7 @@ impl Parts {
     fn has_bias(&self) -> bool {
         self.state.get("in_proj_bias").is_some()
     }
-    /// Under other names for queries, keys and values, and for the output.
+    /// With other names for queries, keys, values and the output.
     fn apart(&self, names: [&str; 4]) -> StateDict {
         let mut state = StateDict::default();
         for (n, name) in names.iter().take(3).enumerate() {
@@ -79,7 +79,7 @@ impl Parts {
             }
         }
     }
-    /// In one tensor, rows in this order: (which of the three, row).
+    /// Fused into one tensor, with rows in this order: (index of Q, K or V, row).
     fn fused(&self, order: &[(usize, usize)], [qkv, out]: [&str; 2]) -> StateDict {
         let mut state = StateDict::default();
         let weights = [0, 1, 2].map(|n| self.weight(n));
@@ -97,7 +97,7 @@ impl Parts {
     fn blocks(&self) -> Vec<(usize, usize)> {
         (0..3).flat_map(|n| (0..self.rows[n]).map(move |row| (n, row))).collect()
     }
-    /// The rows of each key/value head together.
+    /// With the rows of each key/value head grouped.
     fn by_head(&self, heads_kv: usize) -> Vec<(usize, usize)> {
         let each = |n: usize| self.rows[n] / heads_kv;
         (0..heads_kv).flat_map(|g| (0..3).flat_map(move |n| (0..each(n)).map(move |r| (n, g * each(n) + r)))).collect()
@@ -125,7 +125,7 @@ fn load(state: &StateDict, prefix: &str, options: &LoadOptions) -> Result<MultiH
     MultiHeadAttention::from_state_dict_with(Device::Cpu, state, prefix, options)
 }
 
-/// The layer read is `truth`, number by number.
+/// Checks that the loaded layer equals `truth`, number by number.
 #[track_caller]
 fn same(state: &StateDict, prefix: &str, options: &LoadOptions, config: &MultiHeadConfig, truth: &StateDict) {
     let layer = load(state, prefix, options).unwrap_or_else(|error| panic!("{prefix}: {error}"));
@@ -146,7 +146,7 @@ fn plain() -> MultiHeadConfig {
     MultiHeadConfig::new(12, 4).unwrap()
 }
 
-/// A block's other modules, as they lie around an attention layer.
+/// The other modules of a block, next to an attention layer.
 fn with_neighbours(state: &mut StateDict, block: &str) {
     for name in ["mlp.up_proj.weight", "intermediate.dense.weight", "output.dense.weight", "input_layernorm.weight"] {
         state.insert(format!("{block}{name}"), buffer(&[2]));
@@ -154,12 +154,12 @@ fn with_neighbours(state: &mut StateDict, block: &str) {
 }
 
 #[test]
-fn projections_of_their_own() {
+fn separate_projections() {
     let options = LoadOptions::new(4);
     let grouped = || MultiHeadConfig::with_head_dims(12, 4, 5, 5).unwrap().heads_kv(2);
     for (config, names, block, prefix) in [
         (grouped().bias(false), ["q_proj", "k_proj", "v_proj", "o_proj"], "model.layers.0.", "self_attn."),
-        // Qwen 2: biases in front alone.
+        // Qwen 2: biases only on the input projections.
         (grouped().out_bias(false), ["q_proj", "k_proj", "v_proj", "o_proj"], "model.layers.0.", "self_attn."),
         (plain(), ["q_proj", "k_proj", "v_proj", "out_proj"], "text_model.encoder.layers.3.", "self_attn."),
         (plain(), ["q_proj", "k_proj", "v_proj", "dense"], "model.layers.1.", "self_attn."),
@@ -190,7 +190,7 @@ fn projections_of_their_own() {
         same(&state, format!("{block}{prefix}").trim_end_matches('.'), &options, &config, &truth);
         let found = state.layers();
         assert!(found.iter().any(|(at, _)| *at == format!("{block}{prefix}")), "{found:?}");
-        // The block, the model and a slip of the pen are told where the layer is.
+        // Errors for the block, the model and a misspelt prefix say where the layer is.
         for wrong in [block, "", &format!("{block}{}x.", &prefix[..prefix.len() - 1])] {
             refused(&state, wrong, &options, &[&format!("{block}{prefix}")]);
         }
@@ -198,11 +198,11 @@ fn projections_of_their_own() {
 }
 
 #[test]
-fn what_is_no_attention_is_passed_over_by_convention_alone() {
+fn only_conventional_names_outside_attention_are_skipped() {
     let (config, options) = (plain(), LoadOptions::new(4));
     let truth = random(config.clone(), 2);
     let parts = Parts::of(&config, &truth);
-    // BERT: the output lies beside `self.`; LayerNorm comes behind the residual.
+    // BERT: the output is next to `self.`; LayerNorm follows the residual.
     let mut bert = under("layer.0.attention.", &parts.apart(["self.query", "self.key", "self.value", "output.dense"]));
     with_neighbours(&mut bert, "layer.0.");
     bert.insert("layer.0.attention.output.LayerNorm.weight", buffer(&[12]));
@@ -216,12 +216,12 @@ fn what_is_no_attention_is_passed_over_by_convention_alone() {
         &options,
         &["unexpected tensor layer.0.attention.self.distance_embedding.weight"],
     );
-    // ViT: the same, one word further in.
+    // ViT: the same, one level deeper.
     let mut vit =
         under("l.attention.", &parts.apart(["attention.query", "attention.key", "attention.value", "output.dense"]));
     with_neighbours(&mut vit, "l.");
     same(&vit, "l.attention.attention.", &options, &config, &truth);
-    // GPT-2: weights are [in, out]; the causal mask is told by its shape.
+    // GPT-2: weights are [in, out]; the causal mask is recognised by its shape.
     let fused = parts.fused(&parts.blocks(), ["c_attn", "c_proj"]);
     let mut gpt2 = StateDict::default();
     for (name, tensor) in under("h.0.attn.", &fused).iter() {
@@ -233,7 +233,7 @@ fn what_is_no_attention_is_passed_over_by_convention_alone() {
     same(&gpt2, "h.0.attn.", &options, &config, &truth);
     gpt2.insert("h.0.attn.bias", buffer(&[36]));
     refused(&gpt2, "h.0.attn.", &options, &["unexpected tensor h.0.attn.bias"]);
-    // Llama's frequencies; what else lies there is named, and may be ignored by name.
+    // Llama's frequencies; other tensors are errors that name them, and can be ignored by name.
     let mut llama = under("a.", &parts.apart(["q_proj", "k_proj", "v_proj", "o_proj"]));
     llama.insert("a.rotary_emb.inv_freq", buffer(&[2]));
     same(&llama, "a.", &options, &config, &truth);
@@ -267,13 +267,13 @@ fn fused_projections() {
     let mut expected = truth.get("in_proj_bias").unwrap().data().to_vec();
     expected[12..24].fill(0.0);
     assert_eq!(read.get("in_proj_bias").unwrap().data(), expected);
-    // GPT-NeoX and BLOOM: each head's rows together, buffers beside.
+    // GPT-NeoX and BLOOM: the rows of each head are grouped, with buffers next to them.
     let mut neox = parts.fused(&parts.by_head(4), ["query_key_value", "dense"]);
     neox.insert("bias", buffer(&[1, 1, 8, 8]));
     neox.insert("masked_bias", buffer(&[]));
     neox.insert("rotary_emb.inv_freq", buffer(&[2]));
     same(&under("layers.0.attention.", &neox), "layers.0.attention.", &options, &config, &truth);
-    // nn.Linear under GPT-2's names: two models differ, and one must be said.
+    // nn.Linear under GPT-2's names: two models differ, so one must be specified.
     let nano = parts.fused(&parts.blocks(), ["c_attn", "c_proj"]);
     refused(&nano, "", &options, &["nanogpt", "gpt-bigcode", "--names"]);
     same(&nano, "", &options.clone().names(Names::NanoGpt), &config, &truth);
@@ -300,7 +300,7 @@ fn fused_projections() {
     let config = plain().heads_kv(1);
     let (parts, truth) = of(&config, 6);
     same(&parts.fused(&parts.blocks(), ["c_attn", "c_proj"]), "", &options, &config, &truth);
-    // Heads of two widths in one tensor: told by the number of key/value heads.
+    // Heads of two widths in one tensor: recognised by the number of key/value heads.
     let config = MultiHeadConfig::with_head_dims(12, 4, 5, 4).unwrap().heads_kv(2);
     let (parts, truth) = of(&config, 7);
     let odd = parts.fused(&parts.blocks(), ["qkv", "proj"]);
@@ -311,7 +311,7 @@ fn fused_projections() {
 #[test]
 fn norms_of_queries_and_keys() {
     let options = LoadOptions::new(4);
-    let rms = QueryKeyNorm { kind: NormKind::Rms, span: NormSpan::Head, epsilon: 1e-6, bias: false };
+    let rms = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-6);
     let with = |norm, names: [&str; 2], seed| {
         let config = plain().heads_kv(2).bias(false).norm(Some(norm));
         let truth = random(config.clone(), seed);
@@ -324,50 +324,51 @@ fn norms_of_queries_and_keys() {
         (config, truth, state)
     };
     let (config, truth, state) = with(rms, ["q_norm", "k_norm"], 8);
-    // Qwen 3 and Gemma 3 call two norms the same.
+    // Qwen 3 and Gemma 3 use the same names for different norms.
     refused(&state, "", &options, &["q_norm.weight [3]", "qwen3", "gemma3", "--names"]);
     same(&state, "", &options.clone().names(Names::Qwen3), &config, &truth);
     same(&state, "", &options.clone().model("qwen3_moe", None), &config, &truth);
-    let told = config.clone().norm(Some(QueryKeyNorm { epsilon: 1e-3, ..rms }));
+    let expected = config.clone().norm(Some(QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-3)));
     let layer = load(&state, "", &options.clone().model("qwen3", Some(1e-3))).unwrap();
-    assert_eq!(layer.config(), &told);
+    assert_eq!(layer.config(), &expected);
     let layer = load(&state, "", &options.clone().names(Names::Qwen3).norm_epsilon(1e-3)).unwrap();
-    assert_eq!(layer.config(), &told);
+    assert_eq!(layer.config(), &expected);
     let read = load(&state, "", &options.clone().model("gemma3_text", None)).unwrap().state_dict().unwrap();
     for name in ["q_norm.weight", "k_norm.weight"] {
         let plus_one: Vec<f32> = truth.get(name).unwrap().data().iter().map(|w| 1.0 + w).collect();
         assert_eq!(read.get(name).unwrap().data(), plus_one);
     }
     refused(&state, "", &options.clone().model("a model of tomorrow", None), &["qwen3"]);
-    // OLMo 2: over all heads, of which there is no doubt.
-    let (config, truth, state) = with(QueryKeyNorm { span: NormSpan::Width, ..rms }, ["q_norm", "k_norm"], 9);
+    // OLMo 2: over all heads, which is unambiguous.
+    let (config, truth, state) = with(QueryKeyNorm::new(NormKind::Rms, NormSpan::Width, 1e-6), ["q_norm", "k_norm"], 9);
     same(&state, "", &options, &config, &truth);
     // A norm with a bias is LayerNorm.
-    let layer_norm = QueryKeyNorm { kind: NormKind::Layer, bias: true, ..rms };
+    let layer_norm = QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-6).bias(true);
     let (config, truth, state) = with(layer_norm, ["q_norm", "k_norm"], 10);
     same(&state, "", &options.clone().norm_epsilon(1e-6), &config, &truth);
-    let (config, truth, state) = with(QueryKeyNorm { epsilon: 1e-5, ..layer_norm }, ["q_layernorm", "k_layernorm"], 11);
+    let (config, truth, state) =
+        with(QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-5).bias(true), ["q_layernorm", "k_layernorm"], 11);
     same(&state, "", &options, &config, &truth);
     // Without a bias it is LFM2's RMSNorm or a LayerNorm.
-    let bare = QueryKeyNorm { epsilon: 1e-5, bias: false, ..layer_norm };
+    let bare = QueryKeyNorm::new(NormKind::Layer, NormSpan::Head, 1e-5);
     let (config, truth, unbiased) = with(bare, ["q_layernorm", "k_layernorm"], 14);
     refused(&unbiased, "", &options, &["q_layernorm.weight", "has no bias", "LFM2", "qwen3", "llama"]);
     same(&unbiased, "", &options.clone().names(Names::Llama), &config, &truth);
-    let rms_so_called = QueryKeyNorm { kind: NormKind::Rms, ..bare };
+    let rms_so_called = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-5);
     let (config, truth, lfm2) = with(rms_so_called, ["q_layernorm", "k_layernorm"], 15);
     same(&lfm2, "", &options.clone().names(Names::Qwen3), &config, &truth);
     same(&lfm2, "", &options.clone().model("lfm2", None), &config, &truth);
-    // The epsilon of a configuration counts whatever its model is called.
+    // The epsilon of a configuration applies whatever its model is called.
     let named = options.clone().names(Names::Qwen3).model("a model of tomorrow", Some(1e-3));
     assert_eq!(load(&lfm2, "", &named).unwrap().config().norm.unwrap().epsilon, 1e-3);
-    // A name without end costs little time and a short message.
+    // An extremely long name takes little time and gives a short message.
     let mut long = truth.clone();
     long.insert("x".repeat(10 << 20), buffer(&[1]));
     let Err(error) = load(&long, "", &options) else { panic!("a tensor too many is read") };
     assert!(error.to_string().len() < 4096, "{} bytes", error.to_string().len());
     let mut half = state.clone();
     half.remove("k_layernorm.bias");
-    refused(&half, "", &options, &["both have a bias or none has"]);
+    refused(&half, "", &options, &["either both or neither must have a bias"]);
     half.remove("k_layernorm.weight");
     refused(&half, "", &options, &["q_layernorm.weight and k_layernorm.weight must come together"]);
     let mut wide = state;
@@ -392,7 +393,7 @@ fn norms_of_queries_and_keys() {
 }
 
 #[test]
-fn what_is_not_known_is_named() {
+fn unknown_tensors_are_named() {
     let options = LoadOptions::new(4);
     let truth = random(plain(), 14);
     for (name, shape, parts) in [
@@ -424,7 +425,7 @@ fn what_is_not_known_is_named() {
     let mut uneven = grouped;
     uneven.insert("v_proj_weight", buffer(&[3, 12]));
     refused(&uneven, "", &options, &["2 heads of keys and 1 of values"]);
-    // T5's table of its first layer.
+    // The table in T5's first layer.
     let config = plain().bias(false);
     let mut t5 = Parts::of(&config, &random(config.clone(), 16)).apart(["q", "k", "v", "o"]);
     t5.insert("relative_attention_bias.weight", buffer(&[32, 4]));
@@ -495,7 +496,7 @@ fn shards_and_folders() {
         std::fs::write(at("model.safetensors.index.json"), json.to_string()).unwrap();
     };
     write(&map);
-    // The third shard is not there: nothing of the layer lies in it.
+    // The third shard is missing, but it holds nothing of the layer.
     let index = at("model.safetensors.index.json");
     for prefix in [prefix, "encoder.layer.0.attention.self.", "encoder.layer.0.attention"] {
         for path in [index.as_path(), folder.path()] {
@@ -524,13 +525,13 @@ fn shards_and_folders() {
     for file in ["../model-0.safetensors", "/etc/passwd", "", "."] {
         wrong.insert("encoder.layer.0.attention.self.query.gone".into(), file.into());
         write(&wrong);
-        say(StateDict::open(&index, prefix).unwrap_err(), &["does not lie beside the index"]);
+        say(StateDict::open(&index, prefix).unwrap_err(), &["is not next to the index"]);
     }
     for text in ["", "[]", "{\"weight_map\": 3}", "{\"weight_map\": {\"a\": 3}}", &"[".repeat(1000)] {
         std::fs::write(&index, text).unwrap();
         say(StateDict::open(&index, "").unwrap_err(), &["weight_map"]);
     }
-    // One file: the same values, the rest by name and shape.
+    // One file: the same values; other tensors only by name and shape.
     let all: Vec<_> = model.iter().map(|(name, tensor)| entry(name, tensor)).collect();
     std::fs::write(at("model.safetensors"), safetensors(&all)).unwrap();
     let state = StateDict::open_layer(folder.path(), prefix).unwrap();
@@ -570,14 +571,14 @@ fn files_that_are_something_else_say_what() {
 }
 
 #[test]
-fn every_word_names_its_names() {
+fn every_naming_scheme_is_parsed() {
     for names in Names::ALL {
         assert_eq!(names.word().parse::<Names>().unwrap(), names);
     }
     assert!("bart".parse::<Names>().unwrap_err().to_string().contains("llama"));
 }
 
-/// A Llama layer is PyTorch's without biases, by what it computes.
+/// A Llama layer computes the same as PyTorch's layer without biases.
 #[test]
 fn a_llama_layer_computes_what_pytorchs_does() {
     let config = plain().bias(false);

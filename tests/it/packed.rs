@@ -1,4 +1,4 @@
-//! Ragged batches: sequences one behind another, on every device, against the truth of each alone.
+//! Packed variable-length sequences, on every device, against the truth of each sequence alone.
 
 use crate::kit::{self, Call, Order, assert_logs_close, bits, devices};
 use half::f16;
@@ -29,7 +29,7 @@ impl Ragged {
             .collect()
     }
 
-    /// Sequence `n` as a call of its own.
+    /// Sequence `n` as a separate call.
     fn alone(&self, n: usize) -> Call {
         let ([hq, hkv], [dk, dv], [len_q, len_k]) = (self.heads, self.dims, self.lens[n]);
         let align = match &self.positions.align {
@@ -58,7 +58,7 @@ impl Ragged {
         let mut data: Vec<_> = calls.iter().map(|call| call.data()).collect();
         let sink = data[0].sink.clone();
         data.iter_mut().for_each(|data| data.sink = sink.clone());
-        // [1, h, len, d] as rows [len, h, d], one sequence behind another.
+        // Permute [1, h, len, d] to rows [len, h, d] and concatenate the sequences.
         let pack = |which: fn(&kit::Data) -> &Vec<f32>, heads: usize, dim: usize| -> Vec<f32> {
             data.iter()
                 .flat_map(|data| {
@@ -134,9 +134,9 @@ fn every_sequence_gives_what_it_gives_alone() {
 }
 
 #[test]
-fn long_keys_are_split_in_each_sequence_by_itself() {
+fn long_keys_are_split_within_each_sequence() {
     for (name, device) in devices() {
-        // 600 keys and few rows: cut into pieces; 40 keys: not.
+        // 600 keys with few rows are split; 40 keys are not.
         let lens = vec![[3, 600], [9, 40], [1, 1300], [2, 0]];
         let positions = Positions { causal: true, align: Align::BottomRight, ..Default::default() };
         for sink in [false, true] {
@@ -147,9 +147,9 @@ fn long_keys_are_split_in_each_sequence_by_itself() {
 }
 
 #[test]
-fn halves_and_a_neighbours_nan() {
+fn half_types_and_nan_in_a_neighbour() {
     for (name, device) in devices() {
-        // The second sequence is NaN throughout: none of it may reach the others.
+        // The second sequence is all NaN, which must not reach the others.
         let rows = |nan: f32| -> Vec<f16> {
             (0..3 * 4)
                 .flat_map(|i| {
@@ -173,7 +173,7 @@ fn halves_and_a_neighbours_nan() {
 }
 
 #[test]
-fn wrong_marks_are_errors_with_the_numbers() {
+fn wrong_offsets_are_errors_with_the_numbers() {
     for (name, device) in devices() {
         let x = Tensor::from_slice(&device, &[6, 2, 4], &[0.5f32; 48]).unwrap();
         let says = |attention: Attention, starts_q: &[usize], starts_k: &[usize], say: &str| {
@@ -188,13 +188,13 @@ fn wrong_marks_are_errors_with_the_numbers() {
         says(plain.clone(), &[], &[], "it must go from 0");
         says(plain.clone().causal(Align::PerBatch(vec![0])), &[0, 3, 6], &[0, 3, 6], "has 1 entries for 2 sequences");
         says(plain.clone().key_lengths(vec![6]), &[0, 6], &[0, 6], "not from key_lengths");
-        says(plain.clone().weights(Weights::PerHead), &[0, 6], &[0, 6], "do not go with returned weights");
+        says(plain.clone().weights(Weights::PerHead), &[0, 6], &[0, 6], "cannot be combined with returned weights");
         let mask = Mask::new(Tensor::from_bools(&device, &[1], &[true]).unwrap(), MaskMeaning::Keep).unwrap();
-        says(plain.clone().mask(mask), &[0, 6], &[0, 6], "do not go with a mask");
+        says(plain.clone().mask(mask), &[0, 6], &[0, 6], "cannot be combined with a mask");
         let flat = x.reshape(&[12, 4]).unwrap();
         let message = plain.forward_packed(&flat, &x, &x, &[0, 6], &[0, 6]).unwrap_err().to_string();
         assert!(message.contains("[12, 4] must be [total, heads, dim]"), "{name}: {message}");
-        // No rows at all are no error.
+        // Zero rows are not an error.
         let none = Tensor::from_slice(&device, &[0, 2, 4], &[0f32; 0]).unwrap();
         let out = Attention::new().forward_packed(&none, &x, &x, &[0, 0], &[0, 6]).unwrap().output;
         assert_eq!(out.shape(), [0, 2, 4]);

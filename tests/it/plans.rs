@@ -1,5 +1,5 @@
-//! Calls of every kind planned for made-up adapters: every kernel that a plan names is held against naga with what the
-//! adapter has, and against what the step binds.
+//! Plans calls of every kind for made-up adapters: every kernel of a plan is validated by naga with the adapter's
+//! capabilities, and compared with the bindings of its step.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock, Mutex};
@@ -15,17 +15,17 @@ use wgpu_attention::kernels::{AdapterClass, Binding, Capabilities, Method, Opera
 use wgpu_attention::problem::{Align, Band, Layout, MaskMeaning, Place, Positions, Problem, Rows, Sequence};
 use wgpu_attention::{Dtype, Error, Result, ScoreStage};
 
-/// What naga reads of a kernel's text.
+/// What naga finds in a kernel's text.
 struct Read {
-    /// Storage buffers and whether they are written, by what a step calls them.
+    /// Storage buffers by their names in a step, and whether they are written.
     buffers: BTreeMap<String, bool>,
-    /// Bytes of the uniform block, which is binding 0.
+    /// The size of the uniform block (binding 0) in bytes.
     params: usize,
     workgroup_memory: u32,
     workgroup_size: [u32; 3],
 }
 
-/// What a step and a text both call a buffer: its name.
+/// The name that a step and a kernel's text use for a buffer.
 fn called(binding: &Binding) -> String {
     binding.name.to_string()
 }
@@ -34,7 +34,7 @@ fn read(variant: &Variant, subgroups: bool) -> Read {
     let (name, source) = (&variant.name, variant.source().unwrap());
     let module =
         naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
-    // What WebGPU has everywhere, and subgroups where the adapter has them.
+    // WebGPU's core capabilities, and subgroups if the adapter has them.
     let mut offered = NagaCapabilities::SHADER_FLOAT16_IN_FLOAT32;
     offered.set(NagaCapabilities::SUBGROUP, subgroups);
     Validator::new(ValidationFlags::all(), offered)
@@ -60,7 +60,7 @@ fn read(variant: &Variant, subgroups: bool) -> Read {
     Read { buffers, params, workgroup_memory, workgroup_size: module.entry_points[0].workgroup_size }
 }
 
-/// Each text is read once: without subgroups unless it is said to need them, which a step is checked for.
+/// Each text is parsed once, without subgroups unless its variant needs them; each step is checked for that.
 fn known(variant: &Variant) -> Arc<Read> {
     static KNOWN: LazyLock<Mutex<HashMap<Variant, Arc<Read>>>> = LazyLock::new(Default::default);
     if let Some(read) = KNOWN.lock().unwrap().get(variant) {
@@ -71,7 +71,7 @@ fn known(variant: &Variant) -> Arc<Read> {
     read
 }
 
-/// What must hold of every step on every adapter.
+/// What must hold for every step on every adapter.
 fn check_step(step: &Step, adapter: &Capabilities) {
     let name = format!("{} on {}", step.variant.name, adapter.adapter);
     assert!(step.workgroups.iter().all(|&n| n >= 1 && n <= adapter.max_workgroups), "{name}: {:?}", step.workgroups);
@@ -105,21 +105,21 @@ fn check_step(step: &Step, adapter: &Capabilities) {
     assert_eq!(step.params.len().next_multiple_of(16), read.params.next_multiple_of(16), "{name}: the uniform block");
     assert_eq!(step.variant.workgroup_memory(), read.workgroup_memory, "{name}: workgroup memory");
     assert_eq!([step.variant.workgroup_size(), 1, 1], read.workgroup_size, "{name}: the workgroup");
-    // WebGPU refuses a dispatch that reads a buffer which it writes.
+    // WebGPU rejects a dispatch that reads a buffer which it also writes.
     for one in step.bindings.iter().filter(|one| bound[&called(one)]) {
         let others = step.bindings.iter().filter(|other| other.slot == one.slot).count();
         assert_eq!(others, 1, "{name} writes {:?} and binds it elsewhere", one.slot);
     }
 }
 
-/// What must hold of every plan on every adapter.
+/// What must hold for every plan on every adapter.
 pub fn check(plan: &Plan, adapter: &Capabilities) {
     assert!(!plan.steps.is_empty());
     plan.steps.iter().for_each(|step| check_step(step, adapter));
     assert!(plan.scratch.iter().all(|&bytes| bytes <= adapter.max_buffer), "{:?}", plan.scratch);
 }
 
-/// Both classes, subgroups of no and of several sizes, 4 to 16 storage buffers; and each limit made small.
+/// Both adapter classes, no subgroups and several subgroup sizes, 4 to 16 storage buffers, and each limit made small.
 fn adapters() -> Vec<Capabilities> {
     let mut all = Vec::new();
     for class in [AdapterClass::Cpu, AdapterClass::Gpu] {
@@ -138,8 +138,8 @@ fn adapters() -> Vec<Capabilities> {
                 (one.max_binding, one.max_storage_buffers) = (256 << 10, 5);
             }));
             all.push(named("64 invocations", &|one| one.max_invocations = 64));
-            all.push(named("loops of 2,000 turns", &|one| one.max_loop_turns = Some(2000)));
-            all.push(named("loops of 65,535 turns, four buffers", &|one| {
+            all.push(named("loops of 2,000 iterations", &|one| one.max_loop_turns = Some(2000)));
+            all.push(named("loops of 65,535 iterations, four buffers", &|one| {
                 (one.max_loop_turns, one.max_storage_buffers) = (Some(65_535), 4);
             }));
             all.push(named("few workgroups and operations", &|one| {
@@ -156,7 +156,7 @@ fn pick<T: Copy>(rng: &mut Pcg64, from: &[T]) -> T {
 
 const STORED: [Dtype; 4] = [Dtype::F32, Dtype::F32, Dtype::F16, Dtype::BF16];
 
-/// `[b, h, i, d]` in one of three orders, some of which no kernel reads in fours.
+/// `[b, h, i, d]` in one of three layouts, some of which no kernel can read in fours.
 fn placed(rng: &mut Pcg64, [b, h, i, d]: [usize; 4]) -> Layout {
     let (shape, back) = match rng.random_range(0..4) {
         0 => ([b, i, h, d], [0, 2, 1, 3]),
@@ -166,13 +166,13 @@ fn placed(rng: &mut Pcg64, [b, h, i, d]: [usize; 4]) -> Layout {
     Layout::contiguous(&shape).unwrap().permute(&back).unwrap()
 }
 
-/// A shape that spreads over `[b, h, i, j]`.
+/// A shape that broadcasts to `[b, h, i, j]`.
 fn spread(rng: &mut Pcg64, full: [usize; 4]) -> Layout {
     let shape = full.map(|n| if rng.random_bool(0.4) { 1 } else { n });
     Layout::contiguous(&shape).unwrap().broadcast_to(&full).unwrap()
 }
 
-/// A random attention call with every kind of rule, as far as kernels take them; few calls in three passes are large.
+/// A random attention call with every kind of rule that kernels support; few three-pass calls are large.
 struct Drawn {
     problem: Problem,
     q: Layout,
@@ -191,7 +191,7 @@ impl Drawn {
     fn new(rng: &mut Pcg64) -> Drawn {
         let [batch, heads_kv, group] = [pick(rng, &[1, 2, 3]), pick(rng, &[1, 2, 3]), pick(rng, &[1, 2, 4])];
         let (len_q, len_k) = (pick(rng, &[1, 2, 9, 33, 70, 200]), pick(rng, &[1, 5, 40, 130, 700, 1500]));
-        // Few widths, none of them large: each makes texts of its own, unrolled.
+        // Few widths, none of them large, because each produces its own unrolled texts.
         let (dim_k, dim_v) = pick(rng, &[(5, 7), (8, 8), (8, 8), (20, 16), (64, 64)]);
         let heads = heads_kv * group;
         let (q, k) = ([batch, heads, len_q, dim_k], [batch, heads_kv, len_k, dim_k]);
@@ -216,7 +216,7 @@ impl Drawn {
         let full = problem.mask_shape();
         let (masks, biases) = (pick(rng, &[0, 0, 1, 2, 3]), pick(rng, &[0, 0, 1, 2]));
         let masks =
-            (0..masks).map(|_| (spread(rng, full), pick(rng, &[MaskMeaning::Keep, MaskMeaning::Drop]))).collect();
+            (0..masks).map(|_| (spread(rng, full), pick(rng, &[MaskMeaning::Keep, MaskMeaning::Hide]))).collect();
         let biases = (0..biases).map(|_| spread(rng, full)).collect();
         let relative = rng.random_bool(0.4).then(|| {
             let table = |shape: [usize; 4]| {
@@ -258,7 +258,7 @@ impl Drawn {
     fn attention(&self, rng: &mut Pcg64, method: Method) -> AttentionOperands<'_> {
         let operand = |layout, stored| Operand { layout, stored };
         let is_fused = matches!(method, Method::Fused | Method::Tile(_));
-        // Fused kernels give nothing but output and LSE.
+        // Fused kernels return only output and LSE.
         let mut asked = |chance| !is_fused && rng.random_bool(chance);
         let (weights, averaged, staged) = (asked(0.3), asked(0.2), asked(0.3));
         let stages = [ScoreStage::Scaled, ScoreStage::Capped, ScoreStage::Masked];
@@ -271,7 +271,7 @@ impl Drawn {
             masks: self.masks(),
             biases: self.biases.iter().collect(),
             relative: self.relative(),
-            // Rotated while they are read where that can be, else before.
+            // Rotated while they are read if possible, else beforehand.
             rotary: self.rotary.as_ref().map(|&(ref table, pairs, interleaved, [ref queries, ref keys])| {
                 RotaryOperand { table, rotations: table, rows: [queries, keys], pairs, interleaved }
             }),
@@ -286,7 +286,7 @@ impl Drawn {
     }
 }
 
-/// Plans made, refused and their kernels, over all adapters.
+/// Counts of plans and refusals over all adapters, and their kernels.
 #[derive(Default)]
 struct Tally {
     planned: usize,
@@ -297,7 +297,7 @@ struct Tally {
 }
 
 impl Tally {
-    /// A plan that holds, or a refusal that is one of a limit.
+    /// Records a valid plan, or a refusal because of a limit.
     fn add(&mut self, what: &str, plan: Result<Plan>, adapter: &Capabilities) {
         match plan {
             Ok(plan) => {
@@ -318,9 +318,9 @@ impl Tally {
 const CALLS: u64 = 8;
 
 #[test]
-fn what_is_planned_is_valid_where_it_is_planned() {
+fn plans_are_valid_on_their_adapters() {
     let mut tally = Tally::default();
-    // Planned and refused: those that may run in any way, and those that must run fused.
+    // Planned and refused calls: those that may use any method, and those that must run fused.
     let mut attention = [[0; 2]; 2];
     for (a, adapter) in adapters().iter().enumerate() {
         let methods: Vec<Method> = [Method::Auto, Method::Auto].into_iter().chain(Method::every(adapter)).collect();
@@ -364,7 +364,7 @@ fn what_is_planned_is_valid_where_it_is_planned() {
     ] {
         assert!(kernels.contains_key(kernel), "no plan has {kernel}: {kernels:?}");
     }
-    // A refusal is no result: most calls are planned.
+    // Refusals prove nothing, so most calls must be planned.
     assert!(attention.iter().all(|[planned, refused]| planned > refused), "{attention:?} calls planned and refused");
     assert!(*refused < planned / 4, "{refused} refused, {planned} planned");
     assert!(texts.len() > 500, "{} kernels", texts.len());
@@ -425,7 +425,7 @@ fn packed(rng: &mut Pcg64, adapter: &Capabilities, tally: &mut Tally) {
     tally.add("packed sequences", plan::packed(&problem, &operands, &sequences, adapter), adapter);
 }
 
-/// Everything that is no attention: projections, norms, gates, caches, positions, merges and softmax.
+/// Everything except attention: projections, norms, gates, caches, positions, merges and softmax.
 fn others(rng: &mut Pcg64, adapter: &Capabilities, tally: &mut Tally) {
     let layout = |shape: &[usize]| Layout::contiguous(shape).unwrap();
     let (batch, heads, len) = (pick(rng, &[1, 3]), pick(rng, &[1, 4]), pick(rng, &[1, 3, 30, 200]));
@@ -472,8 +472,8 @@ fn others(rng: &mut Pcg64, adapter: &Capabilities, tally: &mut Tally) {
         let table = layout(&[len + 10, 2 * pairs.next_multiple_of(4)]);
         let y = layout(&[batch, heads, len, dim]);
         let which = listed(rng, per_batch);
-        let turned = plan::rotate(x4, &y, &table, (pairs, interleaved), &which, adapter);
-        tally.add("rows turned", turned, adapter);
+        let rotated = plan::rotate(x4, &y, &table, (pairs, interleaved), &which, adapter);
+        tally.add("rows rotated", rotated, adapter);
     }
     let len_k = pick(rng, &[1, 40, 300]);
     let columns: Vec<u32> = (0..len as u32 + len_k as u32 - 1).map(|at| at % 8).collect();
@@ -482,7 +482,7 @@ fn others(rng: &mut Pcg64, adapter: &Capabilities, tally: &mut Tally) {
 
     let (y, lse) = (placed(rng, [batch, heads, len, dim]), layout(&[batch, heads, len]));
     tally.add("a merge", plan::merge([&x4_layout, &y], [&lse, &lse], &y, adapter), adapter);
-    // A probe takes as long as it must to be measured.
+    // A probe must run long enough to be measured.
     let free = Capabilities { max_operations: None, ..adapter.clone() };
     tally.add("a probe", plan::probe(100, &free).map(|(plan, ..)| plan), &free);
 }
@@ -529,7 +529,7 @@ fn a_wrong_step_is_found() {
         change(&mut step);
         assert!(fails(&step, &adapter), "{what} is taken");
     }
-    // Without subgroups naga refuses the text, whatever else is checked.
+    // Without subgroups naga rejects the text, whatever else is checked.
     let variant = good.steps[0].variant.clone();
     assert!(variant.uses_subgroups());
     assert!(std::panic::catch_unwind(|| read(&variant, false)).is_err());

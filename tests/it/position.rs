@@ -1,4 +1,4 @@
-//! Positional methods on every device, held against the formulas in f64.
+//! Positional methods on every device, compared with the formulas in f64.
 
 use crate::kit::{self, Order, assert_close, bits, devices, gpus, noise, place, wide};
 use half::{bf16, f16};
@@ -57,8 +57,8 @@ fn sinusoids_are_the_formula_rounded_once() {
     refused(sinusoidal(0, 1 << 29, 1 << 20), &["sinusoids"]);
 }
 
-/// How tokens may stand: the positions of a call, and which row each token reads.
-fn stands(batch: usize, len: usize) -> Vec<(TokenPositions, Rows)> {
+/// Kinds of token positions: the positions of a call, and the table row that each token reads.
+fn placements(batch: usize, len: usize) -> Vec<(TokenPositions, Rows)> {
     let each: Vec<usize> = (0..batch).map(|b| (7 * b) % 5).collect();
     let scattered = |n: usize| (n * 13 + 4) % 29;
     let shared: Vec<usize> = (0..len).map(scattered).collect();
@@ -83,7 +83,7 @@ fn a_table_is_added_at_any_positions() {
             let (x, table) = (noise(&mut rng, batch * len * dim), noise(&mut rng, 32 * dim));
             let learned = PositionTable::learned(&Tensor::from_slice(&device, &[32, dim], &table).unwrap()).unwrap();
             let tensor = Tensor::from_slice(&device, &shape, &x).unwrap();
-            for (positions, rows) in stands(batch, len) {
+            for (positions, rows) in placements(batch, len) {
                 let (x64, table64) = (wide(&x), wide(&table));
                 let (x3, table2) = (layout(&[batch, len, dim]), layout(&[32, dim]));
                 let view = View { data: &x64, layout: &x3 };
@@ -101,12 +101,12 @@ fn embeddings_and_tables_of_any_strides_and_halves() {
     let mut rng = Pcg64::seed_from_u64(2);
     let (len, batch, dim) = (6, 3, 10);
     for (name, device) in devices() {
-        // [len, batch, dim] seen as [batch, len, dim], the table transposed and held as bf16.
+        // [len, batch, dim] viewed as [batch, len, dim], and the table transposed and stored as bf16.
         let x: Vec<f16> = noise(&mut rng, len * batch * dim).into_iter().map(f16::from_f32).collect();
         let table: Vec<bf16> = noise(&mut rng, dim * 9).into_iter().map(bf16::from_f32).collect();
         let placed = Tensor::from_slice(&device, &[len, batch, dim], &x).unwrap().permute(&[1, 0, 2]).unwrap();
-        let turned = Tensor::from_slice(&device, &[dim, 9], &table).unwrap().permute(&[1, 0]).unwrap();
-        let sum = PositionTable::learned(&turned).unwrap().add(&placed, &TokenPositions::From(2)).unwrap();
+        let transposed = Tensor::from_slice(&device, &[dim, 9], &table).unwrap().permute(&[1, 0]).unwrap();
+        let sum = PositionTable::learned(&transposed).unwrap().add(&placed, &TokenPositions::From(2)).unwrap();
         assert_eq!(sum.dtype(), Dtype::F16);
         let got = sum.with_dtype(Dtype::F32).unwrap().download().unwrap();
         for (n, got) in got.into_iter().enumerate() {
@@ -139,7 +139,7 @@ fn positions_that_do_not_fit_are_named() {
         let bools = Tensor::from_bools(&device, &[2, 4], &[false; 8]).unwrap();
         refused(PositionTable::learned(&bools), &["bool"]);
         refused(table.add(&bools, &TokenPositions::From(0)), &["bool"]);
-        // No token stands anywhere: nothing can be beyond.
+        // There are no tokens, so none can be beyond the table.
         let empty = Tensor::from_slice::<f32>(&device, &[2, 0, 4], &[]).unwrap();
         assert_eq!(table.add(&empty, &TokenPositions::From(99)).unwrap().shape(), [2, 0, 4]);
     }
@@ -173,7 +173,7 @@ fn rotation_is_the_formula_for_every_order_width_and_position() {
                     let [cos, sin] = angles(&config, 64);
                     let table = layout(&[64, dim / 2]);
                     let (x64, x4) = (wide(&data), layout(&shape));
-                    for (positions, rows) in stands(shape[0], shape[2]) {
+                    for (positions, rows) in placements(shape[0], shape[2]) {
                         let truth = reference::rotate(
                             View { data: &x64, layout: &x4 },
                             View { data: &cos, layout: &table },
@@ -200,11 +200,11 @@ fn halves_turn<T: Element>() {
         for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
             let rotary = Rotary::new(&device, &RotaryConfig::new(8).pairing(pairing), 16).unwrap();
             for order in [Order::Bhsd, Order::Bshd, Order::Bhds, Order::Packed] {
-                let turn = |x: &Tensor| rotary.rotate(x, &TokenPositions::FromEach(vec![1, 9])).unwrap();
-                let y = turn(&place(&device, shape, &data, order, 2).unwrap());
+                let rotate = |x: &Tensor| rotary.rotate(x, &TokenPositions::FromEach(vec![1, 9])).unwrap();
+                let y = rotate(&place(&device, shape, &data, order, 2).unwrap());
                 assert_eq!(y.dtype(), T::DTYPE);
-                let expected = turn(&place(&device, shape, &floats, order, 2).unwrap()).download().unwrap();
-                // The same bits as f32 of the same values, and rounded when read back.
+                let expected = rotate(&place(&device, shape, &floats, order, 2).unwrap()).download().unwrap();
+                // The same bits as f32 of the same values, rounded when downloaded.
                 let exact = y.clone().with_dtype(Dtype::F32).unwrap().download().unwrap();
                 assert_eq!(bits(&exact), bits(&expected), "{order:?} on {name}");
                 let rounded: Vec<f32> = expected.iter().map(|&x| T::from_f32(x).to_f32()).collect();
@@ -253,7 +253,7 @@ fn far_positions_are_as_exact_as_near_ones() {
             for i in 0..4 {
                 let angle = position as f64 / base.powf(2.0 * i as f64 / 8.0);
                 for (got, want) in [(cos[i], angle.cos()), (sin[i], angle.sin())] {
-                    // Next to a zero the angle itself, a number of 53 bits, is the limit.
+                    // Near a zero, the 53 bits of the angle are the limit.
                     let allowed = 1e-6 * want.abs() + 4.0 * f64::EPSILON * angle;
                     let off = (f64::from(got) - want).abs();
                     assert!(off <= allowed, "position {position}, pair {i}: {got} instead of {want}");
@@ -261,7 +261,7 @@ fn far_positions_are_as_exact_as_near_ones() {
             }
         }
     }
-    // What a kernel turns is not computed from the position again.
+    // A kernel must not recompute angles from the position.
     for (name, device) in devices() {
         let rotary = Rotary::new(&device, &RotaryConfig::new(4), rows).unwrap();
         let x = Tensor::from_slice(&device, &[1, 4], &[1.0f32, 1.0, 0.0, 0.0]).unwrap();
@@ -273,15 +273,15 @@ fn far_positions_are_as_exact_as_near_ones() {
 }
 
 #[test]
-fn a_rotated_product_depends_on_the_distance_alone() {
+fn a_rotated_product_depends_only_on_the_distance() {
     for (name, device) in devices() {
         let rotary = Rotary::new(&device, &RotaryConfig::new(16), 1000).unwrap();
         let data = noise(&mut Pcg64::seed_from_u64(5), 32);
         let q = Tensor::from_slice(&device, &[1, 16], &data[..16]).unwrap();
         let k = Tensor::from_slice(&device, &[1, 16], &data[16..]).unwrap();
         let product = |at: usize, back: usize| -> f32 {
-            let turn = |x, at| rotary.rotate(x, &TokenPositions::From(at)).unwrap().download().unwrap();
-            turn(&q, at).iter().zip(turn(&k, at - back)).map(|(a, b)| a * b).sum()
+            let rotate = |x, at| rotary.rotate(x, &TokenPositions::From(at)).unwrap().download().unwrap();
+            rotate(&q, at).iter().zip(rotate(&k, at - back)).map(|(a, b)| a * b).sum()
         };
         for back in [0, 1, 7] {
             assert!((product(7, back) - product(907, back)).abs() < 3e-5, "{back} back on {name}");
@@ -290,7 +290,7 @@ fn a_rotated_product_depends_on_the_distance_alone() {
     }
 }
 
-/// Written out from the papers and transformers' `modeling_rope_utils`, in f64.
+/// Formulas from the papers and transformers' `modeling_rope_utils`, in f64.
 #[test]
 fn scalings_are_those_of_the_papers() {
     let (dim, base) = (32, 10_000f64);
@@ -312,8 +312,8 @@ fn scalings_are_those_of_the_papers() {
     let want: Vec<f64> = (0..16).map(|i| grown.powf(-2.0 * f64::from(i) / 32.0)).collect();
     close(ntk.frequencies(256).unwrap(), &want);
 
-    // 64 positions: pair 0 turns 10 times and pair 4 once, so the ramp goes from pair 0 (32 turns would lie before
-    // it) to pair 5, the first whole one behind that of one turn.
+    // 64 positions: pair 0 makes 10 full rotations and pair 4 one, so the ramp goes from pair 0 (32 rotations would be
+    // before it) to pair 5, the first integer after that of one rotation.
     let yarn = config(RotaryScaling::Yarn(Yarn::new(4.0, 64)));
     let ramp = |i: usize| (i as f64 / 5.0).min(1.0);
     let want: Vec<f64> = plain.iter().enumerate().map(|(i, f)| f * (1.0 - ramp(i)) + f / 4.0 * ramp(i)).collect();
@@ -364,7 +364,7 @@ fn scalings_are_those_of_the_papers() {
 }
 
 #[test]
-fn rotary_options_that_make_no_sense_are_named() {
+fn invalid_rotary_options_are_errors() {
     let config = |scaling| RotaryConfig::new(8).scaling(scaling).frequencies(10);
     refused(RotaryConfig::new(7).frequencies(1), &["rotary dimension 7", "even"]);
     refused(RotaryConfig::new(0).tables(1), &["rotary dimension 0"]);
@@ -459,7 +459,7 @@ fn alibi_costs_its_slope_per_step() {
 }
 
 #[test]
-fn buckets_hold_what_t5_puts_there() {
+fn buckets_match_t5() {
     // Exact up to 8, then by the logarithm: 8 to 128 in 8 steps.
     let both = Buckets::new(true);
     let expected = [(0, 0), (-1, 1), (-7, 7), (-8, 8), (-11, 8), (-12, 9), (-16, 10), (-32, 12), (-64, 14), (-127, 15)];
@@ -518,7 +518,7 @@ fn relative_keys_are_the_formula_in_every_order() {
             .into_iter()
             .map(|order| (format!("{order:?}"), place(&device, shape, &data, order, 0).unwrap()))
             .collect();
-        // Neither batch and heads nor batch and queries merge.
+        // Neither batch and heads nor batch and queries can be merged.
         let layout4 = layout(&shape).permute(&[1, 2, 0, 3]).unwrap();
         let odd: Vec<f32> = layout4.positions().map(|at| data[at]).collect();
         let odd = Tensor::from_slice(&device, &[3, 6, 2, 5], &odd).unwrap().permute(&[2, 0, 1, 3]).unwrap();
@@ -538,7 +538,7 @@ fn relative_keys_are_the_formula_in_every_order() {
                     })
                     .collect();
                 let what = format!("{order} offset {offset} on {name}");
-                // Products that cancel leave a sum that says nothing of their size.
+                // If products cancel, the sum is no measure of their magnitude.
                 let length = |row: &[f32]| wide(row).iter().map(|x| x * x).sum::<f64>().sqrt();
                 let most = kit::largest(&keys.chunks(5).map(length).collect::<Vec<_>>());
                 let scale = |row: usize, _: &[f64]| factor.abs() * length(&data[row * 5..][..5]) * most;
@@ -559,7 +559,7 @@ fn relative_keys_are_the_formula_in_every_order() {
 }
 
 #[test]
-fn biases_go_into_attention_as_they_come() {
+fn biases_can_be_passed_to_attention_directly() {
     for (name, device) in devices() {
         let data = noise(&mut Pcg64::seed_from_u64(9), 2 * 4 * 7 * 8);
         let x = Tensor::from_slice(&device, &[2, 4, 7, 8], &data).unwrap();

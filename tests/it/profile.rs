@@ -1,4 +1,4 @@
-//! What the library tells about its own calls: kernels, the adapter's clock, and the adapter's ceiling.
+//! Profiles of the library's own calls: kernels, the adapter's clock, and the adapter's ceiling.
 
 use crate::kit;
 use std::time::Instant;

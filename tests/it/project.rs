@@ -1,4 +1,4 @@
-//! Projections of few rows and of many.
+//! Projections of few and of many rows.
 
 use crate::kit::{assert_close_to, bits, devices, largest, wide};
 use wgpu_attention::problem::Layout;
@@ -10,9 +10,9 @@ fn sines(len: usize, step: f32) -> Vec<f32> {
 }
 
 #[test]
-fn few_rows_and_many_meet_the_truth() {
+fn few_and_many_rows_match_the_truth() {
     for (name, device) in devices() {
-        // Whole fours and odd widths, few outputs and many, with a bias and without.
+        // Multiples of four and odd widths, few and many outputs, with and without a bias.
         for (batch, len, dim_in, dim_out) in
             [(1, 1, 256, 96), (3, 1, 37, 9), (2, 4, 130, 33), (1, 5, 130, 33), (1, 3, 1, 1)]
         {
@@ -26,15 +26,15 @@ fn few_rows_and_many_meet_the_truth() {
                 let (x, w, b) = (wide(&x), wide(&w), wide(&b));
                 let view = |data, layout| View { data, layout };
                 let truth = reference::project(view(&x, &xl), view(&w, &wl), bias.map(|_| view(&b, &bl)));
-                // Products that cancel leave a sum that says nothing of their size.
+                // If products cancel, the sum is no measure of their magnitude.
                 let length = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>().sqrt();
                 let most = largest(&w.chunks(dim_in).map(length).collect::<Vec<_>>());
                 let scale = |row: usize, _: &[f64]| length(&x[row * dim_in..][..dim_in]) * most;
                 let got = project(&x_on, &w_on, bias).unwrap();
                 assert_close_to(&format!("{batch} × {len} × {dim_in} to {dim_out}, {name}"), &got, &truth, scale, 1e-6);
-                // Columns first: strides of any kind.
-                let turned = tensor(&[dim_in, dim_out], &transposed(&w, dim_out, dim_in));
-                let got = project(&x_on, &turned.permute(&[1, 0]).unwrap(), bias).unwrap();
+                // Column-major, to test other strides.
+                let columns = tensor(&[dim_in, dim_out], &transposed(&w, dim_out, dim_in));
+                let got = project(&x_on, &columns.permute(&[1, 0]).unwrap(), bias).unwrap();
                 assert_close_to(&format!("{dim_in} to {dim_out} by columns, {name}"), &got, &truth, scale, 1e-6);
             }
         }

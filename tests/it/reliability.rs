@@ -1,5 +1,5 @@
-//! Faults: lost devices, made-up limits, refused memory, time-outs, threads. Each ends in an error of its own kind
-//! or in the right result.
+//! Faults: lost devices, made-up limits, denied memory, timeouts, threads. Each ends in a specific error or in the
+//! right result.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use wgpu_attention_conformance::{FORMS, case_folder, draw, refused};
 
 const TOLERANCE: f64 = 3e-6;
 
-/// Q, K and V of equal rows; 512 are enough to catch a software adapter at work.
+/// Q, K and V of equal rows; 512 rows keep a software adapter busy long enough.
 fn rows(device: &Device, len: usize) -> [Tensor; 3] {
     let shape = [1, 8, len, 64];
     let values = vec![0.5f32; shape.iter().product()];
@@ -32,7 +32,7 @@ fn opened() -> impl Iterator<Item = (String, Gpu)> {
     })
 }
 
-/// Every adapter twice: with a device of this library's, and with a caller's own, which has no handlers.
+/// Every adapter twice: with a device opened by this library, and with a caller's device, which has no handlers.
 fn devices() -> Vec<(String, Box<dyn Fn() -> Gpu>)> {
     let mut all: Vec<(String, Box<dyn Fn() -> Gpu>)> = Vec::new();
     for adapter in Gpu::adapters() {
@@ -46,7 +46,7 @@ fn devices() -> Vec<(String, Box<dyn Fn() -> Gpu>)> {
     all
 }
 
-/// What a program does with a device, up to its first error. Each works on what was made before the loss.
+/// Uses of a device, up to the first error. Each works on objects made before the loss.
 #[derive(Clone, Copy, Debug)]
 enum Later {
     Download,
@@ -74,10 +74,10 @@ const LATER: [Later; 10] = [
     Later::Profiled,
 ];
 
-/// Where the device goes.
+/// When the device is lost.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
-    /// Nothing is at work.
+    /// The device is idle.
     Idle,
     /// Work is submitted and not done.
     InFlight,
@@ -166,7 +166,7 @@ fn a_wait_that_ends_early_leaves_the_device_as_it_was() {
         let device = Device::from(&gpu);
         assert_eq!(small(&device).unwrap(), [1.0; 32]);
         gpu.wait_for(Duration::from_secs(60)).unwrap();
-        // Nothing is at work: no time is enough.
+        // The device is idle: a timeout of zero is enough.
         gpu.wait_for(Duration::ZERO).unwrap();
         // One dispatch of 8.6 G operations: a second on two cores.
         let [q, k, v] = rows(&device, 2048);
@@ -184,7 +184,7 @@ fn a_wait_that_ends_early_leaves_the_device_as_it_was() {
                 gpu.wait_for(Duration::from_secs(300)).unwrap();
                 println!("{name}: all of it took {:?}", began.elapsed() - submitted);
             }
-            // Done already: a fast GPU, or a driver that computes while it takes the work.
+            // Already done: a fast GPU, or a driver that computes during the submit.
             Ok(()) => {
                 let wgpu::AdapterInfo { backend, device_type, .. } = gpu.info();
                 let slow = (*backend, *device_type) == (wgpu::Backend::Vulkan, wgpu::DeviceType::Cpu);
@@ -207,7 +207,7 @@ fn threads_share_one_device() {
                 scope.spawn(move || {
                     let device = Device::Gpu(gpu);
                     for n in 0..CALLS {
-                        // The same kernels from all threads, each with its own data.
+                        // All threads use the same kernels, each with its own data.
                         let call = Call {
                             seed: thread * CALLS + n,
                             ..Call::plain([1, 2, 9 + n as usize, 16], [1, 2, 33, 16], [1, 2, 33, 16])
@@ -222,19 +222,19 @@ fn threads_share_one_device() {
 }
 
 #[test]
-fn what_is_dropped_while_it_is_at_work_harms_nothing() {
+fn dropping_objects_in_use_is_harmless() {
     for (name, gpu) in opened() {
         let device = Device::from(&gpu);
         let [q, k, v] = rows(&device, 512);
         for _ in 0..3 {
-            // Results nobody waits for go back to the pool; the next upload of that size gets their memory.
+            // Results that nobody waits for return to the pool; the next upload of that size reuses their memory.
             drop(Attention::new().forward(&q, &k, &v).unwrap());
             let values: Vec<f32> = (0..q.shape().iter().product()).map(|n: usize| n as f32).collect();
             let x = Tensor::from_slice(&device, q.shape(), &values).unwrap();
             assert_eq!(x.download().unwrap(), values, "{name}");
         }
         let last = Attention::new().forward(&q, &k, &v).unwrap().output;
-        // Operands and every handle of the device go; the result keeps what it needs.
+        // Operands and every handle of the device are dropped; the result keeps what it needs.
         drop((q, k, v, device, gpu));
         assert!(last.download().unwrap().iter().all(|&x| (x - 0.5).abs() < 1e-5), "{name}");
     }
@@ -245,12 +245,12 @@ fn what_is_dropped_while_it_is_at_work_harms_nothing() {
     }
 }
 
-/// The right answer, or an error that is not a fault of this library's.
+/// The right answer, or an error that is not a fault of this library.
 fn right_or_refused(name: &str, device: &Device, call: &Call, refusals: &mut usize) {
     let data = call.data();
     let run = |method| -> Result<Attended> {
         let out = call.run(device, &data, call.attention().lse(true).method(method))?;
-        // What fails on the device is told here.
+        // Errors on the device are reported here.
         out.output.download()?;
         Ok(out)
     };
@@ -266,7 +266,7 @@ fn right_or_refused(name: &str, device: &Device, call: &Call, refusals: &mut usi
 
 type Lower = (&'static str, fn(&mut wgpu::Limits));
 
-/// From WebGPU's least down.
+/// From WebGPU's minimum limits down.
 const LOWERED: [Lower; 13] = [
     ("WebGPU's least", |limits| {
         let offset = (limits.min_storage_buffer_offset_alignment, limits.min_uniform_buffer_offset_alignment);
@@ -304,7 +304,7 @@ fn lowered_limits_give_the_right_answer_or_say_what_is_missing() {
     for (at, (limit, lower)) in LOWERED.into_iter().enumerate() {
         for (name, gpu) in limited(lower) {
             let (name, device) = (format!("{name} with {limit}"), Device::Gpu(gpu));
-            // Few kernels, which the driver's cache keeps from device to device.
+            // Few kernels, which the driver's cache keeps across devices.
             for form in [at % FORMS.len(), FORMS.len() - 1] {
                 for seed in 0..3 {
                     right_or_refused(&name, &device, &draw(&FORMS[form], 100 * at as u64 + seed), &mut refusals);
@@ -318,7 +318,7 @@ fn lowered_limits_give_the_right_answer_or_say_what_is_missing() {
 }
 
 #[test]
-fn refused_memory_is_a_typed_error_and_the_device_goes_on() {
+fn denied_memory_is_a_typed_error_and_the_device_still_works() {
     for (name, gpu) in limited(|limits| limits.max_buffer_size = 64 << 10) {
         let device = Device::Gpu(gpu.clone());
         let refused = |result: Result<()>| match result {
@@ -334,7 +334,7 @@ fn refused_memory_is_a_typed_error_and_the_device_goes_on() {
         refused(Attention::new().weights(Weights::PerHead).forward(&x, &x, &x).map(|_| ()));
         assert_eq!(small(&device).unwrap(), [1.0; 32], "{name}");
     }
-    // wgpu's own refusal, seen through a scope of the caller's: the device goes on too.
+    // wgpu's own rejection, caught by a caller's error scope: the device still works too.
     for (name, gpu) in gpus() {
         let limit = gpu.device().limits().max_buffer_size;
         let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
@@ -349,17 +349,17 @@ fn refused_memory_is_a_typed_error_and_the_device_goes_on() {
     }
 }
 
-/// State dicts as PyTorch writes them, a few bytes of each changed.
+/// PyTorch state dicts with a few bytes changed.
 #[cfg(feature = "safetensors")]
 #[test]
-fn a_name_that_stands_twice_in_a_header_is_an_error() {
+fn a_duplicate_name_in_a_header_is_an_error() {
     let header = r#"{"w":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"w":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}"#;
     let file: Vec<u8> = (header.len() as u64).to_le_bytes().into_iter().chain(header.bytes()).chain([0, 60]).collect();
     let path = std::env::temp_dir().join(format!("wgpu-attention-twice-{}.safetensors", std::process::id()));
     std::fs::write(&path, &file).unwrap();
     for result in [StateDict::from_safetensors(&file), StateDict::open(&path, "")] {
         let message = result.unwrap_err().to_string();
-        assert!(message.contains("\"w\" stands there twice"), "{message}");
+        assert!(message.contains("\"w\" appears twice"), "{message}");
     }
     std::fs::remove_file(path).unwrap();
 }
@@ -377,7 +377,7 @@ fn broken_safetensors_are_errors() {
         Err(error) => panic!("{error:?}"),
         Ok(state) => {
             let held: usize = state.iter().map(|(_, tensor)| tensor.data().len()).sum();
-            // Halves double; nothing else grows.
+            // Half types double in size; nothing else grows.
             assert!(held * 4 <= bytes.len() * 2);
             true
         }

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Rooms from the bottom, a floor a line: a room may use all that are on floors below it, none on its own or above.
+/// Rooms from the bottom up, one floor per line: a room may use all rooms on lower floors, but none on its own or
+/// above.
 const FLOORS: &[&[&str]] = &[
     &["error"],
     &["problem"],
-    &["memory"],
+    &["memory", "wait"],
     &["kernels", "reference", "state_dict"],
     &["gpu", "cpu"],
     &["device"],
@@ -16,17 +17,18 @@ const FLOORS: &[&[&str]] = &[
     &["lower"],
     &["position"],
     &["attention", "ops"],
-    &["cache", "inspect", "multi_head", "packed", "tune"],
+    &["cache", "inspect", "packed", "tune"],
+    &["multi_head"],
 ];
 
-/// A path that begins with the crate or leaves its module, and the module that it stands in.
+/// A path that begins with the crate or leaves its module, and the module that contains it.
 #[derive(Debug)]
 struct Import {
     module: Vec<String>,
     path: Vec<String>,
 }
 
-/// The words and marks of a Rust text, without comments, texts and characters.
+/// The tokens of Rust source, without comments, strings and characters.
 fn tokens(text: &str) -> Vec<String> {
     let mut tokens = Vec::new();
     let mut rest = text;
@@ -48,7 +50,7 @@ fn tokens(text: &str) -> Vec<String> {
             });
             end.expect("texts end").0 + 2
         } else if let Some(character) = rest.strip_prefix('\'') {
-            // A lifetime has no second mark behind its first character.
+            // A lifetime has no closing quote after its first character.
             let escape = usize::from(character.starts_with('\\'));
             let first = character.chars().nth(escape).expect("something is quoted");
             let len = escape + first.len_utf8();
@@ -74,7 +76,7 @@ fn tokens(text: &str) -> Vec<String> {
     tokens
 }
 
-/// What a text says behind `crate` and `super`, each path of a braced list apart; `module` is the text's own.
+/// The paths after `crate` and `super` in a source text, with braced lists expanded; `module` is the text's own module.
 fn imports(module: &[String], text: &str) -> Vec<Import> {
     let tokens = tokens(text);
     let mut inside = vec![module.to_vec()];
@@ -102,7 +104,7 @@ fn imports(module: &[String], text: &str) -> Vec<Import> {
     imports
 }
 
-/// The paths at the start of a text: one, or those of the braced list that it ends with, each down to its first branch.
+/// The paths at the start of a text: a single path, or those of a final braced list, each down to its first branch.
 fn paths(tokens: &[String]) -> Vec<Vec<String>> {
     let mut path = Vec::new();
     let mut at = 0;
@@ -131,7 +133,7 @@ fn paths(tokens: &[String]) -> Vec<Vec<String>> {
     all
 }
 
-/// Where the names that `lib.rs` re-exports come from.
+/// The origin of the names that `lib.rs` re-exports.
 fn exported(lib: &str) -> BTreeMap<String, String> {
     let tokens = tokens(lib);
     let mut rooms = BTreeMap::new();
@@ -171,7 +173,7 @@ fn floor(room: &str) -> Option<usize> {
 /// What is wrong with the imports of a room's text.
 fn faults(module: &[String], text: &str, exported: &BTreeMap<String, String>) -> Vec<String> {
     let room = module[0].as_str();
-    let here = floor(room).unwrap_or_else(|| panic!("the room {room} stands in no line of the table"));
+    let here = floor(room).unwrap_or_else(|| panic!("the room {room} is in no line of the table"));
     let mut faults = Vec::new();
     for import in imports(module, text) {
         let path = import.path.join("::");
@@ -224,7 +226,7 @@ fn imports_point_down() {
         wrong.extend(faults(&module, &text, &exported));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    // The reader does read.
+    // Check that the reader finds imports.
     assert!(files.len() > 50 && met > 300, "{met} imports in {} files", files.len());
 }
 
@@ -266,11 +268,11 @@ fn an_import_that_points_up_is_caught() {
 }
 
 #[test]
-fn the_table_of_contributing_is_this_one() {
+fn the_table_in_contributing_matches() {
     let text = std::fs::read_to_string(root().with_file_name("CONTRIBUTING.md")).unwrap();
     let section = text.split("## Module layers").nth(1).unwrap().split("\n## ").next().unwrap();
     let rows = section.lines().filter(|line| line.starts_with("| `src/"));
-    // From the top there, from the bottom here.
+    // The table is top-down in CONTRIBUTING.md and bottom-up here.
     let mut floors: Vec<Vec<String>> = rows
         .map(|row| {
             let rooms = row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2);
@@ -281,10 +283,10 @@ fn the_table_of_contributing_is_this_one() {
         .collect();
     floors.reverse();
     assert_eq!(floors.len(), FLOORS.len());
-    for (told, floor) in floors.iter_mut().zip(FLOORS) {
-        told.sort();
+    for (named, floor) in floors.iter_mut().zip(FLOORS) {
+        named.sort();
         let mut floor = floor.to_vec();
         floor.sort();
-        assert_eq!(*told, floor);
+        assert_eq!(*named, floor);
     }
 }

@@ -22,8 +22,8 @@ fn assert_same(what: &str, actual: &Tensor, expected: &Tensor) {
     assert_close(what, actual, &wide(&expected.download().unwrap()), TOLERANCE);
 }
 
-/// By how much each pair turns per position in a sequence of `len`, and what sines and cosines are multiplied by: from the
-/// papers, without the library's arithmetic.
+/// The rotation angle of each pair per position in a sequence of `len`, and the factor on sines and cosines: from the
+/// papers, independent of the library's arithmetic.
 pub fn written_out(config: &RotaryConfig, len: usize) -> (Vec<f64>, f64) {
     let dim = config.dim as f64;
     // Su et al. 2021, equation 15: the angles of a base.
@@ -35,26 +35,27 @@ pub fn written_out(config: &RotaryConfig, len: usize) -> (Vec<f64>, f64) {
         RotaryScaling::None => (pairs.map(theta).collect(), 1.0),
         // Chen et al. 2023, equation 4: positions are divided.
         RotaryScaling::Linear { factor } => (pairs.map(|i| theta(i) / factor).collect(), 1.0),
-        // "Dynamically scaled RoPE": the base grows with the sequence from the trained length on.
+        // "Dynamically scaled RoPE": beyond the trained length, the base grows with the sequence.
         RotaryScaling::DynamicNtk { factor, original_len } => {
             let times = if len > *original_len { len as f64 / *original_len as f64 } else { 1.0 };
             let base = config.base * (1.0 + factor * (times - 1.0)).powf(dim / (dim - 2.0));
             (pairs.map(|i| of(base, i)).collect(), 1.0)
         }
-        // Peng et al. 2023, sections 3.2 to 3.4, with the ramp over pairs as in their code. How often a pair turns
-        // within the trained length falls with its number: where the ramp begins and ends is found by looking.
+        // Peng et al. 2023, sections 3.2 to 3.4, with the ramp over pairs as in their code. The number of full
+        // rotations of a pair within the trained length decreases with its index, so bisection finds where the ramp
+        // begins and ends.
         RotaryScaling::Yarn(yarn) => {
-            let turns =
+            let rotations =
                 |i: f64| yarn.original_len as f64 / std::f64::consts::TAU * (-2.0 * i / dim * config.base.ln()).exp();
-            let pair_that_turns = |times: f64| {
+            let pair_with_rotations = |times: f64| {
                 let (mut before, mut behind) = (-1e3, 1e3);
                 for _ in 0..200 {
                     let middle = (before + behind) / 2.0;
-                    if turns(middle) > times { before = middle } else { behind = middle }
+                    if rotations(middle) > times { before = middle } else { behind = middle }
                 }
                 before
             };
-            let (mut first, mut last) = (pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow));
+            let (mut first, mut last) = (pair_with_rotations(yarn.beta_fast), pair_with_rotations(yarn.beta_slow));
             if yarn.truncate {
                 (first, last) = (first.floor(), last.ceil());
             }
@@ -71,23 +72,25 @@ pub fn written_out(config: &RotaryConfig, len: usize) -> (Vec<f64>, f64) {
             };
             (pairs.map(mix).collect(), factor)
         }
-        // Llama 3.1's model code: long waves divided, short ones kept, between them by where the wave lies.
+        // Llama 3.1's model code: frequencies of long waves are divided, those of short waves kept, and those in
+        // between interpolated.
         RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
             let waves = |i: usize| *original_len as f64 / wavelength(i);
             let kept = |i: usize| ((waves(i) - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
             (pairs.map(|i| theta(i) * kept(i) + theta(i) / factor * (1.0 - kept(i))).collect(), 1.0)
         }
-        // Ding et al. 2024, equation 3, with the factor of the attention of their released models.
+        // Ding et al. 2024, equation 3, with the attention factor of their released models.
         RotaryScaling::LongRope(long) => {
             let factors = if len > long.original_len { &long.long_factor } else { &long.short_factor };
             let hotter = || (1.0 + long.factor.ln().max(0.0) / (long.original_len as f64).ln()).sqrt();
             (pairs.map(|i| theta(i) / factors[i]).collect(), long.attention_factor.unwrap_or_else(hotter))
         }
+        other => panic!("no formula for {other:?}"),
     }
 }
 
-/// X `[b, h, i, d]` rotated in f64 as complex numbers, query `i` of batch entry `b` at `starts[b] + i` of a sequence of
-/// `len` in all.
+/// X `[b, h, i, d]` rotated in f64 as complex numbers. Query `i` of batch entry `b` is at position `starts[b] + i` of a
+/// sequence of `len` tokens.
 pub fn rotated(config: &RotaryConfig, len: usize, shape: [usize; 4], x: &[f32], starts: &[usize]) -> Vec<f64> {
     let (frequencies, factor) = written_out(config, len);
     let [_, heads, rows, dim] = shape;
@@ -107,7 +110,7 @@ pub fn rotated(config: &RotaryConfig, len: usize, shape: [usize; 4], x: &[f32], 
     y
 }
 
-/// Every kind of scaling for a rotary dimension, trained for fewer positions than there are.
+/// Every kind of scaling for a rotary dimension, trained for fewer positions than are used.
 fn scalings(dim: usize) -> Vec<RotaryScaling> {
     let yarn = Yarn::new(4.0, 64);
     let factors = |by: f64| (0..dim / 2).map(|i| 1.0 + by * i as f64).collect();
@@ -133,10 +136,10 @@ fn scalings(dim: usize) -> Vec<RotaryScaling> {
     ]
 }
 
-/// Positions that the tables hold.
+/// The number of positions in the tables.
 const LEN: usize = 200;
 
-/// Every pairing, whole heads of 16 and a part of them: whole fours of pairs and odd ones.
+/// Every pairing, for whole heads of 16 and for parts: multiples of four pairs and other numbers.
 fn configs() -> Vec<RotaryConfig> {
     [Pairing::HalfSplit, Pairing::Interleaved]
         .into_iter()
@@ -170,7 +173,7 @@ fn tables_are_the_papers_formulas() {
 }
 
 #[test]
-fn every_scaling_turns_rows_and_attention_by_its_formula() {
+fn every_scaling_rotates_rows_and_attention_by_its_formula() {
     let shape = [2, 4, 9, 16];
     let starts = [31, 7];
     let align = Align::PerBatch(starts.map(|start| start as i64).to_vec());
@@ -180,8 +183,8 @@ fn every_scaling_turns_rows_and_attention_by_its_formula() {
     for config in configs() {
         for (n, scaling) in scalings(config.dim).into_iter().enumerate() {
             let config = config.clone().scaling(scaling);
-            let turn = |shape, x: &[f32], starts: &[usize]| rotated(&config, LEN, shape, x, starts);
-            let (q, k) = (turn(call.q, &data.q, &starts), turn(call.k, &data.k, &[0; 2]));
+            let rotate = |shape, x: &[f32], starts: &[usize]| rotated(&config, LEN, shape, x, starts);
+            let (q, k) = (rotate(call.q, &data.q, &starts), rotate(call.k, &data.k, &[0; 2]));
             let truth = call.with_operands(&data, [q.clone(), k, wide(&data.v)], Truth::new);
             for (name, device) in devices() {
                 let what = format!("{config:?} on {name}");
@@ -189,7 +192,7 @@ fn every_scaling_turns_rows_and_attention_by_its_formula() {
                 let x = Tensor::from_slice(&device, &call.q, &data.q).unwrap();
                 let y = rotary.rotate(&x, &TokenPositions::FromEach(starts.to_vec())).unwrap();
                 assert_close(&what, &y, &q, 3e-7);
-                // While rows are read, and before them in three passes; others of the fused ways in turn.
+                // Rotated while rows are read, and beforehand in three passes; the other fused methods alternate.
                 for method in methods_in_turn(&device, n, usize::from(n < 2)) {
                     let attention = call.attention().lse(true).rotary(rotary.clone()).method(method);
                     let attended = call.run(&device, &data, attention).unwrap();
@@ -201,7 +204,7 @@ fn every_scaling_turns_rows_and_attention_by_its_formula() {
 }
 
 #[test]
-fn attention_turns_what_it_is_given() {
+fn attention_rotates_its_operands() {
     let base = Call::plain([2, 4, 9, 16], [2, 2, 40, 16], [2, 2, 40, 16]);
     let data = base.data();
     let rules = [
@@ -214,46 +217,47 @@ fn attention_turns_what_it_is_given() {
         ),
     ];
     for (n, config) in configs().into_iter().enumerate() {
-        let turn = |shape, x: &[f32], starts: &[usize]| rotated(&config, LEN, shape, x, starts);
+        let rotate = |shape, x: &[f32], starts: &[usize]| rotated(&config, LEN, shape, x, starts);
         for (positions, starts) in &rules {
             let call = Call { positions: positions.clone(), ..base.clone() };
-            let (q, k) = (turn(call.q, &data.q, starts), turn(call.k, &data.k, &[0; 2]));
+            let (q, k) = (rotate(call.q, &data.q, starts), rotate(call.k, &data.k, &[0; 2]));
             let truth = call.with_operands(&data, [q, k, wide(&data.v)], Truth::new);
             for (name, device) in devices() {
                 let what = format!("{config:?} on {name}, from {starts:?}");
-                let turning = call.attention().lse(true).rotary(Rotary::new(&device, &config, LEN).unwrap());
+                let rotating = call.attention().lse(true).rotary(Rotary::new(&device, &config, LEN).unwrap());
                 let [q, k, v] = call.operands(&device, &data, Dtype::F32).unwrap();
-                let all = turning.clone().weights(Weights::PerHead).forward(&q, &k, &v).unwrap();
+                let all = rotating.clone().weights(Weights::PerHead).forward(&q, &k, &v).unwrap();
                 truth.hold(&what, &all, TOLERANCE);
                 if let Device::Gpu(gpu) = &device
                     && *starts == [5, 30]
                 {
-                    // While they are read, by every cut, and before in three passes; every other one in turn.
+                    // Rotated while rows are read, by every tile, and beforehand in three passes; the methods
+                    // alternate.
                     for method in Method::every(gpu.capabilities()).into_iter().skip(n % 2).step_by(2) {
                         let what = format!("{what}, {method}");
-                        let (attended, profile) = turning.clone().method(method).forward_profiled(&q, &k, &v).unwrap();
+                        let (attended, profile) = rotating.clone().method(method).forward_profiled(&q, &k, &v).unwrap();
                         truth.hold(&what, &attended, TOLERANCE);
                         let is_read = profile.kernels.iter().any(|kernel| kernel.contains("/rotary"));
-                        // Three pairs side by side are no whole vec4s.
+                        // Three adjacent pairs are not a multiple of a vec4.
                         assert_eq!(is_read, method != Method::ThreePasses && config.dim != 6, "{what}: {profile:?}");
                     }
                 }
-                let seen = turning.inspect(&q, &k, &all.lse.unwrap(), &Inspect::new().weights()).unwrap();
+                let seen = rotating.inspect(&q, &k, &all.lse.unwrap(), &Inspect::new().weights()).unwrap();
                 assert_close(&what, &seen.weights.unwrap(), &truth.weights, 1e-5);
             }
         }
-        // Positions of the caller's own.
+        // Positions given by the caller.
         let every_third = |x: &[f32]| -> Vec<f64> {
-            // Among as many keys as lie between, every third.
+            // Every third key of three times as many.
             let [batch, heads, keys, dim] = base.k;
             let mut spread = vec![0.0; batch * heads * keys * 3 * dim];
             for (row, x) in x.chunks(dim).enumerate() {
                 spread[row * 3 * dim..][..dim].copy_from_slice(x);
             }
-            let y = turn([batch, heads, keys * 3, dim], &spread, &[0; 2]);
+            let y = rotate([batch, heads, keys * 3, dim], &spread, &[0; 2]);
             y.chunks(3 * dim).flat_map(|rows| rows[..dim].to_vec()).collect()
         };
-        let (q, k) = (turn(base.q, &data.q, &[100; 2]), every_third(&data.k));
+        let (q, k) = (rotate(base.q, &data.q, &[100; 2]), every_third(&data.k));
         let truth = base.with_operands(&data, [q, k, wide(&data.v)], Truth::new);
         for (name, device) in devices() {
             let (queries, keys) = (TokenPositions::From(100), TokenPositions::Given((0..40).map(|j| 3 * j).collect()));
@@ -285,7 +289,7 @@ fn packed_sequences_begin_at_position_0_each() {
 }
 
 #[test]
-fn a_cache_goes_on_where_it_stood() {
+fn a_cache_continues_at_its_position() {
     const TOKENS: usize = 60;
     let config = RotaryConfig::new(16);
     for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
@@ -296,7 +300,7 @@ fn a_cache_goes_on_where_it_stood() {
             for (name, device) in devices() {
                 let rotary = Rotary::new(&device, &config, TOKENS).unwrap();
                 let [q, k, v] = call.operands(&device, &data, dtype).unwrap();
-                // Turned keys are rounded to what the cache holds.
+                // Rotated keys are rounded to the type of the cache.
                 let rotated_k = rotary.rotate(&k, &TokenPositions::From(0)).unwrap();
                 let exact = rotated(&config, TOKENS, call.k, &data.k, &[0; 2]);
                 assert_close(&name, &rotated_k, &exact, 3e-7);
@@ -338,7 +342,7 @@ fn lengths_of_their_own_and_full_tables() {
             || KvCache::new(&device, KvCacheConfig::new(2, 1, 8, 8)).unwrap().with_rotary(rotary.clone()).unwrap();
         let x = random(&device, &[2, 1, 3, 8], 3);
         let mut cache = new();
-        // Tokens that do not count need no position.
+        // Tokens beyond the lengths need no position.
         cache.append_lengths(&x, &x, &[3, 1]).unwrap();
         cache.step_lengths(&Attention::new(), &x, &x, &x, &[1, 0]).unwrap();
         assert_eq!(cache.positions(), [4, 1]);
@@ -358,7 +362,7 @@ fn lengths_of_their_own_and_full_tables() {
 
         for (attention, say) in [
             (Attention::new().rotary(wide), "more than the width"),
-            (Attention::new().causal(Align::Offset(-1)).rotary(rotary.clone()), "stands at position -1"),
+            (Attention::new().causal(Align::Offset(-1)).rotary(rotary.clone()), "is at position -1"),
             (Attention::new().causal(Align::Offset(2)).rotary(rotary.clone()), "position 4 is beyond the table"),
         ] {
             let error = attention.forward(&x, &x, &x).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Every shader file and every legal variant, held against compilers without a GPU.
+//! Every shader file and every legal variant, checked with compilers that need no GPU.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,14 +10,14 @@ use wgpu_attention::kernels::params;
 mod translate;
 
 #[test]
-fn every_file_is_valid_as_it_stands() {
+fn every_unspecialised_file_is_valid() {
     for kernel in Kernel::ALL {
         validate(kernel.name(), &kernel.source().unwrap());
     }
 }
 
 #[test]
-fn every_variant_is_valid_and_what_planning_counts() {
+fn every_variant_is_valid_and_matches_its_plan() {
     let variants = catalogue::variants();
     assert!(variants.len() > 100, "{} variants", variants.len());
     let (mut translated, mut loaded) = (BTreeSet::new(), BTreeSet::new());
@@ -37,7 +37,7 @@ fn every_variant_is_valid_and_what_planning_counts() {
         assert_eq!(shared, variant.workgroup_memory(), "{name}");
         assert!(shared <= 16 << 10, "{name}: {shared} bytes of workgroup memory");
 
-        // One of each kernel here, with subgroups and without; `./portability` translates all.
+        // Translate one variant of each kernel with and without subgroups; `./portability` translates all.
         if translated.insert((variant.kernel.name(), variant.uses_subgroups())) {
             let texts =
                 translate(&module, &info, variant.uses_subgroups()).unwrap_or_else(|error| panic!("{name} {error}"));
@@ -66,7 +66,7 @@ fn params_have_the_layout_that_the_shaders_read() {
     }
 }
 
-/// The numbers of a type, members of nested structs behind a dot.
+/// The scalar members of a type; names of nested members contain a dot.
 fn list(
     module: &naga::Module,
     layouter: &naga::proc::Layouter,
@@ -87,7 +87,7 @@ fn list(
 }
 
 #[test]
-fn variant_names_tell_variants_apart() {
+fn variant_names_are_unique() {
     let mut by_name = BTreeMap::new();
     for variant in catalogue::variants() {
         let source = variant.source().unwrap();
@@ -99,13 +99,14 @@ fn variant_names_tell_variants_apart() {
     assert!(message.contains("nobody"), "{message}");
 }
 
-/// WGSL sets such a variable to zero each time round; Tint's SPIR-V, and naga's before wgpu 30, do so once.
+/// WGSL sets an uninitialised loop variable to zero in each iteration; Tint's SPIR-V, and naga's before wgpu 30, only
+/// once.
 #[test]
 fn variables_of_loops_have_initial_values() {
     let mut checked = 0;
     for variant in catalogue::variants() {
         let source = variant.source().unwrap();
-        // The keyword of each open brace.
+        // The keyword before each open brace.
         let mut open = Vec::new();
         for line in source.lines().map(str::trim) {
             let declares = line.strip_prefix("var ").is_some_and(|rest| rest.ends_with(';') && !rest.contains('='));
@@ -124,7 +125,7 @@ fn variables_of_loops_have_initial_values() {
     assert!(checked > 1000, "{checked}");
 }
 
-/// What a value is made of, at most.
+/// An upper bound on what a value depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Made {
     Constants,
@@ -132,7 +133,7 @@ enum Made {
     More,
 }
 
-/// What is known of a function so far.
+/// What is known about a function so far.
 #[derive(Clone, PartialEq, Eq)]
 struct Known {
     locals: Vec<Made>,
@@ -142,10 +143,10 @@ struct Known {
     returned: Made,
 }
 
-/// Reads what the conditions of branches and loops are made of, through calls.
+/// Determines what the conditions of branches and loops depend on, through calls.
 struct Conditions<'a> {
     module: &'a naga::Module,
-    /// Functions that have one of parameters alone.
+    /// Functions with a condition that depends only on parameters.
     found: BTreeSet<String>,
 }
 
@@ -158,12 +159,12 @@ impl Conditions<'_> {
             returned: Made::Constants,
         };
         let found = self.found.clone();
-        // What variables hold grows until nothing does; what is found counts then.
+        // Iterate until no variable's dependencies grow; only then record findings.
         loop {
             self.found.clone_from(&found);
             let before = known.clone();
             let values = self.values(function, arguments, &known.locals, &known.calls);
-            // A variable that changes from turn to turn is a bound's alone, not a branch's.
+            // A variable that changes between iterations matters only for bounds, not for branches.
             let mut changing = known.locals.clone();
             known.counting.iter().for_each(|&n: &usize| changing[n] = Made::More);
             let branches = self.values(function, arguments, &changing, &known.calls);
@@ -281,11 +282,11 @@ fn conditions_of_parameters(source: &str) -> BTreeSet<String> {
     conditions.found
 }
 
-/// lavapipe compiles a kernel anew for every dispatch where a branch or the bound of a loop is made of parameters alone.
+/// lavapipe recompiles a kernel for every dispatch if a branch or a loop bound depends only on parameters.
 #[test]
-fn no_branch_or_bound_is_made_of_parameters_alone() {
+fn no_branch_or_bound_depends_only_on_parameters() {
     for variant in catalogue::variants() {
-        // It measures, and its rounds are one number in all calls.
+        // This kernel only measures, with the same number of iterations in all calls.
         if variant.kernel == Kernel::Probe {
             continue;
         }

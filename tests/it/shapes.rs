@@ -1,5 +1,5 @@
-//! Random shapes, empty ones and misfits among them, drawn and made smaller by proptest: every device gives the
-//! truth, or an error that names the numbers.
+//! Random shapes, including empty ones and misfits, drawn and shrunk by proptest: every device returns the truth, or an
+//! error with the numbers.
 
 use crate::kit::{Call, Order, devices};
 use proptest::collection::vec;
@@ -13,7 +13,7 @@ use wgpu_attention::{Device, Error};
 const CASES: u32 = 200;
 const TOLERANCE: f64 = 3e-6;
 
-/// A shape that spreads over the scores of a call, of one to five axes; each axis is 1 where `ones` says so.
+/// A shape of one to five axes that broadcasts to the scores of a call; `ones` selects the axes of length 1.
 fn spread(full: [usize; 4], rank: usize, ones: [bool; 5]) -> Vec<usize> {
     let full = [1, full[0], full[1], full[2], full[3]];
     (5 - rank..5).map(|axis| if ones[axis] { 1 } else { full[axis] }).collect()
@@ -25,7 +25,7 @@ fn calls() -> impl Strategy<Value = Call> {
     let orders = select(vec![Order::Bhsd, Order::Bshd, Order::Bhds, Order::Packed]);
     let positions = (any::<bool>(), option::of(0..9usize), option::of(0..9usize), option::of(vec(0..=72usize, 0..=4)));
     let spreads = || vec((1..=5usize, any::<[bool; 5]>()), 0..=2);
-    let meanings = select(vec![MaskMeaning::Keep, MaskMeaning::Drop]);
+    let meanings = select(vec![MaskMeaning::Keep, MaskMeaning::Hide]);
     // One axis of one operand, set to another size.
     let misfit = prop_oneof![2 => Just(None), 1 => (0..7usize, 0..4usize, 0..=5usize).prop_map(Some)];
     (sizes, orders, positions, spreads(), meanings, spreads(), misfit, any::<u32>()).prop_map(
@@ -62,7 +62,7 @@ fn calls() -> impl Strategy<Value = Call> {
     )
 }
 
-/// Whether a call is one, by PyTorch's rules for `scaled_dot_product_attention` with `enable_gqa`.
+/// Whether a call is valid by PyTorch's rules for `scaled_dot_product_attention` with `enable_gqa`.
 fn fits(call: &Call) -> bool {
     let ([b, hq, lq, dk], [bk, hkv, lk, dk2], [bv, hv, lv, _]) = (call.q, call.k, call.v);
     let grouped = if hkv == 0 { hq == 0 } else { hq % hkv == 0 };
@@ -78,7 +78,7 @@ fn fits(call: &Call) -> bool {
         && call.biases.iter().all(spreads)
 }
 
-/// Panics where the call does not do what it should.
+/// Panics if the call does not behave as it should.
 fn check(name: &str, device: &Device, call: &Call) {
     let data = call.data();
     let got = call.run(device, &data, call.attention().lse(true));

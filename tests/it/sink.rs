@@ -1,4 +1,4 @@
-//! A learned sink per head: one more score without a value, on every device against the f64 truth.
+//! A learned sink per head: an additional score without a value, on every device against the f64 truth.
 
 use crate::kit::{
     self, Call, Order, assert_close, assert_logs_close, bits, devices, gpus, limited, methods, methods_in_turn, wide,
@@ -35,7 +35,7 @@ fn every_method_gives_the_truth() {
     ];
     for (name, device) in devices() {
         for (n, call) in calls.iter().enumerate() {
-            // The first call every way, the others in turn: each compiles kernels of its own.
+            // The first call uses every method, the others alternate, because each compiles its own kernels.
             let methods = if n == 0 { methods(&device) } else { methods_in_turn(&device, n, 3) };
             for method in methods {
                 call.check_output(&name, &device, method, TOLERANCE);
@@ -78,7 +78,7 @@ fn without_any_key_the_sink_is_the_lse() {
 }
 
 #[test]
-fn extremes_and_what_is_not_finite() {
+fn extreme_and_non_finite_sinks() {
     // Query 0 sees nothing; the second call splits its keys, the third has none.
     let calls = [
         Call {
@@ -92,7 +92,7 @@ fn extremes_and_what_is_not_finite() {
     for (name, device) in devices() {
         for (n, call) in calls.iter().enumerate() {
             for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 1e-40, 60.0, -60.0] {
-                // One head is odd, its neighbours are not.
+                // One head has the odd value; its neighbours do not.
                 let mut data = call.data();
                 data.sink = Some(vec![0.5, odd, -0.5, 1.5]);
                 let (truth, _) = call.truth(&data);
@@ -215,7 +215,7 @@ fn a_cache_and_a_merge() {
 }
 
 #[test]
-fn inspected_weights_know_of_it_by_the_lse() {
+fn inspected_weights_include_it_through_the_lse() {
     let call = Call {
         sink: true,
         positions: causal(Align::Offset(-2)),
@@ -238,8 +238,8 @@ fn inspected_weights_know_of_it_by_the_lse() {
 }
 
 #[test]
-fn a_layer_takes_it() {
-    // With extra keys, which no rule masks: they share with the sink all the same.
+fn a_layer_supports_it() {
+    // With extra keys, which no rule masks: they still share the weight with the sink.
     let config = MultiHeadConfig::new(24, 4).unwrap().add_zero_attn(true);
     let x: Vec<f32> = (0..2 * 7 * 24).map(|n| (n as f32 * 0.37).sin()).collect();
     let run = |device: &Device, sink: &[f32]| {
@@ -256,7 +256,7 @@ fn a_layer_takes_it() {
         assert!(kit::worst(&output, &wide(&without[0])).0 > 1e-3, "{name}");
         let [output_cpu, _] = run(&Device::Cpu, &sinks).unwrap();
         assert_close(&name, &(output, 24), &wide(&output_cpu), TOLERANCE);
-        // P with a sink from P without: the share that the sink takes is the same for all keys of a query.
+        // Compute P with a sink from P without: the sink's share is the same for all keys of a query.
         for (row, plain) in weights.chunks(8).zip(without[1].chunks(8)) {
             let left: f32 = row.iter().sum();
             assert!(left < 0.99, "{name}: {left}");
@@ -270,7 +270,7 @@ fn a_layer_takes_it() {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error_with_the_numbers() {
+fn misfits_are_errors_with_the_numbers() {
     for (name, device) in devices() {
         let x = Tensor::from_slice(&device, &[2, 4, 3, 8], &[0.5f32; 192]).unwrap();
         let packed = Tensor::from_slice(&device, &[6, 4, 8], &[0.5f32; 192]).unwrap();
@@ -300,10 +300,10 @@ fn what_does_not_fit_is_an_error_with_the_numbers() {
 
 #[test]
 fn rules_make_room_for_it() {
-    // What does not fit beside the sink is combined.
+    // Rules that do not fit together with the sink are combined.
     let call = Call {
         sink: true,
-        masks: vec![(vec![2, 1, 9, 20], MaskMeaning::Keep), (vec![9, 20], MaskMeaning::Drop)],
+        masks: vec![(vec![2, 1, 9, 20], MaskMeaning::Keep), (vec![9, 20], MaskMeaning::Hide)],
         biases: vec![vec![4, 1, 20]],
         positions: causal(Align::PerBatch(vec![3, 11])),
         ..Call::plain([2, 4, 9, 8], [2, 2, 20, 8], [2, 2, 20, 8])

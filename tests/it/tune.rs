@@ -1,4 +1,4 @@
-//! The tuner: what it tries, what it keeps, and what it believes. Never how fast.
+//! The tuner: what it tries, what it keeps, and which kept results it accepts. Never speed.
 #![cfg(feature = "tune")]
 
 use crate::kit;
@@ -26,7 +26,7 @@ fn tune(attention: &Attention, [q, k, v]: &[Tensor; 3]) -> Tuned {
     attention.tune(q, k, v).unwrap()
 }
 
-/// Lets the file say that other methods won.
+/// Edits the file so that other methods have won.
 fn rewrite(file: &Path, change: impl Fn(&mut serde_json::Value)) {
     let mut value: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
     change(&mut value);
@@ -75,9 +75,9 @@ fn the_winner_is_one_of_six_and_what_auto_runs() {
 }
 
 #[test]
-fn what_is_kept_is_found_again_by_the_same_adapter_only() {
+fn kept_results_apply_only_to_the_same_adapter() {
     let folder = tempfile::tempdir().unwrap();
-    // Made by the first who writes.
+    // The first writer creates the folder.
     let folder = folder.path().join("deep/down");
     let mut files = 0;
     let gpus = kit::gpus();
@@ -102,7 +102,7 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
         let passes = kernels(&plain.clone().method(Method::ThreePasses), &x);
         assert_eq!(kernels(&plain, &x), passes, "{name}");
         assert_eq!(tune(&plain, &x).winner, Method::ThreePasses);
-        // The batch is no part of the key, and gives the same bits.
+        // The batch is not part of the key, and does not change a bit.
         let twice = operands(gpu, [2, 2, 20, 8], [2, 2, 30, 8]);
         assert_eq!(kernels(&plain, &twice), passes, "{name}");
         let first = |x: &Tensor| x.narrow(0, 0, 1).unwrap();
@@ -110,7 +110,7 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
         let alone = plain.forward(&first(&twice[0]), &first(&twice[1]), &first(&twice[2])).unwrap().output;
         assert_eq!(kit::bits(&first(&both).download().unwrap()), kit::bits(&alone.download().unwrap()), "{name}");
         // A mask, a bias, positions, a sink, a causal rule, more keys, another width: other keys.
-        let mask = Mask::keep(Tensor::from_bools(gpu, &[30], &[true; 30]).unwrap()).unwrap();
+        let mask = Mask::keep_where(Tensor::from_bools(gpu, &[30], &[true; 30]).unwrap()).unwrap();
         let slopes = Tensor::from_slice(gpu, &[2], &alibi::slopes(2).unwrap()).unwrap();
         let rotary = Rotary::new(Device::from(gpu), &RotaryConfig::new(8), 64).unwrap();
         let sink = Tensor::from_slice(gpu, &[2], &[0.5f32; 2]).unwrap();
@@ -128,7 +128,7 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
             let other = operands(gpu, q, k);
             assert!(kernels(&attention, &other)[0].starts_with("flash"), "{name}: {attention:?}");
         }
-        // A method that is given is the method.
+        // An explicit method takes precedence.
         assert!(kernels(&plain.clone().method(Method::Fused), &x)[0].starts_with("flash"));
     }
     let (_, last) = gpus.last().unwrap();
@@ -140,7 +140,7 @@ fn what_is_kept_is_found_again_by_the_same_adapter_only() {
 }
 
 #[test]
-fn asking_for_weights_changes_no_bit_of_a_tuned_call() {
+fn requesting_weights_changes_no_bit_of_a_tuned_call() {
     for (name, gpu) in kit::gpus() {
         let folder = tempfile::tempdir().unwrap();
         gpu.keep_tuning_in(Some(folder.path()));
@@ -159,7 +159,7 @@ fn asking_for_weights_changes_no_bit_of_a_tuned_call() {
 }
 
 #[test]
-fn what_cannot_be_believed_is_ignored() {
+fn invalid_entries_are_ignored() {
     let (name, gpu) = kit::gpus().swap_remove(0);
     let folder = tempfile::tempdir().unwrap();
     gpu.keep_tuning_in(Some(folder.path()));
@@ -184,7 +184,7 @@ fn what_cannot_be_believed_is_ignored() {
         ("a cut of more than there is", |entry| entry["method"] = "rows8x4294967295/keys8".into()),
         ("numbers beyond measure", |entry| entry["method"] = "rows99999999999999999999x8/keys8".into()),
     ];
-    // First that such an edit matters at all.
+    // First check that such an edit has an effect.
     won(&file, "three passes");
     gpu.keep_tuning_in(Some(folder.path()));
     assert_ne!(kernels(&plain, &x), default);
@@ -204,7 +204,7 @@ fn what_cannot_be_believed_is_ignored() {
     ] {
         std::fs::write(&file, bytes).unwrap();
         ignored(what);
-        // And replaced by the next who has something to keep.
+        // And the next writer replaces it.
         let tuned = tune(&plain, &x);
         assert_eq!(tuned.file.as_deref(), Some(file.as_path()), "{what}");
         gpu.keep_tuning_in(Some(folder.path()));
@@ -220,12 +220,12 @@ fn what_cannot_be_believed_is_ignored() {
 }
 
 #[test]
-fn a_call_that_a_key_does_not_fit_runs_all_the_same() {
+fn a_call_that_the_kept_method_does_not_support_still_runs() {
     for (name, gpu) in kit::limited(|limits| limits.max_storage_buffers_per_shader_stage = 5) {
         let folder = tempfile::tempdir().unwrap();
         gpu.keep_tuning_in(Some(folder.path()));
         let x = operands(&gpu, [1, 2, 20, 8], [1, 2, 30, 8]);
-        // One bias fits beside the fused kernel's four buffers, with the LSE it does not.
+        // One bias fits in addition to the fused kernel's four buffers, but not together with the LSE.
         let bias = Tensor::from_slice(&gpu, &[30], &[1f32; 30]).unwrap();
         let attention = Attention::new().bias(bias);
         let tuned = attention.tune(&x[0], &x[1], &x[2]).unwrap();
@@ -246,20 +246,20 @@ fn halves_masks_biases_windows_and_sinks_are_tuned_too() {
         let mask = |bools: &[bool]| Tensor::from_bools(&gpu, &[10, 10], bools).unwrap();
         let attention = (Attention::new().softcap(5.0).window(Some(6), Some(2)).align(Align::BottomRight))
             .key_lengths(vec![9])
-            .mask(Mask::keep(mask(&bools)).unwrap())
-            .mask(Mask::drop(mask(&[false; 100])).unwrap())
+            .mask(Mask::keep_where(mask(&bools)).unwrap())
+            .mask(Mask::hide_where(mask(&[false; 100])).unwrap())
             .bias(Tensor::from_slice(&gpu, &[10], &[0.5f32; 10]).unwrap())
             .sink(Tensor::from_slice(&gpu, &[2], &[half::f16::ONE; 2]).unwrap());
         let tuned = attention.tune(&q, &q, &q).unwrap();
         let rules = tuned.key.rules;
         assert!(rules.banded && rules.masks && rules.biases && rules.sink, "{name}: {tuned:?}");
         assert!(tuned.candidates.iter().all(|candidate| candidate.time.is_ok()), "{name}: {tuned:?}");
-        // An output of the caller's is written whatever won.
+        // A caller's output is written by any winner.
         attention.forward(&q, &q, &q).unwrap().output.download().unwrap();
     }
 }
 
-/// Calls with every kind of positions, and what the names of their kernels hold.
+/// Calls with every kind of positions, and the parts of their kernels' names.
 fn positional(gpu: &Gpu) -> Vec<(&'static str, Attention, [usize; 4], [usize; 4])> {
     let device = Device::from(gpu);
     let plain = || Attention::new().causal(Align::BottomRight);
@@ -277,9 +277,9 @@ fn positional(gpu: &Gpu) -> Vec<(&'static str, Attention, [usize; 4], [usize; 4]
     vec![
         ("/rotary", plain().rotary(rotary(Pairing::HalfSplit)), q, k),
         ("_interleaved", plain().rotary(rotary(Pairing::Interleaved)), q, k),
-        // More queries than keys, which stand from the start on.
+        // More queries than keys; queries begin at position 0.
         ("/rotary", Attention::new().rotary(rotary(Pairing::HalfSplit)), k, [1, 2, 33, 16]),
-        // As many queries as keys, of which not all count.
+        // As many queries as keys, but not all keys count.
         ("/rotary", short, [1, 2, 16, 16], [1, 2, 16, 16]),
         ("/alibi", plain().alibi(slopes), wide_q, wide_k),
         ("/relative4", plain().t5_bias(table(&[32, 8]), Buckets::new(false)), wide_q, wide_k),
@@ -288,7 +288,7 @@ fn positional(gpu: &Gpu) -> Vec<(&'static str, Attention, [usize; 4], [usize; 4]
 }
 
 #[test]
-fn self_tests_know_positions() {
+fn self_tests_cover_positions() {
     for (name, gpu) in kit::gpus() {
         gpu.keep_tuning_in(None);
         for (word, attention, q, k) in positional(&gpu) {
@@ -305,7 +305,7 @@ fn self_tests_know_positions() {
     }
 }
 
-/// A driver that gets positions wrong, and nothing else.
+/// A driver that gets only positions wrong.
 fn broken_positions(variant: &Variant, source: &str) -> Option<String> {
     let is_fused = matches!(variant.kernel, Kernel::Flash | Kernel::FlashTiled);
     let broken = (source.replace("-abs(vec4<f32>(distance))", "abs(vec4<f32>(distance))"))
@@ -318,8 +318,7 @@ fn broken_positions(variant: &Variant, source: &str) -> Option<String> {
 #[test]
 fn a_kernel_that_gets_positions_wrong_is_never_chosen() {
     for (index, (name, _)) in kit::gpus().iter().enumerate() {
-        let options =
-            GpuOptions { adapter: Some(index.to_string()), rewrite: Some(broken_positions), ..GpuOptions::default() };
+        let options = GpuOptions::adapter(index.to_string()).rewrite(broken_positions);
         let gpu = Gpu::with_options(&options).unwrap();
         gpu.keep_tuning_in(None);
         for (word, attention, q, k) in positional(&gpu) {
@@ -337,10 +336,10 @@ fn a_kernel_that_gets_positions_wrong_is_never_chosen() {
 }
 
 #[test]
-fn where_there_is_nothing_to_choose_an_error_says_so() {
+fn nothing_to_choose_is_an_error() {
     let x = operands(&Device::Cpu, [1, 1, 4, 4], [1, 1, 4, 4]);
     let error = Attention::new().tune(&x[0], &x[1], &x[2]).unwrap_err();
-    assert!(matches!(&error, Error::Device(message) if message.contains("cpu")), "{error}");
+    assert!(matches!(&error, Error::Device { there, .. } if there == "cpu"), "{error}");
     let (_, gpu): (_, Gpu) = kit::gpus().swap_remove(0);
     gpu.keep_tuning_in(None);
     for (q, k) in [([1, 1, 0, 4], [1, 1, 4, 4]), ([1, 1, 4, 4], [1, 1, 0, 4]), ([0, 1, 4, 4], [0, 1, 4, 4])] {
@@ -348,7 +347,7 @@ fn where_there_is_nothing_to_choose_an_error_says_so() {
         let error = Attention::new().tune(&x[0], &x[1], &x[2]).unwrap_err();
         assert!(matches!(&error, Error::Value(message) if message.contains("nothing to tune")), "{error}");
     }
-    // Too wide for the fused kernel: its tiles are reported, the three passes stay.
+    // Too wide for the fused kernel: its tiles are reported as failing, and the three passes stay.
     let x = operands(&gpu, [1, 1, 3, 1028], [1, 1, 4, 1028]);
     let tuned = tune(&Attention::new(), &x);
     assert!(tuned.candidates[0].time.as_ref().is_err_and(|reason| reason.contains("1028")), "{tuned:?}");

@@ -1,4 +1,4 @@
-// A barrier that not every invocation of a workgroup reaches: naga takes it, Tint must not.
+// A barrier that not every invocation of a workgroup reaches: naga accepts it, Tint must not.
 @group(0) @binding(0) var<storage, read_write> x: array<f32>;
 var<workgroup> shared_x: array<f32, 64>;
 

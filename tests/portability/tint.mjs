@@ -1,16 +1,16 @@
-// Compiles WGSL with Tint, the compiler of Chrome and of whatever else is built on Dawn.
+// Compiles WGSL with Tint, the compiler of Chrome and everything else that is built on Dawn.
 //
 //     node tint.mjs PATH…
 //
-// One line per path: `passed PATH` or `failed PATH MESSAGE`, separated by tabs. No diagnostic is turned off, and
-// a warning fails too. A name that ends in `.file.wgsl` is a shader file as it stands, which binds more buffers
-// than any variant of it: its module is compiled, its pipeline is not.
+// One line per path: `passed PATH` or `failed PATH MESSAGE`, separated by tabs. No diagnostic is disabled, and a warning
+// is a failure too. A name that ends in `.file.wgsl` is an unspecialised shader file, which binds more buffers than any
+// variant: its module is compiled, but its pipeline is not.
 
 import { readFileSync, writeSync } from 'node:fs';
 import { create, globals } from 'webgpu';
 
 Object.assign(globalThis, globals);
-// Dawn crashes when what it hands out is collected as garbage: all of it stays reachable.
+// Dawn crashes if its objects are garbage-collected, so all of them stay reachable.
 globalThis.gpu = create(['backend=null']);
 globalThis.adapter = await gpu.requestAdapter();
 globalThis.device = await adapter.requestDevice({ requiredFeatures: ['subgroups'] });
@@ -27,10 +27,10 @@ async function faults(path) {
     device.createComputePipeline({ layout: 'auto', compute: { module, entryPoint: 'main' } });
   }
   const error = await device.popErrorScope();
-  const told = messages
+  const complaints = messages
     .filter(({ type }) => type !== 'info')
     .map(({ type, lineNum, message }) => `${type}: ${message} in line ${lineNum}: ${lines[lineNum - 1]?.trim()}`);
-  return error && told.length === 0 ? [error.message] : told;
+  return error && complaints.length === 0 ? [error.message] : complaints;
 }
 
 for (const path of process.argv.slice(2)) {

@@ -1,4 +1,4 @@
-//! Variants as wgpu hands them to drivers: the options are those of wgpu-hal's backends.
+//! Translates variants as wgpu does for drivers, with the options of wgpu-hal's backends.
 
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -7,7 +7,7 @@ use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 pub fn validate(name: &str, source: &str) -> (naga::Module, ModuleInfo) {
     let module =
         naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
-    // 64-bit loads are for devices that take them: the texts that are translated have none.
+    // 64-bit loads are only for devices that support them: the translated texts have none.
     let capabilities = Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SHADER_INT64;
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
@@ -54,7 +54,7 @@ fn to_hlsl(module: &naga::Module, info: &ModuleInfo, shader_model: hlsl::ShaderM
 }
 
 fn to_glsl(module: &naga::Module, info: &ModuleInfo, version: glsl::Version) -> Result<Vec<u8>, String> {
-    // Storage buffers are counted in the order of their numbers, the uniform one apart.
+    // Storage buffers are numbered in the order of their bindings, separately from the uniform buffer.
     let mut storage: Vec<_> = (module.global_variables.iter())
         .filter(|(_, global)| matches!(global.space, naga::AddressSpace::Storage { .. }))
         .filter_map(|(_, global)| global.binding)
@@ -72,31 +72,31 @@ fn to_glsl(module: &naga::Module, info: &ModuleInfo, version: glsl::Version) -> 
     Ok(text.into_bytes())
 }
 
-/// The text or code of a module in every language that it is claimed for, by the ending of a file.
+/// The text or code of a module in every supported language, with the file extension.
 pub fn translate(
     module: &naga::Module,
     info: &ModuleInfo,
     uses_subgroups: bool,
 ) -> Result<Vec<(&'static str, Vec<u8>)>, String> {
-    let told = |language: &'static str, result: Result<Vec<u8>, String>| match result {
+    let named = |language: &'static str, result: Result<Vec<u8>, String>| match result {
         Ok(bytes) => Ok((language, bytes)),
         Err(error) => Err(format!("does not translate to {language}: {error}")),
     };
     let mut all = vec![
-        told("1_1.spv", to_spirv(module, info, (1, 3)))?,
-        told("1_3.spv", to_spirv(module, info, (1, 6)))?,
-        told("metal", to_msl(module, info))?,
-        told("6_2.hlsl", to_hlsl(module, info, hlsl::ShaderModel::V6_2))?,
+        named("1_1.spv", to_spirv(module, info, (1, 3)))?,
+        named("1_3.spv", to_spirv(module, info, (1, 6)))?,
+        named("metal", to_msl(module, info))?,
+        named("6_2.hlsl", to_hlsl(module, info, hlsl::ShaderModel::V6_2))?,
     ];
-    // Vulkan 1.0 and FXC have no subgroups; GLSL has them as an extension of desktop versions only, and wgpu
-    // offers none over GL.
+    // Vulkan 1.0 and FXC have no subgroups. GLSL has them only as an extension of desktop versions, and wgpu does not
+    // support them over GL.
     if !uses_subgroups {
         let embedded = glsl::Version::Embedded { version: 310, is_webgl: false };
         all.extend([
-            told("1_0.spv", to_spirv(module, info, (1, 0)))?,
-            told("5_1.hlsl", to_hlsl(module, info, hlsl::ShaderModel::V5_1))?,
-            told("430.comp", to_glsl(module, info, glsl::Version::Desktop(430)))?,
-            told("310es.comp", to_glsl(module, info, embedded))?,
+            named("1_0.spv", to_spirv(module, info, (1, 0)))?,
+            named("5_1.hlsl", to_hlsl(module, info, hlsl::ShaderModel::V5_1))?,
+            named("430.comp", to_glsl(module, info, glsl::Version::Desktop(430)))?,
+            named("310es.comp", to_glsl(module, info, embedded))?,
         ]);
     }
     Ok(all)

@@ -13,19 +13,19 @@ use wgpu_attention::{
 use super::shape::{Extra, Shape, Work};
 use crate::error::{Result, fail};
 
-/// How long to measure.
+/// How much to measure.
 #[derive(Clone, Copy, Debug)]
 pub enum Effort {
-    /// So many calls.
+    /// This number of calls.
     Calls(usize),
-    /// Calls for so many seconds, but a few at least.
+    /// Calls for this many seconds, but at least `LEAST_CALLS`.
     Seconds(f64),
 }
 
 const LEAST_CALLS: usize = 3;
 const MOST_CALLS: usize = 1000;
 
-/// Milliseconds, each call waited for.
+/// Times in milliseconds; each call is waited for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Times {
     pub first: f64,
@@ -33,7 +33,7 @@ pub struct Times {
     pub median: f64,
     /// By the adapter's own clock.
     pub gpu: Option<f64>,
-    /// Calls that the median is of.
+    /// The number of timed calls.
     pub count: usize,
     /// The kernels that ran.
     pub kernels: Vec<String>,
@@ -105,19 +105,21 @@ impl Prepared {
                 attention.forward_profiled(q, k, v)?.1
             }
             Prepared::Layer { attention, layer, x } => layer.forward_profiled(x, x, x, attention)?.1,
-            // It has no clock of its own.
+            // Projections are not profiled; only their kernels are listed.
             Prepared::Projection { x, .. } => {
                 let device = x.device();
                 let ran = device.gpu().map(|gpu| gpu.trace(|| self.forward()));
                 let trace = ran.map(|(done, trace)| done.map(|()| trace)).transpose()?.unwrap_or_default();
                 let mut kernels: Vec<String> = trace.into_iter().map(|one| one.variant.name).collect();
                 kernels.dedup();
-                Profile { kernels, gpu_time: None }
+                let mut profile = Profile::default();
+                profile.kernels = kernels;
+                profile
             }
         })
     }
 
-    /// Records a call; the results, which must live until the submit.
+    /// Records a call and returns its results, which must live until the submit.
     fn encode(&self, gpu: &Gpu, encoder: &mut wgpu_attention::wgpu::CommandEncoder) -> Result<[Option<Tensor>; 2]> {
         Ok(match self {
             Prepared::Attention { attention, operands } => {
@@ -129,11 +131,11 @@ impl Prepared {
                 let output = layer.encode(gpu, encoder, x, x, x, attention)?;
                 [Some(output.output), output.weights]
             }
-            Prepared::Projection { .. } => fail!("a projection is not recorded into an encoder"),
+            Prepared::Projection { .. } => fail!("a projection cannot be recorded into an encoder"),
         })
     }
 
-    /// Milliseconds of all calls, to the end of the last.
+    /// Milliseconds for all calls, until the last one ends.
     fn time(&self, device: &Device, calls: usize) -> Result<f64> {
         let start = Instant::now();
         match device.gpu() {
@@ -156,7 +158,7 @@ impl Prepared {
     }
 }
 
-/// What a call has beside Q, K and V, inside the kernels or stored before.
+/// Adds positions or a mask to a call, computed inside the kernels or stored beforehand.
 fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device) -> Result<Attention> {
     let Problem { heads_q, len_q, len_k, dim_k, .. } = shape.problem;
     let offset = shape.problem.band(0).offset;
@@ -193,12 +195,12 @@ fn with_extra(attention: Attention, shape: &Shape, extra: Extra, device: &Device
         Extra::Mask => {
             let seen = |at: usize| at % len_k <= at / len_k + start;
             let keep: Vec<bool> = (0..len_q * len_k).map(seen).collect();
-            attention.mask(Mask::keep(Tensor::from_bools(device, &[len_q, len_k], &keep)?)?)
+            attention.mask(Mask::keep_where(Tensor::from_bools(device, &[len_q, len_k], &keep)?)?)
         }
     })
 }
 
-/// Even numbers between −1 and 1, the same in every run.
+/// Uniform numbers between −1 and 1, the same in every run.
 fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
     let mut state = seed;
     let data: Vec<f32> = (0..shape.iter().product())
@@ -210,7 +212,7 @@ fn noise(device: &Device, shape: &[usize], seed: u32) -> Result<Tensor> {
     Ok(Tensor::from_slice(device, shape, &data)?)
 }
 
-/// Refuses what neither this machine nor the device can hold, before anything is allocated.
+/// Rejects a shape that does not fit into the memory of this machine or of the device, before anything is allocated.
 pub fn check_memory(shape: &Shape, device: &Device, weights: bool) -> Result<()> {
     let needed = shape.held(weights);
     for (whose, memory) in [("this machine", Device::Cpu.memory()), ("the adapter", device.memory())] {
@@ -225,7 +227,7 @@ pub fn measure(shape: &Shape, device: &Device, method: Method, weights: Weights,
     check_memory(shape, device, weights != Weights::None)?;
     let prepared = Prepared::new(shape, device, method, weights)?;
     let first = prepared.time(device, shape.calls)?;
-    // A second call to warm up: pools are filled, caches and clocks are awake.
+    // A second warm-up call fills pools and caches and ramps up the clocks.
     prepared.time(device, shape.calls)?;
     let started = Instant::now();
     let mut times = Vec::new();
@@ -244,7 +246,7 @@ pub fn measure(shape: &Shape, device: &Device, method: Method, weights: Weights,
     }
     let count = times.len();
 
-    // Apart, so that reading the adapter's clock costs the times above nothing.
+    // Profile in separate calls, so that reading the adapter's clock does not affect the times above.
     let profile = prepared.profile()?;
     let mut gpu_times: Vec<Duration> = Vec::new();
     if shape.calls == 1 && profile.gpu_time.is_some() {
@@ -254,7 +256,7 @@ pub fn measure(shape: &Shape, device: &Device, method: Method, weights: Weights,
     }
     let mut gpu_times: Vec<f64> = gpu_times.into_iter().map(|time| time.as_secs_f64() * 1e3).collect();
     let best = times.iter().copied().fold(f64::INFINITY, f64::min);
-    let median = median(&mut times).expect("one call at least");
+    let median = median(&mut times).expect("at least one call");
     Ok(Times { first, best, median, gpu: self::median(&mut gpu_times), count, kernels: profile.kernels })
 }
 

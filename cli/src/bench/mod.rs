@@ -1,4 +1,4 @@
-//! `attn bench`: how long calls take.
+//! `attn bench`: measures how long calls take.
 
 pub mod measure;
 mod plot;
@@ -22,11 +22,16 @@ use shape::{Shape, Work};
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Shapes are b,hq,hkv,sq,skv,d: batch, query heads, key/value heads, queries, keys, width, and behind it \
-the width of values where it is another; all f32. `:causal` behind one hides the keys after each query (the last query sees every key), `:xN` puts N \
-calls into one encoder and gives their time together. `:rotary`, `:rotary-interleaved`, `:alibi`, `:t5`, \
-`:shaw` or `:mask` add positions, read inside the kernels (with `:stored`: turned rows, a bias of the size of \
-the scores made before), or a dense causal mask. Named:
+Shapes are b,hq,hkv,sq,skv,d or b,hq,hkv,sq,skv,d,dv: batch, query heads, key/value heads, queries, keys, head width \
+and, if it differs, the width of values; all f32. Suffixes:
+  :causal  hide the keys after each query (the last query sees every key)
+  :xN      record N calls into one encoder and report their total time
+  :rotary, :rotary-interleaved, :alibi, :t5, :shaw
+           add positions inside the kernels
+  :stored  with positions: rotate rows, or compute a bias of the size of the scores, before the call
+  :mask    add a dense causal mask
+
+Named shapes:
   P1  1,12,12,512,512,64              P5  1,4,4,4096,4096,64:causal
   P2  1,12,12,1024,1024,64:causal     P6  a self-attention layer, width 512, 8 heads, batch 8, length 128
   P3  1,32,8,512,512,128:causal       P7  4,8,8,128,512,64
@@ -34,38 +39,37 @@ the scores made before), or a dense causal mask. Named:
   P9  1,8,8,64,64,64; and P9:x100     P10 1,16,1,1,4096,576,512 (decode, MLA)
   P11 1,1,1,2048,2048,513 (a head wider than 512)
 
-Each call is waited for. The first call is told apart: it compiles the kernels that no row before it \
-compiled. The median is of calls after a warm-up, GFLOP/s and GB/s are of the median. Operations are \
-the multiply-adds of the matrix products over visible keys, two each; the ceiling is what a kernel of \
-multiply-adds in registers reaches on the adapter. Bytes are each operand read once and the output \
-written once. GPU ms is the compute pass by the adapter's own clock, in calls of its own.
+Each call is waited for. The first call is reported separately, because it compiles the kernels that no earlier row \
+compiled. The median covers the calls after a warm-up; GFLOP/s and GB/s are computed from it. Operations are the \
+multiply-adds of the matrix products over visible keys, counted as two each. The ceiling is what a kernel of \
+multiply-adds in registers reaches on the adapter. Bytes count each operand read once and the output written once. \
+GPU ms is the time of the compute pass by the adapter's own clock, measured in separate calls.
 
 Examples:
   attn bench
   attn bench --adapter all --shape P1 --shape 1,16,4,1,8192,128 --json times.json
   attn bench --lengths 128,256,512,1024 --heads 8 --dim 64 --method fused,passes --plot times.png")]
 pub struct BenchArgs {
-    /// A named shape or b,hq,hkv,sq,skv,d, then any of :causal, :xN, :alibi, …; may be repeated [default: all named ones]
+    /// A named shape or b,hq,hkv,sq,skv,d, with any suffixes; may be repeated [default: all named shapes]
     #[arg(long = "shape", value_name = "SHAPE", value_parser = Shape::parse)]
     shapes: Vec<Shape>,
-    /// Times self-attention of these lengths
+    /// Time self-attention of these lengths
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = positive)]
     lengths: Vec<usize>,
-    /// Query heads of the lengths, or query and key/value heads
+    /// For --lengths: query heads, or query and key/value heads
     #[arg(long, value_name = "HQ[,HKV]", default_value = "8", value_parser = parse_heads, requires = "lengths")]
     heads: [usize; 2],
-    /// Width of a head of the lengths
+    /// For --lengths: head width
     #[arg(long, default_value = "64", value_parser = positive, requires = "lengths")]
     dim: usize,
-    /// Batch of the lengths
+    /// For --lengths: batch size
     #[arg(long, default_value = "1", value_parser = positive, requires = "lengths")]
     batch: usize,
-    /// The lengths are causal
+    /// For --lengths: causal attention
     #[arg(long, requires = "lengths")]
     causal: bool,
-    /// Which kernels: auto, fused, passes (three of them) or a tile of the fused one, as rows8x8/keys8/subgroup8
-    /// (rows per invocation, invocations, keys per step, lanes that share loads); several for a
-    /// comparison. The CPU backend has one way only
+    /// Methods to time: auto, fused, passes (three passes) or a tile of the fused kernel, as rows8x8/keys8/subgroup8
+    /// (rows per invocation, invocations, keys per step, lanes that share loads). The CPU backend has one method only
     #[arg(long, value_name = "METHOD,…", value_delimiter = ',', default_value = "auto", value_parser = parse_method)]
     method: Vec<Method>,
     /// Also time each shape with its attention weights returned
@@ -74,19 +78,19 @@ pub struct BenchArgs {
     /// Timed calls per row
     #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "seconds")]
     repeat: Option<usize>,
-    /// Seconds of timed calls per row; three calls at least [default: 1.5]
+    /// Seconds of timed calls per row; at least three calls [default: 1.5]
     #[arg(long, value_name = "S", value_parser = parse_seconds)]
     seconds: Option<f64>,
-    /// Write every row
+    /// Write every row as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw time over length, one line per method and adapter: .png or .svg
+    /// Plot time over length, one line per method and adapter: .png or .svg
     #[arg(long, value_name = "FILE", requires = "lengths")]
     plot: Option<PathBuf>,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
-    text.trim().parse().ok().filter(|&n| n >= 1).ok_or_else(|| "a whole number of at least 1 is needed".into())
+    text.trim().parse().ok().filter(|&n| n >= 1).ok_or_else(|| "expected a whole number of at least 1".into())
 }
 
 fn parse_heads(text: &str) -> Result<[usize; 2], String> {
@@ -96,7 +100,7 @@ fn parse_heads(text: &str) -> Result<[usize; 2], String> {
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
     const MOST: f64 = 3600.0;
-    text.parse().ok().filter(|s| (0.0..=MOST).contains(s)).ok_or_else(|| format!("0 to {MOST} seconds are needed"))
+    text.parse().ok().filter(|s| (0.0..=MOST).contains(s)).ok_or_else(|| format!("expected 0 to {MOST} seconds"))
 }
 
 fn parse_method(text: &str) -> Result<Method, String> {
@@ -104,7 +108,7 @@ fn parse_method(text: &str) -> Result<Method, String> {
         "passes" => Ok(Method::ThreePasses),
         other => other
             .parse()
-            .map_err(|error: wgpu_attention::Error| format!("{error}; auto, fused and passes are methods too")),
+            .map_err(|error: wgpu_attention::Error| format!("{error}; other methods are auto, fused and passes")),
     }
 }
 
@@ -118,11 +122,11 @@ fn method_name(method: Method) -> String {
 /// One measurement, done or failed.
 struct Row<'a> {
     shape: &'a Shape,
-    /// Where in the sweep of lengths.
+    /// The length, if this row is part of a sweep.
     length: Option<usize>,
     method: Option<Method>,
     weights: bool,
-    /// Operations per second that the device could do.
+    /// The device's peak operations per second.
     ceiling: f64,
     times: Result<Times>,
 }
@@ -217,7 +221,7 @@ impl Row<'_> {
     }
 }
 
-/// Three digits that matter.
+/// Three significant digits.
 pub fn digits(value: f64) -> String {
     match value {
         x if x >= 99.95 => format!("{x:.0}"),
@@ -235,7 +239,7 @@ pub fn bench(args: &BenchArgs, adapter: Option<&str>) -> Result<bool> {
     if let Some(path) = &args.plot {
         picture::check_output(path)?;
         if lengths.len() < 2 {
-            usage!("--plot draws time over length: --lengths needs at least two different ones");
+            usage!("--plot draws time over length: give --lengths at least two different lengths");
         }
     }
     if let Some(path) = &args.json {

@@ -51,7 +51,7 @@ fn number(value: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
-/// Those of the lengths whose labels do not touch, the longest length among them.
+/// The lengths whose labels do not touch, including the longest length.
 fn labelled(lengths: &[usize]) -> Vec<f64> {
     let (first, last) = (lengths[0] as f64, lengths[lengths.len() - 1] as f64);
     let at = |length: f64| (length / first).ln() / (last / first).ln() * f64::from(CHART.0 - 160);

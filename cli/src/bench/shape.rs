@@ -1,11 +1,11 @@
-//! What is timed: shapes by name, or the user's own.
+//! Shapes to time: named ones, or the user's own.
 
 use wgpu_attention::Align;
 use wgpu_attention::problem::{Positions, Problem, checked_len};
 
-/// Queries from which on the arithmetic outweighs the reading of keys and values.
+/// From this many queries on, arithmetic outweighs reading keys and values.
 const FEW_QUERIES: usize = 16;
-/// Calls in one encoder.
+/// The most calls in one encoder.
 const MOST_CALLS: usize = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub enum Work {
     Projection,
 }
 
-/// What a call has beside Q, K and V.
+/// What a call adds to Q, K and V.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extra {
     /// Rotary positions, half-split or interleaved.
@@ -29,7 +29,7 @@ pub enum Extra {
     T5,
     /// Relative keys up to a distance of 16.
     Shaw,
-    /// A boolean mask `[sq, skv]` that hides what comes after each query.
+    /// A boolean mask `[sq, skv]` that hides the keys after each query.
     Mask,
 }
 
@@ -42,7 +42,7 @@ const EXTRAS: [(&str, Extra); 6] = [
     ("mask", Extra::Mask),
 ];
 
-/// One thing to time. Only made by [`Shape::parse`] and [`Shape::square`], which check it.
+/// A shape to time. Only [`Shape::parse`] and [`Shape::square`] make one, and both check it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
     /// As the user wrote it.
@@ -53,7 +53,7 @@ pub struct Shape {
     /// Calls in one encoder.
     pub calls: usize,
     pub extra: Option<Extra>,
-    /// Whether the extra is stored before the call: turned rows, a bias of the size of the scores.
+    /// Whether the extra is stored before the call: rotated rows, or a bias of the size of the scores.
     pub stored: bool,
 }
 
@@ -76,12 +76,12 @@ const NAMED: [Named; 12] = [
 ];
 
 impl Shape {
-    /// The shapes with names.
+    /// All named shapes.
     pub fn named() -> Vec<Shape> {
         NAMED.iter().map(|&(name, ..)| Shape::parse(name).expect("a shape of the table")).collect()
     }
 
-    /// `NAME` or `b,hq,hkv,sq,skv,d`, `,dv` behind it where values are of another width, followed by any of `:causal`,
+    /// Parses `NAME` or `b,hq,hkv,sq,skv,d`, with `,dv` if values have another width, followed by any of `:causal`,
     /// `:xN`, an extra and `:stored`.
     pub fn parse(text: &str) -> Result<Shape, String> {
         let mut parts = text.split(':');
@@ -94,7 +94,7 @@ impl Shape {
         for part in parts {
             if let Some(&(_, found)) = EXTRAS.iter().find(|(name, _)| *name == part) {
                 if extra.replace(found).is_some() {
-                    return Err(format!("\"{part}\" is the second of {}; a shape has one", extras()));
+                    return Err(format!("\"{part}\" is a second one of {}; a shape can have one", extras()));
                 }
                 continue;
             }
@@ -108,17 +108,17 @@ impl Shape {
                 }
                 None => {
                     return Err(format!(
-                        "\"{part}\" is neither causal nor xN (N calls in one encoder) nor one of {} nor stored",
+                        "\"{part}\" is neither causal, xN (N calls in one encoder), stored nor one of {}",
                         extras()
                     ));
                 }
             }
         }
         if stored && matches!(extra, None | Some(Extra::Mask)) {
-            return Err("stored goes with rotary, rotary-interleaved, alibi, t5 or shaw".into());
+            return Err("stored needs rotary, rotary-interleaved, alibi, t5 or shaw".into());
         }
         if work == Work::Projection && (calls > 1 || causal || extra.is_some()) {
-            return Err(format!("{head} is a projection, which takes nothing behind its name"));
+            return Err(format!("{head} is a projection, which supports no suffixes"));
         }
         Ok(Shape { extra, stored, ..Shape::new(text, work, sizes, causal, calls)? })
     }
@@ -138,7 +138,7 @@ impl Shape {
                  all must be at least 1"
             ));
         }
-        // Where there are more keys than queries, the queries are the last ones: a cache is being read.
+        // If there are more keys than queries, the queries are the last tokens, as when decoding with a cache.
         let positions = Positions { causal, align: Align::BottomRight, ..Positions::default() };
         let keys = [batch, heads_kv, len_k, dim];
         let values = [batch, heads_kv, len_k, dim_v];
@@ -153,8 +153,8 @@ impl Shape {
         self.problem.heads_q * self.problem.dim_k
     }
 
-    /// Floating-point operations of all calls: two for a multiply-add of a matrix product, over visible
-    /// keys only; what the softmax takes is not counted.
+    /// Floating-point operations of all calls: two per multiply-add of a matrix product, over visible keys only. The
+    /// softmax is not counted.
     pub fn operations(&self) -> f64 {
         let Problem { batch, heads_q, len_q, len_k, dim_k, dim_v, .. } = self.problem;
         let band = self.problem.band(0);
@@ -172,7 +172,7 @@ impl Shape {
         self.calls as f64 * all
     }
 
-    /// Bytes that all calls must move at least: each operand read once, the result written once.
+    /// The least number of bytes that all calls must move: each operand read once, the result written once.
     pub fn bytes(&self) -> f64 {
         let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = self.problem;
         let elements = match self.work {
@@ -192,7 +192,7 @@ impl Shape {
         4.0 * self.calls as f64 * elements
     }
 
-    /// Bytes that are held at once, roughly: the operands, and the results of calls that share an encoder.
+    /// Approximate peak bytes: the operands, and the results of calls that share an encoder.
     pub fn held(&self, weights: bool) -> f64 {
         let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = self.problem;
         let rows = (batch * heads_q * len_q) as f64;
@@ -200,7 +200,7 @@ impl Shape {
         self.bytes() / self.calls as f64 + self.calls as f64 * result
     }
 
-    /// Whether memory, not arithmetic, sets the pace.
+    /// Whether memory, not arithmetic, is the bottleneck.
     pub fn is_decode(&self) -> bool {
         self.work != Work::Layer && self.problem.len_q < FEW_QUERIES
     }
@@ -214,7 +214,7 @@ fn sizes(text: &str) -> Result<[usize; 7], String> {
     let unknown = || {
         let names: Vec<&str> = NAMED.iter().map(|&(name, ..)| name).filter(|name| !name.contains(':')).collect();
         format!(
-            "a shape is b,hq,hkv,sq,skv,d (six whole numbers; dv behind it where values are of another width) or one of {}",
+            "a shape is b,hq,hkv,sq,skv,d (six whole numbers, then dv if values have another width) or one of {}",
             names.join(", ")
         )
     };
@@ -268,12 +268,12 @@ mod tests {
             ("1,1,1,1,600000000,1", "lengths must be below"),
             ("99999999999,99999999999,1,1,1,1", "does not fit in 64 bits"),
             ("1,1,1,1,99999999999999999999999,1", "too large"),
-            ("P1:upside-down", "neither causal nor xN"),
-            ("P1:t5:alibi", "a shape has one"),
-            ("P1:mask:stored", "stored goes with rotary"),
+            ("P1:upside-down", "neither causal, xN"),
+            ("P1:t5:alibi", "a shape can have one"),
+            ("P1:mask:stored", "stored needs rotary"),
             ("P1:x0", "x1 to x10000"),
             ("P1:xx", "x1 to x10000"),
-            ("P8:x2", "takes nothing behind its name"),
+            ("P8:x2", "supports no suffixes"),
         ] {
             let message = Shape::parse(text).unwrap_err();
             assert!(message.contains(part), "{text}: {message}");

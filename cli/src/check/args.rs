@@ -1,4 +1,4 @@
-//! The options of `attn check`, and what they ask for.
+//! The options of `attn check`, and their dispatch.
 
 use std::path::PathBuf;
 
@@ -68,14 +68,14 @@ pub struct CheckArgs {
     #[arg(long, value_name = "REPORT", help_heading = "Report", conflicts_with_all = ["dir", "filter", "methods", "verbose", "SuiteArgs"])]
     from: Option<PathBuf>,
     /// Run nothing: show what changed between two reports that --json wrote; exit status 1 if a case fails that did not
-    /// fail before, a case that passed is skipped or missing, a second run gives other bits, or an adapter is missing or
-    /// ended early
+    /// fail before, a case that passed is skipped or missing, a second run gives different bits, or an adapter is
+    /// missing or ended early
     #[arg(long, value_names = ["OLD", "NEW"], num_args = 2, help_heading = "Report",
         conflicts_with_all = ["dir", "filter", "methods", "verbose", "from", "SuiteArgs", "Forms"])]
     diff: Option<Vec<PathBuf>>,
 }
 
-/// Whether all is well.
+/// Whether the check passed.
 pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     if let Some(order) = &args.suite.worker {
         return suite::work(order);
@@ -83,7 +83,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
     if let Some(option) = args.from.as_ref().map(|_| "--from").or(args.diff.as_ref().map(|_| "--diff"))
         && adapter.is_some()
     {
-        usage!("{option} runs nothing, so --adapter makes no sense with it");
+        usage!("{option} runs nothing, so it cannot be combined with --adapter");
     }
     if let Some(path) = &args.from {
         report::show(path, &args.forms)?;
@@ -96,7 +96,7 @@ pub fn check(args: &CheckArgs, adapter: Option<&str>) -> Result<bool> {
         Some(dir) => {
             if let Some(option) = args.suite.only_without_a_folder() {
                 let dir = dir.display();
-                usage!("{option} is for the suite that the program carries; leave the folder {dir} out");
+                usage!("{option} is for the built-in suite; leave out the folder {dir}");
             }
         }
         None if args.verbose || args.methods != ["auto"] => {

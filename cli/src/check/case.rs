@@ -11,9 +11,9 @@ use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 use crate::files::{self, TensorFile};
 
-/// How far f32 may lie from float64, relative to the largest value of a case that records no error of f32 itself.
+/// How far f32 may be from float64, relative to the largest value, if a case records no f32 error of its own.
 pub const F32_SUMS: f64 = 5e-6;
-/// "A few ulp" of f32 on top of twice PyTorch's own error.
+/// "A few ulp" of f32, added to twice PyTorch's own error.
 pub const F32_ULPS: f64 = 8.0 * f32::EPSILON as f64;
 /// Half an ulp of f16.
 const F16_HALF_ULP: f64 = 1.0 / 2048.0;
@@ -28,7 +28,7 @@ impl Case {
         Case::parse(path.display().to_string(), files::read_bytes(path)?)
     }
 
-    /// From the bytes of a file of that name.
+    /// Reads a case from the bytes of a file with that name.
     pub fn parse(path: String, bytes: Vec<u8>) -> Result<Case> {
         let file = TensorFile::from_safetensors(path, bytes)?;
         let Some(text) = file.metadata("case") else {
@@ -45,7 +45,7 @@ impl Case {
     pub fn op(&self) -> &str {
         self.json["op"].as_str().expect("checked when read")
     }
-    /// How its operands are stored: the type of the first input of floats.
+    /// The storage type of its operands: the type of the first float input.
     pub fn storage(&self) -> Dtype {
         let names = self.file.names();
         let inputs = names.iter().filter(|name| name.starts_with("in."));
@@ -56,7 +56,7 @@ impl Case {
     pub fn get(&self, key: &str) -> &Value {
         &self.json[key]
     }
-    /// Every member.
+    /// All members.
     pub fn members(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.json.as_object().into_iter().flatten().map(|(key, value)| (key.as_str(), value))
     }
@@ -71,7 +71,7 @@ impl Case {
         let value = &self.json[key];
         match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
             Some(n) => Ok(n),
-            None => fail!("the case's \"{key}\" is {value}; a whole number is needed"),
+            None => fail!("the case's \"{key}\" is {value}; it must be a whole number"),
         }
     }
 
@@ -90,14 +90,14 @@ impl Case {
         Ok([self.upload("q", device)?, self.upload("k", device)?, self.upload("v", device)?])
     }
 
-    /// Tensors whose name starts with `prefix`, without it.
+    /// Tensors whose name starts with `prefix`, under the rest of the name.
     pub fn with_prefix(&self, prefix: &str) -> Result<Vec<(String, Array)>> {
         let names = self.file.names();
         let names = names.iter().filter_map(|name| Some((name.strip_prefix(prefix)?, name)));
         names.map(|(short, name)| Ok((short.to_string(), self.file.need(name)?))).collect()
     }
 
-    /// The tensor of that full name.
+    /// The tensor with that full name.
     pub fn tensor(&self, name: &str) -> Result<Array> {
         self.file.need(name)
     }
@@ -105,7 +105,7 @@ impl Case {
         self.file.names()
     }
 
-    /// An input that this program does not know changes the answer: better no answer.
+    /// Skips a case with an unknown input, because it could change the answer.
     pub fn expect_inputs(&self, known: &[&str]) -> Result<(), Stop> {
         let names = self.file.names();
         match names.iter().filter_map(|name| name.strip_prefix("in.")).find(|name| !known.contains(name)) {
@@ -114,7 +114,7 @@ impl Case {
         }
     }
 
-    /// Holds results against ONNX's answers, and f32 also against float64. Every `out.*` must be there.
+    /// Compares results with ONNX's answers, and f32 also with float64. Every `out.*` must be present.
     pub fn against_onnx(&self, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
         let mut all = Vec::new();
         let (Some(rtol), Some(atol)) = (self.float("rtol")?, self.float("atol")?) else {
@@ -142,7 +142,7 @@ impl Case {
         Ok(all)
     }
 
-    /// Holds results against float64, within what PyTorch itself keeps to. `first` must be expected.
+    /// Compares results with float64, within the tolerance derived from PyTorch's own error. `first` must be expected.
     pub fn against_torch(&self, dtype: Dtype, first: &str, results: &[(&str, Array)]) -> Result<Vec<Comparison>, Stop> {
         self.file.need(&format!("ref64.{first}"))?;
         let mut all = Vec::new();
@@ -164,14 +164,14 @@ impl Case {
         Ok(all)
     }
 
-    /// PyTorch's own largest error on an output, as recorded or from its own result.
+    /// PyTorch's own largest error on an output, as recorded or computed from its result.
     fn torch_error(&self, name: &str, dtype: Dtype, truth: &[f64]) -> Result<Option<f64>> {
         if let Some(error) = self.json["torch_err"][name]["max_abs"].as_f64() {
             return Ok(Some(error));
         }
         let Some(torch) = self.file.get(&format!("t32.{name}"))? else {
-            // PyTorch hands out no weights here. They carry the same error of the scores as the output
-            // does, so its relative error stands in.
+            // PyTorch returns no weights here. They have the same score error as the output, so use the output's
+            // relative error.
             let out = &self.json["torch_err"]["out"];
             return Ok(match (name, out["max_abs"].as_f64(), out["ref_max"].as_f64()) {
                 ("weights", Some(error), Some(most)) if most > 0.0 && dtype == Dtype::F32 => {
@@ -185,7 +185,7 @@ impl Case {
     }
 }
 
-/// Adds a mask: of bools with what true means in it, or of numbers, which are a bias.
+/// Adds a mask: either bools, with the given meaning of true, or numbers, which are a bias.
 pub fn add_mask(
     attention: Attention,
     name: &str,
@@ -199,33 +199,33 @@ pub fn add_mask(
     }
 }
 
-/// True or false; `default` when missing.
+/// A boolean member; `default` when missing.
 pub fn as_flag(name: &str, value: &Value, default: bool) -> Result<bool> {
     match value {
         Value::Null => Ok(default),
         Value::Bool(flag) => Ok(*flag),
-        other => fail!("the case's \"{name}\" is {other}; true or false is needed"),
+        other => fail!("the case's \"{name}\" is {other}; it must be true or false"),
     }
 }
 
-/// A number, or nothing; another type must not be taken for nothing.
+/// A number, or `None` when missing; another type is an error.
 pub fn as_float(name: &str, value: &Value) -> Result<Option<f64>> {
     match value.as_f64() {
-        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; a number is needed"),
+        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; it must be a number"),
         number => Ok(number),
     }
 }
 
-/// A whole number, or nothing.
+/// A whole number, or `None` when missing.
 pub fn as_int(name: &str, value: &Value) -> Result<Option<i64>> {
     match value.as_i64() {
-        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; a whole number is needed"),
+        None if !value.is_null() => fail!("the case's \"{name}\" is {value}; it must be a whole number"),
         number => Ok(number),
     }
 }
 
-/// JSON as Python writes it: bare NaN and Infinity, which JSON does not know, become texts, so that they are no numbers
-/// and not missing either.
+/// Parses JSON as Python writes it: bare NaN and Infinity, which JSON does not allow, become strings, so that they are
+/// neither numbers nor missing.
 pub fn parse_json(text: &str) -> serde_json::Result<Value> {
     let mut plain = String::with_capacity(text.len());
     let mut rest = text;

@@ -1,12 +1,12 @@
-//! Holding a result against what is expected. A comparison passes only on `difference <= allowed`, so
-//! that a NaN fails unless a NaN is expected.
+//! Compares a result with the expected one. A comparison passes only if `difference <= allowed`, so a NaN fails unless
+//! a NaN is expected.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use wgpu_attention::Dtype;
 pub use wgpu_attention_conformance::{difference, largest as largest_finite};
 
-/// The element of a comparison that is furthest beyond its tolerance, or nearest to it.
+/// The element of a comparison that exceeds its tolerance by the most, or is closest to it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Worst {
     pub index: Vec<usize>,
@@ -16,50 +16,50 @@ pub struct Worst {
     pub allowed: f64,
 }
 
-/// How one output compared.
+/// The comparison of one output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     pub output: String,
-    /// What it was held against: `out` or `ref64`.
+    /// What it was compared with: `out` or `ref64`.
     pub against: &'static str,
     pub ok: bool,
     /// `None` when there was nothing to compare, or the shapes differ.
     pub worst: Option<Worst>,
     /// Why the elements could not be compared.
     pub reason: Option<String>,
-    /// What of the case is not known, where the result was computed without.
+    /// Unknown parts of the case that were ignored.
     pub note: Option<String>,
     pub stats: Stats,
-    /// The narrow types that hold every value.
+    /// The narrow types that can hold every value.
     pub fits: Vec<Dtype>,
-    /// Of every bit that was held against the answer.
+    /// A hash of every bit that was compared.
     pub fingerprint: u64,
 }
 
-/// What a report tells of all elements together.
+/// Statistics over all elements, for reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stats {
     pub count: u64,
     /// The largest difference, and the value expected there.
     pub max_abs: f64,
     pub there: f64,
-    /// Σ(got − expected)² and Σ expected² over what is finite.
+    /// Σ(got − expected)² and Σ expected² over finite elements.
     pub errors: f64,
     pub squares: f64,
     /// NaNs where none are expected.
     pub nans: u64,
 }
 
-/// A unit in the last place of a type at `x`.
+/// The unit in the last place of a type at `x`.
 pub fn ulp(x: f64, dtype: Dtype) -> f64 {
-    // The exponent of the smallest normal number, and places behind the point.
+    // The exponent of the smallest normal number, and the number of fraction bits.
     let (least, places) = match dtype {
         Dtype::F16 => (-14, 10),
         Dtype::BF16 => (-126, 7),
         _ => (-126, 23),
     };
     let x = x.abs().clamp(2f64.powi(least), f64::from(f32::MAX));
-    // The exponent alone.
+    // Only the exponent.
     f64::from_bits(x.to_bits() & (0x7ff << 52)) * 2f64.powi(-places)
 }
 
@@ -82,13 +82,13 @@ impl Stats {
         stats
     }
 
-    /// The normalised mean square error, where a mean square of expected values below `floor` counts as that.
+    /// The normalised mean square error. If the mean square of the expected values is below `floor`, `floor` is used.
     pub fn nmse(&self, floor: f64) -> f64 {
         if self.errors == 0.0 { 0.0 } else { self.errors / self.squares.max(self.count as f64 * floor) }
     }
 }
 
-/// The largest difference; a length that does not fit counts as ∞.
+/// The largest difference; ∞ if the lengths differ.
 pub fn largest_difference(got: &[f32], expected: &[f64]) -> f64 {
     if got.len() != expected.len() {
         return f64::INFINITY;
@@ -96,7 +96,7 @@ pub fn largest_difference(got: &[f32], expected: &[f64]) -> f64 {
     got.iter().zip(expected).map(|(&got, &expected)| difference(got.into(), expected)).fold(0.0, f64::max)
 }
 
-/// Compares element by element; `allowed` gives the tolerance from the expected value.
+/// Compares element by element; `allowed` gives the tolerance for an expected value.
 pub fn compare(
     output: &str,
     against: &'static str,
@@ -107,7 +107,7 @@ pub fn compare(
     compare_each(output, against, got, expected, |_, x| allowed(x))
 }
 
-/// The same with a tolerance from the place of an element too.
+/// The same with a tolerance that also depends on the index of the element.
 pub fn compare_each(
     output: &str,
     against: &'static str,
@@ -141,11 +141,11 @@ pub fn compare_each(
     let mut worst: Option<(usize, f64, f64)> = None;
     for (at, (&got, &expected)) in got.iter().zip(expected).enumerate() {
         let (off, limit) = (difference(got, expected), allowed(at, expected));
-        // An infinity or NaN that is expected allows nothing but itself.
+        // An expected infinity or NaN matches only itself.
         let limit = if expected.is_finite() { limit } else { 0.0 };
-        // An infinite tolerance comes of an answer that is broken itself.
+        // An infinite tolerance comes from a broken answer.
         ok &= limit.is_finite() && off <= limit;
-        // By how much the tolerance is exceeded ranks the elements; an infinity or NaN that is met comes last.
+        // Elements are ranked by how far they exceed the tolerance; a matching infinity or NaN ranks last.
         let excess = match (off, expected.is_finite()) {
             (0.0, false) => f64::NEG_INFINITY,
             (off, _) if off == f64::INFINITY || !limit.is_finite() => f64::INFINITY,
@@ -210,15 +210,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_of_all_elements() {
+    fn statistics_of_all_elements() {
         let stats = Stats::of(&[1.0, 2.0 + 2f64.powi(-22), f64::NAN], &[1.0, 2.0, 3.0]);
         assert_eq!((stats.count, stats.nans, stats.max_abs), (3, 1, f64::INFINITY));
         let stats = Stats::of(&[1.0, 2.5, f64::NEG_INFINITY], &[1.0, 2.0, f64::NEG_INFINITY]);
         assert_eq!((stats.max_abs, stats.there, stats.nmse(0.0)), (0.5, 2.0, 0.25 / 5.0));
         assert_eq!(Stats::of(&[0.0], &[0.0]), Stats { count: 1, ..Stats::default() });
-        // Nothing is as wrong as something where nothing is expected.
+        // A non-zero result is infinitely wrong if 0 is expected.
         assert_eq!(Stats::of(&[1e-30], &[0.0]).nmse(0.0), f64::INFINITY);
-        // A logarithm of 0 may be off a little.
+        // A logarithm near 0 may be slightly off.
         assert_eq!(Stats::of(&[1e-6, 0.0], &[0.0, 0.0]).nmse(1.0), 0.5e-12);
         assert_eq!([1.0, 1.99, -4.0].map(|x| ulp(x, Dtype::F32)), [-23, -23, -21].map(|n| 2f64.powi(n)));
         assert_eq!([1.0, 3.0, 1e-9, 0.0].map(|x| ulp(x, Dtype::F16)), [-10, -9, -24, -24].map(|n| 2f64.powi(n)));
@@ -257,7 +257,7 @@ mod tests {
                 assert!(!compare("x", "out", (&[1], &[got]), (&[1], &[1.0]), |_| tolerance).ok);
             }
         }
-        // An infinite expectation makes a relative tolerance infinite; it must not let anything pass.
+        // An infinite expected value makes a relative tolerance infinite; that must not let every result pass.
         assert!(!compare("x", "out", (&[1], &[1.0]), (&[1], &[f64::INFINITY]), |x| 1e-3 * x.abs()).ok);
     }
 

@@ -1,4 +1,4 @@
-//! A case file computed: which function knows its op.
+//! Computes a case file with the function for its op.
 
 use wgpu_attention::{Attention, Device, Method};
 
@@ -8,7 +8,7 @@ use super::stop::Stop;
 use super::{jax, keras, onnx, torch, transformers};
 use crate::error::fail;
 
-/// A case computed on a device by a method, against its answers.
+/// Computes a case on a device with a method and compares it with its answers.
 pub fn compute(case: &Case, device: &Device, method: Method) -> Result<Vec<Comparison>, Stop> {
     let attention = Attention::new().method(method);
     let all = match case.op() {

@@ -2,21 +2,20 @@
 //
 //     node dawn.mjs SECONDS FOLDER…
 //
-// Each folder holds a plan.json with its buffers. Every plan runs twice; the first run's outputs are written beside it
-// as result-NAME.bin, the whole buffer each, and result.json says on which adapter, whether the second run gave the
-// same bits, the milliseconds of the first run, compilation included, and the error if there was one, with `lacks` where
-// the adapter lacks a feature or limit. Then one line
-// with the folder is printed. No diagnostic is turned off, and a compiler's warning is an error. A plan that
-// takes longer than SECONDS is an error too and ends the program, its line followed by `late`: what hangs can only be
-// left, and the program may have to be killed. The caller starts it again with the folders that are left. Exit
-// status 3: Dawn has no adapter.
+// Each folder holds a plan.json with its buffers. Every plan runs twice. The outputs of the first run are written beside
+// the plan as result-NAME.bin, the whole buffer each. result.json holds the adapter, whether the second run gave the same
+// bits, the milliseconds of the first run, including compilation, and the error if there was one, with `lacks` if the
+// adapter lacks a feature or limit. Then one line with the folder is printed. No diagnostic is disabled, and a compiler
+// warning is an error. A plan that takes longer than SECONDS is an error too and ends the program, and its line is
+// followed by `late`: a hanging plan cannot be stopped, and the program may have to be killed. The caller restarts it with
+// the remaining folders. Exit status 3: Dawn has no adapter.
 
 import { readFileSync, writeFileSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { create, globals } from 'webgpu';
 
 Object.assign(globalThis, globals);
-// Dawn crashes when what it hands out is collected as garbage: all of it stays reachable.
+// Dawn crashes if its objects are garbage-collected, so all of them stay reachable.
 const kept = (globalThis.kept = []);
 const keep = (object) => (kept.push(object), object);
 
@@ -82,10 +81,10 @@ async function pipeline({ device, pipelines }, { kernel, wgsl, bindings }) {
   if (known) return known;
   const module = keep(device.createShaderModule({ label: kernel, code: wgsl }));
   const { messages } = await module.getCompilationInfo();
-  const told = messages
+  const complaints = messages
     .filter(({ type }) => type !== 'info')
     .map(({ type, lineNum, message }) => `${type}: ${message} in line ${lineNum}`);
-  if (told.length) throw new Error(`${kernel}: ${told.join('; ')}`);
+  if (complaints.length) throw new Error(`${kernel}: ${complaints.join('; ')}`);
   const types = { uniform: 'uniform', read: 'read-only-storage', read_write: 'storage' };
   const entries = bindings.map(({ binding, kind }) => ({
     binding,
@@ -104,14 +103,14 @@ async function pipeline({ device, pipelines }, { kernel, wgsl, bindings }) {
   return { compiled, layout };
 }
 
-// The bytes of every output.
+// Runs a plan and returns the bytes of every output.
 async function run(folder, plan, contents) {
   const { device } = open;
   const { STORAGE, UNIFORM, COPY_SRC, COPY_DST, MAP_READ } = GPUBufferUsage;
   const buffer = (size, usage) => keep(device.createBuffer({ size, usage }));
   const buffers = plan.buffers.map(({ size }, n) => {
     const made = buffer(size, STORAGE | UNIFORM | COPY_SRC | COPY_DST);
-    // What is written before it is read may hold anything.
+    // Buffers that are written before they are read may hold anything.
     device.queue.writeBuffer(made, 0, contents[n] || new Uint8Array(size).fill(0xee));
     return made;
   });
@@ -168,7 +167,7 @@ async function both(folder, plan) {
     const error = await open.device.popErrorScope().catch(({ message }) => ({ message }));
     if (error) caught.push(error.message);
   }
-  // What a scope caught is the cause of what was thrown.
+  // An error caught by a scope is the cause of the exception.
   const error = caught[0] ?? open.uncaptured ?? open.lost ?? thrown;
   if (error) return { error };
   first.forEach((bytes, n) => writeFileSync(join(folder, `result-${plan.outputs[n].name}.bin`), bytes));

@@ -1,4 +1,4 @@
-//! Exported calls on Dawn, Chrome's implementation of WebGPU: another compiler and another validation than wgpu's.
+//! Exported calls on Dawn, Chrome's implementation of WebGPU, whose compiler and validation differ from wgpu's.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -15,41 +15,41 @@ use crate::error::{Error, Result, fail};
 use crate::files;
 
 const SCRIPT: &str = include_str!("dawn.mjs");
-/// What the script ends with when Dawn has no adapter.
+/// The script's exit status if Dawn has no adapter.
 const NO_ADAPTER: i32 = 3;
-/// Starting Node, and opening a device.
+/// The time for starting Node and opening a device.
 pub const START: Duration = Duration::from_secs(30);
 
-/// Where Dawn is, and how long a call may take.
+/// The location of Dawn, and how long a call may take.
 pub struct Dawn {
     /// A folder with `node_modules/webgpu`; it must be writable.
     pub modules: PathBuf,
-    /// The Vulkan driver's manifest (`VK_DRIVER_FILES`), for Dawn alone; `None`: whatever this process has.
+    /// The Vulkan driver's manifest (`VK_DRIVER_FILES`), for Dawn only; `None`: that of this process.
     pub driver: Option<PathBuf>,
-    /// For both runs of one call.
+    /// The time limit for both runs of one call.
     pub limit: Duration,
 }
 
-/// What Dawn made of one call.
+/// The result of one call on Dawn.
 pub struct DawnResult {
-    /// Or why there are none: a feature or limit that is missing, what the compiler or the device said, a hang.
+    /// The outputs, or why there are none: a missing feature or limit, a message of the compiler or device, a hang.
     pub outputs: Result<Vec<DawnOutput>, String>,
-    /// It is a feature or limit.
+    /// Whether a feature or limit is missing.
     pub lacks: bool,
     /// Whether a second run gave the same bits, memory between the elements included.
     pub same_bits: bool,
-    /// Of the first run, compilation included.
+    /// The time of the first run, including compilation.
     pub milliseconds: f64,
 }
 
-/// A result, row-major.
+/// A result, in row-major order.
 pub struct DawnOutput {
     pub name: String,
     pub shape: Vec<usize>,
     pub values: Vec<f32>,
 }
 
-/// What the script writes beside a plan.
+/// The JSON that the script writes beside a plan.
 #[derive(Deserialize)]
 struct Written {
     adapter: About,
@@ -77,18 +77,18 @@ struct About {
 }
 
 impl Dawn {
-    /// As `ATTN_DAWN` (a folder with `node_modules/webgpu`) and `ATTN_DAWN_DRIVER` (a driver's manifest) say; `None`
-    /// where `ATTN_DAWN` is not set.
+    /// Reads `ATTN_DAWN` (a folder with `node_modules/webgpu`) and `ATTN_DAWN_DRIVER` (a driver's manifest); `None` if
+    /// `ATTN_DAWN` is not set.
     pub fn from_environment(limit: Duration) -> Option<Dawn> {
         let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         Some(Dawn { modules: path("ATTN_DAWN")?, driver: path("ATTN_DAWN_DRIVER"), limit })
     }
 
-    /// Runs each call twice, one after another, and tells what came of it, in the order of the calls; with the first that
-    /// comes to an end, on which adapter. Some hundreds at a time: they lie in files until all are done.
-    pub fn run(&self, calls: &[&ExportedCall], mut tell: impl FnMut(Option<Adapter>, DawnResult)) -> Result<()> {
+    /// Runs each call twice and reports the results in the order of the calls. The first result includes the adapter.
+    /// Pass a few hundred calls at a time, because their files exist until all are done.
+    pub fn run(&self, calls: &[&ExportedCall], mut report: impl FnMut(Option<Adapter>, DawnResult)) -> Result<()> {
         let version = self.version()?;
-        // Node looks for packages in the folders above the script.
+        // Node searches the folders above the script for packages.
         let folder = tempfile::Builder::new().prefix("run-").tempdir_in(&self.modules);
         let folder = folder.map_err(|error| failed(&self.modules, &error))?;
         let root = std::path::absolute(folder.path()).map_err(|error| failed(folder.path(), &error))?;
@@ -106,19 +106,19 @@ impl Dawn {
                 let at = first + done;
                 done += 1;
                 let (adapter, result) = read(calls[at], &folders[at], &version)?;
-                tell(Some(adapter).filter(|_| !std::mem::replace(&mut is_known, true)), result);
+                report(Some(adapter).filter(|_| !std::mem::replace(&mut is_known, true)), result);
                 Ok(())
             })?;
             first += done;
             if let Some(why) = why.filter(|_| first < folders.len()) {
-                tell(None, DawnResult { outputs: Err(why), lacks: false, same_bits: false, milliseconds: 0.0 });
+                report(None, DawnResult { outputs: Err(why), lacks: false, same_bits: false, milliseconds: 0.0 });
                 first += 1;
             }
         }
         Ok(())
     }
 
-    /// Of the npm package.
+    /// The version of the npm package.
     fn version(&self) -> Result<String> {
         #[derive(Deserialize)]
         struct Package {
@@ -133,8 +133,8 @@ impl Dawn {
         Ok(package.version)
     }
 
-    /// One process over `folders`, `done` called for each that has its result: what ended it before the next had one. It
-    /// gets on by one at least, or tells why not.
+    /// Runs one process over `folders` and calls `done` for each folder that has its result. Returns why the process
+    /// ended before the next folder had one. Each call finishes at least one folder or returns a reason.
     fn start(
         &self,
         script: &Path,
@@ -157,7 +157,7 @@ impl Dawn {
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
         let mut any = false;
-        // The script's own limit comes first, unless Dawn holds its thread.
+        // The script's own limit applies first, unless Dawn blocks its thread.
         let (killed, why) = loop {
             match receiver.recv_timeout(self.limit + START) {
                 Ok(line) => {
@@ -179,7 +179,7 @@ impl Dawn {
             }
         };
         if killed {
-            // It may have ended by itself meanwhile.
+            // It may have exited in the meantime.
             let _ = node.kill();
         }
         let status = node.wait().map_err(|error| Error::Failed(format!("node: {error}")))?;
@@ -191,7 +191,7 @@ impl Dawn {
         let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
         let said = lines[lines.len().saturating_sub(5)..].join("; ");
         match status.code() {
-            Some(NO_ADAPTER) => fail!("Dawn found no adapter that can compute: {said}"),
+            Some(NO_ADAPTER) => fail!("Dawn found no suitable adapter: {said}"),
             Some(0) if any => Ok(None),
             _ => Ok(Some(format!("Dawn ended with {status}: {said}"))),
         }
@@ -220,7 +220,7 @@ fn failed(path: &Path, error: &std::io::Error) -> Error {
     Error::Failed(format!("{}: {error}", path.display()))
 }
 
-/// What the script wrote beside a plan.
+/// Reads what the script wrote beside a plan.
 fn read(call: &ExportedCall, folder: &Path, version: &str) -> Result<(Adapter, DawnResult)> {
     let path = folder.join("result.json");
     let written: Written = serde_json::from_slice(&files::read_bytes(&path)?)
@@ -248,7 +248,8 @@ mod tests {
     use wgpu_attention::{Attention, Device, Dtype, Gpu, GpuOptions, Method, Tensor, Weights, wgpu};
     use wgpu_attention_conformance::{Call, worst};
 
-    /// Dawn as `./test` installs it. Chromium's driver, where there is one: Dawn refuses the lavapipe of old Mesas.
+    /// Dawn as `./test` installs it. Uses Chromium's driver if there is one, because Dawn rejects the lavapipe of old
+    /// Mesa versions.
     fn dawn(seconds: u64) -> Option<Dawn> {
         let limit = Duration::from_secs(seconds);
         if let Some(dawn) = Dawn::from_environment(limit) {
@@ -268,20 +269,20 @@ mod tests {
         None
     }
 
-    /// Plans for any implementation: WebGPU's own limits.
+    /// Plans for any implementation, with WebGPU's default limits.
     fn planner(without_subgroups: bool) -> Gpu {
-        let limits = Some(wgpu::Limits::default());
-        Gpu::with_options(&GpuOptions { limits, without_subgroups, ..Default::default() }).unwrap()
+        let options = GpuOptions::new().limits(wgpu::Limits::default()).without_subgroups(without_subgroups);
+        Gpu::with_options(&options).unwrap()
     }
 
     fn run(dawn: &Dawn, calls: &[ExportedCall]) -> (Option<Adapter>, Vec<DawnResult>) {
         let (mut adapter, mut results) = (None, Vec::new());
-        let tell = |told: Option<Adapter>, result| {
-            assert!(told.is_none() || adapter.is_none(), "told once");
-            adapter = adapter.take().or(told);
+        let report = |seen: Option<Adapter>, result| {
+            assert!(seen.is_none() || adapter.is_none(), "reported once");
+            adapter = adapter.take().or(seen);
             results.push(result);
         };
-        dawn.run(&calls.iter().collect::<Vec<_>>(), tell).unwrap();
+        dawn.run(&calls.iter().collect::<Vec<_>>(), report).unwrap();
         (adapter, results)
     }
 
@@ -302,7 +303,7 @@ mod tests {
             };
             let [q, k, v] = call.operands(&gpu, &data, stored).unwrap();
             let chosen = ruled(&gpu).method(methods[seed as usize % methods.len()]);
-            // Not every tile takes every call.
+            // Not every tile supports every call.
             let exported = chosen.export(&q, &k, &v).or_else(|_| ruled(&gpu).export(&q, &k, &v)).unwrap();
             calls.push(exported);
             let [q, k, v] = call.operands(&Device::Cpu, &data, stored).unwrap();
@@ -324,7 +325,7 @@ mod tests {
                 assert_eq!(output.shape, tensor.shape(), "{} of call {n}", output.name);
                 let truth: Vec<f64> = tensor.download().unwrap().into_iter().map(f64::from).collect();
                 let (off, at) = worst(&output.values, &truth);
-                // Where both round to storage, they may do so to neighbours.
+                // If both round to the storage type, they may round to adjacent values.
                 furthest[tolerance as usize] = off.max(furthest[tolerance as usize]);
                 let tolerance = [3e-6, 1e-3, 8e-3][tolerance as usize];
                 assert!(off <= tolerance, "{} of call {n} is off by {off:e} at {at}", output.name);
@@ -338,7 +339,7 @@ mod tests {
         assert!(adapter.backend.starts_with("Dawn, ") && !adapter.driver.is_empty(), "{adapter:?}");
     }
 
-    /// One call through the three passes: `change` breaks its first kernel.
+    /// One three-pass call, with its first kernel broken by `change`.
     fn broken(change: impl FnOnce(&mut ExportedCall)) -> ExportedCall {
         let x = Tensor::from_slice(planner(true), &[8, 4], &[0.5f32; 32]).unwrap();
         let mut call = Attention::new().method(Method::ThreePasses).export(&x, &x, &x).unwrap();
@@ -359,13 +360,13 @@ mod tests {
             broken(|_| ()),
         ];
         let (_, results) = run(&dawn, &calls);
-        let told: Vec<String> = (results.iter())
+        let seen: Vec<String> = (results.iter())
             .map(|result| match &result.outputs {
                 Ok(outputs) => format!("{} {:?}", outputs[0].name, &outputs[0].values[..2]),
                 Err(error) => error.clone(),
             })
             .collect();
-        for (told, say) in told.iter().zip([
+        for (seen, say) in seen.iter().zip([
             "output [0.5, 0.5]",
             "error:",
             "ffset",
@@ -374,13 +375,13 @@ mod tests {
             "no answer within 20 s",
             "output [0.5, 0.5]",
         ]) {
-            assert!(told.contains(say), "{say}: {told:#?}");
+            assert!(seen.contains(say), "{say}: {seen:#?}");
         }
         let lack: Vec<usize> = (0..results.len()).filter(|&n| results[n].lacks).collect();
         assert_eq!(lack, [3, 4], "a limit and a subgroup");
     }
 
-    /// The text of the first pass with a loop in front of its first statement that nothing ends.
+    /// The text of the first pass with an infinite loop before its first statement.
     fn endless(wgsl: &str) -> String {
         let entry = wgsl.find("fn main(").unwrap();
         let body = entry + wgsl[entry..].find(") {").unwrap() + 3;

@@ -23,8 +23,8 @@ const ARGUMENTS: [&str; 7] = [
 ];
 const TENSORS: [&str; 7] = ["query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"];
 
-/// Query `[batch, len, heads, dim]` or `[len, heads, dim]`; a true mask entry attends. Where the masks leave a query
-/// nothing, JAX weighs all keys the same, masked ones too; queries behind their length give 0.
+/// Query `[batch, len, heads, dim]` or `[len, heads, dim]`; a true mask entry attends. If all keys of a query are
+/// masked, JAX gives all keys the same weight. Queries beyond their length give 0.
 pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     let arguments = Arguments::of(case, &ARGUMENTS, &TENSORS)?;
     match arguments.get("implementation") {
@@ -57,7 +57,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
     let mask = match inputs.find(&["mask"])? {
         None => None,
         Some(mask) if mask.is_float() => {
-            fail!("the mask holds floats; JAX takes booleans there, and floats as bias");
+            fail!("the mask holds floats; JAX expects booleans there, and floats as bias");
         }
         Some(mask) => Some(Bits::of("mask", &mask)?),
     };
@@ -70,7 +70,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
             Some(lengths) if lengths.len() != batch => {
                 fail!("{name} has {} entries for a batch of {batch}", lengths.len())
             }
-            // More than there are is all of them.
+            // A larger length means all of them.
             lengths => Ok(lengths.map(|all| all.into_iter().map(|len| len.min(most)).collect())),
         }
     };
@@ -85,7 +85,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
     };
     let near = Near { causal: arguments.flag("is_causal", false)?, window };
 
-    // What each query sees, but for its own length.
+    // What each query sees, apart from the query lengths.
     let of_lengths = |lengths: &Vec<usize>| Bits::of_lengths(lengths, len_k)?.expand(2)?.expand(3);
     let of_lengths = key_lengths.as_ref().map(of_lengths).transpose()?;
     let masks = [near.bits(len_q, len_k)?, of_lengths, mask.clone()];
@@ -95,7 +95,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
         attention = mean_where_nothing_is_seen(attention, &seen, device)?;
     } else {
         if let Some(mask) = &mask {
-            attention = attention.mask(Mask::keep(mask.upload(device)?)?);
+            attention = attention.mask(Mask::keep_where(mask.upload(device)?)?);
         }
         if let Some(lengths) = key_lengths {
             attention = attention.key_lengths(lengths);
@@ -114,7 +114,7 @@ pub fn dot_product_attention(case: &Case, device: &Device, attention: Attention)
     let output = unbatched(attended.output.permute(&[0, 2, 1, 3])?)?;
     let lse = attended.lse.expect("asked for").permute(&[0, 2, 1])?;
     let lse = Array::download(&unbatched(lse)?)?;
-    // JAX's masked scores are a number.
+    // JAX's masked scores are finite.
     let finite = lse.to_f32().into_iter().map(|x| if x == f32::NEG_INFINITY { MASKED_SCORE } else { x }).collect();
     let lse = Array::new(lse.shape(), Values::F32(finite))?;
     let mut answers = vec![(OUTPUT, Array::download(&output)?), (RESIDUAL, lse)];

@@ -10,7 +10,7 @@ use super::stop::Stop;
 use crate::array::Array;
 use crate::error::{Result, fail};
 
-/// Of both constructors and of `call`; what sets initial values or holds for training only changes no answer.
+/// Arguments of both constructors and of `call`. Initializers and arguments for training do not change an answer.
 const ARGUMENTS: [&str; 26] = [
     "activity_regularizer",
     "attention_axes",
@@ -52,13 +52,13 @@ pub fn group_query_attention(case: &Case, device: &Device, attention: Attention)
     layer(case, device, attention, true)
 }
 
-/// How Keras may have understood a call that leaves queries nothing to see.
+/// The ways in which Keras may treat queries that see no keys.
 #[derive(Clone, Copy, PartialEq)]
 struct Reading {
-    /// Such queries give the mean of V (`dot_product_attention`), or weights 0 (Keras's own softmax).
+    /// Such queries return the mean of V (`dot_product_attention`), or have weights of 0 (Keras's own softmax).
     mean: bool,
-    /// MultiHeadAttention replaces its argument `query_mask` by the mask that is attached to the query: given as an
-    /// argument it does nothing.
+    /// MultiHeadAttention replaces its argument `query_mask` with the mask attached to the query, so the argument has
+    /// no effect.
     has_query_mask: bool,
 }
 
@@ -72,7 +72,7 @@ fn layer(case: &Case, device: &Device, attention: Attention, grouped: bool) -> R
     let kernels = Kernels::of(case)?;
     let layer = kernels.layer(&call.arguments, device, grouped)?;
 
-    // Keras computes weights itself where they are asked for, and where inputs have more axes than three.
+    // Keras computes weights itself if they are requested or if inputs have more than three axes.
     let asked = call.arguments.get("return_attention_scores");
     let wants_scores =
         if asked.is_null() { expects(case, WEIGHTS) } else { call.arguments.flag("return_attention_scores", false)? };
@@ -94,10 +94,10 @@ fn layer(case: &Case, device: &Device, attention: Attention, grouped: bool) -> R
         }
         first.get_or_insert(found);
     }
-    Ok(first.expect("there is a reading"))
+    Ok(first.expect("at least one reading"))
 }
 
-/// What a layer is called with.
+/// The arguments of a layer call.
 struct Call {
     arguments: Arguments,
     /// `[..., dim]`
@@ -108,7 +108,7 @@ struct Call {
     /// `value_mask` and `key_mask`.
     key_masks: Vec<Bits>,
     attention_mask: Option<Bits>,
-    /// Axes that attention is over, and the others but for the last.
+    /// The attention axes, and the others except for the last.
     axes: Vec<usize>,
     free: Vec<usize>,
     near: Near,
@@ -120,7 +120,7 @@ impl Call {
     fn of(case: &Case, arguments: Arguments) -> Result<Call> {
         let mut inputs = Inputs::new(case);
         let query = inputs.need(&["query", "q", "x"])?;
-        // Self-attention may give its one input once.
+        // In self-attention the input may be given only once.
         let value = inputs.find(&["value", "v"])?.unwrap_or_else(|| query.clone());
         let key = inputs.find(&["key", "k"])?;
         let (query_mask, attention_mask) = (inputs.bits("query_mask")?, inputs.bits("attention_mask")?);
@@ -139,7 +139,7 @@ impl Call {
                 let is_bad = |n: usize| !(0..last).contains(&axes[n]) || axes[..n].contains(&axes[n]);
                 if axes.is_empty() || (0..axes.len()).any(is_bad) {
                     fail!(
-                        "attention_axes {given:?} of a query {:?} must be different axes but its last",
+                        "attention_axes {given:?} of a query {:?} must be distinct axes other than the last",
                         query.shape()
                     );
                 }
@@ -181,7 +181,7 @@ impl Call {
         let (free, want) = (Call::lengths(array, &self.free), Call::lengths(&self.query, &self.free));
         if free != want {
             fail!(
-                "query {:?} and {name} {:?} differ in axes {:?}, which attention is not over",
+                "query {:?} and {name} {:?} differ in axes {:?}, which are not attention axes",
                 self.query.shape(),
                 array.shape(),
                 self.free
@@ -194,7 +194,7 @@ impl Call {
         Array::new(&[checked_len(&free)?, len, dim], permuted.values().clone())
     }
 
-    /// All masks as one, as `_compute_attention_mask` joins them: `[free, heads, queries, keys]`.
+    /// All masks combined as in `_compute_attention_mask`: `[free, heads, queries, keys]`.
     fn seen(&self, heads: usize, reading: Reading) -> Result<Bits> {
         let (lens_q, lens_k) = (Call::lengths(&self.query, &self.axes), Call::lengths(&self.value, &self.axes));
         let mut masks = Vec::new();
@@ -204,7 +204,7 @@ impl Call {
         for mask in &self.key_masks {
             masks.push(mask.clone().expand(2)?);
         }
-        // Causal masks and windows count along axis 1, whatever axes attention is over.
+        // Causal masks and windows apply along axis 1, whatever the attention axes are.
         masks.extend(self.near.bits(self.query.shape()[1], self.value.shape()[1])?);
         masks.extend(self.attention_mask.clone());
         let free = Call::lengths(&self.query, &self.free);
@@ -212,7 +212,7 @@ impl Call {
             free.iter().copied().chain([heads]).chain(lens_q.clone()).chain(lens_k.clone()).collect();
         let folded = [checked_len(&free)?, heads, checked_len(&lens_q)?, checked_len(&lens_k)?];
         let mut all = Bits::every(masks)?.unwrap_or(Bits::all(shape.len()));
-        // The axis of heads, and others that are missing, stand before those of queries and keys.
+        // Missing axes, such as the heads, are inserted before those of queries and keys.
         while all.shape.len() < shape.len() {
             all = all.expand(2 * self.axes.len() + 1)?;
         }
@@ -226,21 +226,21 @@ impl Call {
             return mean_where_nothing_is_seen(attention, &seen, device);
         }
         if self.rank() != 3 || self.axes != [1] {
-            return Ok(attention.mask(Mask::keep(seen.upload(device)?)?));
+            return Ok(attention.mask(Mask::keep_where(seen.upload(device)?)?));
         }
         let mut attention = attention;
         if let Some(mask) = self.query_mask.as_ref().filter(|_| reading.has_query_mask) {
-            attention = attention.mask(Mask::keep(mask.clone().expand(1)?.expand(3)?.upload(device)?)?);
+            attention = attention.mask(Mask::keep_where(mask.clone().expand(1)?.expand(3)?.upload(device)?)?);
         }
         for mask in &self.key_masks {
-            attention = attention.key_padding(Mask::keep(mask.upload(device)?)?);
+            attention = attention.key_padding(Mask::keep_where(mask.upload(device)?)?);
         }
         if let Some(mask) = &self.attention_mask {
             let mut mask = mask.clone();
             while mask.shape.len() < 4 {
                 mask = mask.expand(3)?;
             }
-            attention = attention.mask(Mask::keep(mask.upload(device)?)?);
+            attention = attention.mask(Mask::keep_where(mask.upload(device)?)?);
         }
         Ok(self.near.rules(attention))
     }
@@ -267,7 +267,7 @@ impl Call {
         }
         let result = layer.forward(&query, &key, &value, &attention)?;
 
-        // Back to the axes of the query, then those of the output's shape.
+        // Restore the axes of the query, followed by those of the output shape.
         let (free, lens_q) = (Call::lengths(&self.query, &self.free), Call::lengths(&self.query, &self.axes));
         let lead: Vec<usize> = self.free.iter().chain(&self.axes).copied().collect();
         let mut order = vec![0; lead.len()];
@@ -294,7 +294,7 @@ struct Kernels {
 }
 
 impl Kernels {
-    /// From `param.query/kernel` and so on; a layer's name before it, and `.` or `_` for `/`, change nothing.
+    /// From `param.query/kernel` and so on; a layer name before it is ignored, and `.` or `_` may replace `/`.
     fn of(case: &Case) -> Result<Kernels> {
         let mut kernels = Kernels { parts: Default::default(), used: Vec::new() };
         for (name, array) in case.with_prefix("param.")? {
@@ -313,7 +313,7 @@ impl Kernels {
         Ok(kernels)
     }
 
-    /// Which of [`PARTS`], and 0 for its kernel or 1 for its bias; none: another tensor.
+    /// The index in [`PARTS`], and 0 for its kernel or 1 for its bias; `None` for any other tensor.
     fn place(name: &str) -> Option<[usize; 2]> {
         let plain = name.trim_end_matches(":0").replace('.', "/");
         let mut ways = plain.rsplit('/');
@@ -354,7 +354,7 @@ impl Kernels {
             fail!(
                 "kernels of query {:?}, key {:?}, value {:?}, gate {gate:?} and attention_output {:?} do not fit: \
                  [dim, heads, key_dim], [.., heads_kv, key_dim], [.., heads_kv, value_dim], [dim, heads, value_dim] \
-                 and [heads, value_dim, ..] are needed",
+                 and [heads, value_dim, ..] are expected",
                 [dim, heads, key_dim],
                 [key_in, heads_kv, key_width],
                 [value_in, value_heads, value_dim],
@@ -403,7 +403,7 @@ impl Kernels {
         }
         for (n, part) in PARTS.iter().enumerate().filter(|(n, _)| self.parts[*n][0].is_some()) {
             if self.parts[n][1].is_some() != biased {
-                fail!("{part}/bias and query/bias must come together");
+                fail!("{part}/bias and query/bias must both be present or both be absent");
             }
         }
         let floats = |part: usize, which: usize| self.parts[part][which].as_ref().map_or_else(Vec::new, Array::to_f32);
@@ -416,15 +416,13 @@ impl Kernels {
             .output_dim(output_dim)
             .bias(biased)
             .gate(gated);
-        let kernels = KerasKernels {
-            query: &query,
-            key: &key,
-            value: &value,
-            output: &output,
-            biases: biased.then_some([&b_query, &b_key, &b_value, &b_output]),
-            gate: gated.then_some(&gate),
-            gate_bias: (gated && biased).then_some(&b_gate),
-        };
+        let mut kernels = KerasKernels::new(&query, &key, &value, &output);
+        if biased {
+            kernels = kernels.biases([&b_query, &b_key, &b_value, &b_output]);
+        }
+        if gated {
+            kernels = kernels.gate(&gate, biased.then_some(&b_gate));
+        }
         Ok(MultiHeadAttention::from_keras(device, config, kernels)?)
     }
 }

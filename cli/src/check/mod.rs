@@ -1,4 +1,4 @@
-//! `attn check`: whether attention comes out right.
+//! `attn check`: checks whether attention is right.
 
 mod args;
 pub mod case;

@@ -15,7 +15,7 @@ use crate::error::{Result, fail};
 fn attribute<'a>(case: &'a Case, name: &str) -> &'a Value {
     &case.get("attributes")[name]
 }
-/// An attribute that this program does not know changes the answer: better no answer.
+/// Skips a case with an unknown attribute, because it could change the answer.
 fn expect_attributes(case: &Case, known: &[&str]) -> Result<(), Stop> {
     let given = case.get("attributes").as_object();
     match given.and_then(|all| all.keys().find(|name| !known.contains(&name.as_str()))) {
@@ -52,7 +52,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
         "right_window_size",
         "scale",
         "softcap",
-        // The softmax is in f32 here, whatever is asked for.
+        // The softmax is always computed in f32.
         "softmax_precision",
     ];
     case.expect_inputs(&INPUTS)?;
@@ -76,7 +76,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
         fail!("Q and K must have three or four axes");
     };
 
-    // Where queries stand: behind the past, or at the end of the valid keys.
+    // The position of the queries: after the past, or at the end of the valid keys.
     let mut align = Align::Offset(past_len as i64);
     if let Some(valid) = case.optional("nonpad_kv_seqlen")? {
         let valid = valid.lengths("nonpad_kv_seqlen")?;
@@ -94,7 +94,7 @@ pub fn attention(case: &Case, device: &Device, mut attention: Attention) -> Resu
     }
     if let Some(mask) = case.optional("attn_mask")? {
         let mask = pad_keys(&mask, len_k)?;
-        attention = add_mask(attention, "attn_mask", &mask, Mask::keep, device)?;
+        attention = add_mask(attention, "attn_mask", &mask, Mask::keep_where, device)?;
     }
     let stage = match int(case, "qk_matmul_output_mode")?.unwrap_or(0) {
         0 => ScoreStage::Scaled,
@@ -134,7 +134,7 @@ fn four_axes(case: &Case, heads: &str, tensor: Tensor) -> Result<Tensor> {
     Ok(tensor.reshape(&[b, s, count, width / count])?.permute(&[0, 2, 1, 3])?)
 }
 
-/// A cache for a past and `more` tokens.
+/// A cache with room for a past and `more` tokens.
 fn cache_for(k: &Tensor, v: &Tensor, more: usize) -> Result<KvCache> {
     let (&[batch, heads, len, dim_k], &[_, _, _, dim_v]) = (k.shape(), v.shape()) else {
         fail!("the past keys {:?} and values {:?} must have four axes", k.shape(), v.shape());
@@ -143,7 +143,7 @@ fn cache_for(k: &Tensor, v: &Tensor, more: usize) -> Result<KvCache> {
     Ok(KvCache::new(k.device(), KvCacheConfig::new(batch, heads, capacity, dim_k).dim_v(dim_v))?)
 }
 
-/// TensorScatter of opset 24: rows of a cache written over.
+/// TensorScatter of opset 24: overwrites rows of a cache.
 pub fn tensor_scatter(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["past_cache", "update", "write_indices"])?;
     let mode = match attribute(case, "mode").as_str() {
@@ -160,7 +160,7 @@ pub fn tensor_scatter(case: &Case, device: &Device) -> Result<Vec<Comparison>, S
     if !(3..=4).contains(&rank) || !(1..rank as i64).contains(&at) {
         return Err(Stop::Skip(format!("axis {axis} of a cache with {rank} axes is not known")));
     }
-    // To [batch, heads, rows, dim], the axis being the rows, and back.
+    // Permute to [batch, heads, rows, dim], where the axis holds the rows, and back.
     let mut axes: Vec<usize> = (0..rank).collect();
     axes.swap(at as usize, rank - 2);
     let to_rows = |tensor: Tensor| -> Result<Tensor> {
@@ -175,7 +175,7 @@ pub fn tensor_scatter(case: &Case, device: &Device) -> Result<Vec<Comparison>, S
         Some(starts) => starts.lengths("write_indices")?,
         None => vec![0; rows.shape()[0]],
     };
-    // A cache has keys and values: here they are the same.
+    // A cache has keys and values; here they are the same.
     let mut cache = cache_for(&rows, &rows, 0)?;
     cache.append(&rows, &rows)?;
     cache.write(&starts, &update, &update, mode)?;
@@ -184,7 +184,7 @@ pub fn tensor_scatter(case: &Case, device: &Device) -> Result<Vec<Comparison>, S
     case.against_onnx(&[("present_cache", present)])
 }
 
-/// A mask whose last axis is shorter than the keys hides those behind it.
+/// A mask whose last axis is shorter than the keys hides the remaining keys.
 fn pad_keys(mask: &Array, len_k: usize) -> Result<Array> {
     let Some((&have, lead)) = mask.shape().split_last() else { return Ok(mask.clone()) };
     if have >= len_k {
@@ -223,7 +223,7 @@ pub fn rotary_embedding(case: &Case, device: &Device) -> Result<Vec<Comparison>,
     let x_in = case.upload("X", device)?;
     let x = four_axes(case, "num_heads", x_in.clone())?;
     let (cos, sin) = (case.input("cos_cache")?, case.input("sin_cache")?);
-    // Without position ids the caches have a row for every token.
+    // Without position ids the caches have one row per token.
     let positions = match case.optional("position_ids")? {
         Some(ids) => ids.lengths("position_ids")?,
         None => (0..cos.shape().iter().rev().skip(1).product()).collect(),
@@ -245,9 +245,9 @@ pub fn rotary_embedding(case: &Case, device: &Device) -> Result<Vec<Comparison>,
         other => return Err(Stop::Skip(format!("interleaved = {other} is not known"))),
     };
     let rotary = Rotary::from_tables(device, &rows(&cos)?, &rows(&sin)?, pairing)?;
-    let mut turned = rotary.rotate(&x, &TokenPositions::Given(positions))?;
+    let mut rotated = rotary.rotate(&x, &TokenPositions::Given(positions))?;
     if x_in.shape().len() == 3 {
-        turned = turned.permute(&[0, 2, 1, 3])?.reshape(x_in.shape())?;
+        rotated = rotated.permute(&[0, 2, 1, 3])?.reshape(x_in.shape())?;
     }
-    case.against_onnx(&[("Y", Array::download(&turned)?)])
+    case.against_onnx(&[("Y", Array::download(&rotated)?)])
 }

@@ -1,4 +1,4 @@
-//! Cases that hold a call of a Python function: its arguments by name, masks as NumPy broadcasts them, its answers.
+//! Cases that record a call of a Python function: its named arguments, masks with NumPy broadcasting, and its results.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Result, fail};
 
-/// Members of a case that say what it is, not what to compute.
+/// Members of a case that describe it but do not affect the computation.
 const ABOUT: [&str; 29] = [
     "backend",
     "batch",
@@ -48,23 +48,23 @@ const ABOUT: [&str; 29] = [
 const GROUPS: [&str; 9] =
     ["args", "arguments", "attributes", "call", "config", "constructor", "init", "kwargs", "layer"];
 
-/// The scores that JAX gives to keys it masks: where a row sees nothing, all keys weigh the same.
+/// The score that JAX assigns to masked keys. If a row sees nothing, all keys have the same weight.
 pub const MASKED_SCORE: f32 = -0.7 * f32::MAX;
 
-/// Values of that size come from masked scores: they say nothing of the size of the others.
+/// Values of this size come from masked scores, so they are no measure of the size of the others.
 const MASKED_SIZE: f64 = 1e30;
 
-/// The most entries of a mask that is written out.
+/// The most entries of a mask that is materialised.
 const MOST_ENTRIES: usize = 1 << 28;
 
-/// The arguments of a call, and what of the case is not known.
+/// The arguments of a call, and the unknown parts of the case.
 pub struct Arguments {
     values: BTreeMap<String, Value>,
     pub unknown: Vec<String>,
 }
 
 impl Arguments {
-    /// `known` are those that are understood; `tensors` may be named in the case too, to describe them.
+    /// `known` lists the supported arguments; the case may also name `tensors`, to describe them.
     pub fn of(case: &Case, known: &[&str], tensors: &[&str]) -> Result<Arguments> {
         let mut found = Arguments { values: BTreeMap::new(), unknown: Vec::new() };
         for (key, value) in case.members() {
@@ -112,7 +112,7 @@ impl Arguments {
             },
         }
     }
-    /// A list of whole numbers; one alone is a list of one.
+    /// A list of whole numbers; a single number is a list of one.
     pub fn ints(&self, key: &str) -> Result<Option<Vec<i64>>> {
         let value = self.get(key);
         let list = match value {
@@ -122,10 +122,10 @@ impl Arguments {
         };
         match list {
             Some(list) => Ok(Some(list)),
-            None => fail!("the case's \"{key}\" is {value}; whole numbers are needed"),
+            None => fail!("the case's \"{key}\" is {value}; it must be whole numbers"),
         }
     }
-    /// As [`Arguments::ints`], none of them negative.
+    /// Like [`Arguments::ints`], but none may be negative.
     pub fn counts(&self, key: &str) -> Result<Option<Vec<usize>>> {
         let Some(ints) = self.ints(key)? else { return Ok(None) };
         match ints.iter().map(|&n| usize::try_from(n).ok()).collect() {
@@ -135,17 +135,17 @@ impl Arguments {
     }
 }
 
-/// Shapes, versions and recorded errors; free text says nothing that could be computed.
+/// Shapes, versions and recorded errors. Free text has no effect on the computation.
 fn is_about(key: &str, value: &Value) -> bool {
     let is_letters = key.len() <= 3 && key.starts_with(|c: char| c.is_ascii_uppercase());
     let endings = ["_err", "_error", "_errors", "_shape", "_shapes", "_version", "_versions", "_len", "_note"];
     ABOUT.contains(&key) || is_letters || endings.iter().any(|end| key.ends_with(end)) || value.is_string()
 }
 
-/// The tensors of a call, as they are looked for.
+/// The tensors of a call, looked up by name.
 pub struct Inputs<'a> {
     case: &'a Case,
-    /// The full names of those that were found.
+    /// The full names of the tensors found.
     pub used: Vec<String>,
 }
 
@@ -154,7 +154,7 @@ impl<'a> Inputs<'a> {
         Inputs { case, used: Vec::new() }
     }
 
-    /// The first that is there of these names.
+    /// The first tensor found under one of these names.
     pub fn find(&mut self, names: &[&str]) -> Result<Option<Array>> {
         for name in names {
             if let Some(array) = self.case.optional(name)? {
@@ -176,16 +176,16 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// What positions say of who sees whom, counted from the first query and the first key.
+/// Which keys each query sees by position, counted from the first query and the first key.
 #[derive(Clone, Copy, Default)]
 pub struct Near {
     pub causal: bool,
-    /// So many keys to the left of a query's own and to the right.
+    /// This many keys to the left and to the right of a query's own position.
     pub window: Option<(usize, usize)>,
 }
 
 impl Near {
-    /// Written out; none where everybody sees everything.
+    /// As a materialised mask; `None` if every query sees every key.
     pub fn bits(&self, len_q: usize, len_k: usize) -> Result<Option<Bits>> {
         if !self.causal && self.window.is_none() {
             return Ok(None);
@@ -195,7 +195,7 @@ impl Near {
         Bits::of_positions(len_q, len_k, |i, j| (!self.causal || j <= i) && sees(i, j)).map(Some)
     }
 
-    /// As the library's own rules.
+    /// As rules of the library.
     pub fn rules(&self, mut attention: Attention) -> Attention {
         if self.causal {
             attention = attention.causal(Align::TopLeft);
@@ -207,7 +207,7 @@ impl Near {
     }
 }
 
-/// Booleans that broadcast as NumPy does it.
+/// Booleans with NumPy broadcasting.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bits {
     pub shape: Vec<usize>,
@@ -215,7 +215,7 @@ pub struct Bits {
 }
 
 impl Bits {
-    /// Of a mask's array: bool, or numbers that are 0 or 1.
+    /// From a mask's array: bool, or numbers that are 0 or 1.
     pub fn of(name: &str, array: &Array) -> Result<Bits> {
         let data = match array.values() {
             Values::Bool(_) | Values::Int(_) => array.bools(name)?,
@@ -237,14 +237,14 @@ impl Bits {
         Ok(Bits { shape: vec![1, len_q, len_k], data })
     }
 
-    /// One entry per batch entry and place, `[batch, most]`: true for as many as `lengths` says.
+    /// `[batch, most]`: in each batch entry, true for the first `lengths[b]` positions.
     pub fn of_lengths(lengths: &[usize], most: usize) -> Result<Bits> {
         room(&[lengths.len(), most])?;
         let data = lengths.iter().flat_map(|&len| (0..most).map(move |at| at < len)).collect();
         Ok(Bits { shape: vec![lengths.len(), most], data })
     }
 
-    /// The same with an axis of length 1; `from_end` counts as in NumPy's `expand_dims(x, -from_end)`.
+    /// Inserts an axis of length 1, as NumPy's `expand_dims(x, -from_end)`.
     pub fn expand(mut self, from_end: usize) -> Result<Bits> {
         match (self.shape.len() + 1).checked_sub(from_end) {
             Some(at) => self.shape.insert(at, 1),
@@ -253,7 +253,7 @@ impl Bits {
         Ok(self)
     }
 
-    /// Axes of length 1 before all others, up to `rank`.
+    /// Prepends axes of length 1 up to `rank`.
     fn with_rank(mut self, rank: usize) -> Bits {
         while self.shape.len() < rank {
             self.shape.insert(0, 1);
@@ -269,14 +269,14 @@ impl Bits {
         Ok(Bits { shape: shape.to_vec(), data: layout.positions().map(|at| self.data[at]).collect() })
     }
 
-    /// True where all of the masks are, if there are any.
+    /// The conjunction of the masks, if there are any.
     pub fn every(masks: impl IntoIterator<Item = Bits>) -> Result<Option<Bits>> {
         let mut masks = masks.into_iter();
         let Some(first) = masks.next() else { return Ok(None) };
         masks.try_fold(first, |all, mask| all.and(&mask)).map(Some)
     }
 
-    /// One entry, true, with that many axes: it hides nothing.
+    /// A single true entry with that many axes: it hides nothing.
     pub fn all(rank: usize) -> Bits {
         Bits { shape: vec![1; rank], data: vec![true] }
     }
@@ -296,7 +296,7 @@ impl Bits {
         self
     }
 
-    /// For each row of the last axis, whether all of it is false: `[.., 1]`.
+    /// Whether each row of the last axis is all false: `[.., 1]`.
     fn blind_rows(&self) -> Bits {
         let mut shape = self.shape.clone();
         let width = shape.pop().unwrap_or(1);
@@ -320,13 +320,13 @@ impl Bits {
 fn room(shape: &[usize]) -> Result<()> {
     let entries = wgpu_attention::problem::checked_len(shape)?;
     if entries > MOST_ENTRIES {
-        fail!("a mask of shape {shape:?} has {entries} entries; no more than {MOST_ENTRIES} are written out");
+        fail!("a mask of shape {shape:?} has {entries} entries; at most {MOST_ENTRIES} can be materialised");
     }
     Ok(())
 }
 
-/// The rule that `seen` `[batch, heads, len_q, len_k]` says, but that rows which see nothing weigh all keys the same:
-/// as where masked scores are one large negative number.
+/// The rule given by `seen` `[batch, heads, len_q, len_k]`, except that rows which see nothing give all keys the same
+/// weight, as if masked scores were one large negative number.
 pub fn mean_where_nothing_is_seen(attention: Attention, seen: &Bits, device: &Device) -> Result<Attention> {
     let blind = seen.blind_rows();
     let scores = blind.data.iter().map(|&blind| if blind { MASKED_SCORE } else { 0.0 }).collect();
@@ -336,17 +336,17 @@ pub fn mean_where_nothing_is_seen(attention: Attention, seen: &Bits, device: &De
     for (row, _) in kept.data.chunks_mut(width).zip(&blind.data).filter(|(_, blind)| **blind) {
         row.fill(true);
     }
-    Ok(attention.bias(bias).mask(Mask::keep(kept.upload(device)?)?))
+    Ok(attention.bias(bias).mask(Mask::keep_where(kept.upload(device)?)?))
 }
 
-/// An answer: its own name first, then others that it goes by.
+/// An answer: its own name, then its aliases.
 pub type Answer<'a> = (&'a [&'a str], Array);
 
 pub const OUTPUT: &[&str] = &["output", "out", "attention_output", "encoded", "y"];
 pub const WEIGHTS: &[&str] = &["attention_scores", "weights", "attention_weights", "attn_weights", "scores", "probs"];
 pub const RESIDUAL: &[&str] = &["residual", "lse", "logsumexp"];
 
-/// What the framework itself gives in the case's own type.
+/// The framework's own result in the case's own type.
 const OWN: [&str; 8] = ["out32", "t32", "out16", "t16", "own", "own32", "keras32", "jax32"];
 
 /// Whether a case expects an answer of one of these names.
@@ -355,9 +355,9 @@ pub fn expects(case: &Case, names: &[&str]) -> bool {
     names.iter().any(|name| all.contains(&format!("ref64.{name}")) || all.contains(&format!("out.{name}")))
 }
 
-/// Holds answers against float64 (or `out.*` where there is none): twice the framework's own error and 8 ulp, or 5e-6
-/// of the largest value where it records none; half an ulp of a half type more. Every tensor of the case must be known;
-/// `inputs` and `params` are the names of those that were used.
+/// Compares answers with float64 (or `out.*` if there is none). The tolerance is twice the framework's own error and 8
+/// ulp, or 5e-6 of the largest value if no error is recorded; plus half an ulp of a half type. Every tensor of the case
+/// must be known; `inputs` and `params` are the names of those that were used.
 pub fn hold(
     case: &Case,
     dtype: Dtype,
@@ -409,7 +409,7 @@ pub fn hold(
         all.push(held(names[0], against, got, &expected, |x| if plain(x) { limit } else { F32_SUMS * x.abs() }));
     }
     if !unknown.is_empty() {
-        let note = format!("the case's {} is not known: computed without", unknown.join(", "));
+        let note = format!("the case's {} is not known and was ignored", unknown.join(", "));
         for one in &mut all {
             one.note = Some(note.clone());
         }

@@ -1,8 +1,8 @@
-//! Why a case gives nothing to compare.
+//! Why a case has nothing to compare.
 
 use crate::error::Error;
 
-/// Why a case gives no comparisons.
+/// Why a case has no comparisons.
 pub enum Stop {
     Skip(String),
     Error(Error),
@@ -16,7 +16,7 @@ impl From<Error> for Stop {
 impl From<wgpu_attention::Error> for Stop {
     fn from(error: wgpu_attention::Error) -> Stop {
         match error {
-            // Not what this method does, or a feature or limit that the adapter lacks.
+            // The method does not support it, or the adapter lacks a feature or limit.
             wgpu_attention::Error::Method { .. }
             | wgpu_attention::Error::Unsupported { .. }
             | wgpu_attention::Error::TooLarge { .. } => Stop::Skip(error.to_string()),

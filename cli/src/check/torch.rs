@@ -14,7 +14,7 @@ pub fn sdpa(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Co
     let [q, k, v] = case.operands(device)?;
     let mut attention = attention.lse(true).weights(Weights::PerHead);
     if let Some(mask) = case.optional("attn_mask")? {
-        attention = add_mask(attention, "attn_mask", &mask, Mask::keep, device)?;
+        attention = add_mask(attention, "attn_mask", &mask, Mask::keep_where, device)?;
     }
     if case.flag("is_causal_top_left")? {
         attention = attention.causal(Align::TopLeft);
@@ -29,7 +29,7 @@ pub fn sdpa(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Co
     case.against_torch(q.dtype(), "out", &results(&attended)?)
 }
 
-/// Everything that was asked for.
+/// Everything that was requested.
 fn results(attended: &Attended) -> Result<Vec<(&'static str, Array)>> {
     let all = [("out", Some(&attended.output)), ("lse", attended.lse.as_ref()), ("weights", attended.weights.as_ref())];
     all.into_iter()
@@ -38,7 +38,7 @@ fn results(attended: &Attended) -> Result<Vec<(&'static str, Array)>> {
         .collect()
 }
 
-/// Sequences packed one behind another, `[total, heads, dim]`.
+/// Packed sequences, `[total, heads, dim]`.
 pub fn varlen(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])?;
     let [q, k, v] = case.operands(device)?;
@@ -80,11 +80,11 @@ pub fn mha(case: &Case, device: &Device, mut attention: Attention) -> Result<Vec
     if let Some(bias) = key_padding.as_ref().filter(|mask| mask.is_float()) {
         attention = attention.key_padding_bias(bias.upload("key_padding_mask", device)?);
     } else if let Some(mask) = &key_padding {
-        attention = attention.key_padding(Mask::drop(mask.upload_bools("key_padding_mask", device)?)?);
+        attention = attention.key_padding(Mask::hide_where(mask.upload_bools("key_padding_mask", device)?)?);
     }
     match case.optional("attn_mask")? {
-        Some(mask) => attention = add_mask(attention, "attn_mask", &mask, Mask::drop, device)?,
-        // With a mask, is_causal only says what the mask is.
+        Some(mask) => attention = add_mask(attention, "attn_mask", &mask, Mask::hide_where, device)?,
+        // With a mask, is_causal is only a hint about the mask.
         None if case.flag("is_causal")? => attention = attention.causal(Align::TopLeft),
         None => {}
     }

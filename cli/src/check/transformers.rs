@@ -14,7 +14,7 @@ use super::stop::Stop;
 use crate::array::{Array, Values};
 use crate::error::{Error, Result, fail};
 
-/// Results held against a case's answers. Every answer must be asked for, but for gradients.
+/// Compares results with a case's answers. Every answer must be requested, except for gradients.
 struct Held<'a> {
     case: &'a Case,
     asked: Vec<String>,
@@ -32,7 +32,7 @@ impl<'a> Held<'a> {
         array
     }
 
-    /// Against float64, `allowed` off the largest value.
+    /// Against float64, within `allowed` times the largest value.
     fn truth(&mut self, name: &str, got: &Array, allowed: f64) -> Result<()> {
         let truth = self.answer(format!("ref64.{name}"))?;
         let limit = allowed * largest_finite(&truth.to_f64());
@@ -40,7 +40,7 @@ impl<'a> Held<'a> {
         Ok(())
     }
 
-    /// The largest error of transformers' own f32.
+    /// The largest error of transformers' own f32 result.
     fn own_error(&mut self, name: &str) -> Result<f64> {
         let (own, truth) = (self.answer(format!("out32.{name}"))?, self.answer(format!("ref64.{name}"))?);
         Ok(largest_difference(&own.to_f32(), &truth.to_f64()))
@@ -72,7 +72,7 @@ impl<'a> Held<'a> {
     }
 }
 
-/// Slopes of ALiBi.
+/// ALiBi slopes.
 pub fn alibi_slopes(case: &Case) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&[])?;
     let heads = case.count("H")?;
@@ -111,7 +111,7 @@ fn buckets(case: &Case) -> Result<Buckets> {
     })
 }
 
-/// Buckets of T5.
+/// T5 buckets.
 pub fn t5_bucket(case: &Case) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["relative_position"])?;
     let (buckets, distances) = (buckets(case)?, case.input("relative_position")?);
@@ -126,7 +126,7 @@ pub fn t5_bucket(case: &Case) -> Result<Vec<Comparison>, Stop> {
     held.finish()
 }
 
-/// Biases of T5.
+/// T5 biases.
 pub fn t5_bias(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&[])?;
     let table = case.tensor("param.table")?.upload("table", device)?;
@@ -226,7 +226,7 @@ fn rotary_config(case: &Case) -> Result<RotaryConfig, Stop> {
     Ok(RotaryConfig::new(dim).base(need("rope_theta")?).scaling(scaling).f32_frequencies(true))
 }
 
-/// Llama's rotation with any scaling of its frequencies, and the tables behind it.
+/// Llama's rotation with any scaling of its frequencies, and its tables.
 pub fn rope_half_split(case: &Case, device: &Device) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["position_ids", "q", "k"])?;
     let config = rotary_config(case)?;
@@ -260,9 +260,9 @@ pub fn rope_half_split(case: &Case, device: &Device) -> Result<Vec<Comparison>, 
     let positions = TokenPositions::Given(positions);
     for name in ["q", "k"] {
         let x = case.input(name)?;
-        let turned = rotary.rotate(&x.upload(name, device)?, &positions)?;
+        let rotated = rotary.rotate(&x.upload(name, device)?, &positions)?;
         let own = own * largest_finite(&x.to_f64());
-        held.truth_beside_own(&format!("{name}_rot"), &Array::download(&turned)?, own)?;
+        held.truth_beside_own(&format!("{name}_rot"), &Array::download(&rotated)?, own)?;
     }
     held.finish()
 }
@@ -276,13 +276,13 @@ pub fn rope_interleaved(case: &Case, device: &Device) -> Result<Vec<Comparison>,
     config.base = case.float("theta")?.unwrap_or(config.base);
     // [batch, len, heads, dim] in and out.
     let x = case.upload("x", device)?.permute(&[0, 2, 1, 3])?;
-    let turned = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::Given(positions))?;
+    let rotated = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::Given(positions))?;
     let mut held = Held::new(case);
-    held.truth("out", &Array::download(&turned.permute(&[0, 2, 1, 3])?)?, F32_ULPS)?;
+    held.truth("out", &Array::download(&rotated.permute(&[0, 2, 1, 3])?)?, F32_ULPS)?;
     held.finish()
 }
 
-/// `x · Wᵀ + b` with the case's parameters, in heads: `[batch, heads, len, dim]`.
+/// `x · Wᵀ + b` with the case's parameters, split into heads: `[batch, heads, len, dim]`.
 fn heads_of(case: &Case, x: &Tensor, name: &str, heads: usize) -> Result<Tensor> {
     let y = linear(case, x, name)?;
     let &[batch, len, width] = y.shape() else { fail!("x {:?} must be [batch, len, dim]", x.shape()) };
@@ -309,7 +309,7 @@ fn joined(x: &Tensor) -> Result<Tensor> {
     Ok(x.permute(&[0, 2, 1, 3])?.reshape(&[batch, len, heads * dim])?)
 }
 
-/// Llama's attention: grouped heads, rotary positions, causal, perhaps within a window.
+/// Llama's attention: grouped heads, rotary positions, causal, optionally with a window.
 pub fn llama_attention(case: &Case, device: &Device, attention: Attention) -> Result<Vec<Comparison>, Stop> {
     case.expect_inputs(&["x"])?;
     let x = case.upload("x", device)?;
@@ -317,10 +317,10 @@ pub fn llama_attention(case: &Case, device: &Device, attention: Attention) -> Re
     let mut config = RotaryConfig::new(case.count("head_dim")?);
     config.base = case.float("rope_theta")?.unwrap_or(config.base);
     let rotary = Rotary::new(device, &config, x.shape().get(1).copied().unwrap_or(0))?;
-    let turned = |name, heads| -> Result<Tensor> {
+    let rotated = |name, heads| -> Result<Tensor> {
         Ok(rotary.rotate(&heads_of(case, &x, name, heads)?, &TokenPositions::From(0))?)
     };
-    let (q, k) = (turned("q_proj", heads_q)?, turned("k_proj", heads_kv)?);
+    let (q, k) = (rotated("q_proj", heads_q)?, rotated("k_proj", heads_kv)?);
     let v = heads_of(case, &x, "v_proj", heads_kv)?;
     let mut attention = attention.weights(Weights::PerHead);
     if case.flag("causal")? {
@@ -349,7 +349,7 @@ pub fn shaw_relative_key(case: &Case, device: &Device, attention: Attention) -> 
     against_layer(case, attended, "linear_out")
 }
 
-/// What a layer gives out, and its weights, against float64.
+/// Compares a layer's output and weights with float64.
 fn against_layer(case: &Case, attended: wgpu_attention::Attended, output: &str) -> Result<Vec<Comparison>, Stop> {
     let out = linear(case, &joined(&attended.output)?, output)?;
     let mut held = Held::new(case);

@@ -1,4 +1,4 @@
-//! `attn plot attention`: what is drawn, and from where.
+//! `attn plot attention`: what to draw, and the source of the weights.
 
 use std::path::{Path, PathBuf};
 
@@ -21,15 +21,15 @@ const PICTURE: &str = "attn-attention.png";
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Without --weights, --q and --k: the sentence and layer of `attn` without a command.
+Without --weights, --q and --k, attn plot attention draws the sentence and layer of `attn` without a command.
 
 Weights are [heads, len_q, len_k] or [batch, heads, len_q, len_k] (one head: [len_q, len_k]), as \
-`attn run --weights` and `attn mha --return-weights` write them; of a file with several tensors the one called \
-weights, or FILE:NAME. With --q and --k ([.., heads, len, dim]) the library computes them.
+`attn run --weights` and `attn mha --return-weights` write them. In a file with several tensors they are the one \
+called weights, or FILE:NAME. With --q and --k ([.., heads, len, dim]) the library computes them.
 
-Every head is drawn unless --head, --average or --lines say otherwise. Labels shrink with their cells, down to \
-13 pixels; then only every 2nd, 5th, 10th, ... token has one, with its number. A token of more than 28 columns \
-loses its middle. Colours run from 0 to the largest weight drawn, rounded up; NaN is grey and crossed out.
+Every head is drawn unless --head, --average or --lines is given. Labels shrink with their cells, down to 13 pixels; \
+then only every 2nd, 5th, 10th, ... token has a label, with its number. A token of more than 28 columns loses its \
+middle. Colours range from 0 to the largest weight drawn, rounded up; NaN is grey and crossed out.
 
 Examples:
   attn plot attention                                       every head of the example
@@ -39,13 +39,13 @@ Examples:
   attn plot attention --weights out.npz --tokens \"the,cat,sat\"
   attn plot attention --q qkv.npz:q --k qkv.npz:k --causal top-left --tokens tokens.txt --average")]
 pub struct AttentionPlot {
-    /// Attention weights: FILE, or FILE:NAME for one tensor of several
+    /// Attention weights: FILE, or FILE:NAME for one of several tensors
     #[arg(long, value_name = "FILE", conflicts_with_all = ["q", "k"])]
     weights: Option<String>,
-    /// Queries, to compute weights from: FILE, or FILE:NAME
+    /// Queries to compute weights from: FILE, or FILE:NAME
     #[arg(long, value_name = "FILE", requires = "k")]
     q: Option<String>,
-    /// Keys, likewise
+    /// Keys to compute weights from: FILE, or FILE:NAME
     #[arg(long, value_name = "FILE", requires = "q")]
     k: Option<String>,
     /// A boolean mask over queries and keys (needs --mask), for --q and --k
@@ -54,34 +54,34 @@ pub struct AttentionPlot {
     /// An additive bias over queries and keys, for --q and --k
     #[arg(long, value_name = "FILE", requires = "q")]
     bias: Option<String>,
-    /// Which batch entry of four axes [default: 0]
+    /// The batch entry to draw, if there are four axes [default: 0]
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
-    /// The tokens, separated by commas, or a file: a JSON list, or one a line [default: numbers]
+    /// The tokens, separated by commas, or a file: a JSON list, or one token per line [default: numbers]
     #[arg(long, value_name = "A,B,...|FILE")]
     tokens: Option<String>,
-    /// The keys' tokens where they are others [default: those of --tokens]
+    /// The keys' tokens, if they differ from the queries' [default: those of --tokens]
     #[arg(long, value_name = "A,B,...|FILE")]
     key_tokens: Option<String>,
-    /// Only these heads; a single one is drawn large
+    /// Draw only these heads; a single one is drawn large
     #[arg(long, value_name = "H,H,...", value_delimiter = ',')]
     head: Option<Vec<usize>>,
-    /// The mean over the heads
+    /// Draw the mean over the heads
     #[arg(long)]
     average: bool,
-    /// Lines from queries to keys: a colour per head, opacity by weight
+    /// Draw lines from queries to keys: a colour per head, opacity by weight
     #[arg(long)]
     lines: bool,
-    /// Only the lines of this query: a token (the first of that name) or its number; the page begins with it
+    /// Draw only the lines of this query, and select it on the page: a token (its first occurrence) or its number
     #[arg(long, value_name = "WORD|INDEX")]
     token: Option<String>,
-    /// What the picture is called
+    /// Title of the picture
     #[arg(long)]
     title: Option<String>,
-    /// The picture, .png or .svg [default: attn-attention.png, or none with --html]
+    /// The picture file: .png or .svg [default: attn-attention.png, or none with --html]
     #[arg(short, long, visible_alias = "out", value_name = "FILE")]
     output: Option<PathBuf>,
-    /// A page to explore: one file, no network
+    /// Write an interactive page: one file that works offline
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     #[command(flatten)]
@@ -104,15 +104,15 @@ fn entry(name: &str, array: &Array, batch: Option<usize>) -> Result<([usize; 3],
         _ => fail!("{name} {shape:?} must be [batch, heads, len_q, len_k], [heads, len_q, len_k] or [len_q, len_k]"),
     };
     match (entries, batch) {
-        (None, Some(_)) => usage!("--batch chooses among entries of a batch, but {name} {shape:?} has no such axis"),
+        (None, Some(_)) => usage!("--batch needs a batch axis, but {name} {shape:?} has none"),
         (Some(entries), Some(batch)) if batch >= entries => {
-            fail!("--batch {batch} is not there: {name} {shape:?} has {entries} entries, counted from 0")
+            fail!("there is no batch entry {batch}: {name} {shape:?} has {entries} entries, counted from 0")
         }
         _ => {}
     }
     let each = heads * len_q * len_k;
     let weights = array.to_f32()[batch.unwrap_or(0) * each..][..each].to_vec();
-    // Rounding, of halves too, keeps well within.
+    // Rounding errors are much smaller, even with f16 and bf16.
     if let Some(at) = weights.iter().position(|weight| !weight.is_nan() && !(-1e-3..=1.001).contains(weight)) {
         let (head, i, j) = (at / (len_q * len_k), at / len_k % len_q, at % len_k);
         fail!("{name} is {} at head {head}, query {i}, key {j}; attention weights lie between 0 and 1", weights[at]);
@@ -120,7 +120,7 @@ fn entry(name: &str, array: &Array, batch: Option<usize>) -> Result<([usize; 3],
     Ok(([heads, len_q, len_k], weights))
 }
 
-/// A JSON list or a token a line of a file, or a list with commas.
+/// Tokens from a file (a JSON list, or one token per line) or from a comma-separated list.
 fn read_tokens(text: &str) -> Result<Vec<String>> {
     let path = Path::new(text);
     if !path.is_file() {
@@ -130,7 +130,7 @@ fn read_tokens(text: &str) -> Result<Vec<String>> {
         .map_err(|error| Error::Failed(format!("{text} is not UTF-8: {error}")))?;
     if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("json")) || content.starts_with("[\"") {
         return serde_json::from_str(&content)
-            .map_err(|error| Error::Failed(format!("{text} is not a JSON list of texts: {error}")));
+            .map_err(|error| Error::Failed(format!("{text} is not a JSON list of strings: {error}")));
     }
     Ok(content.lines().map(str::to_string).collect())
 }
@@ -139,8 +139,7 @@ impl AttentionPlot {
     fn seen(&self, adapter: Option<&str>) -> Result<Seen> {
         if self.attention.any() && self.q.is_none() {
             usage!(
-                "--causal, --window, --softcap, --scale and --mask say how weights come from --q and --k; without them \
-                    weights are drawn as they are"
+                "--causal, --window, --softcap, --scale and --mask need --q and --k; given weights are drawn unchanged"
             );
         }
         let ([heads, len_q, len_k], weights, title, known) = match (&self.weights, &self.q, &self.k) {
@@ -148,7 +147,7 @@ impl AttentionPlot {
                 let array = match Path::new(name).exists() {
                     true => {
                         let file = TensorFile::open(Path::new(name))?;
-                        // As `attn run` and `attn mha` call them.
+                        // The name that `attn run` and `attn mha` give them.
                         let ours = file.names().iter().any(|tensor| tensor == "weights").then_some("weights");
                         file.single(ours)?
                     }
@@ -164,7 +163,7 @@ impl AttentionPlot {
             }
             _ => {
                 if self.batch.is_some() || self.tokens.is_some() || self.key_tokens.is_some() {
-                    usage!("--batch, --tokens and --key-tokens belong to --weights, or --q and --k");
+                    usage!("--batch, --tokens and --key-tokens need --weights, or --q and --k");
                 }
                 let (tokens, weights) = demo::sentence(adapter)?;
                 let len = tokens.len();
@@ -180,7 +179,7 @@ impl AttentionPlot {
         let fit = |what: &str, tokens: &Vec<String>, len: usize| -> Result<()> {
             match tokens.len() == len {
                 true => Ok(()),
-                false => fail!("{} tokens for {len} {what}; one each is needed", tokens.len()),
+                false => fail!("{} tokens for {len} {what}; the numbers must match", tokens.len()),
             }
         };
         let numbers = |len: usize| (0..len).map(|n| n.to_string()).collect::<Vec<_>>();
@@ -190,7 +189,7 @@ impl AttentionPlot {
         if let Some(queries) = &given {
             fit("queries", queries, len_q)?;
             if given_keys.is_none() && len_k != len_q {
-                usage!("{len_q} queries attend to {len_k} keys: the keys' tokens are needed too, as --key-tokens");
+                usage!("{len_q} queries attend to {len_k} keys: give the keys' tokens too, with --key-tokens");
             }
         }
         let same = given_keys.is_none() && len_k == len_q;
@@ -210,7 +209,7 @@ impl AttentionPlot {
     /// `[.., heads, len_q, len_k]` of the library.
     fn compute(&self, q: &str, k: &str, adapter: Option<&str>) -> Result<Array> {
         if self.attention.mask.is_some() && self.attn_mask.is_none() {
-            usage!("--mask says what a mask means, but there is no --attn-mask");
+            usage!("--mask needs a mask, but there is no --attn-mask");
         }
         let (q, k) = (files::read_named(q)?, files::read_named(k)?);
         let (mask, bias) = (files::read_optional(&self.attn_mask)?, files::read_optional(&self.bias)?);
@@ -225,7 +224,7 @@ impl AttentionPlot {
         if let Some(bias) = &bias {
             attention = AttentionArgs::add_bias(attention, bias, device)?;
         }
-        // Weights do not depend on values: the keys stand in for them.
+        // Weights do not depend on values, so the keys are passed as values.
         let attended = attention.forward(&q, &k, &k)?;
         Array::download(&attended.weights.expect("asked for"))
     }
@@ -233,7 +232,7 @@ impl AttentionPlot {
 
 pub fn plot(args: &AttentionPlot, adapter: Option<&str>) -> Result<()> {
     if args.token.is_some() && !args.lines && args.html.is_none() {
-        usage!("--token chooses what --lines draws and where --html begins; give one of these");
+        usage!("--token chooses the query for --lines and --html; add one of these");
     }
     if args.head.as_ref().is_some_and(Vec::is_empty) {
         usage!("--head needs at least one head");

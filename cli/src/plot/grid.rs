@@ -7,7 +7,7 @@ use crate::font::text_width;
 use crate::heatmap::{self, Axis, Cells, MARGIN, Scale, TEXT, TITLE};
 use crate::picture::{ABOVE, Area, Drawn, Picture, text, upright};
 
-/// Heads side by side, under one scale; tokens stand on the outer sides.
+/// Heads side by side, with one scale; tokens label only the outer sides.
 pub struct Grid<'a> {
     pub title: &'a str,
     pub seen: &'a Seen,
@@ -29,7 +29,7 @@ impl Grid<'_> {
     fn name(&self, head: usize) -> String {
         head_name(&self.seen.heads[head])
     }
-    /// Columns and rows of heads: at most one row short of a square.
+    /// Columns and rows of heads: a square, or one row fewer.
     fn shape(&self) -> (i32, i32) {
         let heads = self.seen.heads.len() as i32;
         let columns = (1..).find(|n| n * n >= heads).expect("squares grow");
@@ -37,7 +37,7 @@ impl Grid<'_> {
         let columns = (columns..=columns + 1).find(|n| heads % n == 0).unwrap_or(columns);
         (columns, (heads + columns - 1) / columns)
     }
-    /// From one head to the next.
+    /// The distance from one head to the next.
     fn step(&self) -> (i32, i32) {
         let cells = self.cells(0);
         let widest = (0..self.seen.heads.len()).map(|head| text_width(&self.name(head), HEAD)).max().unwrap_or(0);

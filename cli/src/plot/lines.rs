@@ -1,5 +1,5 @@
-//! Lines from queries to keys, as BertViz's head view has them (Vig 2019, "A Multiscale Visualization of
-//! Attention in the Transformer Model").
+//! Lines from queries to keys, as in BertViz's head view (Vig 2019, "A Multiscale Visualization of Attention in the
+//! Transformer Model").
 
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
@@ -10,23 +10,23 @@ use crate::font::text_width;
 use crate::heatmap::{GAP, MARGIN, NAN, SMALLEST, TEXT, TITLE, short};
 use crate::picture::{ABOVE, Area, CENTRE, COLOURS, Drawn, LEFT, Picture, RIGHT, rectangle, text};
 
-/// Two columns of tokens: a line for every weight that can be seen, its opacity the weight, its colour the head.
-/// The lines of one query end in a strip of blocks, one per head, in the order of heads.
+/// Two columns of tokens, with a line for every visible weight: its opacity is the weight, its colour is the head. The
+/// lines of one query end in a strip of blocks, one per head, in the order of the heads.
 pub struct Lines<'a> {
     title: &'a str,
     seen: &'a Seen,
     queries: &'a [String],
     keys: &'a [String],
     token: Option<usize>,
-    /// Head, query, key and weight of every line, faintest first so that strong ones lie on top.
+    /// Head, query, key and weight of every line, faintest first so that strong ones are on top.
     lines: Vec<(usize, usize, usize, f32)>,
 }
 
-/// More lines are one blot.
+/// More lines would merge into a blot.
 const MOST: usize = 100_000;
-/// Weights below cannot be seen, and get no line.
+/// Smaller weights are invisible, and have no line.
 const FAINTEST: f32 = 0.005;
-/// Between the columns.
+/// The space between the columns.
 const SPAN: i32 = 380;
 const BLOCK: i32 = 14;
 const GREY: RGBColor = RGBColor(0x76, 0x76, 0x76);
@@ -49,13 +49,13 @@ impl<'a> Lines<'a> {
             }
         }
         if lines.len() > MOST {
-            fail!("{} lines are more than {MOST}, which nobody can tell apart; choose --token or --head", lines.len());
+            fail!("{} lines are too many to be distinguished (at most {MOST}); use --token or --head", lines.len());
         }
         lines.sort_by(|a, b| a.3.total_cmp(&b.3));
         Ok(Lines { title, seen, queries, keys, token, lines })
     }
 
-    /// Pixels from one token to the next, and the size of their text.
+    /// Pixels from one token to the next, and the text size.
     fn row(&self) -> (i32, i32) {
         let step = (1000 / self.queries.len().max(self.keys.len()) as i32).clamp(SMALLEST + 2, 30);
         (step, (step - 2).min(TEXT))
@@ -64,7 +64,7 @@ impl<'a> Lines<'a> {
     fn strip(&self) -> i32 {
         if self.token.is_some() && self.seen.heads.len() > 1 { self.seen.heads.len() as i32 * BLOCK + GAP } else { 0 }
     }
-    /// Where numbers stand that say the only head's weights.
+    /// Where the weights are written as numbers, if there is only one head.
     fn numbers(&self) -> i32 {
         let one = self.token.is_some() && self.seen.heads.len() == 1;
         if one { text_width("1.00", self.row().1) + GAP } else { 0 }
@@ -82,7 +82,7 @@ impl<'a> Lines<'a> {
         let keys = self.widest(self.keys).max(text_width("key", TEXT));
         (right + self.strip() + self.numbers() + GAP + keys).max(text_width(self.title, TITLE) + MARGIN) + MARGIN
     }
-    /// Places of the heads' names in the legend, line by line, and their number of lines.
+    /// The positions of the heads' names in the legend, line by line, and the number of lines.
     fn legend(&self) -> (Vec<(i32, i32)>, i32) {
         let (mut x, mut line) = (MARGIN, 0);
         let mut places = Vec::new();
@@ -134,7 +134,7 @@ impl Picture for Lines<'_> {
         text(root, "key", (keys, top - TEXT / 2 - 4), TEXT, LEFT, GREY)?;
 
         for &(head, i, j, weight) in &self.lines {
-            // Heads side by side, where they would lie on each other.
+            // Heads side by side, because they would overlap.
             let heads = self.seen.heads.len() as i32;
             let apart = (2 * head as i32 + 1 - heads) * (step - 8).max(0) / (2 * heads);
             let ends = [(left, y(i) + apart), (right, y(j) + apart)];

@@ -15,7 +15,7 @@ use crate::error::Result;
 pub enum PlotCommand {
     /// Attention weights: every head, one head, their mean, or lines from token to token
     Attention(Box<attention::AttentionPlot>),
-    /// A positional encoding, and what it says of distances
+    /// A positional encoding, and its values over distance
     Positions(positions::PositionsPlot),
 }
 

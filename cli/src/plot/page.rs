@@ -1,4 +1,4 @@
-//! A page to explore attention with: one HTML file that needs no network.
+//! An interactive page for exploring attention: one HTML file that works offline.
 
 use std::path::Path;
 
@@ -11,18 +11,18 @@ use crate::files;
 use crate::font;
 
 const TEMPLATE: &str = include_str!("page.html");
-/// 21 MB of text; phones cope with that.
+/// 21 MB of text, which phones can handle.
 const MOST_WEIGHTS: usize = 4 << 20;
-/// A box each; browsers get slow beyond.
+/// Boxes on the page; browsers are slow beyond this.
 const MOST_BOXES: usize = 50_000;
 
 pub struct Page<'a> {
     pub seen: &'a Seen,
-    /// The query that the page begins with.
+    /// The query that is selected at first.
     pub token: usize,
 }
 
-/// Refuses what is not a page or has no folder, before the work is done.
+/// Rejects a path that is not a page or whose folder does not exist, before any work is done.
 pub fn check_output(path: &Path) -> Result<()> {
     match path.extension().and_then(|ending| ending.to_str()) {
         Some("html" | "htm") => files::check_folder(path),
@@ -35,8 +35,8 @@ pub fn write(path: &Path, page: &Page<'_>) -> Result<()> {
     let (weights, boxes) = (seen.weights.len(), (seen.heads.len() + 1) * seen.keys.len());
     if weights > MOST_WEIGHTS || boxes > MOST_BOXES {
         fail!(
-            "cannot write {}: {} heads of {} queries and {} keys are {weights} weights and {boxes} boxes; a page takes \
-             {MOST_WEIGHTS} and {MOST_BOXES}; choose some with --head",
+            "cannot write {}: {} heads of {} queries and {} keys are {weights} weights and {boxes} boxes; a page can hold \
+             {MOST_WEIGHTS} and {MOST_BOXES}; choose fewer heads with --head",
             path.display(),
             seen.heads.len(),
             seen.queries.len(),

@@ -1,4 +1,4 @@
-//! `attn plot positions`: an encoding as heatmaps, and below what it says of distances.
+//! `attn plot positions`: an encoding as heatmaps, with a chart over distance below.
 
 use std::path::PathBuf;
 
@@ -15,9 +15,9 @@ use crate::heatmap::{self, Axis, Cells, MARGIN, Scale, TEXT, TITLE};
 use crate::picture::{self, ABOVE, Area, COLOURS, Drawn, LEGEND, Picture, legend, mark, text, upright};
 use crate::target;
 
-/// The most positions, columns and heads: one pixel each.
+/// The most positions, columns and heads, at one pixel each.
 const MOST: usize = 2048;
-/// The most lines that a chart's colours and markers tell apart.
+/// The most lines that a chart's colours and markers can distinguish.
 const MOST_HEADS: usize = 28;
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
@@ -26,7 +26,7 @@ enum MethodWord {
     Sinusoidal,
     /// Rotations of queries and keys (Su et al. 2021)
     Rotary,
-    /// A slope per head on the distance (Press et al. 2022)
+    /// A bias linear in the distance, with a slope per head (Press et al. 2022)
     Alibi,
     /// A learned bias per head and bucket of distances (Raffel et al. 2020)
     T5,
@@ -36,11 +36,11 @@ enum MethodWord {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Above: the table, a row per position and a column per dimension (alibi and t5: a row per head and a column \
-per distance). Below, over the distance between two positions: the dot product of their vectors (rotary: of \
-a unit vector of equal entries, turned to both; learned: the mean over all pairs so far apart, and the least \
-and the most), or the bias per head. t5 without --table: the bucket of each distance. Labels thin out to \
-every 2nd, 5th, 10th, ... where there is no room.
+The upper part shows the table: a row per position and a column per dimension (alibi and t5: a row per head and a \
+column per distance). The lower part is a chart over the distance between two positions. It shows the dot product of \
+their vectors (rotary: of a unit vector of equal entries, rotated to both positions; learned: the mean, minimum and \
+maximum over all pairs at that distance), or the bias per head. t5 without --table shows the bucket of each distance. \
+If labels do not fit, only every 2nd, 5th, 10th, ... is drawn.
 
 Examples:
   attn plot positions --method sinusoidal --len 128 --dim 64
@@ -49,31 +49,31 @@ Examples:
   attn plot positions --method t5 --table t5.safetensors:relative_attention_bias.weight --len 128
   attn plot positions --method learned --table bert.safetensors:embeddings.position_embeddings.weight")]
 pub struct PositionsPlot {
-    /// Which encoding
+    /// The encoding to draw
     #[arg(long, value_enum)]
     method: MethodWord,
-    /// Positions (learned: all that the table holds) [default: 128]
+    /// Positions [default: 128; learned: all of the table]
     #[arg(long, value_name = "N")]
     len: Option<usize>,
-    /// Width of a vector or of a head (learned: the table's; alibi and t5 have none) [default: 64]
+    /// Width of a vector or a head [default: 64; learned: the table's width; not used by alibi and t5]
     #[arg(long, value_name = "D")]
     dim: Option<usize>,
-    /// Heads of alibi [default: 8]; how many of the table's heads of t5 [default: all]
+    /// Heads [default: 8 for alibi, all heads of the table for t5]
     #[arg(long, value_name = "N")]
     heads: Option<usize>,
     /// Base of the rotary frequencies [default: 10000]
     #[arg(long, allow_negative_numbers = true)]
     base: Option<f64>,
-    /// Rotary pairs are neighbours (GPT-J) instead of halves (Llama)
+    /// Rotary pairs are adjacent elements (GPT-J) instead of elements of the two halves (Llama)
     #[arg(long)]
     interleaved: bool,
     /// Sinusoids with all sines before all cosines (tensor2tensor)
     #[arg(long)]
     halves: bool,
-    /// The learned table: FILE, or FILE:NAME for one tensor of several; learned [positions, dim], t5 [buckets, heads]
+    /// The learned table: FILE, or FILE:NAME for one of several tensors; learned [positions, dim], t5 [buckets, heads]
     #[arg(long, value_name = "FILE")]
     table: Option<String>,
-    /// Biases of keys before the query only (alibi's default)
+    /// Only biases of keys before the query (alibi's default)
     #[arg(long)]
     causal: bool,
     /// Biases of keys on both sides (t5's default)
@@ -82,15 +82,15 @@ pub struct PositionsPlot {
     /// Buckets of t5 without a table [default: 32]
     #[arg(long, value_name = "N")]
     buckets: Option<usize>,
-    /// From this distance on t5's keys share a bucket [default: 128]
+    /// Distance from which on t5's keys share a bucket [default: 128]
     #[arg(long, value_name = "N")]
     max_distance: Option<usize>,
-    /// The picture, .png or .svg
+    /// The picture file: .png or .svg
     #[arg(short, long, visible_alias = "out", value_name = "FILE", default_value = "attn-positions.png")]
     output: PathBuf,
 }
 
-/// A matrix of the encoding.
+/// One matrix of the encoding.
 struct Panel {
     title: &'static str,
     rows: (&'static str, i64, usize),
@@ -98,11 +98,11 @@ struct Panel {
     values: Vec<f32>,
 }
 
-/// What an encoding says of distances.
+/// An encoding's values over distance.
 struct Chart {
     x: &'static str,
     y: &'static str,
-    /// The first distance; one value for each from there on.
+    /// The first distance; the values follow, one per distance.
     first: i64,
     lines: Vec<(String, Vec<f64>)>,
 }
@@ -115,8 +115,8 @@ struct Encoding {
 }
 
 impl PositionsPlot {
-    /// Options that mean nothing for the method are errors: they must not be ignored. A width goes with all: it
-    /// belongs to every call that compares them.
+    /// Options that do not apply to the method are errors, because they must not be ignored. Every method accepts
+    /// --dim, so that a comparison can pass it to every call.
     fn check_options(&self) -> Result<()> {
         use MethodWord::*;
         let given = [
@@ -134,11 +134,11 @@ impl PositionsPlot {
         for (option, is_given, methods) in given {
             if is_given && !methods.contains(&self.method) {
                 let of: Vec<String> = methods.iter().map(|&method| word(method)).collect();
-                usage!("{option} means nothing to --method {}; it belongs to {}", word(self.method), of.join(", "));
+                usage!("{option} does not apply to --method {}; it applies to {}", word(self.method), of.join(", "));
             }
         }
         if self.len == Some(0) {
-            usage!("--len 0 leaves nothing to draw; at least 1 position is needed");
+            usage!("--len 0 draws nothing; it must be at least 1");
         }
         Ok(())
     }
@@ -188,7 +188,7 @@ impl PositionsPlot {
         let base = self.base.unwrap_or(10_000.0);
         let config = RotaryConfig::new(dim).base(base).pairing(pairing);
         let tables = config.tables(len)?;
-        // A column of the head turns with its pair.
+        // Both columns of a pair have the same angle.
         let pair = |d: usize| if self.interleaved { d / 2 } else { d % (dim / 2) };
         let panel = |title, table: &[f32]| Panel {
             title,
@@ -198,8 +198,8 @@ impl PositionsPlot {
         };
         let unit = vec![1.0 / (dim as f32).sqrt(); len * dim];
         let x = Tensor::from_slice(device, &[1, 1, len, dim], &unit)?;
-        let turned = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::From(0))?.download()?;
-        let row = |position: usize| &turned[position * dim..][..dim];
+        let rotated = Rotary::new(device, &config, len)?.rotate(&x, &TokenPositions::From(0))?.download()?;
+        let row = |position: usize| &rotated[position * dim..][..dim];
         Ok(Encoding {
             title: format!("rotary positions, {len} × {dim}, base {base}"),
             panels: vec![panel("cosine", tables[0].data()), panel("sine", tables[1].data())],
@@ -216,7 +216,7 @@ impl PositionsPlot {
         })
     }
 
-    /// Keys from `first` on, as seen from position 0, and how the library is asked for them.
+    /// Keys from `first` on, as seen from position 0, and the arguments that the library needs for them.
     fn keys(&self, causal: bool) -> Result<(i64, usize, i64)> {
         let len = self.len()?;
         let before = len as i64 - 1;
@@ -237,7 +237,7 @@ impl PositionsPlot {
         let side = if self.causal { "causal" } else { "bidirectional" };
         let Some(name) = &self.table else {
             if self.heads.is_some() {
-                usage!("--heads chooses among the heads of --table FILE; t5's biases are learned");
+                usage!("--heads needs --table FILE with t5, because its biases are learned");
             }
             buckets.num_buckets = self.buckets.unwrap_or(buckets.num_buckets);
             let distances = first..first + keys as i64;
@@ -256,7 +256,7 @@ impl PositionsPlot {
             });
         };
         if self.buckets.is_some() {
-            usage!("--buckets is for t5 without a table; {name} says how many there are");
+            usage!("--buckets is for t5 without a table; {name} gives the number of buckets");
         }
         let array = files::read_named(name)?;
         let &[rows, all] = array.shape() else {
@@ -275,7 +275,7 @@ impl PositionsPlot {
 
     fn learned(&self, device: &Device) -> Result<Encoding> {
         let Some(name) = &self.table else {
-            usage!("--method learned needs --table FILE: [positions, dim] as it was trained");
+            usage!("--method learned needs --table FILE: the trained table [positions, dim]");
         };
         let table = PositionTable::learned(&files::read_named(name)?.upload("the table", device)?)?;
         let (shape, data) = (table.tensor().shape(), table.tensor().download()?);
@@ -285,7 +285,9 @@ impl PositionsPlot {
         }
         let len = self.len.unwrap_or(rows);
         if len > rows || len == 0 || dim == 0 {
-            fail!("{len} positions of {name} {shape:?} cannot be drawn: it must hold at least 1 and at least --len");
+            fail!(
+                "{len} positions of {name} {shape:?} cannot be drawn: the table must hold at least 1 and at least --len"
+            );
         }
         drawable("--len", len)?;
         let data = &data[..len * dim];
@@ -328,7 +330,7 @@ fn device(adapter: Option<&str>) -> Result<Device> {
 
 fn drawable(what: &str, count: usize) -> Result<usize> {
     if count > MOST {
-        usage!("{what} = {count} is more than a picture shows, {MOST}");
+        usage!("{what} = {count} is more than the {MOST} that a picture can show");
     }
     Ok(count)
 }
@@ -339,7 +341,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 
 fn biases(title: String, values: Vec<f32>, heads: usize, keys: usize, first: i64) -> Result<Encoding> {
     if heads == 0 {
-        fail!("a table without heads leaves nothing to draw");
+        fail!("the table has no heads to draw");
     }
     let lines = values.chunks_exact(keys).take(MOST_HEADS).enumerate();
     let lines = lines.map(|(head, row)| (format!("head {head}"), row.iter().map(|&x| x.into()).collect())).collect();
@@ -365,7 +367,7 @@ pub fn plot(args: &PositionsPlot, adapter: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Between panels, and between a panel and its bar.
+/// The gap between panels, and between a panel and its colour bar.
 const BETWEEN: i32 = 34;
 const CHART: i32 = 420;
 const ROW: i32 = 30;
@@ -382,7 +384,7 @@ impl Encoding {
             scale: self.scale,
         }
     }
-    /// The width of a panel with what stands left of it.
+    /// The width of a panel and its labels to the left.
     fn panel_room(&self, panel: &Panel) -> (i32, i32) {
         let cells = self.cells(panel);
         let caption = text_width(panel.columns.0, TEXT).max(text_width(panel.title, TEXT));
@@ -410,7 +412,7 @@ impl Encoding {
         let cells = self.panels.iter().map(|panel| self.cells(panel).height()).max().unwrap_or(0);
         cells.max(heatmap::bar_height(false))
     }
-    /// Columns of the legend, and the width of one.
+    /// The number of legend columns, and the width of one.
     fn legend(&self, width: i32) -> (i32, i32) {
         let widest = self.chart.lines.iter().map(|(name, _)| text_width(name, TEXT)).max().unwrap_or(0);
         let each = LEGEND + widest + 2 * MARGIN;
@@ -480,7 +482,7 @@ impl Chart {
         let (least, most) =
             finite().fold((f64::INFINITY, f64::NEG_INFINITY), |(least, most), x| (least.min(x), most.max(x)));
         let (least, most) = if least <= most { (least, most) } else { (0.0, 1.0) };
-        // A line along the edge would hide in the frame.
+        // The frame would hide a line along the edge.
         let room = if most > least { (most - least) * 0.05 } else { most.abs().max(1.0) * 0.05 };
         let count = self.lines.iter().map(|(_, values)| values.len()).max().unwrap_or(1);
         let x = self.first as f64..(self.first + count as i64 - 1).max(self.first + 1) as f64;
@@ -515,7 +517,7 @@ impl Chart {
             for run in points.split(|(_, y)| !y.is_finite()) {
                 chart.draw_series(LineSeries::new(run.iter().copied(), colour.stroke_width(2)))?;
             }
-            // Markers apart from each other's, about eight a line.
+            // About eight markers per line, offset from those of other lines.
             let every = (values.len() / 8).max(1);
             let start = n * every / self.lines.len();
             for &point in points.iter().skip(start).step_by(every).filter(|(_, y)| y.is_finite()) {

@@ -1,4 +1,4 @@
-//! Attention weights with their tokens: what every picture is drawn from.
+//! Attention weights with their tokens, which every picture is drawn from.
 
 use crate::error::{Result, fail, usage};
 use crate::font;
@@ -6,7 +6,7 @@ use crate::font;
 /// Weights with their tokens.
 pub struct Seen {
     pub title: String,
-    /// The head's own numbers, or none for their mean.
+    /// The numbers of the heads, or none for their mean.
     pub heads: Vec<String>,
     /// `[heads, queries, keys]`
     pub weights: Vec<f32>,
@@ -26,14 +26,14 @@ impl Seen {
     /// Keeps `chosen` heads, in that order.
     pub fn choose(&mut self, chosen: &[usize]) -> Result<()> {
         if let Some(head) = chosen.iter().find(|&&head| head >= self.heads.len()) {
-            fail!("head {head} is not there: the weights have {}, counted from 0", self.heads.len());
+            fail!("there is no head {head}: the weights have {}, counted from 0", self.heads.len());
         }
         self.weights = chosen.iter().flat_map(|&head| self.head(head)).copied().collect();
         self.heads = chosen.iter().map(|head| head.to_string()).collect();
         Ok(())
     }
 
-    /// One head: the mean of all.
+    /// Replaces the heads with their mean.
     pub fn average(&mut self) {
         let count = self.heads.len();
         let each = self.queries.len() * self.keys.len();
@@ -42,7 +42,7 @@ impl Seen {
         self.heads = vec![format!("mean of {count} heads")];
     }
 
-    /// The query that `word` names.
+    /// The index of the query named `word`.
     pub fn query(&self, word: &str) -> Result<usize> {
         let named = self.queries.iter().position(|token| token == word);
         let numbered = || word.parse().ok().filter(|&at: &usize| at < self.queries.len());
@@ -57,7 +57,7 @@ impl Seen {
     }
 }
 
-/// `head 3`, or what a mean is called.
+/// `head 3`, or the name of a mean.
 pub fn head_name(head: &str) -> String {
     if head.parse::<usize>().is_ok() { format!("head {head}") } else { head.into() }
 }

@@ -1,4 +1,4 @@
-//! `attn bench`: what it reports, never how fast.
+//! `attn bench`: what it reports, not how fast calls are.
 
 use std::path::Path;
 
@@ -75,7 +75,7 @@ fn every_adapter_is_timed_and_the_figures_agree() {
             .find(|known| known.index.to_string() == adapter)
             .is_some_and(|known| known.features.contains(wgpu_attention::wgpu::Features::TIMESTAMP_QUERY));
         for row in &rows {
-            // Of one encoder with several calls there is no such time.
+            // There is no such time for an encoder with several calls.
             let expected = timestamps && row["calls"] == 1;
             assert_eq!(row["gpu_ms"].as_f64().is_some_and(|ms| ms > 0.0), expected, "{row:#}");
         }

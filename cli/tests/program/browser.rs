@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
-/// Names that browsers with this protocol go by; `CHROME` names another.
+/// Command names of browsers with this protocol; `CHROME` names another.
 const NAMES: [&str; 8] = [
     "chromium",
     "chromium-browser",
@@ -28,9 +28,9 @@ pub struct Browser {
     socket: WebSocket<TcpStream>,
     session: String,
     calls: u64,
-    /// What the page wrote to its console, and its exceptions.
+    /// The console output and exceptions of the page.
     pub complaints: Vec<String>,
-    /// What the page asked the network for.
+    /// The network requests of the page.
     pub requests: Vec<String>,
     _profile: tempfile::TempDir,
 }
@@ -63,18 +63,18 @@ impl Browser {
     pub fn open(page: &Path, width: u32, height: u32) -> Browser {
         let profile = tempfile::tempdir().expect("a temporary folder");
         let mut process = start(profile.path());
-        // It says where it listens on stderr, among other things.
-        let (tell, told) = std::sync::mpsc::channel();
+        // The browser prints its address on stderr, among other things.
+        let (send, lines) = std::sync::mpsc::channel();
         let stderr = BufReader::new(process.stderr.take().expect("piped"));
         std::thread::spawn(move || {
-            // Read to the end: a full pipe would stop the browser.
+            // Read to the end, because a full pipe would block the browser.
             for line in stderr.lines().map_while(Result::ok) {
-                let _ = tell.send(line);
+                let _ = send.send(line);
             }
         });
         let mut said = Vec::new();
         let address = loop {
-            match told.recv_timeout(PATIENCE) {
+            match lines.recv_timeout(PATIENCE) {
                 Ok(line) => match line.strip_prefix("DevTools listening on ") {
                     Some(address) => break address.trim().to_string(),
                     None => said.push(line),
@@ -143,7 +143,7 @@ impl Browser {
         }
     }
 
-    /// What a JavaScript expression gives.
+    /// The value of a JavaScript expression.
     #[track_caller]
     pub fn value(&mut self, expression: &str) -> Value {
         let result = self.call("Runtime.evaluate", json!({ "expression": expression, "returnByValue": true }));
@@ -156,7 +156,7 @@ impl Browser {
         value.as_str().unwrap_or_else(|| panic!("{expression} is {value}")).to_string()
     }
 
-    /// Until a JavaScript expression is true.
+    /// Waits until a JavaScript expression is true.
     #[track_caller]
     pub fn wait(&mut self, expression: &str) {
         let start = std::time::Instant::now();
@@ -194,7 +194,7 @@ impl Browser {
         self.mouse("mousePressed", at, "left");
         self.mouse("mouseReleased", at, "left");
     }
-    /// A finger, on a screen without a mouse.
+    /// Emulates a touch screen without a mouse.
     #[track_caller]
     pub fn tap(&mut self, element: &str) {
         self.call("Emulation.setTouchEmulationEnabled", json!({ "enabled": true }));
@@ -216,7 +216,8 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Asked to, it ends with all its processes; killed, some would still write into the folder that goes now.
+        // When asked to close, the browser ends all its processes. If it were killed, some would still write to the
+        // folder that is now removed.
         let close = json!({ "id": 0, "method": "Browser.close" });
         let _ = self.socket.send(Message::text(close.to_string()));
         for _ in 0..100 {

@@ -16,7 +16,7 @@ fn results(report: &Value) -> &[Value] {
     report["results"].as_array().unwrap()
 }
 
-/// Nothing failed, and nothing was computed either: no success.
+/// Nothing failed, but nothing was computed either, so it is not a success.
 #[track_caller]
 fn skipped_all(ran: &Ran) {
     assert_eq!(ran.status, Some(1), "{}", ran.stdout);
@@ -41,12 +41,13 @@ fn every_case_passes_on_every_adapter() {
 
 #[test]
 fn every_method_passes_every_case_on_the_first_adapter() {
-    // But the widest of PyTorch's, whose eight rows of 255 columns take a software adapter a minute to compile.
+    // Except the widest of PyTorch's cases, whose eight rows of 255 columns take a software adapter a minute to
+    // compile.
     let folder = folder();
     let index: Value = serde_json::from_slice(&std::fs::read(cases("torch").join("index.json")).unwrap()).unwrap();
     let wide = "sdpa_dim255";
     let names = index.as_array().unwrap().iter().map(|case| case["name"].as_str().unwrap());
-    // Each compiles kernels of its own for every method, minutes for all of them: every sixth.
+    // Only every sixth case, because each compiles its own kernels for every method, which takes minutes for all cases.
     let narrow: Vec<&str> = names.filter(|&name| name != wide).step_by(6).collect();
     let packed = narrow.iter().filter(|name| name.contains("varlen")).count();
     assert!(narrow.len() == 16 && packed > 0, "{narrow:?}");
@@ -56,15 +57,12 @@ fn every_method_passes_every_case_on_the_first_adapter() {
         let file = format!("{name}.safetensors");
         std::fs::copy(cases("torch").join(&file), folder.path().join(&file)).unwrap();
     }
-    let gpu = wgpu_attention::Gpu::with_options(&wgpu_attention::GpuOptions {
-        adapter: Some(adapters()[0].clone()),
-        ..Default::default()
-    });
+    let gpu = wgpu_attention::Gpu::with_options(&wgpu_attention::GpuOptions::adapter(adapters()[0].clone()));
     let methods = wgpu_attention::Method::every(gpu.unwrap().capabilities());
     assert!(methods.len() >= 8, "{methods:?}");
     let first = adapters()[0].clone();
     let narrow = folder.path().to_path_buf();
-    // Packed sequences run fused only, and other ops than attention have no methods.
+    // Packed sequences run only fused, and ops other than attention have no methods.
     for (dir, by_passes, by_fused) in
         [(narrow, by_passes, by_fused), (cases("onnx"), (93, 43), (93, 43)), (cases("transformers"), (7, 25), (7, 25))]
     {
@@ -80,13 +78,13 @@ fn every_method_passes_every_case_on_the_first_adapter() {
             let variant = method.to_string().replace("three passes", "three-passes");
             let (passed, skipped) = if n == 0 { by_passes } else { by_fused };
             assert_eq!((count(&variant, "passed"), count(&variant, "skipped")), (passed, skipped), "{variant}");
-            // The table tells it too.
+            // The table shows it too.
             let row = ran.stdout.lines().find(|line| line.starts_with(&format!("│   {variant} "))).unwrap();
             let cells: Vec<&str> = row.split(['│', '┆']).map(str::trim).collect();
             assert_eq!(cells[2..5], [passed.to_string().as_str(), "0", &skipped.to_string()], "{row}");
         }
     }
-    // The widest by the two that calls run unless tuned.
+    // The widest case by the two methods that untuned calls use.
     let args =
         ["check", "--filter", wide, "--adapter", &adapters()[0], "--method", "fused", "--method", "three-passes"];
     let ran = attn(folder.path(), &[&args[..], &[cases("torch").to_str().unwrap()]].concat());
@@ -108,12 +106,12 @@ fn what_a_method_cannot_compute_is_skipped_with_the_reason() {
     let onnx = onnx.to_str().unwrap();
     let ran = check(&[onnx, "--adapter", "0", "--method", "fused", "--filter", "softmax_axis_0", "--verbose"]);
     assert!(ran.stdout.contains("skipped test_softmax_axis_0@fused: the op Softmax has no methods"), "{}", ran.stdout);
-    // A cut that nothing runs.
+    // A tile that does not exist.
     let ran = check(&[torch, "--adapter", "0", "--method", "rows3x8/keys4", "--filter", "sdpa_dim005", "--verbose"]);
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
     assert!(ran.stdout.contains("rows and keys must be 1, 2, 4 or 8"), "{}", ran.stdout);
-    check(&[torch, "--method", "fast"]).refused(2, "is no method");
-    // One way only: named or not.
+    check(&[torch, "--method", "fast"]).refused(2, "is not a method");
+    // There is only one method, named or not.
     let ran = check(&[torch, "--adapter", "cpu", "--method", "all", "--filter", "sdpa_dim005"]);
     ran.succeeded();
     assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped");
@@ -353,7 +351,7 @@ fn a_wrong_argument_of_keras_or_jax_fails() {
 }
 
 #[test]
-fn what_is_not_known_of_a_call_is_named() {
+fn unknown_parts_of_a_call_are_named() {
     let folder = folder();
     let from = cases("keras_jax/jax_causal.safetensors");
     let bytes = std::fs::read(&from).unwrap();
@@ -365,10 +363,10 @@ fn what_is_not_known_of_a_call_is_named() {
         copy_case(&from, &folder.path().join("odd.safetensors"), Some(("", case)), |_, _, _| {});
         attn(folder.path(), &["check", ".", "--adapter", "cpu"])
     };
-    // It agrees without, and says so.
+    // The results agree without it, and the report says so.
     let ran = with("logits_soft_cap", 30.into());
     assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped");
-    assert!(ran.stdout.contains("the case's logits_soft_cap is not known: computed without"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("the case's logits_soft_cap is not known and was ignored"), "{}", ran.stdout);
     let ran = with("implementation", "flash".into());
     assert_eq!(ran.last_line(), "0 passed, 0 failed, 1 skipped");
     // Arguments may come in groups, as long as they agree.
@@ -419,7 +417,7 @@ fn a_folder_without_cases_is_an_error() {
     attn(folder.path(), &["check", "."]).refused(1, "is not a file name");
 }
 
-/// Two cases of PyTorch's, one of them made wrong, and one that nobody knows.
+/// Two PyTorch cases, one of them made wrong, and one of an unknown op.
 fn mixed(folder: &Path) {
     let case = cases("torch").join("sdpa_dim005.safetensors");
     copy_case(&case, &folder.join("good.safetensors"), None, |_, _, _| {});
@@ -460,7 +458,7 @@ fn a_folder_has_every_form_of_the_report() {
     assert_eq!(browser.value(overflow), 0, "nothing sticks out of a phone");
     assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
 
-    // Saved, it is shown again, and held against a later one.
+    // A saved report is shown again, and compared with a later one.
     let shown = attn(at, &["check", "--from", "report.json"]);
     shown.succeeded();
     assert_eq!(shown.last_line(), ran.last_line());
@@ -489,17 +487,17 @@ fn a_case_of_a_folder_runs_by_its_id() {
     assert!(ran.stdout.starts_with("passed: good@auto on cpu"), "{}", ran.stdout);
     let ran = check(&["--repro", "bad@home@auto", "--shrink"]);
     assert_eq!(ran.status, Some(1));
-    assert!(ran.stdout.contains("lse is off by") && ran.stdout.contains("Not made smaller"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("lse is off by") && ran.stdout.contains("Not shrunk"), "{}", ran.stdout);
     check(&["--repro", "better"]).refused(2, "holds no case better");
-    check(&["--repro", "good@fast"]).refused(2, "is no method");
+    check(&["--repro", "good@fast"]).refused(2, "is not a method");
     for option in ["--quick", "--dawn"] {
-        check(&[option]).refused(2, "leave the folder . out");
+        check(&[option]).refused(2, "leave out the folder .");
     }
-    check(&["--json", "a", "--html", "./a"]).refused(2, "needs a file of its own");
+    check(&["--json", "a", "--html", "./a"]).refused(2, "needs its own file");
 }
 
 #[test]
-fn a_driver_that_falls_over_a_case_of_a_folder_is_told_and_the_others_run() {
+fn a_driver_crash_in_a_case_of_a_folder_is_reported_and_the_others_run() {
     let folder = folder();
     let at = folder.path();
     let case = cases("torch").join("sdpa_dim005.safetensors");

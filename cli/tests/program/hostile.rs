@@ -1,4 +1,4 @@
-//! Random command lines, plausible and absurd: each ends soon, with a status of its own and without a panic.
+//! Random command lines, plausible and absurd: each ends soon, with one of the program's exit statuses and no panic.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -9,20 +9,20 @@ use rand_pcg::Pcg64;
 
 use crate::kit::{Ran, attn_within, example, floats, folder, numbers, save};
 
-/// What an option takes.
+/// The value that an option takes.
 enum Takes {
     Nothing,
     File,
-    /// A file to write.
+    /// An output file.
     Out,
     Whole,
     Real,
-    /// One of these, mostly.
+    /// Usually one of these.
     Word(&'static [&'static str]),
 }
 use Takes::{File, Nothing, Out, Real, Whole, Word};
 
-/// A command, and its options with how often out of ten each is there; an option without a name stands alone.
+/// A command and its options, each with its frequency out of ten; an option without a name is a positional argument.
 type Form = (&'static [&'static str], &'static [(&'static str, Takes, u32)]);
 
 const CAUSAL: Takes = Word(&["top-left", "bottom-right", "0", "-3", "9"]);
@@ -190,7 +190,7 @@ const OUTS: [&str; 10] = [
     "/dev/null",
     "/proc/out.npz",
 ];
-/// Small, or more than any machine has: what lies between would only take long.
+/// Small numbers, or more than any machine has; values in between would only take long.
 const WHOLES: [&str; 9] =
     ["1", "2", "4", "8", "0", "-1", "9223372036854775807", "18446744073709551615", "99999999999999999999"];
 const REALS: [&str; 10] = ["1", "0.5", "0", "-2", "1e-45", "3.5e38", "1e999", "NaN", "inf", "0x1"];
@@ -199,7 +199,7 @@ fn pick(rng: &mut Pcg64, from: &[&str]) -> OsString {
     from[rng.random_range(0..from.len())].into()
 }
 
-/// What fits nowhere.
+/// Values that fit nowhere.
 fn hostile(rng: &mut Pcg64) -> OsString {
     #[cfg(unix)]
     if rng.random_bool(0.3) {
@@ -232,7 +232,7 @@ fn line(seed: u64) -> Vec<OsString> {
             Out => pick(rng, &OUTS),
             Whole => pick(rng, &WHOLES),
             Real => pick(rng, &REALS),
-            // The NUL ends an argument: no program is ever handed one.
+            // NUL terminates an argument, so no program ever receives one.
             Word(words) => pick(rng, words).to_string_lossy().replace('\0', "").into(),
         };
         args.push(value);
@@ -246,7 +246,7 @@ fn line(seed: u64) -> Vec<OsString> {
     args
 }
 
-/// Files that are right, that are not, and that are no files.
+/// Valid files, invalid files, and paths that are not files.
 fn fill(at: &Path) {
     let npy = |name: &str, shape: &[u64], data: &[f32]| {
         use npyz::WriterBuilder;
@@ -315,8 +315,8 @@ fn random_command_lines() {
             _ => panic!("{what}"),
         }
         // A check that fails says so in its report, on stdout.
-        let told = !stderr.trim().is_empty() || args[0] == "check" && !stdout.is_empty();
-        assert!(status == Some(0) || told, "{what}: nothing is said");
+        let reported = !stderr.trim().is_empty() || args[0] == "check" && !stdout.is_empty();
+        assert!(status == Some(0) || reported, "{what}: no message");
     }
     println!("{LINES} lines, by exit status {statuses:?}, the slowest {slowest:.1?}");
     assert!(statuses[..3].iter().all(|&n| n > LINES / 20), "{statuses:?}: the lines are all of one kind");

@@ -1,12 +1,12 @@
-//! The files of the program use each other in one direction: no two, and no chain of them, in a circle.
+//! The modules of the program have no circular imports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// A module by its names: `[]` is `main.rs`, `[check, report, html]` is `check/report/html.rs`.
+/// A module as its path: `[]` is `main.rs`, `[check, report, html]` is `check/report/html.rs`.
 type Module = Vec<String>;
 
-/// The modules below `folder` with their text.
+/// The modules in `folder`, with their source text.
 fn sources(folder: &Path, module: &Module, all: &mut BTreeMap<Module, String>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -21,7 +21,7 @@ fn sources(folder: &Path, module: &Module, all: &mut BTreeMap<Module, String>) {
     }
 }
 
-/// A text without comments and without its unit tests, which stand last and may use what they like.
+/// A source text without comments and without its unit tests, which come last and may import anything.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
@@ -32,7 +32,7 @@ fn paths(code: &str, starts: &[&str]) -> Vec<Vec<String>> {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     let mut all = Vec::new();
     for (at, _) in code.char_indices() {
-        // A name begins here, and it is not the later part of another path.
+        // A name begins here that is not a later part of another path.
         let before = &code[..at];
         if before.ends_with(is_name) || before.ends_with("::") || !code[at..].starts_with(is_name) {
             continue;
@@ -45,14 +45,14 @@ fn paths(code: &str, starts: &[&str]) -> Vec<Vec<String>> {
     all
 }
 
-/// Reads a path, or a tree of them, behind `lead`; gives what is left of the text.
+/// Reads a path, or a tree of paths, after `lead`; returns the rest of the text.
 fn tree<'a>(text: &'a str, lead: &mut Vec<String>, all: &mut Vec<Vec<String>>) -> &'a str {
     let text = text.trim_start();
     if let Some(mut rest) = text.strip_prefix('{') {
         while !rest.trim_start().is_empty() && !rest.trim_start().starts_with('}') {
             let left = tree(rest, &mut lead.clone(), all).trim_start();
             let left = left.strip_prefix(',').unwrap_or(left);
-            // What is no list of paths is not read on.
+            // Stop if this is not a list of paths.
             if left.len() == rest.len() {
                 return "";
             }
@@ -89,7 +89,7 @@ fn used(module: &Module, text: &str, all: &BTreeMap<Module, String>) -> BTreeSet
                 _ => full.push(name),
             }
         }
-        // Behind the module come names of what it holds.
+        // The module is followed by names of its items.
         while !all.contains_key(&full) && full.pop().is_some() {}
         used.insert(full);
     }
@@ -97,9 +97,9 @@ fn used(module: &Module, text: &str, all: &BTreeMap<Module, String>) -> BTreeSet
     used
 }
 
-/// The modules that use each other in a circle, if any do: files, and folders as wholes.
+/// The modules of a circular import, if there is one: files, and folders as a whole.
 fn circle(all: &BTreeMap<Module, String>) -> Option<String> {
-    // For each folder, which of its files and folders uses which; the folder's own file goes by no name.
+    // For each folder, which of its files and folders use which; the folder's own file has no name.
     let mut levels: BTreeMap<Module, BTreeMap<String, BTreeSet<String>>> = BTreeMap::new();
     for (from, text) in all {
         for to in used(from, text, all) {
@@ -115,7 +115,7 @@ fn circle(all: &BTreeMap<Module, String>) -> Option<String> {
     })
 }
 
-/// A way from `start` to itself, if there is one.
+/// A path from `start` back to itself, if there is one.
 fn way_back(start: &str, uses: &BTreeMap<String, BTreeSet<String>>) -> Option<Vec<String>> {
     let (mut open, mut seen) = (vec![vec![start.to_string()]], BTreeSet::new());
     while let Some(way) = open.pop() {
@@ -137,7 +137,7 @@ fn no_modules_use_each_other_in_a_circle() {
     let mut all = BTreeMap::new();
     sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &Vec::new(), &mut all);
     assert!(all.len() > 50, "{:?}", all.keys());
-    // It sees what is there: main.rs uses its modules, and a list of paths is read to its end.
+    // The reader works: main.rs uses its modules, and a list of paths is read to its end.
     let of = |module: &[&str]| {
         let module: Module = module.iter().map(|name| name.to_string()).collect();
         used(&module, &all[&module], &all).iter().map(|used| used.join("/")).collect::<Vec<_>>()
@@ -158,12 +158,12 @@ fn a_circle_is_found() {
     let three =
         [("d/a", "use super::{x::Y as Z, b};"), ("d/b", "use crate::d::c::{self, C};"), ("d/c", "super::a::f()")];
     assert_eq!(circle(&three).unwrap(), "in /d: a uses b uses c uses a");
-    // A folder is one thing to those outside, however its files are cut.
+    // From outside, a folder counts as one module, however its files are organised.
     let folders = [("d/a", "use crate::e::b::B;"), ("d/b", ""), ("e/a", "use crate::d::b::B;"), ("e/b", "")];
     assert_eq!(circle(&folders).unwrap(), "in /: d uses e uses d");
     let own = [("d", "mod a;\npub use a::{A};"), ("d/a", "use super::Of;")];
     assert_eq!(circle(&own).unwrap(), "in /d: (its own file) uses a uses (its own file)");
-    // One way only, and what is said in comments or used by unit tests.
+    // One direction only; mentions in comments and in unit tests do not count.
     let down = [
         ("", "mod a;\nfn main() { a::a() }"),
         ("a", "use crate::b::{C, D};\nuse self::inner;"),

@@ -1,4 +1,4 @@
-//! Inputs as people have them: other types, other files, other shapes. Each is computed, or its error says the way out.
+//! Inputs as users have them: other types, files and shapes. Each is computed, or its error says what to do.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::kit::{Entry, Ran, adapters, attn, cases, close, close_as, floats, fol
 const SHAPE: [usize; 4] = [1, 2, 3, 4];
 const LEN: usize = 24;
 
-/// An .npy file: NumPy's name of the type, shape, data.
+/// An .npy file from NumPy's name of the type, the shape and the data.
 fn npy(dtype: &str, shape: &[usize], data: &[u8]) -> Vec<u8> {
     let axes: String = shape.iter().map(|n| format!("{n},")).collect();
     let header = format!("{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({axes}), }}\n");
@@ -25,7 +25,7 @@ fn bytes_of<const N: usize>(data: &[f32], to: impl Fn(f32) -> [u8; N]) -> Vec<u8
     data.iter().flat_map(|&x| to(x)).collect()
 }
 
-/// `attn run` of `in.safetensors` into `out.safetensors`.
+/// Runs `attn run` on `in.safetensors`, writing `out.safetensors`.
 fn run(folder: &Path, adapter: &str, more: &[&str]) -> Ran {
     attn(folder, &[&["run", "in.safetensors", "-o", "out.safetensors", "--adapter", adapter], more].concat())
 }
@@ -34,7 +34,7 @@ fn qkv() -> [Entry<'static>; 3] {
     ["q", "k", "v"].map(|name| floats(name, &SHAPE, &numbers(LEN, name.as_bytes()[0].into())))
 }
 
-/// Queries, keys and values with more tensors; output of the call.
+/// Runs a call on queries, keys, values and additional tensors, and returns its output.
 fn output(folder: &Path, adapter: &str, more: &[Entry<'_>], options: &[&str]) -> Vec<f64> {
     save(&folder.join("in.safetensors"), &[&qkv()[..], more].concat());
     run(folder, adapter, options).succeeded();
@@ -53,7 +53,7 @@ fn arrays_of_other_types_are_computed() {
         run(at, "cpu", &[]).succeeded();
         load(&at.join("out.safetensors"), "output").1
     };
-    // What rounding the inputs loses is no error of the program.
+    // Rounding the inputs is not an error of the program.
     let (plain, of_f16, of_bf16) = (with(&q), with(&of_f16), with(&of_bf16));
     use wgpu_attention::Dtype::{BF16, F16, F32};
     for (dtype, data, truth, stored) in [
@@ -74,7 +74,7 @@ fn arrays_of_other_types_are_computed() {
         close_as(stored, &load(&at.join("out.safetensors"), "output").1, truth, 1e-6);
         // Once for all three.
         assert_eq!(ran.stderr.matches("rounded to f32").count(), usize::from(dtype.ends_with("f8")), "{}", ran.stderr);
-        // What comes out is in the type of q, and is read back.
+        // The output has the type of q and can be read back.
         let ran = attn(at, &[&same[..], &["-o", "q.npy"]].concat());
         ran.succeeded();
         assert_eq!(ran.stderr.contains("ml_dtypes"), dtype.ends_with("V2"), "{}", ran.stderr);
@@ -103,25 +103,25 @@ fn the_uint64_lengths_of_numpy() {
     assert_eq!(output(folder.path(), "cpu", &[lengths("key_lengths", 2)], &[]), of_i64);
     let more = [lengths("key_lengths", u64::MAX)];
     save(&folder.path().join("in.safetensors"), &[&qkv()[..], &more].concat());
-    run(folder.path(), "cpu", &[]).refused(1, "key_lengths holds 18446744073709551615; integers up to");
+    run(folder.path(), "cpu", &[]).refused(1, "key_lengths holds 18446744073709551615; the largest integer allowed is");
 }
 
 #[test]
-fn arrays_that_are_not_read_say_what_they_are() {
+fn errors_for_unsupported_arrays_say_what_they_are() {
     let folder = folder();
     let at = folder.path();
     for (dtype, size, is, way_out) in [
-        ("<c8", 8, "holds complex64 ('<c8')", "save x.real and x.imag apart"),
-        ("<c16", 16, "holds complex128", "save x.real and x.imag apart"),
+        ("<c8", 8, "holds complex64 ('<c8')", "save x.real and x.imag separately"),
+        ("<c16", 16, "holds complex128", "save x.real and x.imag separately"),
         ("<f16", 16, "holds float128", "x.astype('float32')"),
         ("<f1", 1, "holds float8", "x.astype('float32')"),
         ("<V1", 1, "float8 or int4 of ml_dtypes", "x.astype('float32')"),
         ("<V12", 12, "holds 12 bytes each without a type", "x.astype('float32')"),
         ("|O", 8, "holds Python objects", "numpy.array(x.tolist()"),
-        ("<U2", 8, "holds texts", "x.astype('float32')"),
-        ("|S3", 3, "holds texts", "x.astype('float32')"),
+        ("<U2", 8, "holds strings", "x.astype('float32')"),
+        ("|S3", 3, "holds strings", "x.astype('float32')"),
         ("<M8[s]", 8, "holds dates or times", "x.astype('int64')"),
-        ("<q9", 9, "of a type that is not known ('<q9')", "x.astype('float32')"),
+        ("<q9", 9, "elements of an unknown type ('<q9')", "x.astype('float32')"),
     ] {
         std::fs::write(at.join("x.npy"), npy(dtype, &SHAPE, &vec![0; LEN * size])).unwrap();
         let ran = attn(at, &["run", "--q", "x.npy", "--k", "x.npy", "--v", "x.npy", "-o", "o.npz", "--adapter", "cpu"]);
@@ -131,12 +131,12 @@ fn arrays_that_are_not_read_say_what_they_are() {
     }
     let q = ("q", Dtype::F8_E4M3, SHAPE.to_vec(), vec![0; LEN]);
     save(&at.join("in.safetensors"), &[&[q][..], &qkv()[1..]].concat());
-    run(at, "cpu", &[]).refused(1, "in.safetensors: q is F8_E4M3, which is not read");
+    run(at, "cpu", &[]).refused(1, "in.safetensors: q is F8_E4M3, which is not supported");
     run(at, "cpu", &[]).refused(1, "x.to(torch.float32) before save_file");
 }
 
 #[test]
-fn f64_beyond_f32_is_said() {
+fn f64_that_overflows_f32_is_reported() {
     let folder = folder();
     // A mask as transformers makes it in float64.
     let bias = [0.0, f64::MIN, 0.0].iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -145,7 +145,7 @@ fn f64_beyond_f32_is_said() {
         let ran = run(folder.path(), &adapter, &["--weights"]);
         ran.succeeded();
         assert!(ran.stderr.contains("note: bias is f64"), "{}", ran.stderr);
-        assert!(ran.stderr.contains("1 of the values of bias lie beyond f32 and become infinite"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("1 of the values of bias overflow f32 and become infinite"), "{}", ran.stderr);
         let (_, weights) = load(&folder.path().join("out.safetensors"), "weights");
         assert!(weights.chunks(3).all(|row| row[1] == 0.0 && (row[0] + row[2] - 1.0).abs() < 1e-6), "{weights:?}");
     }
@@ -176,9 +176,13 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
         ("page.safetensors", b"<!DOCTYPE html><html>", "/resolve/"),
         ("empty.npz", b"", "it is empty"),
         ("empty.safetensors", b"", "it is empty"),
-        ("cut.safetensors", &layer[..700], "the file is cut off: its header names 1152 bytes of data, 404 are there"),
-        ("m.zip", &npz, "call it m.npz"),
-        ("layer", &layer, "call it layer.safetensors"),
+        (
+            "cut.safetensors",
+            &layer[..700],
+            "the file is truncated: its header describes 1152 bytes of data, but it has 404",
+        ),
+        ("m.zip", &npz, "rename it to m.npz"),
+        ("layer", &layer, "rename it to layer.safetensors"),
         ("x.csv", b"1,2\n3,4\n", "numpy.loadtxt(\"x.csv\""),
     ] {
         std::fs::write(at.join(name), bytes).unwrap();
@@ -195,7 +199,7 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
         ("renamed.npz", "PyTorch's own format"),
         ("m.zip", "dict(numpy.load(\"m.zip\"))"),
         ("empty.safetensors", "it is empty"),
-        ("cut.safetensors", "the file is cut off"),
+        ("cut.safetensors", "the file is truncated"),
     ] {
         let args = ["mha", "--weights", name, "--heads", "2", "--query", "x.npy", "-o", "o.npy", "--adapter", "cpu"];
         attn(at, &args).refused(1, says);
@@ -203,7 +207,7 @@ fn other_files_say_what_they_are_and_how_to_convert_them() {
 }
 
 #[test]
-fn key_padding_of_floats_is_the_bias_that_it_is() {
+fn float_key_padding_is_a_bias() {
     let case = cases("torch").join("mha_kpm_bool.safetensors");
     let bytes = std::fs::read(&case).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -254,7 +258,7 @@ fn key_padding_of_floats_is_the_bias_that_it_is() {
         ran.succeeded();
         assert_eq!(ran.last_line(), "1 passed, 0 failed, 0 skipped", "{adapter}");
     }
-    // The input of the fault itself: entry 1 of two sees its first key alone.
+    // The input of the original bug: entry 1 of two sees only its first key.
     let of = |name: &str| cases("faults").join(name).display().to_string();
     let (layer, x, padding) = (of("ok.safetensors"), of("2-x.npy"), of("7-padding-float.npy"));
     for adapter in adapters() {
@@ -290,7 +294,7 @@ fn run_takes_key_padding_and_query_lengths() {
     save(&at.join("in.safetensors"), &[&qkv()[..], &[flags("key_padding", [0, 0, 1])]].concat());
     run(at, "cpu", &[]).refused(2, "add --mask keep");
     save(&at.join("in.safetensors"), &[&qkv()[..], &[floats("key_padding", &[1, 3], &[0.0; 3])]].concat());
-    run(at, "cpu", &["--mask", "drop"]).refused(2, "no \"key_padding\" of bools");
+    run(at, "cpu", &["--mask", "drop"]).refused(2, "nor a boolean \"key_padding\"");
 }
 
 #[test]
@@ -306,18 +310,18 @@ fn wrong_inputs_name_the_right_ones() {
         (floats("sink", &[3], &[0.0; 3]), &[], 1, "must be [heads_q] = [2]"),
         (floats("key_padding", &[3, 1], &[0.0; 3]), &[], 1, "must be [batch, len_k] = [1, 3]"),
         (floats("bias", &[2, 3], &[0.0; 6]), &[], 1, "[heads, len_k] must be [2, 1, 3]"),
-        (floats("maks", &[1], &[0.0]), &[], 1, "the names are q, k, v, mask, bias, key_padding"),
+        (floats("maks", &[1], &[0.0]), &[], 1, "known names are q, k, v, mask, bias, key_padding"),
         (floats("bias", &[1], &[0.0]), &["--window", "-1,0"], 2, "- leaves a side open"),
         (floats("bias", &[1], &[0.0]), &["--causal", "topleft"], 2, "top-left, bottom-right or a whole number"),
     ] {
         save(&at.join("in.safetensors"), &[&qkv()[..], &[more]].concat());
         run(at, "cpu", options).refused(status, says);
     }
-    // Axes in the other order, which fit no other way.
+    // Axes in the other order, which only fit that way.
     let permuted = [("q", [1, 3, 2, 4]), ("k", [1, 5, 2, 4]), ("v", [1, 5, 2, 4])];
     let permuted = permuted.map(|(name, shape)| floats(name, &shape, &numbers(shape.iter().product(), 1.0)));
     save(&at.join("in.safetensors"), &permuted);
-    run(at, "cpu", &[]).refused(1, "say --layout bshd");
+    run(at, "cpu", &[]).refused(1, "use --layout bshd");
     run(at, "cpu", &["--layout", "bshd"]).succeeded();
     // A bias of [batch, len_k], and one of [batch, len_q, len_k].
     let four = ["q", "k", "v"].map(|name| floats(name, &[4, 2, 3, 4], &numbers(96, 1.0)));
@@ -336,7 +340,7 @@ fn wrong_inputs_name_the_right_ones() {
 }
 
 #[test]
-fn weights_that_do_not_fit_name_what_does() {
+fn weights_that_do_not_fit_suggest_alternatives() {
     let folder = folder();
     let at = folder.path();
     // More than the largest buffer of any adapter, and more than the memory.
@@ -346,7 +350,7 @@ fn weights_that_do_not_fit_name_what_does() {
         let ran = run(at, &adapter, &["--weights"]);
         ran.refused(1, "--inspect-heads and --inspect-queries");
         ran.refused(1, "--column-sums");
-        // The CPU backend takes the mean of all of them.
+        // The CPU backend computes their mean from all of them.
         assert_eq!(ran.stderr.contains("--weights averaged"), adapter != "cpu", "{}", ran.stderr);
         ran.refused(1, "needs 921600000000 bytes");
         let averaged = run(at, &adapter, &["--weights", "averaged"]);

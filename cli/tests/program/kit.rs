@@ -18,7 +18,7 @@ pub fn adapters() -> Vec<String> {
     adapters.chain(["cpu".to_string()]).collect()
 }
 
-/// What a call of the program left.
+/// The result of a run of the program.
 pub struct Ran {
     pub status: Option<i32>,
     pub stdout: String,
@@ -30,11 +30,11 @@ impl Ran {
     pub fn last_line(&self) -> &str {
         self.stdout.lines().last().unwrap_or_default()
     }
-    /// The program's own lines on stderr: drivers write there too.
+    /// The program's own lines on stderr, without those of drivers.
     pub fn errors(&self) -> String {
         self.stderr.lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect::<Vec<_>>().join("\n")
     }
-    /// Ended with `status`, without a panic, and stderr holds `part`.
+    /// Asserts that it ended with `status`, without a panic, and that stderr contains `part`.
     #[track_caller]
     pub fn refused(&self, status: i32, part: &str) {
         assert_eq!(self.status, Some(status), "{}\n{}", self.stdout, self.stderr);
@@ -52,12 +52,12 @@ pub fn attn(folder: &Path, args: &[&str]) -> Ran {
     attn_with(folder, args, &[])
 }
 
-/// The same with variables of its environment.
+/// The same with environment variables.
 pub fn attn_with(folder: &Path, args: &[&str], env: &[(&str, &str)]) -> Ran {
     attn_within(MOST, folder, args, env)
 }
 
-/// The same, ended and told where it takes more than `most`.
+/// The same, but killed with a report if it takes longer than `most`.
 pub fn attn_within<S: AsRef<OsStr> + Debug>(most: Duration, folder: &Path, args: &[S], env: &[(&str, &str)]) -> Ran {
     let mut child = Command::new(env!("CARGO_BIN_EXE_attn"))
         .args(args)
@@ -90,7 +90,7 @@ pub fn attn_within<S: AsRef<OsStr> + Debug>(most: Duration, folder: &Path, args:
     }
 }
 
-/// The longest that a call may take, compilation on a busy machine included.
+/// The time limit of a call, including compilation on a busy machine.
 const MOST: Duration = Duration::from_secs(1200);
 
 fn all_of(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
@@ -105,7 +105,7 @@ pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary folder")
 }
 
-/// The case that `attn` carries.
+/// The case that is embedded in `attn`.
 pub fn example() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm-layer3.case.safetensors")
 }
@@ -141,13 +141,13 @@ pub fn load(path: &Path, name: &str) -> (Vec<usize>, Vec<f64>) {
     (view.shape().to_vec(), values)
 }
 
-/// Numbers of the size of 1, each by itself, by the comparer that the library's tests use.
+/// Compares numbers of magnitude 1, each separately, as the library's tests do.
 #[track_caller]
 pub fn close(got: &[f64], expected: &[f64], allowed: f64) {
     close_as(wgpu_attention::Dtype::F32, got, expected, allowed);
 }
 
-/// The same where results are rounded to a half type: by half a unit in the last place more.
+/// The same for results rounded to a half type: half a unit in the last place more is allowed.
 #[track_caller]
 pub fn close_as(dtype: wgpu_attention::Dtype, got: &[f64], expected: &[f64], allowed: f64) {
     let values = got.iter().map(|&x| x as f32).collect();
@@ -155,7 +155,7 @@ pub fn close_as(dtype: wgpu_attention::Dtype, got: &[f64], expected: &[f64], all
     assert_close_to("numbers of the size of 1", &got, expected, |_, _| 1.0, allowed);
 }
 
-/// Even, harmless, different numbers.
+/// Distinct, evenly spread, moderate numbers.
 pub fn numbers(count: usize, seed: f32) -> Vec<f32> {
     (0..count).map(|i| ((i as f32 + seed) * 0.7).sin()).collect()
 }

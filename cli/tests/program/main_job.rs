@@ -1,4 +1,4 @@
-//! `attn` without arguments, and what is said about wrong calls.
+//! `attn` without arguments, and the messages for wrong usage.
 
 use crate::kit::{adapters, attn, folder};
 

@@ -1,4 +1,4 @@
-//! `attn plot`: pictures are decoded, their cells held against the library; the page is used in a browser.
+//! `attn plot`: pictures are decoded and their cells compared with the library; the page is used in a browser.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -14,7 +14,7 @@ fn plot(folder: &Path, args: &[&str]) -> Ran {
     attn(folder, &[&["plot"], args, &["--adapter", "cpu"]].concat())
 }
 
-/// viridis, from its least to its largest value, as the pictures have it.
+/// viridis from its smallest to its largest value, as in the pictures.
 fn viridis(part: f32) -> String {
     use plotters::prelude::{ColorMap, ViridisRGB};
     let colour = ViridisRGB.get_color(part);
@@ -27,7 +27,7 @@ impl Svg {
     fn read(path: &Path) -> Svg {
         Svg(std::fs::read_to_string(path).expect("the file is there"))
     }
-    /// Fills of the squares with a side of `side` pixels, row by row within each of `matrices`, and these in reading
+    /// Fill colours of the squares of `side` pixels, row by row within each of the `matrices`, which are in reading
     /// order.
     #[track_caller]
     fn cells(&self, side: i32, matrices: usize) -> Vec<String> {
@@ -44,14 +44,14 @@ impl Svg {
         for matrix in cells.chunks_exact_mut(each) {
             matrix.sort();
             origins.push(matrix[0].0);
-            // No cell on another, and no gap.
+            // Cells neither overlap nor have gaps.
             let ([top, left], [bottom, right]) = (matrix[0].0, matrix[each - 1].0);
             assert_eq!(((bottom - top) / side + 1) * ((right - left) / side + 1), each as i32);
         }
         assert!(origins.is_sorted(), "{origins:?}");
         cells.into_iter().map(|(_, fill)| fill).collect()
     }
-    /// The first line of a chart stands for `values`: evenly along, and as high as they are large.
+    /// The first line of a chart shows `values`: evenly spaced, and higher for larger values.
     #[track_caller]
     fn charts(&self, values: &[f64]) {
         let document = roxmltree::Document::parse(&self.0).expect("valid XML");
@@ -65,7 +65,7 @@ impl Svg {
         assert_eq!(points.len(), values.len());
         let extreme = |sign: f64| (0..values.len()).max_by(|&a, &b| (sign * values[a]).total_cmp(&(sign * values[b])));
         let (least, most) = (extreme(-1.0).unwrap(), extreme(1.0).unwrap());
-        assert!(points[least][1] > points[most][1] + 40.0, "larger values stand higher");
+        assert!(points[least][1] > points[most][1] + 40.0, "larger values are higher");
         let (first, last) = (points[0][0], points[points.len() - 1][0]);
         for (n, point) in points.iter().enumerate() {
             let x = first + n as f64 / (values.len() - 1) as f64 * (last - first);
@@ -79,13 +79,13 @@ impl Svg {
         let texts = document.descendants().filter(|node| node.has_tag_name("text"));
         texts.filter_map(|node| node.text()).map(|text| text.trim().to_string()).collect()
     }
-    /// Opacities of the lines, in the order of the file.
+    /// The opacities of the lines, in file order.
     fn lines(&self) -> Vec<f64> {
         let document = roxmltree::Document::parse(&self.0).expect("valid XML");
         let lines = document.descendants().filter(|node| node.has_tag_name("polyline") || node.has_tag_name("line"));
         lines.map(|node| node.attribute("opacity").expect("an opacity").parse().expect("a number")).collect()
     }
-    /// Every text lies within the picture, as wide as a monospaced font sets it.
+    /// Asserts that every text, at the width of a monospaced font, is within the picture.
     #[track_caller]
     fn nothing_is_cut(&self) {
         let document = roxmltree::Document::parse(&self.0).expect("valid XML");
@@ -101,7 +101,7 @@ impl Svg {
                 Some("end") => -length,
                 _ => 0.0,
             };
-            // Turned texts run upwards.
+            // Rotated text reads upwards.
             let (from, to, most) = match node.attribute("transform") {
                 Some(_) => (number("y") - start - length, number("y") - start, height),
                 None => (number("x") + start, number("x") + start + length, width),
@@ -111,14 +111,14 @@ impl Svg {
     }
 }
 
-/// A picture with enough in it.
+/// Checks that a picture is not nearly empty.
 #[track_caller]
 fn not_blank(path: &Path, width: u32, height: u32) {
     let picture = image::open(path).expect("a readable picture").to_rgb8();
     assert!(picture.width() >= width && picture.height() >= height, "{:?}", picture.dimensions());
     let colours: HashSet<_> = picture.pixels().map(|pixel| pixel.0).collect();
     assert!(colours.len() > 20, "{} has {} colours", path.display(), colours.len());
-    // Text that is cut would touch the edge.
+    // Text that is cut off would touch the edge.
     for (x, y, pixel) in picture.enumerate_pixels() {
         let edge = x < 4 || y < 4 || x + 4 >= picture.width() || y + 4 >= picture.height();
         assert!(!edge || pixel.0 == [255; 3], "{}: ink at the edge, {x} {y}", path.display());
@@ -167,7 +167,7 @@ fn every_method_draws_what_the_library_says() {
         assert!(svg.texts().iter().any(|shown| shown == text), "{text}: {:?}", svg.texts());
     }
 
-    // Two panels; the columns of a pair turn alike.
+    // Two panels; both columns of a pair have the same angle.
     for (interleaved, pair) in [(false, [0, 1, 2, 0, 1, 2]), (true, [0, 0, 1, 1, 2, 2])] {
         let more: &[&str] = if interleaved { &["--interleaved"] } else { &[] };
         let svg = draw(&[&["rotary", "--len", "5", "--dim", "6", "--base", "100"], more].concat());
@@ -175,7 +175,7 @@ fn every_method_draws_what_the_library_says() {
         let mut expected: Vec<f32> = (0..30).map(|n| angle(n).cos() as f32).collect();
         expected.extend((0..30).map(|n| angle(n).sin() as f32));
         assert_eq!(svg.cells(32, 2), scaled(&expected, -1.0, 1.0));
-        // Σ cos(distance · frequency) over the pairs, as many as columns / 2, of a unit vector.
+        // Σ cos(distance · frequency) over the columns / 2 pairs, of a unit vector.
         let product =
             |n: usize| (0..3).map(|i| (n as f64 * 100f64.powf(-2.0 * i as f64 / 6.0)).cos()).sum::<f64>() / 3.0;
         svg.charts(&(0..5).map(product).collect::<Vec<_>>());
@@ -252,8 +252,8 @@ fn positions_that_cannot_be_drawn_say_why() {
     refused(&["sinusoidal", "--len", "0"], 2, "--len 0");
     refused(&["sinusoidal", "--len", "100000000000"], 2, "2048");
     refused(&["alibi", "--heads", "0"], 1, "at least one head");
-    refused(&["t5", "--halves"], 2, "--halves means nothing to --method t5; it belongs to sinusoidal");
-    refused(&["alibi", "--base", "3"], 2, "--base means nothing to --method alibi; it belongs to rotary");
+    refused(&["t5", "--halves"], 2, "--halves does not apply to --method t5; it applies to sinusoidal");
+    refused(&["alibi", "--base", "3"], 2, "--base does not apply to --method alibi; it applies to rotary");
     refused(&["learned"], 2, "--table");
     refused(&["learned", "--table", "table.npy", "--len", "10"], 1, "[9, 8]");
     refused(&["learned", "--table", "table.npy", "--dim", "9"], 1, "--dim 9");
@@ -291,7 +291,7 @@ fn the_sentence_is_drawn_in_every_way() {
     let most = (mean.iter().copied().fold(0.0, f64::max) / 0.05).ceil() * 0.05;
     alike(&draw(&["--head", "1,8", "--average"]).cells(44, 1), &colours(mean, most));
 
-    // Lines are as opaque as weights are large; those nobody could see are left out.
+    // The opacity of a line is its weight; invisible lines are omitted.
     let visible = |weights: Vec<f64>| {
         let mut weights: Vec<f64> = weights.into_iter().filter(|&weight| weight >= 0.005).collect();
         weights.sort_by(f64::total_cmp);
@@ -313,7 +313,7 @@ fn the_sentence_is_drawn_in_every_way() {
     }
 }
 
-/// Colours that are the same but for the last bits of f32.
+/// Colours that are equal up to the last bits of f32.
 #[track_caller]
 fn alike(got: &[String], expected: &[String]) {
     assert_eq!(got.len(), expected.len());
@@ -363,13 +363,13 @@ fn own_weights_and_own_queries_are_drawn() {
     let call = ["--q", "qk.safetensors:q", "--k", "qk.safetensors:k", "--causal", "top-left", "--scale", "2"];
     alike(&head(&[&call[..], &["--head", "1"]].concat()).0, &expected(&truth[9..]));
 
-    // A mask and a bias, under the meaning that is given.
+    // A mask with the given meaning, and a bias.
     let hides = [false, true, false, true, false, false, false, false, true];
     let bias = numbers(9, 7.0);
     let mask = ("mask", safetensors::Dtype::BOOL, vec![3, 3], hides.map(u8::from).to_vec());
     save(&at("more.safetensors"), &[mask, floats("bias", &[3, 3], &bias)]);
     let device = Device::Cpu;
-    let mask = wgpu_attention::Mask::drop(Tensor::from_bools(&device, &[3, 3], &hides).unwrap()).unwrap();
+    let mask = wgpu_attention::Mask::hide_where(Tensor::from_bools(&device, &[3, 3], &hides).unwrap()).unwrap();
     let attention = Attention::new().mask(mask).bias(Tensor::from_slice(&device, &[3, 3], &bias).unwrap());
     let attention = attention.weights(Weights::PerHead);
     let truth = attention.forward(&tensor(&q), &tensor(&k), &tensor(&k)).unwrap().weights.unwrap().download().unwrap();
@@ -381,7 +381,7 @@ fn own_weights_and_own_queries_are_drawn() {
 }
 
 #[test]
-fn long_and_many_tokens_are_neither_cut_nor_on_each_other() {
+fn long_and_many_tokens_are_neither_cut_off_nor_overlapping() {
     let folder = folder();
     let at = |name: &str| folder.path().join(name);
     let long: Vec<String> = (0..150).map(|n| format!("{n}{}", "abcdefghij".repeat(n % 9))).collect();
@@ -392,7 +392,7 @@ fn long_and_many_tokens_are_neither_cut_nor_on_each_other() {
         plot(folder.path(), &[&many[..], more, &["-o", "out.svg"]].concat()).succeeded();
         let svg = Svg::read(&at("out.svg"));
         svg.nothing_is_cut();
-        // Labels of one side are as far apart as they are high.
+        // Labels on one side are at least their height apart.
         let document = roxmltree::Document::parse(&svg.0).unwrap();
         let mut sides = std::collections::HashMap::<String, Vec<(f64, f64)>>::new();
         for node in document.descendants().filter(|node| node.has_tag_name("text")) {
@@ -431,15 +431,15 @@ fn attention_that_cannot_be_drawn_says_why() {
     refused(&["--weights", "scores.npy"], 1, "1.5 at head 0, query 1, key 0; attention weights lie between 0 and 1");
     refused(&["--weights", "flat.npy"], 1, "[4] must be [batch, heads, len_q, len_k]");
     refused(&["--weights", "empty.npy"], 1, "[0, 2, 2] holds no weights");
-    refused(&["--weights", "even.npy", "--lines"], 1, "115600 lines are more than 100000");
-    refused(&["--weights", "even.npy", "-o", "out.svg"], 1, "take .png");
+    refused(&["--weights", "even.npy", "--lines"], 1, "115600 lines are too many to be distinguished (at most 100000)");
+    refused(&["--weights", "even.npy", "-o", "out.svg"], 1, "use .png");
     refused(&["--weights", "absent.npy"], 1, "no such file");
     refused(&["--weights", "w.npy", "--tokens", "a,b"], 1, "2 tokens for 3 queries");
     refused(&["--weights", "w.npy", "--tokens", "a,b,c"], 2, "--key-tokens");
     refused(&["--weights", "w.npy", "--key-tokens", "a,b,c"], 1, "3 tokens for 4 keys");
-    refused(&["--weights", "w.npy", "--tokens", "bad.json"], 1, "not a JSON list of texts");
-    refused(&["--weights", "w.npy", "--head", "2"], 1, "head 2 is not there: the weights have 2");
-    refused(&["--weights", "w.npy", "--batch", "0"], 2, "no such axis");
+    refused(&["--weights", "w.npy", "--tokens", "bad.json"], 1, "not a JSON list of strings");
+    refused(&["--weights", "w.npy", "--head", "2"], 1, "there is no head 2: the weights have 2");
+    refused(&["--weights", "w.npy", "--batch", "0"], 2, "--batch needs a batch axis");
     refused(&["--weights", "w.npy", "--causal", "top-left"], 2, "--q and --k");
     refused(&["--weights", "w.npy", "--q", "w.npy", "--k", "w.npy"], 2, "cannot be used with");
     refused(&["--q", "w.npy"], 2, "--k");
@@ -465,7 +465,7 @@ const SENTENCE: [&str; 16] = [
     "[SEP]",
 ];
 
-/// A weight as the page writes it.
+/// Formats a weight as the page does.
 fn written(weight: f64) -> String {
     let number = format!("{:.2}", weight as f32);
     number.strip_prefix('0').map(str::to_string).unwrap_or(number)
@@ -517,7 +517,7 @@ fn a_mouse_on_a_token_shows_what_each_head_attends_to() {
         }
     }
 
-    // Away from the tokens it is the kept one again; a click keeps another.
+    // Away from the tokens the pinned one is shown again; a click pins another.
     browser.hover("document.getElementById('title')");
     assert_eq!(shown(browser, "head 1"), row(1, 10));
     browser.click(&button(2));
@@ -525,7 +525,7 @@ fn a_mouse_on_a_token_shows_what_each_head_attends_to() {
     assert_eq!(shown(browser, "head 1"), row(1, 2));
     assert_eq!(browser.text(&format!("{}.getAttribute('aria-pressed')", button(2))), "true");
 
-    // The keyboard.
+    // Keyboard navigation.
     browser.key("ArrowRight", 39);
     assert_eq!(shown(browser, "head 1"), row(1, 3));
     browser.key("End", 35);

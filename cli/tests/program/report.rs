@@ -1,4 +1,4 @@
-//! Reports of `attn check`: other forms of a saved one, and what changed between two.
+//! Reports of `attn check`: other forms of a saved report, and the changes between two.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::browser::Browser;
 use crate::kit::{Ran, attn, folder};
 
-/// A name that every form has to survive.
+/// A hostile name that every form must escape.
 const HOSTILE: &str = "<script>window.hit=1</script> \"quoted\", it's | 100% Größe\u{1b}[31m\u{202e}";
 
 fn output(nmse: Value, ok: bool) -> Value {
@@ -40,7 +40,7 @@ fn result(adapter: usize, op: &str, variant: &str, storage: &str, n: usize, stat
     result
 }
 
-/// Three adapters: on the first all passes, on the second there is every status, the third hung.
+/// Three adapters: on the first all cases pass, the second has every status, and the third hung.
 fn report() -> Value {
     let adapter = |name: &str, backend: &str| {
         json!({
@@ -109,14 +109,14 @@ fn a_saved_report_is_read_strictly() {
     refused(&|report| _ = report.as_object_mut().unwrap().remove("seed"), "missing field `seed`");
     refused(&|report| report["results"][3]["adapter"] = 3.into(), "result 3 is of adapter 3, but there are 3 adapters");
     refused(&|report| report["results"][3]["status"] = "\u{1b}odd".into(), "unknown variant");
-    refused(&|report| report["results"][3]["id"] = report["results"][0]["id"].clone(), "result 3 has the id");
+    refused(&|report| report["results"][3]["id"] = report["results"][0]["id"].clone(), "result 3 repeats the id");
     refused(&|report| report["results"][0]["outputs"][0]["nmse"] = "much".into(), "\"much\" is no number");
     std::fs::write(at.join("a.json"), "{").unwrap();
     check(at, &["--from", "a.json"]).refused(1, "a.json is not a report of attn check");
     check(at, &["--from", "none.json"]).refused(1, "cannot read none.json");
     check(at, &["--diff", "none.json", "a.json"]).refused(2, "cannot read none.json");
 
-    // Members that a later version adds do no harm, and nothing is lost on the way.
+    // Members added by a later version are ignored, and nothing is lost in a round trip.
     let mut more = report();
     more["results"][0]["later"] = 1.into();
     save(at, "a.json", &more);
@@ -125,7 +125,7 @@ fn a_saved_report_is_read_strictly() {
 }
 
 #[test]
-fn what_makes_no_sense_together_is_refused() {
+fn incompatible_options_are_refused() {
     let folder = folder();
     let at = folder.path();
     save(at, "a.json", &report());
@@ -146,10 +146,10 @@ fn what_makes_no_sense_together_is_refused() {
     check(at, &["--from", "a.json", "--html", "none/page.html"]).refused(1, "there is no folder none");
 }
 
-/// A pipe or a device must not become a file, nor a link what it leads to.
+/// A pipe or a device must not be replaced with a file, nor a link with its target.
 #[cfg(unix)]
 #[test]
-fn what_is_no_file_is_written_to_as_it_is() {
+fn pipes_devices_and_links_are_written_to_directly() {
     let folder = folder();
     let at = folder.path();
     save(at, "a.json", &report());
@@ -164,7 +164,7 @@ fn what_is_no_file_is_written_to_as_it_is() {
 }
 
 #[test]
-fn the_table_tells_what_failed_and_how_to_see_it_again() {
+fn the_table_shows_failures_and_how_to_reproduce_them() {
     let folder = folder();
     save(folder.path(), "a.json", &report());
     let ran = check(folder.path(), &["--from", "a.json"]);
@@ -175,7 +175,7 @@ fn the_table_tells_what_failed_and_how_to_see_it_again() {
         "ENDED <script>",
         "FAILED attention, fused: 2 cases on llvmpipe (GL), worst NMSE NaN, worst ulp 8.0",
         "attention-f32-1@fused: output is off\\nby much",
-        // The name alone would mean the Vulkan one.
+        // The name alone would select the Vulkan adapter.
         "  attn check --adapter gl:llvmpipe --repro attention-f32-1@fused\n",
         "MENDED attention, fused: 1 case on",
         "the known issue mesa-1 says that it fails",
@@ -184,7 +184,7 @@ fn the_table_tells_what_failed_and_how_to_see_it_again() {
         assert!(out.contains(part), "{part} is not in\n{out}");
     }
 
-    // Not more than fits a screen or two.
+    // It fits on a screen or two.
     let mut many = report();
     many["results"] = (0..50).map(|n| result(0, &format!("op{n}"), "auto", "f32", 0, "failed")).collect();
     save(folder.path(), "many.json", &many);
@@ -216,7 +216,7 @@ fn junit_holds_every_case_and_each_adapters_end() {
     let failed = case(second, "attention-f32-1@fused");
     assert_eq!(failed.classname.as_deref(), Some("attention.fused.f32"));
     assert!((failed.time - 0.0125).abs() <= 0.001, "milliseconds are kept: {}", failed.time);
-    // This reader loses what is escaped there, `<` for one.
+    // This reader drops escaped characters such as `<`.
     let said = failed.system_err.unwrap_or_default();
     assert!(said.starts_with("VUID-1 ") && said.ends_with("\\u{1b}[2J"), "{said}");
     let failure = failed.status.failure_as_ref();
@@ -255,13 +255,13 @@ fn markdown_has_a_row_for_each_op() {
     let long = table(&["--long"]);
     assert_eq!(long.len(), 2 + 4, "{long:#?}");
     assert_eq!(&long[2], "| attention | auto | f16 | ✓ 6 | – | – |");
-    // As many columns everywhere, whatever the names hold.
+    // The same number of columns in every row, whatever the names contain.
     let columns = |line: &String| line.replace("\\|", "").matches('|').count();
     assert!(long.iter().all(|line| columns(line) == 7), "{long:#?}");
 }
 
 #[test]
-fn two_reports_are_held_against_each_other() {
+fn two_reports_are_compared() {
     let folder = folder();
     let at = folder.path();
     let diff = |edit: &dyn Fn(&mut Value)| {
@@ -274,31 +274,31 @@ fn two_reports_are_held_against_each_other() {
         (ran.status.unwrap(), ran.stdout)
     };
     #[track_caller]
-    fn told((status, text): (i32, String), expected: i32, part: &str) {
+    fn says((status, text): (i32, String), expected: i32, part: &str) {
         assert_eq!(status, expected, "{text}");
         assert!(text.contains(part), "{part} is not in\n{text}");
         assert_eq!(text.contains("REGRESSION"), expected == 1, "{text}");
     }
     assert_eq!(diff(&|_| ()), (0, "nothing changed\n".to_string()));
-    // In another order it is the same.
+    // The order of results does not matter.
     assert_eq!(diff(&|b| b["results"].as_array_mut().unwrap().reverse()).1, "nothing changed\n");
     let first = |b: &mut Value, status: &str| b["results"][0] = result(0, "attention", "fused", "f32", 0, status);
-    told(
+    says(
         diff(&|b| first(b, "failed")),
         1,
         "newly failing: 1\n  attention, fused: 1 case, the first attention-f32-0@fused: failed, was passed: output is off",
     );
-    told(diff(&|b| first(b, "skipped")), 1, "passed, and skipped now: 1");
-    told(diff(&|b| first(b, "known")), 0, "another status: 1");
-    told(diff(&|b| _ = b["results"].as_array_mut().unwrap().remove(0)), 1, "passed, and no longer there: 1");
-    told(diff(&|b| b["results"][0]["same_bits"] = false.into()), 1, "no longer gives the same bits: 1");
-    told(diff(&|b| b["adapters"][0]["ended"] = "crashed".into()), 1, "llvmpipe (Vulkan) ended early: crashed");
-    told(diff(&|b| b["adapters"][2]["ended"] = Value::Null), 0, "no longer ends early");
-    told(diff(&|b| b["results"][0]["outputs"][0]["nmse"] = 2e-14.into()), 0, "NMSE of output 2.0e-14, was 1.0e-15");
+    says(diff(&|b| first(b, "skipped")), 1, "passed, and skipped now: 1");
+    says(diff(&|b| first(b, "known")), 0, "another status: 1");
+    says(diff(&|b| _ = b["results"].as_array_mut().unwrap().remove(0)), 1, "passed, and no longer there: 1");
+    says(diff(&|b| b["results"][0]["same_bits"] = false.into()), 1, "no longer gives the same bits: 1");
+    says(diff(&|b| b["adapters"][0]["ended"] = "crashed".into()), 1, "llvmpipe (Vulkan) ended early: crashed");
+    says(diff(&|b| b["adapters"][2]["ended"] = Value::Null), 0, "no longer ends early");
+    says(diff(&|b| b["results"][0]["outputs"][0]["nmse"] = 2e-14.into()), 0, "NMSE of output 2.0e-14, was 1.0e-15");
     assert_eq!(diff(&|b| b["results"][0]["outputs"][0]["nmse"] = 0.9e-14.into()).1, "nothing changed\n");
-    // The results of the second adapter begin at 18; every third is of attention, fused.
-    told(diff(&|b| b["results"][21]["status"] = "passed".into()), 0, "newly passing: 1");
-    told(
+    // The results of the second adapter begin at 18; every third is fused attention.
+    says(diff(&|b| b["results"][21]["status"] = "passed".into()), 0, "newly passing: 1");
+    says(
         diff(&|b| {
             b["results"].as_array_mut().unwrap().push(result(0, "new", "auto", "f32", 0, "failed"));
             b["results"].as_array_mut().unwrap().push(result(0, "new", "auto", "f32", 1, "passed"));
@@ -306,30 +306,30 @@ fn two_reports_are_held_against_each_other() {
         1,
         "new cases that fail: 1",
     );
-    // Dealt out to another variant, a case is the same.
+    // A case that moved to another variant is the same case.
     let moved = |b: &mut Value, status: &str| b["results"][0] = result(0, "attention", "rows4x8", "f32", 0, status);
     assert_eq!(diff(&|b| moved(b, "passed")), (0, "nothing changed\n".to_string()));
-    told(diff(&|b| moved(b, "failed")), 1, "attention-f32-0@rows4x8: failed, was passed by fused: output is off");
-    told(
+    says(diff(&|b| moved(b, "failed")), 1, "attention-f32-0@rows4x8: failed, was passed by fused: output is off");
+    says(
         diff(&|b| b["adapters"][0]["driver_info"] = "Mesa 26\u{1b}[1m".into()),
         0,
         "driver: mesa Mesa 26\\u{1b}[1m, was mesa Mesa 25",
     );
-    told(diff(&|b| b["adapters"][0]["limits"]["max_buffer_size"] = 5.into()), 0, "max_buffer_size: 5, was 1073741824");
-    told(diff(&|b| b["adapters"][0]["features"] = json!(["SUBGROUP"])), 0, "lost features: SHADER_F16");
-    told(
+    says(diff(&|b| b["adapters"][0]["limits"]["max_buffer_size"] = 5.into()), 0, "max_buffer_size: 5, was 1073741824");
+    says(diff(&|b| b["adapters"][0]["features"] = json!(["SUBGROUP"])), 0, "lost features: SHADER_F16");
+    says(
         diff(&|b| b["adapters"][0]["observed"][0]["subgroup"] = 4.into()),
         0,
         "workgroup of 64: 64 invocations in subgroups of 4, was",
     );
-    told(diff(&|b| b["wgpu"] = "31.0.0".into()), 0, "wgpu: 31.0.0, was 30.0.0");
-    told(
+    says(diff(&|b| b["wgpu"] = "31.0.0".into()), 0, "wgpu: 31.0.0, was 30.0.0");
+    says(
         diff(&|b| b["adapters"][0]["seconds"] = 3.0.into()),
         0,
-        "nothing changed but the time: llvmpipe (Vulkan) 3.0 s, was 2.0 s",
+        "nothing changed except the time: llvmpipe (Vulkan) 3.0 s, was 2.0 s",
     );
 
-    // With one adapter less they are paired by name and backend.
+    // If one adapter is missing, they are paired by name and backend.
     let without = |b: &mut Value| {
         b["adapters"].as_array_mut().unwrap().remove(0);
         let mut results = b["results"].as_array().unwrap().clone();
@@ -374,7 +374,7 @@ fn the_page_is_filtered_and_opened() {
     assert!(browser.text("document.querySelector('#adapters .ended').textContent").contains("no answer"));
     assert_eq!(browser.text("typeof window.hit"), "undefined");
 
-    // Failed ones come first; a click tells all.
+    // Failures come first; a click shows the details.
     assert_eq!(browser.text(&format!("{first}.querySelector('.id').textContent")), "attention-f32-1@fused");
     browser.click(&format!("{first}.querySelector('summary')"));
     browser.wait(&format!("{first}.querySelector('.inside') !== null"));
@@ -394,7 +394,7 @@ fn the_page_is_filtered_and_opened() {
     let repro = browser.text(&format!("{first}.querySelector('code').textContent"));
     assert_eq!(repro, "attn check --adapter gl:llvmpipe --repro attention-f32-1@fused");
 
-    // The matrix: the worst status colours a cell, and marks tell it too.
+    // The matrix: the worst status colours a cell, and marks show it too.
     let cell = |row: usize, column: usize| {
         format!("document.querySelectorAll('#matrix tr')[{row}].querySelectorAll('td')[{column}]")
     };
@@ -410,7 +410,7 @@ fn the_page_is_filtered_and_opened() {
     browser.click(&format!("{}.firstChild", cell(1, 1)));
     chosen(browser, "38 results");
 
-    // Filters, each and together.
+    // Filters, separately and combined.
     let set = |browser: &mut Browser, id: &str, value: &str, event: &str| {
         browser.value(&format!(
             "(() => {{ const e = document.getElementById('{id}'); e.value = '{value}'; e.dispatchEvent(new Event('{event}')); }})()"
@@ -437,7 +437,7 @@ fn the_page_is_filtered_and_opened() {
     set(browser, "text", "by much", "input");
     chosen(browser, "3 of 38 results chosen");
 
-    // The histograms count what is chosen; one NaN each, and a limit.
+    // The histograms count the selected results; one NaN each, and a limit.
     let charts = "[...document.querySelectorAll('#charts svg')].map((svg) => svg.getAttribute('aria-label')).join(';')";
     assert_eq!(
         browser.text(charts),
@@ -445,7 +445,7 @@ fn the_page_is_filtered_and_opened() {
     );
     assert_eq!(browser.value("document.querySelectorAll('#charts .allowed').length"), 4);
 
-    // By keys alone.
+    // With the keyboard only.
     browser.value("document.querySelector('#matrix .fold').focus()");
     browser.key(" ", 32);
     browser.wait("document.querySelectorAll('#matrix .inner').length === 0");
@@ -479,7 +479,7 @@ fn a_page_of_thousands_of_results_draws_some_hundred_and_fits_a_phone() {
     let overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth";
     assert_eq!(browser.value(overflow), 0, "nothing sticks out of a phone");
     browser.wait("getComputedStyle(document.body).backgroundColor === 'rgb(22, 22, 22)'");
-    // Text on every background, in the dark too.
+    // Text contrast on every background, also in dark mode.
     let contrast = "(() => { const light = (c) => { const [r, g, b] = c.match(/\\d+/g).map((x) => x / 255)\
         .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };\
         return Math.min(...['passed', 'failed', 'known', 'mended', 'skipped'].map((name) => { const e = document.createElement('span');\

@@ -1,4 +1,4 @@
-//! `attn check` without a folder: the suite, and that it finds what is broken on purpose.
+//! `attn check` without a folder: the suite, and that it finds planted faults.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::kit::{Ran, attn, attn_with, folder};
 
-/// A driver's manifest, if it is there.
+/// A driver's manifest, if it exists.
 fn driver(folder: &str, starts: &str) -> Option<String> {
     let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let is_it = |path: &PathBuf| {
@@ -16,20 +16,20 @@ fn driver(folder: &str, starts: &str) -> Option<String> {
     Some(files.into_iter().find(is_it)?.to_str()?.to_string())
 }
 
-/// Mesa's software adapter.
+/// The manifest of Mesa's software driver.
 fn lavapipe() -> Option<String> {
     driver("/usr/share/vulkan/icd.d", "lvp")
 }
 
-/// Chromium's.
+/// The manifest of Chromium's software driver.
 fn swiftshader() -> Option<String> {
     driver("/usr/lib/chromium", "vk_swiftshader")
 }
 
-/// Under Vulkan's validation layers, and with what it takes to hear them.
+/// The environment that enables Vulkan's validation layers and their messages.
 const LAYERS: [(&str, &str); 2] = [("WGPU_VALIDATION", "1"), ("WGPU_DEBUG", "1")];
 
-/// What the layers said of a case. Layers that are older than WGSL do not know it by name, and say so of every module.
+/// The layers' messages for a case. Layers older than WGSL's language id complain about it in every module.
 fn complaints(result: &Value) -> Vec<&str> {
     let all = result["messages"].as_array().into_iter().flatten().filter_map(Value::as_str);
     all.filter(|text| text.contains("VALIDATION") && !text.contains("Invalid source language operand: 10")).collect()
@@ -52,14 +52,15 @@ fn with_status<'a>(report: &'a Value, status: &str) -> Vec<&'a Value> {
     results(report).iter().filter(|result| result["status"] == status).collect()
 }
 
-/// Runs the quick suite on a software driver if it is there, else on what this machine has; gives the backends.
+/// Runs the quick suite on a software driver if it is installed, else on the adapters of this machine; returns the
+/// backends.
 fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
     assert!(
         driver.is_some() || std::env::var_os("CI").is_none(),
         "the software drivers of Mesa and Chromium are needed"
     );
     let folder = folder();
-    // Compiled as everywhere, whatever makes other tests quicker.
+    // With the driver's normal compilation, without the settings that speed up other tests.
     let mut env = [&LAYERS[..], &[("GALLIVM_PERF", "")]].concat();
     env.extend(driver.iter().map(|file| ("VK_DRIVER_FILES", file.as_str())));
     let args = ["check", "--quick", "--json", "report.json"];
@@ -88,12 +89,12 @@ fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
         }
         assert!(adapter["limits"]["max_buffer_size"].as_u64().unwrap() > 0, "{adapter}");
         assert!(!adapter["shader_compiler"].as_str().unwrap().is_empty() && !adapter["driver"].is_null(), "{adapter}");
-        // What ran on the device itself: every invocation asked for.
+        // As observed on the device: every requested invocation ran.
         for seen in adapter["observed"].as_array().unwrap() {
             assert_eq!(seen["invocations"], seen["workgroup"], "{adapter}");
         }
         let cut = of_it.iter().find(|result| result["variant"] == "workgroup64").unwrap();
-        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the tile workgroup64 was asked for".into()));
+        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the tile workgroup64 was requested".into()));
         if let Some([least, most]) = adapter["subgroups"].as_array().map(Vec::as_slice) {
             let seen = cut["subgroup"].as_u64().unwrap();
             assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
@@ -102,7 +103,7 @@ fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
     adapters.iter().map(|adapter| adapter["backend"].as_str().unwrap().to_string()).collect()
 }
 
-// Two tests, so that two cores compile.
+// Two tests, so that two cores can compile.
 
 #[test]
 fn the_quick_suite_passes_on_mesa_and_the_cpu_backend() {
@@ -120,9 +121,9 @@ fn the_quick_suite_passes_on_swiftshader() {
     }
 }
 
-/// What makes the silence of the quick suite worth anything.
+/// Proves that the validation layers are active in the quick suite.
 #[test]
-fn a_broken_rule_is_heard_of_the_validation_layers() {
+fn validation_layers_report_a_broken_rule() {
     let folder = folder();
     let args = ["check", "--quick", "--adapter", "vulkan", "--op", "alibi", "--op", "t5"];
     let plant = ["--plant", "broken-rule", "--json", "report.json"];
@@ -140,7 +141,7 @@ fn a_broken_rule_is_heard_of_the_validation_layers() {
 }
 
 #[test]
-fn single_calls_come_out_of_dawn_too() {
+fn single_calls_also_run_on_dawn() {
     let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/portability");
     if !modules.join("node_modules/webgpu").exists() {
         assert!(std::env::var_os("CI").is_none(), "no Dawn for Node; ./test installs it where there is npm");
@@ -148,7 +149,7 @@ fn single_calls_come_out_of_dawn_too() {
         return;
     }
     let folder = folder();
-    // Dawn refuses lavapipe before Mesa 23.2.
+    // Dawn rejects lavapipe before Mesa 23.2.
     let driver = swiftshader().unwrap_or_default();
     let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver.as_str())];
     let args = ["check", "--quick", "--dawn", "--adapter", "0", "--json", "report.json"];
@@ -165,17 +166,17 @@ fn single_calls_come_out_of_dawn_too() {
     let ran = attn_with(folder.path(), &[&alone[..], &["alibi/causal/f32/1@auto"]].concat(), &env);
     ran.succeeded();
     assert!(ran.stdout.contains("passed: alibi/causal/f32/1@auto on dawn"), "{}", ran.stdout);
-    attn_with(folder.path(), &[&alone[..], &["torch/sdpa_dim005"]].concat(), &env).refused(1, "is no single call");
-    // Without a word of where it is.
+    attn_with(folder.path(), &[&alone[..], &["torch/sdpa_dim005"]].concat(), &env).refused(1, "is not a single call");
+    // Without ATTN_DAWN.
     let lost = attn_with(folder.path(), &[&args[..], &["--op", "alibi"]].concat(), &[("ATTN_DAWN", "")]);
     lost.refused(2, "--dawn needs ATTN_DAWN");
 }
 
 #[test]
-fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
+fn planted_faults_are_found_named_and_shrunk() {
     for (fault, kernel) in [("skipped-key", "flash"), ("missing-barrier", "flash_tiled"), ("f16-sums", "flash")] {
         let folder = folder();
-        // The sound one too: what fails is the fault's doing.
+        // Variants without the fault run too, so every failure is due to the fault.
         let args = ["--quick", "--adapter", "0", "--op", "attention", "--filter", "plain/f32"];
         let (ran, report) = check(folder.path(), &[&args[..], &["--plant", fault]].concat());
         assert_eq!(ran.status, Some(1), "{fault}: {}", ran.stdout);
@@ -189,7 +190,7 @@ fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
             assert!(result["reason"].as_str().unwrap().contains("is off by"), "{fault}: {result}");
         }
         if fault == "missing-barrier" {
-            // Nobody else lost a barrier.
+            // No other kernel lost a barrier.
             assert!(
                 failed.iter().all(|result| result["variant"].as_str().unwrap().starts_with("workgroup")),
                 "{failed:?}"
@@ -198,13 +199,13 @@ fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
         let id = failed[0]["id"].as_str().unwrap();
         let shrunk = attn(folder.path(), &["check", "--repro", id, "--shrink", "--plant", fault, "--adapter", "0"]);
         assert_eq!(shrunk.status, Some(1));
-        // `K [1, 1, 9, 1]` has its keys third.
+        // In `K [1, 1, 9, 1]` the third number is the number of keys.
         let keys = shrunk.stdout.split("K [").nth(1).and_then(|rest| rest.split(", ").nth(2)).unwrap();
         assert!(keys.parse::<usize>().unwrap() <= 64, "{fault}: {}", shrunk.stdout);
         for part in ["@compute", "the seed", "cargo run --release -- check --repro", kernel] {
             assert!(shrunk.stdout.contains(part), "{fault}: no {part} in {}", shrunk.stdout);
         }
-        // The call that is left is sound by itself.
+        // The shrunk call passes without the fault.
         let line = shrunk.stdout.lines().find(|line| line.starts_with("failed: ")).unwrap();
         let small = line["failed: ".len()..].split(" on ").next().unwrap();
         attn(folder.path(), &["check", "--repro", small, "--adapter", "0"]).succeeded();
@@ -214,7 +215,7 @@ fn what_is_broken_on_purpose_is_found_named_and_shrunk() {
 }
 
 #[test]
-fn a_driver_that_hangs_or_falls_is_a_line_of_the_report() {
+fn a_driver_hang_or_crash_is_one_failure_in_the_report() {
     for (fault, say) in [("hang", "the driver hung: no answer within 2 s"), ("crash", "the driver crashed: signal: 6")]
     {
         let folder = folder();
@@ -225,20 +226,20 @@ fn a_driver_that_hangs_or_falls_is_a_line_of_the_report() {
         assert_eq!(failed.len(), 1, "{failed:?}");
         assert!(failed[0]["reason"].as_str().unwrap().starts_with(say), "{}", failed[0]);
         assert!(ran.stdout.contains(failed[0]["id"].as_str().unwrap()), "{}", ran.stdout);
-        // All others ran, before it and after.
+        // All others ran, before and after it.
         let (_, whole) = check(folder.path(), &["--quick", "--adapter", "cpu", "--op", "attention"]);
         assert_eq!(results(&report).len(), results(&whole).len());
         assert_eq!(with_status(&report, "passed").len(), results(&whole).len() - 1);
-        // A case alone has its time limit too.
+        // A single case has a time limit too.
         let alone = ["check", "--adapter", "cpu", "--repro", "softmax/plain/f32/1", "--shrink", "--time-limit", "2"];
         let ran = attn(folder.path(), &[&alone[..], &["--plant", fault]].concat());
         assert_eq!(ran.status, Some(1), "{}", ran.stdout);
-        assert!(ran.stdout.contains(say) && ran.stdout.contains("Not made smaller"), "{}", ran.stdout);
+        assert!(ran.stdout.contains(say) && ran.stdout.contains("Not shrunk"), "{}", ran.stdout);
     }
 }
 
 #[test]
-fn a_driver_that_falls_when_it_is_looked_at_takes_no_other_with_it() {
+fn a_driver_crash_during_enumeration_spares_other_backends() {
     let Some(driver) = lavapipe() else {
         assert!(std::env::var_os("CI").is_none(), "Mesa's software driver is needed");
         return;
@@ -265,7 +266,7 @@ fn a_driver_that_falls_when_it_is_looked_at_takes_no_other_with_it() {
 }
 
 #[test]
-fn known_issues_are_known_until_they_go() {
+fn known_issues_are_known_until_they_are_fixed() {
     let folder = folder();
     let entry = |message: &str| {
         format!(
@@ -287,10 +288,10 @@ fn known_issues_are_known_until_they_go() {
     let known = with_status(&report, "known");
     assert!(known.len() >= 2, "{report}");
     assert!(known.iter().any(|result| result["issue"] == "made-1 (https://example.org/1)"), "{known:?}");
-    // Another failure than the one that is known.
+    // Another failure than the known one.
     let (ran, report) = run("the device was lost", &["--plant", "skipped-key"]);
     assert_eq!((ran.status, with_status(&report, "known").len()), (Some(1), 0));
-    // It is gone: an alarm.
+    // If the issue no longer occurs, the check fails.
     let (ran, report) = run("is off by", &[]);
     assert_eq!((ran.status, with_status(&report, "mended").len()), (Some(1), results(&report).len()), "{report}");
     std::fs::write(folder.path().join("issues.toml"), "[[issue]]\nid = 3\n").unwrap();
@@ -312,7 +313,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     once.sort();
     once.dedup();
     assert_eq!(once.len(), full.len());
-    // Those of other people are all there.
+    // All cases of the other frameworks are included.
     let golden = ["keras_jax", "onnx", "torch", "transformers"].map(|name| {
         let files = std::fs::read_dir(crate::kit::cases(name)).unwrap().flatten();
         files.filter(|file| file.path().extension().is_some_and(|ending| ending == "safetensors")).count()
@@ -330,19 +331,19 @@ fn cases_are_listed_chosen_and_run_alone() {
     let refused = |args: &[&str], status: i32, say: &str| {
         attn(folder.path(), &[&["check"], args].concat()).refused(status, say);
     };
-    refused(&["--repro", "attention/all/f16"], 2, "op/form/storage/seed is needed");
-    refused(&["--repro", "attention/all/f16/7@fast"], 2, "is no method");
+    refused(&["--repro", "attention/all/f16"], 2, "expected op/form/storage/seed");
+    refused(&["--repro", "attention/all/f16/7@fast"], 2, "is not a method");
     refused(&["--shrink"], 2, "--repro");
     refused(&["--list", "--json", "cases.json"], 2, "cannot be used with");
     refused(&["--repro", "softmax/plain/f32/1", "--html", "case.html"], 2, "cannot be used with");
     refused(&["--quick", "--adapter", "cpu", "--op", "dancing"], 2, "no op \"dancing\"");
-    refused(&["--quick", "--adapter", "cpu", "--filter", "no such case"], 1, "no case is left");
+    refused(&["--quick", "--adapter", "cpu", "--filter", "no such case"], 1, "no case matches");
     refused(&["--quick", "--time-limit", "0"], 2, "--time-limit");
     refused(&["--quick", crate::kit::cases("torch").to_str().unwrap()], 2, "--quick");
     refused(&["--quick", "--adapter", "no such adapter"], 3, "no adapter answers");
     refused(&["--list", "--op", "dancing"], 2, "no op \"dancing\"");
     refused(&["--quick", "--adapter", "cpu", "--plant", "skipped-key"], 2, "the CPU backend has none");
-    // A backend has other names too, and tells adapters of one name apart.
+    // A backend has aliases, and distinguishes adapters of the same name.
     let vulkan = wgpu_attention::Gpu::adapters().into_iter().find(|adapter| adapter.answers_to("vk")).unwrap();
     for which in ["vk".to_string(), format!("vulkan:{}", vulkan.info.name), vulkan.index.to_string()] {
         let repro = ["check", "--repro", "softmax/plain/f32/1"];
@@ -353,7 +354,7 @@ fn cases_are_listed_chosen_and_run_alone() {
     let named = attn_with(folder.path(), &["check", "--quick", "--op", "merge"], &[("WGPU_ADAPTER_NAME", "no such")]);
     named.refused(3, "no adapter answers to \"no such\"");
     let golden = ["check", "--adapter", "cpu", "--repro", "torch/sdpa_dim005", "--shrink"];
-    assert!(attn(folder.path(), &golden).stdout.contains("Not made smaller: it does not fail"));
+    assert!(attn(folder.path(), &golden).stdout.contains("Not shrunk: it does not fail"));
     let none = [("VK_DRIVER_FILES", "/dev/null"), ("WGPU_BACKEND", "vulkan")];
     attn_with(folder.path(), &["check", "--quick"], &none).refused(3, "there is no GPU adapter");
 }

@@ -1,4 +1,4 @@
-//! `attn run` and `attn mha`: the user's own tensors in and out.
+//! `attn run` and `attn mha`: reading and writing the user's tensors.
 
 use std::io::Write;
 use std::path::Path;
@@ -68,7 +68,7 @@ fn run_gives_output_weights_and_lse() {
         }
         call(&["--mask", "drop", "--causal", "2"]);
         let [output, ..] = expected(&q, &k, &v, |_, i, j| !keep(i, j));
-        // Rows 1 sees nothing when the mask is turned round: output 0.
+        // Row 1 sees nothing if the mask is inverted: output 0.
         let output: Vec<f64> = output.iter().map(|x| if x.is_nan() { 0.0 } else { *x }).collect();
         close(&load(&out, "output").1, &output, 1e-6);
     }
@@ -76,7 +76,7 @@ fn run_gives_output_weights_and_lse() {
 
 #[test]
 fn threads_change_no_bit_of_the_cpu_backend() {
-    // Several tiles of rows, a row alone, and keys beyond what is summed in f32.
+    // Several tiles of rows, a single row, and more keys than are summed in f32.
     let folder = folder();
     for (heads, len_q, len_k) in [(2, 150, 3000), (3, 1, 5000)] {
         let path = folder.path().join("in.safetensors");
@@ -122,15 +122,15 @@ fn run_inspects_chosen_heads_and_queries() {
         let entropy = |row: &&[f64]| -row.iter().filter(|&&p| p > 0.0).map(|p| p * p.ln()).sum::<f64>();
         assert_eq!(load(&out, "entropy").0, [2, 1, 2]);
         close(&load(&out, "entropy").1, &rows.iter().map(entropy).collect::<Vec<_>>(), 1e-6);
-        // All heads and queries, beside the forward call's own weights; no LSE that was not asked for.
+        // All heads and queries, together with the forward call's own weights; no LSE unless requested.
         call(&["--weights", "--entropy"]).succeeded();
         close(&load(&out, "weights").1, &weights, 1e-6);
         assert_eq!(load(&out, "entropy").0, [2, 2, 3]);
         let bytes = std::fs::read(&out).unwrap();
         assert!(safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("lse").is_err());
 
-        call(&choice).refused(2, "give at least one");
-        call(&[&choice[..], &["--weights", "averaged"]].concat()).refused(2, "not averaged");
+        call(&choice).refused(2, "add at least one");
+        call(&[&choice[..], &["--weights", "averaged"]].concat()).refused(2, "not with averaged");
         call(&["--inspect-queries", "1-3", "--entropy"]).refused(2, "such as 10..20");
         call(&["--inspect-queries", "1..4", "--entropy"]).refused(1, "queries 1..4 are out of range");
         call(&["--inspect-heads", "2", "--column-sums"]).refused(1, "head 2 of [2] is out of range");
@@ -167,7 +167,7 @@ fn run_takes_a_sink() {
     let sinks = [0.5f32, -1.0];
     let [q, k, v] = save_qkv(&folder.path().join("in.safetensors"), vec![floats("sink", &[2], &sinks)]);
     let [output, weights, lse] = expected(&q, &k, &v, |_, i, j| j <= i);
-    // What the sink of a query's head leaves to its keys.
+    // The weight that the sink of a query's head leaves for its keys.
     let left = |row: usize| 1.0 / (1.0 + (f64::from(sinks[row / 3 % 2]) - lse[row]).exp());
     let rows =
         |x: &[f64], width: usize| -> Vec<f64> { x.iter().enumerate().map(|(n, x)| x * left(n / width)).collect() };
@@ -212,7 +212,7 @@ fn numpy_files_and_folders_give_the_same_numbers() {
         let mut args = vec!["run", "-o", "out.npz", "--lse", "--adapter", &adapter];
         args.extend(files);
         attn(folder.path(), &args).succeeded();
-        // An .npz is read back by the program itself, one array of several by name.
+        // The program reads back its own .npz, one of several arrays by name.
         let bytes = std::fs::read(folder.path().join("out.npz")).unwrap();
         let mut archive = zip::ZipArchive::new(std::io::Cursor::new(bytes)).unwrap();
         let file = npyz::NpyFile::new(archive.by_name("output.npy").unwrap()).unwrap();
@@ -221,12 +221,12 @@ fn numpy_files_and_folders_give_the_same_numbers() {
         assert!(archive.by_name("lse.npy").is_ok());
     }
     // Column-major files hold the same array.
-    let mut turned = vec![0.0; LEN];
+    let mut columns = vec![0.0; LEN];
     for (n, &x) in q.iter().enumerate() {
         let [b, h, i, d] = [n / 24, n / 12 % 2, n / 4 % 3, n % 4];
-        turned[b + 2 * (h + 2 * (i + 3 * d))] = x;
+        columns[b + 2 * (h + 2 * (i + 3 * d))] = x;
     }
-    write_npy(&folder.path().join("arrays/q.npy"), &[2, 2, 3, 4], &turned, npyz::Order::Fortran);
+    write_npy(&folder.path().join("arrays/q.npy"), &[2, 2, 3, 4], &columns, npyz::Order::Fortran);
     attn(folder.path(), &["run", "arrays", "-o", "out.npy", "--adapter", "cpu"]).succeeded();
     close(&read("out.npy"), &output, 1e-6);
     // As numpy.savez_compressed writes them.
@@ -256,7 +256,7 @@ fn numpy_files_and_folders_give_the_same_numbers() {
 fn the_other_layout_and_f16_come_back_as_they_came() {
     let folder = folder();
     let [q, k, v] = qkv();
-    let turn = |x: &[f32]| -> Vec<u8> {
+    let bshd = |x: &[f32]| -> Vec<u8> {
         let at = |b: usize, s: usize, h: usize, d: usize| x[((b * 2 + h) * 3 + s) * 4 + d];
         let mut bytes = Vec::new();
         for n in 0..LEN {
@@ -264,9 +264,9 @@ fn the_other_layout_and_f16_come_back_as_they_came() {
         }
         bytes
     };
-    let entry = |name, x: &[f32]| (name, Dtype::F16, vec![2, 3, 2, 4], turn(x));
+    let entry = |name, x: &[f32]| (name, Dtype::F16, vec![2, 3, 2, 4], bshd(x));
     save(&folder.path().join("in.safetensors"), &[entry("q", &q), entry("k", &k), entry("v", &v)]);
-    // The truth is that of what the file holds.
+    // The truth is computed from the values in the file.
     let [q, k, v] = [q, k, v].map(|x| x.into_iter().map(|x| half::f16::from_f32(x).to_f32()).collect::<Vec<_>>());
     for adapter in adapters() {
         let args = ["run", "in.safetensors", "-o", "out.safetensors", "--layout", "bshd", "--adapter", &adapter];
@@ -274,9 +274,9 @@ fn the_other_layout_and_f16_come_back_as_they_came() {
         let (shape, got) = load(&folder.path().join("out.safetensors"), "output");
         assert_eq!(shape, [2, 3, 2, 4]);
         let [output, ..] = expected(&q, &k, &v, |_, _, _| true);
-        let turned: Vec<f64> =
+        let permuted: Vec<f64> =
             (0..LEN).map(|n| output[((n / 24 * 2 + n / 4 % 2) * 3 + n / 8 % 3) * 4 + n % 4]).collect();
-        close_as(wgpu_attention::Dtype::F16, &got, &turned, 1e-6);
+        close_as(wgpu_attention::Dtype::F16, &got, &permuted, 1e-6);
     }
 }
 
@@ -362,7 +362,7 @@ fn layers_of_well_known_models_are_read_by_their_names() {
             run(&format!("{weights}.safetensors"), prefix, &["--adapter", &adapter]).succeeded();
             close(&read_npy(&out), &want, 2e-6);
         }
-        // Nothing to hold these against but the library: `tests/it/names.rs`.
+        // These can only be compared with the library: `tests/it/names.rs`.
         run("4-llama.safetensors", "model.layers.0.self_attn.", &["--adapter", &adapter]).succeeded();
         run("5-wide-heads.safetensors", "", &["--adapter", &adapter, "--kv-heads", "1"]).succeeded();
         std::fs::remove_file(&out).unwrap();
@@ -391,7 +391,7 @@ fn layers_of_well_known_models_are_read_by_their_names() {
 }
 
 #[test]
-fn config_json_settles_what_names_leave_in_doubt() {
+fn config_json_resolves_ambiguous_names() {
     let folder = folder();
     let weight = |rows: usize, seed: f32| numbers(rows * 4, seed);
     let [q, k, v, o] = [0.0, 10.0, 20.0, 30.0].map(|seed| weight(4, seed));
@@ -434,7 +434,7 @@ fn config_json_settles_what_names_leave_in_doubt() {
 }
 
 #[test]
-fn a_mask_per_batch_entry_is_refused_with_the_way_out() {
+fn a_mask_per_batch_entry_is_refused_with_advice() {
     let folder = folder();
     let at = |file: &str| cases("faults").join(file).display().to_string();
     let args = |mask: &str| {
@@ -448,7 +448,7 @@ fn a_mask_per_batch_entry_is_refused_with_the_way_out() {
         attn(folder.path(), &args.iter().map(String::as_str).collect::<Vec<_>>())
     };
     run(&at("2-mask.npy")).refused(1, "mask[:, None]");
-    // The way out.
+    // Follow the advice.
     let bytes = std::fs::read(cases("faults").join("2-mask.npy")).unwrap();
     let bools: Vec<bool> = npyz::NpyFile::new(&bytes[..]).unwrap().into_vec().unwrap();
     let mask = ("mask", Dtype::BOOL, vec![2, 1, 3, 3], bools.iter().map(|&x| u8::from(x)).collect());
@@ -457,7 +457,7 @@ fn a_mask_per_batch_entry_is_refused_with_the_way_out() {
     close(&read_npy(&folder.path().join("o.npy")), &read_npy(&cases("faults").join("2-want.npy")), 2e-6);
 }
 
-/// What is in a folder.
+/// The contents of a folder.
 fn listing(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap().flatten();
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
@@ -479,7 +479,7 @@ fn a_mask_needs_a_meaning_and_names_must_be_right() {
         attn(folder.path(), &args)
     };
     run("masked.safetensors", &[]).refused(2, "--mask keep");
-    run("plain.safetensors", &["--mask", "keep"]).refused(2, "no tensor \"mask\"");
+    run("plain.safetensors", &["--mask", "keep"]).refused(2, "neither a tensor \"mask\"");
     run("odd.safetensors", &[]).refused(1, "\"maks\"");
     run("few.safetensors", &[]).refused(1, "found keys, q");
     run("absent.safetensors", &[]).refused(1, "cannot read absent.safetensors");
@@ -490,7 +490,8 @@ fn a_mask_needs_a_meaning_and_names_must_be_right() {
     attn(folder.path(), &["run", "plain.safetensors", "-o", "out.txt"]).refused(2, "the ending must be");
     attn(folder.path(), &["run", "plain.safetensors", "-o", "out.npy", "--lse"]).refused(2, "holds one tensor");
     attn(folder.path(), &["run", "plain.safetensors", "-o", "no/out.npz"]).refused(1, "there is no folder");
-    attn(folder.path(), &["run", "plain.safetensors", "-o", "x.npz", "--adapter", "all"]).refused(2, "makes no sense");
+    attn(folder.path(), &["run", "plain.safetensors", "-o", "x.npz", "--adapter", "all"])
+        .refused(2, "is not supported here");
     for file in listing(folder.path()) {
         assert!(!file.starts_with("out") && !file.starts_with(".attn"), "{file} was left behind");
     }
@@ -566,7 +567,7 @@ fn truncated_safetensors_are_errors() {
         attn(folder.path(), &["run", "in.safetensors", "-o", "out.npz", "--adapter", "cpu"])
             .refused(1, "not a valid safetensors file");
     }
-    // Offsets and shapes that lie about the data.
+    // Offsets and shapes that do not match the data.
     let header = r#"{"q":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}"#;
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());

@@ -1,11 +1,11 @@
-//! `attn tune`: what it keeps, and that later runs of the program know it.
+//! `attn tune`: what it keeps, and that later runs of the program use it.
 
 use std::path::Path;
 use std::process::Command;
 
 use crate::kit::{Ran, adapters, folder};
 
-/// Runs `attn` with a folder of its own for what it keeps.
+/// Runs `attn` with its own cache folder.
 fn attn(folder: &Path, cache: &Path, args: &[&str]) -> Ran {
     let output = Command::new(env!("CARGO_BIN_EXE_attn"))
         .args(args)
@@ -24,7 +24,7 @@ fn attn(folder: &Path, cache: &Path, args: &[&str]) -> Ran {
 const SHAPE: &str = "1,2,1,9,17,8:causal";
 
 #[test]
-fn what_one_run_finds_the_next_one_knows() {
+fn results_are_kept_for_the_next_run() {
     for adapter in adapters().iter().filter(|adapter| *adapter != "cpu") {
         let folder = folder();
         let cache = folder.path().join("cache");
@@ -42,12 +42,12 @@ fn what_one_run_finds_the_next_one_knows() {
         }
         assert!(!ran.stdout.contains("known already"));
 
-        // Another batch and a little shorter: the same class.
+        // Another batch and slightly shorter: the same key.
         let ran = tune(&["--shape", "3,2,1,9,20,8:causal"]);
         ran.succeeded();
         assert!(ran.stdout.contains("known already"), "{}", ran.stdout);
 
-        // What is kept is what runs.
+        // The kept method is the one that runs.
         let text = std::fs::read_to_string(&file).expect("the file is there");
         let mut kept: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         kept["entries"][0]["method"] = "three passes".into();
@@ -62,7 +62,7 @@ fn what_one_run_finds_the_next_one_knows() {
         ran.succeeded();
         assert!(ran.stdout.contains("flash"), "{}", ran.stdout);
 
-        // A file that is none changes nothing.
+        // An invalid file has no effect.
         std::fs::write(&file, "no JSON").expect("written");
         attn(folder.path(), &cache, &bench).succeeded();
     }
@@ -82,7 +82,7 @@ fn wrong_calls_are_refused() {
     let folder = folder();
     let cache = folder.path().join("cache");
     for (args, status, part) in [
-        (&["--adapter", "cpu"][..], 2, "one way only"),
+        (&["--adapter", "cpu"][..], 2, "one method only"),
         (&["--shape", "P9:x3"], 2, "xN"),
         (&["--shape", "1,2"], 2, "b,hq,hkv,sq,skv,d"),
         (&["--clear", "--dry-run"], 2, "cannot be used with"),

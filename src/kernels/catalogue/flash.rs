@@ -4,14 +4,14 @@ use super::{Body, Changes, Kernel, MASK_BLOCK, RelativeKind, RowTile, Rules, Var
 use crate::kernels::access::{self, Access};
 use crate::kernels::method::Tile;
 
-/// Bytes of workgroup memory of `flash_tiled.wgsl`: four vec4s and four numbers per invocation, the part of the
-/// keys, one flag.
+/// Bytes of workgroup memory of `flash_tiled.wgsl`: four vec4s and four numbers per invocation, the tile of keys, one
+/// flag.
 pub const fn tiled_memory(workgroup: u32) -> u32 {
     let keys_part = Tile::KEYS_IN_MEMORY * Tile::ACROSS * 16;
     workgroup.saturating_mul(Tile::ROWS_IN_MEMORY * 20).saturating_add(keys_part + 4)
 }
 
-/// The tile of `flash.wgsl` and `flash_tiled.wgsl`, and the vec4s that it holds of a row.
+/// The tile of `flash.wgsl` and `flash_tiled.wgsl`, and the number of vec4s of a row that it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashTile {
     /// Rows and keys.
@@ -35,37 +35,38 @@ pub struct FlashAccess {
     pub o: Access,
 }
 
-/// What a variant of `flash.wgsl` does beside the products.
+/// What a variant of `flash.wgsl` does in addition to the products.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlashOptions {
-    /// Whether the registers hold more than the width of a key, of a value.
+    /// Whether the registers are wider than a key, and than a value.
     pub padded: [bool; 2],
     /// Whether scores are capped.
     pub softcap: bool,
     /// Whether the LSE is written.
     pub lse: bool,
-    /// What hides keys.
+    /// The rules that hide keys.
     pub rules: Rules,
-    /// Whether it is known what masks leave of blocks of keys.
+    /// Whether it reads a block mask, which says what masks leave of each block of keys.
     pub block_mask: bool,
-    /// Whether sequences of any lengths lie one behind another.
+    /// Whether sequences are packed.
     pub packed: bool,
     /// Whether queries and keys are rotated by their positions.
     pub rotary: Option<FlashRotary>,
-    /// Whether the rows of an invocation are neighbouring queries of one head.
+    /// Whether the rows of an invocation are adjacent queries of one head.
     pub neighbours: bool,
 }
 
 /// How `flash.wgsl` rotates rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashRotary {
-    /// vec4s of cosines, as many of sines, per position; interleaved, vec4s of two of each.
+    /// Number of vec4s of cosines per position, and equally many of sines; if interleaved, number of vec4s with two of
+    /// each.
     pub pairs4: u32,
-    /// Whether neighbouring columns are a pair; else those half of the rotated ones apart.
+    /// Whether adjacent columns form a pair; else columns half the rotated width apart do.
     pub interleaved: bool,
 }
 
-/// Parts of a row that are loaded or stored between two turns of a loop: few pieces of long code, and few selects.
+/// Number of parts of a row to load or store per loop iteration: a few pieces of long code, and few selects.
 fn at_once(count: u32) -> u32 {
     if count.is_multiple_of(2) { 2 } else { 1 }
 }
@@ -133,14 +134,14 @@ pub fn flash(flash_tile: FlashTile, access: FlashAccess, options: FlashOptions) 
         name.push_str("/block_mask");
         changes = changes.number("BLOCK", MASK_BLOCK);
     }
-    // A bias is added where nothing is hidden too.
+    // A bias is added even if nothing is hidden.
     if !block_mask || rules.biases > 0 {
         changes = changes.line("block_is_full", "fn block_is_full(work: Work, j: u32) -> bool { return false; }");
     }
     changes = sink(changes, rules.sink, &mut name);
     if lanes.is_some() {
         changes = match rules.relative {
-            // The rows of an invocation are neighbours: what their distances add overlaps.
+            // The rows of an invocation are adjacent, so their biases by distance overlap.
             Some(RelativeKind::Fours) if neighbours => {
                 name.push_str("/neighbours");
                 changes.block("by_distance", Body::Or("neighbours")).number("NEAR", (tile.rows() + 3).div_ceil(4))

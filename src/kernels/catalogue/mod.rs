@@ -30,7 +30,7 @@ macro_rules! kernels {
                 }
             }
 
-            /// The file's text, its parts named only.
+            /// The file's text; its parts are only named.
             fn file(self) -> &'static str {
                 match self {
                     $(Kernel::$kernel => include_str!(concat!("../../../shaders/", $file, ".wgsl")),)*
@@ -56,42 +56,42 @@ kernels! {
     Softmax(Softmax) => "softmax",
     /// `O = P·V`.
     WeightedSum(WeightedSum) => "weighted_sum",
-    /// All three in one, without the scores in memory.
+    /// All three in one, without storing the scores.
     Flash(Flash) => "flash",
-    /// The same through tiles in workgroup memory.
+    /// Like [`Kernel::Flash`], through tiles in workgroup memory.
     FlashTiled(Flash) => "flash_tiled",
-    /// Outputs of splits of the keys joined by their LSE.
+    /// Merges the outputs of splits of the keys by their LSE.
     Merge(Merge) => "merge",
     /// Weights, column sums and entropies recomputed from the LSE.
     Inspect(Inspect) => "inspect",
     /// `Y = X·Wᵀ + b`.
     Project(Project) => "project",
-    /// The same for few rows of X.
+    /// Like [`Kernel::Project`], for few rows of X.
     Matvec(Project) => "matvec",
-    /// Weights averaged over heads.
+    /// Averages weights over heads.
     MeanHeads(MeanHeads) => "mean_heads",
-    /// Masks, biases and bands as one bias.
+    /// Combines masks, biases and bands into one bias.
     CombineBiases(CombineBiases) => "combine_biases",
-    /// A view at any strides copied to others.
+    /// Copies a view with any strides to another.
     Copy(Copy) => "copy",
     /// Multiply-adds in registers, to measure an adapter.
     Probe(Probe) => "probe",
-    /// Rows written into a cache of keys or values.
+    /// Writes rows into a cache of keys or values.
     Scatter(Scatter) => "scatter",
-    /// What masks leave of blocks of keys.
+    /// Computes what masks leave of each block of keys.
     BlockMask(BlockMask) => "block_mask",
-    /// Pairs of columns rotated by their positions.
+    /// Rotates pairs of columns by their positions.
     Rotate(Rotate) => "rotate",
-    /// A table's rows added to tokens, or a gate.
+    /// Adds a table's rows to tokens, or applies a gate.
     Tokens(Tokens) => "tokens",
-    /// Biases by the distance of query and key.
+    /// Biases by the distance between query and key.
     Relative(RelativeBias) => "relative",
     /// RMSNorm and LayerNorm of rows.
     Normalise(Normalise) => "normalise",
 }
 
 impl Kernel {
-    /// The file's text with its parts, as it stands.
+    /// The file's text with its parts, unchanged.
     pub fn source(self) -> Result<String> {
         as_it_stands(self.name(), self.file())
     }
@@ -102,25 +102,25 @@ impl Kernel {
 pub struct Variant {
     /// The file.
     pub kernel: Kernel,
-    /// What differs from it.
+    /// What differs from the file.
     pub changes: Changes,
-    /// How a person tells it from others: `scores/subgroup8/wide`.
+    /// A readable name: `scores/subgroup8/wide`.
     pub name: String,
 }
 
 impl Variant {
-    /// The WGSL text as it runs.
+    /// The WGSL text of the variant.
     pub fn source(&self) -> Result<String> {
         specialise(self.kernel.name(), self.kernel.file(), &self.changes)
     }
 
-    /// The same kernel whose wide loads are of words of 64 bits, for devices with `wgpu::Features::SHADER_INT64`:
-    /// software adapters load word by word. WebGPU and its compilers do not know them.
+    /// The same kernel with wide loads in 64-bit words, for devices with `wgpu::Features::SHADER_INT64`, because
+    /// software adapters load word by word. WebGPU and its compilers do not support them.
     pub fn loading_64_bits(&self) -> Variant {
         Variant { changes: access::in_words_of_64_bits(&self.changes), ..self.clone() }
     }
 
-    /// True when the text uses subgroup operations.
+    /// True if the text uses subgroup operations.
     pub fn uses_subgroups(&self) -> bool {
         self.number("SHARE", 1) > 1
     }
@@ -130,7 +130,7 @@ impl Variant {
         self.number("WORKGROUP", 64)
     }
 
-    /// A number of the text, `as_it_stands` where it is not changed.
+    /// A number in the text; `as_it_stands` if it is not changed.
     fn number(&self, name: &str, as_it_stands: u32) -> u32 {
         let changed = self.changes.consts.get(name);
         changed.and_then(|text| text.trim_end_matches('u').parse().ok()).unwrap_or(as_it_stands)
@@ -142,7 +142,7 @@ impl Variant {
         match self.kernel {
             Kernel::Softmax if !self.changes.blocks.contains_key("join_sum") => softmax_memory(workgroup),
             Kernel::FlashTiled => tiled_memory(workgroup),
-            // One f32 per product and lanes that add up theirs before.
+            // One f32 per product, after lanes have summed theirs.
             Kernel::Matvec => 4 * workgroup / self.number("SHARE", 1) * self.number("ROWS", 1) * self.number("OUTS", 4),
             Kernel::Normalise if !self.changes.blocks.contains_key("join_sum") => 4 * workgroup,
             _ => 0,
@@ -150,31 +150,31 @@ impl Variant {
     }
 }
 
-/// How lanes work together on one tile.
+/// How lanes share the work on one tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowTile {
     /// Invocations per workgroup.
     pub workgroup: u32,
     /// Rows per invocation.
     pub rows: u32,
-    /// Lanes that share their loads through subgroup operations; 1 without.
+    /// Number of lanes that share their loads through subgroup operations; 1 without.
     pub share: u32,
-    /// vec4s of depth (or columns) kept in registers.
+    /// Number of vec4s of depth (or columns) kept in registers.
     pub depth4: u32,
 }
 
-/// Which rules of masking, and whether a sink, a variant reads from buffers.
+/// Which masking rules, and whether a sink, a variant reads from buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// A band per batch entry instead of one in the parameters.
     pub bands: bool,
-    /// Boolean masks, 0 to 2.
+    /// Number of boolean masks, 0 to 2.
     pub masks: u32,
-    /// Additive biases, 0 to 2.
+    /// Number of additive biases, 0 to 2.
     pub biases: u32,
     /// Whether any band hides anything.
     pub banded: bool,
-    /// A bias by the distance of key and query.
+    /// A bias by the distance between key and query.
     pub relative: Option<RelativeKind>,
     /// A sink per head.
     pub sink: bool,
@@ -183,16 +183,16 @@ pub struct Rules {
 /// How the table of a bias by distance is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RelativeKind {
-    /// One slope, times the distance, negated.
+    /// One slope, multiplied by the negated distance.
     Slope,
     /// A value for each distance.
     Table,
-    /// The values of four distances for each first one, from `high` down to `low − 3`: one load for four keys.
+    /// For each first distance, from `high` down to `low − 3`, the values of four distances: one load for four keys.
     Fours,
 }
 
 impl Rules {
-    /// Storage buffers that the rules of masking take.
+    /// Number of storage buffers that the masking rules take.
     pub fn buffers(&self) -> u32 {
         u32::from(self.bands) + self.masks + self.biases + u32::from(self.relative.is_some())
     }
@@ -209,7 +209,7 @@ impl Rules {
         self.apply_lists(changes, name).flag("BANDED", self.banded || self.bands)
     }
 
-    /// What is added by distance.
+    /// Sets what is added by distance.
     fn apply_relative(&self, changes: Changes, name: &mut String) -> Changes {
         let changes = changes.flag("RELATIVE", self.relative.is_some());
         match self.relative {
@@ -229,7 +229,7 @@ impl Rules {
         }
     }
 
-    /// Masks and bias alone.
+    /// Sets masks and biases only.
     fn apply_lists(&self, mut changes: Changes, name: &mut String) -> Changes {
         if self.masks < 1 {
             changes = changes.line("mask_a", "fn passes_a(b: u32, h: u32, i: u32, j: u32) -> bool { return true; }");
@@ -259,7 +259,7 @@ impl Rules {
     }
 }
 
-/// With a sink per head or without, for kernels that know of it.
+/// Sets whether there is a sink per head, for kernels that support one.
 fn sink(changes: Changes, given: bool, name: &mut String) -> Changes {
     if given {
         name.push_str("/sink");
@@ -330,7 +330,7 @@ pub fn weighted_sum(tile: RowTile, v: Access, o: Access, accumulate: bool, rules
 /// Keys of a block of `block_mask.wgsl`.
 pub const MASK_BLOCK: u32 = 32;
 
-/// A variant of `block_mask.wgsl`: masks and bias alone.
+/// A variant of `block_mask.wgsl`: masks and biases only.
 pub fn block_mask(rules: Rules) -> Variant {
     let mut name = String::from("block_mask");
     let lists = Rules { masks: rules.masks, biases: rules.biases, ..Rules::default() };
@@ -351,7 +351,7 @@ pub fn merge(lse: bool, o: Access) -> Variant {
     Variant { kernel: Kernel::Merge, changes, name }
 }
 
-/// `merge.wgsl` over two results that lie apart, at any strides.
+/// `merge.wgsl` over two separate results with any strides.
 pub fn merge_pair() -> Variant {
     let changes = Changes::default().part("splits", "pair");
     Variant { kernel: Kernel::Merge, changes, name: "merge/pair".into() }
@@ -368,8 +368,8 @@ pub enum Inspection {
     Entropy,
 }
 
-/// A variant of `inspect.wgsl`; a head is read in `chunks` of the tile's depth. Keys are the
-/// outer operand of column sums, queries that of the others.
+/// A variant of `inspect.wgsl` that reads a head in `chunks` of the tile's depth. The outer operand is the keys for
+/// column sums, the queries for the others.
 pub fn inspect(
     inspection: Inspection,
     tile: RowTile,
@@ -427,7 +427,7 @@ pub fn softmax(workgroup: u32, lanes: u32, lse: bool, with_sink: bool) -> Varian
     Variant { kernel: Kernel::Softmax, changes, name }
 }
 
-/// Bytes of workgroup memory of `softmax.wgsl` where lanes share a row: one f32 per invocation.
+/// Bytes of workgroup memory of `softmax.wgsl` if lanes share a row: one f32 per invocation.
 pub const fn softmax_memory(workgroup: u32) -> u32 {
     4 * workgroup
 }
@@ -437,7 +437,7 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     let mut name = String::from("project");
     let shared = [("share", "let w4 = subgroupBroadcast(loaded, d % SHARE);")];
     let mut changes = share(Changes::default(), tile, &mut name, &shared);
-    // A few loads at a time, as many as divide the depth.
+    // A few loads at a time; the number must divide the depth.
     let loads = [4, 2, 1].into_iter().find(|n| tile.depth4.is_multiple_of(*n)).unwrap_or(1);
     changes = changes.number("DEPTH4", tile.depth4).number("LOADS", loads).number("GROUPS", tile.depth4 / loads);
     changes = changes.flag("PADDED", padded);
@@ -457,16 +457,16 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     Variant { kernel: Kernel::Project, changes, name }
 }
 
-/// How `matvec.wgsl` works.
+/// The tile of `matvec.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatvecTile {
-    /// Invocations per workgroup, side by side along the width.
+    /// Invocations per workgroup, adjacent along the width.
     pub workgroup: u32,
-    /// Rows of X, and of W, that each reads.
+    /// Number of rows of X, and of W, that each reads.
     pub rows: u32,
     /// See `rows`.
     pub outs: u32,
-    /// Lanes that add up their sums through subgroup operations: all of a workgroup, or 1.
+    /// Number of lanes that sum through subgroup operations: all of a workgroup, or 1.
     pub share: u32,
 }
 
@@ -480,7 +480,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
         let body = "fn sum_of_lanes(x: f32) -> f32 { return subgroupAdd(x); }";
         changes = changes.number("SHARE", share).line("share", body);
     }
-    // No vec4 behind the width is read.
+    // No vec4 beyond the width is read.
     changes = access::load(changes.flag("PADDED", false), &access::X, x);
     changes = access::load(changes, &access::W, w);
     access::name(&mut name, &[("x", x), ("w", w)]);
@@ -492,7 +492,7 @@ pub fn matvec(tile: MatvecTile, x: Access, w: Access, bias: bool) -> Variant {
     Variant { kernel: Kernel::Matvec, changes, name }
 }
 
-/// A variant of `normalise.wgsl`: LayerNorm where `centred`, else RMSNorm; `lanes` invocations per row.
+/// A variant of `normalise.wgsl`: LayerNorm if `centred`, else RMSNorm; `lanes` invocations per row.
 pub fn normalise(workgroup: u32, lanes: u32, x: Access, wide_y: bool, centred: bool, bias: bool) -> Variant {
     let mut name = format!("normalise/{}/lanes{lanes}x{}", if centred { "layer" } else { "rms" }, workgroup / lanes);
     let changes = Changes::default().number("WORKGROUP", workgroup).number("LANES", lanes).flag("CENTRED", centred);
@@ -553,8 +553,8 @@ pub fn copy(stored: Dtype) -> Variant {
     }
 }
 
-/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains, links, and two for a
-/// multiply-add.
+/// Floating-point operations of one invocation of `probe.wgsl` in one round: chains times links times two, because a
+/// multiply-add counts as two.
 pub const PROBE_OPERATIONS: u32 = 9 * 32 * 2;
 
 /// A variant of `probe.wgsl`.
@@ -572,7 +572,7 @@ pub fn scatter(x: Access, stored: Dtype) -> Variant {
     Variant { kernel: Kernel::Scatter, changes: access::store_fours(changes, y), name }
 }
 
-/// Without a list of `rows`, token `i` has row `row_0 + i`.
+/// Without a list of `rows`, token `i` reads row `row_0 + i`.
 fn rows_listed(changes: Changes, listed: bool, name: &mut String) -> Changes {
     if listed {
         name.push_str("/rows");
@@ -581,7 +581,7 @@ fn rows_listed(changes: Changes, listed: bool, name: &mut String) -> Changes {
     changes.line("row_of", "fn row_of(b: u32, i: u32) -> u32 { return params.row_0 + i; }")
 }
 
-/// Whole fours of `y`.
+/// Stores whole fours of `y`.
 fn stored_in_fours(changes: Changes) -> Changes {
     changes.alias("YElem", "vec4<f32>").line(
         "store_four",
@@ -589,7 +589,7 @@ fn stored_in_fours(changes: Changes) -> Changes {
     )
 }
 
-/// A variant of `rotate.wgsl`; wide: X, Y and the pairs lie in fours.
+/// A variant of `rotate.wgsl`; wide if X, Y and the pairs are in fours.
 pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     let mut name = String::from(if interleaved { "rotate/interleaved" } else { "rotate/half_split" });
     access::name(&mut name, &[("x", x)]);
@@ -602,7 +602,7 @@ pub fn rotate(x: Access, interleaved: bool, listed: bool) -> Variant {
     Variant { kernel: Kernel::Rotate, changes: rows_listed(changes, listed, &mut name), name }
 }
 
-/// A variant of `tokens.wgsl`: tokens gated, or added to.
+/// A variant of `tokens.wgsl`: adds rows to tokens, or gates them.
 pub fn tokens(gate: bool, x: Access, z: Access, wide_y: bool, listed: bool) -> Variant {
     let mut name = String::from(if gate { "tokens/gate" } else { "tokens/add" });
     let changes = access::load(Changes::default(), &access::X, x);
@@ -624,8 +624,8 @@ pub fn relative(wide_y: bool) -> Variant {
     Variant { kernel: Kernel::Relative, changes, name: name.into() }
 }
 
-/// Every legal variant at the tile sizes that planning chooses from, one for each combination of
-/// algorithmic choices. Used to print them and to hold them against compilers without a GPU.
+/// Every legal variant at the tile sizes that planning chooses from, one for each combination of algorithmic choices.
+/// Used to print them and to check them with compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
     let mut all = Vec::new();
     let [wide, narrow] = [Access::WIDE, Access::NARROW];
@@ -820,7 +820,7 @@ pub fn variant_names() -> Vec<String> {
     files.chain(variants().into_iter().map(|variant| variant.name)).collect()
 }
 
-/// The WGSL of a variant as it runs, or of a file as it stands (`scores.wgsl`).
+/// The WGSL of a variant as it runs, or of an unchanged file (`scores.wgsl`).
 pub fn variant_source(name: &str) -> Result<String> {
     if let Some(kernel) = Kernel::ALL.iter().find(|kernel| name.strip_suffix(".wgsl") == Some(kernel.name())) {
         return kernel.source();

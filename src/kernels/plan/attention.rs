@@ -1,5 +1,5 @@
-//! Which kernels compute an attention call: the one place that decides between fused, tiled and unfused, and whether
-//! queries and keys are rotated before or while they are read. A plan holds all steps of its call.
+//! Chooses the kernels of an attention call. Only this file decides between fused, tiled and unfused, and whether
+//! queries and keys are rotated before or while they are read. A plan has all steps of its call.
 
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
@@ -10,16 +10,16 @@ use super::{AttentionOperands, Plan, Planner, RotaryOperand, Slot, check_buffer,
 use crate::error::{Error, INSTEAD_OF_AVERAGED, INSTEAD_OF_WEIGHTS, Result};
 use crate::problem::{Dtype, Problem, ScoreStage, Sequence, in_order_of};
 
-/// Wider heads with more rows of a key/value head than this are faster in three passes (docs/performance.md).
+/// Wider heads with more rows per key/value head than this are faster in three passes (docs/performance.md).
 const WIDE_DIM: usize = 512;
 const MOST_WIDE_ROWS: usize = 32;
 
-/// The attention call `problem` over `operands`.
+/// The plan of the attention call `problem` over `operands`.
 pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: results(problem, operands, adapter)? };
     if problem.is_empty() {
         if let Some(averaged) = planner.plan.averaged.clone().filter(|layout| !layout.is_empty()) {
-            // The mean over no head is 0.
+            // The mean over zero heads is 0.
             planner.plan.scratch = vec![16];
             planner.fill(Slot::Averaged, (padded_bytes(&averaged, Dtype::F32) / 4) as usize, 0)?;
         }
@@ -32,7 +32,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     }
     if let Some(method) = operands.tuned.filter(|_| operands.method == Method::Auto) {
         let tuned = AttentionOperands { method, tuned: None, ..operands.clone() };
-        // What was found on one call of a key need not fit every other.
+        // A result that was tuned on one call of a key may not fit another call.
         let fits = match method {
             Method::ThreePasses => three_passes_compete(problem),
             _ => Fused::new(problem, &AttentionOperands { rotary: None, ..tuned.clone() }, adapter, &[]).is_ok(),
@@ -46,9 +46,9 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     let rows = problem.group() * problem.len_q;
     let is_wide = problem.dim_k.max(problem.dim_v) > WIDE_DIM && rows > MOST_WIDE_ROWS;
     let fused = match operands.method {
-        Method::ThreePasses => Err("they were asked for".into()),
+        Method::ThreePasses => Err("they were requested".into()),
         Method::Auto if is_wide => {
-            Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster so"))
+            Err(format!("heads wider than {WIDE_DIM} with {rows} rows of a key head are faster that way"))
         }
         _ => Fused::new(problem, operands, adapter, &[]),
     };
@@ -64,9 +64,9 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
             if is_alone {
                 return Ok(Plan { output: operands.output.stored, why, ..fused });
             }
-            // The output is the fused one whatever else is asked for: asking changes no bit of it.
+            // The output always comes from the fused kernel, so requesting more does not change its bits.
             let Plan { steps, scratch, bands, .. } = fused;
-            planner.plan = Plan { steps, scratch, bands, why: why + "; weights and scores beside it", ..planner.plan };
+            planner.plan = Plan { steps, scratch, bands, why: why + "; weights and scores separately", ..planner.plan };
             unfused::passes(&mut planner, problem, operands, false)?;
         }
         Err(reason) if matches!(operands.method, Method::Fused | Method::Tile(_)) => {
@@ -74,7 +74,7 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
         }
         Err(reason) => {
             planner.plan.why = format!("three passes: {reason}");
-            // Sums over slices of the keys add up in the output.
+            // Sums over slices of the keys accumulate in the output.
             planner.plan.output = Dtype::F32;
             unfused::passes(&mut planner, problem, operands, true)?;
         }
@@ -82,8 +82,8 @@ pub fn attention(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &
     Ok(planner.plan)
 }
 
-/// The plan of sequences that lie one behind another in operands of batch 1: Q `[1, hq, total, d]`. `problem`
-/// gives heads, widths, scale and softcap; what a query may see is said by each sequence's band.
+/// The plan of packed sequences in operands with batch 1: Q `[1, hq, total, d]`. `problem` gives heads, widths, scale
+/// and softcap; each sequence's band gives the keys that its queries may see.
 pub fn packed(
     problem: &Problem,
     operands: &AttentionOperands<'_>,
@@ -104,12 +104,12 @@ pub fn packed(
         (Err(reason), None) => Err(Error::Unsupported {
             what: "attention over packed sequences".into(),
             adapter: adapter.adapter.clone(),
-            needs: format!("the fused kernel, but {reason}; run the longest sequences by themselves"),
+            needs: format!("the fused kernel, but {reason}; run the longest sequences separately"),
         }),
     }
 }
 
-/// A plan without steps: where the results of a call lie, if there is room for them.
+/// A plan without steps: the layouts of a call's results, if they fit.
 fn results(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
     let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
     let result = |wanted: bool, shape: &[usize]| wanted.then(|| rows_padded(shape)).transpose();
@@ -136,7 +136,7 @@ fn results(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabi
 
 fn why_fused(problem: &Problem, method: Method, adapter: &Capabilities) -> String {
     if let Method::Tile(tile) = method {
-        return format!("the tile {tile} was asked for");
+        return format!("the tile {tile} was requested");
     }
     let kind = match adapter.class {
         AdapterClass::Cpu => "software adapters",
@@ -148,8 +148,8 @@ fn why_fused(problem: &Problem, method: Method, adapter: &Capabilities) -> Strin
     format!("fused, {asked}; {tile} is the default of {kind} for {rows} rows of a key head")
 }
 
-/// The plan of a call whose queries and keys are rotated before its kernels read them: by `plan`, of operands without
-/// rotary positions.
+/// The plan of a call whose queries and keys are rotated before its kernels read them. `plan` plans the rest, over
+/// operands without rotary positions.
 fn rotated_first(
     operands: &AttentionOperands<'_>,
     rotary: RotaryOperand<'_>,
@@ -163,7 +163,7 @@ fn rotated_first(
     let layouts = [layout(operands.q)?, layout(operands.k)?];
     let [q, k]: [Operand<'_>; 2] = layouts.each_ref().map(Operand::from);
     let mut rest = plan(&AttentionOperands { q, k, rotary: None, ..operands.clone() })?;
-    // What is rotated stands behind the working memory of the rest.
+    // The rotated operands come after the working memory of the rest.
     let slots = [0, 1].map(|n| Slot::Scratch(rest.scratch.len() + n));
     for binding in rest.steps.iter_mut().flat_map(|step| &mut step.bindings) {
         binding.slot = match binding.slot {

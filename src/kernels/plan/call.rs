@@ -1,4 +1,4 @@
-//! An attention call as kernels bind it: its operands and rules of masking, where they lie, what is combined.
+//! An attention call as kernels bind it: where its operands and masking rules are, and which rules are combined.
 
 use super::super::access::Operand;
 use super::super::capabilities::Capabilities;
@@ -12,22 +12,22 @@ use crate::problem::{Band, Layout, MaskMeaning, NO_BOUND, Problem, checked_len};
 /// Sizes of the slices along batch, heads, query rows and keys.
 pub(super) type Sizes = [usize; 4];
 
-/// A call and how its rules of masking reach the kernels.
+/// A call, and how its masking rules reach the kernels.
 pub(super) struct Call<'a> {
     pub problem: &'a Problem,
     pub operands: &'a AttentionOperands<'a>,
     pub rules: Rules,
-    /// Masks and biases become one bias first.
+    /// Whether masks and biases are first combined into one bias.
     pub combine: bool,
-    /// Bands too.
+    /// Whether bands are combined too.
     pub combine_bands: bool,
-    /// Whether these passes give the output and the LSE, or only weights and scores.
+    /// Whether these passes produce the output and the LSE, or only weights and scores.
     pub output: bool,
     pub align: u64,
 }
 
 impl<'a> Call<'a> {
-    /// Reads the rules where they lie as long as the adapter has storage buffers for them beside `others`.
+    /// Reads the rules directly if the adapter has enough storage buffers for them and `others`.
     pub fn new(
         problem: &'a Problem,
         operands: &'a AttentionOperands<'a>,
@@ -40,7 +40,7 @@ impl<'a> Call<'a> {
             biases: operands.biases.len() as u32,
             banded: !problem.is_unbanded(),
             relative: operands.relative.as_ref().map(|relative| relative.kind),
-            // No pass reads rules and a sink.
+            // No pass reads both rules and a sink.
             sink: false,
         };
         let too_many = |rules: Rules| others + rules.buffers() > adapter.max_storage_buffers;
@@ -55,7 +55,7 @@ impl<'a> Call<'a> {
         Call { problem, operands, rules, combine, combine_bands, output: true, align: adapter.offset_alignment }
     }
 
-    /// Combined bands do not say where each query stands, which a bias by distance must know.
+    /// Combined bands do not contain the positions of queries, which a bias by distance needs.
     pub(super) fn check_relative(&self, adapter: &Capabilities) -> Result<()> {
         if self.rules.relative.is_none() || !self.combine_bands || self.problem.bands.len() == 1 {
             return Ok(());
@@ -67,7 +67,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// The table that kernels or the combining read, where bands differ or are combined.
+    /// The table that kernels or the combining kernel read, if bands differ or are combined.
     pub fn band_table(&self) -> Vec<[i32; 4]> {
         if !self.rules.bands && !self.combine_bands {
             return Vec::new();
@@ -81,7 +81,7 @@ impl<'a> Call<'a> {
         operands.masks.iter().map(|(layout, _)| *layout).chain(operands.biases.iter().copied())
     }
 
-    /// The axes along which any combined rule differs, as long as in the slice.
+    /// The axes along which any combined rule varies, with the lengths of the slice.
     pub(super) fn combined_shape(&self, [batch, heads, rows, keys]: Sizes) -> [usize; 4] {
         let full = [batch, heads, rows, keys.min(self.problem.maskable_keys())];
         let mut shape = [1; 4];
@@ -111,7 +111,7 @@ impl<'a> Call<'a> {
     pub(super) fn largest_operand(&self, sizes: Sizes) -> u64 {
         let [batch, heads, rows, keys] = sizes;
         let heads_kv = match self.problem.group() {
-            // Slices of whole groups begin with one.
+            // Slices of whole groups start with a whole group.
             group if heads.is_multiple_of(group) => heads / group,
             group => most_groups(heads, group),
         }
@@ -141,7 +141,7 @@ impl<'a> Call<'a> {
 
     pub(super) fn binding_size(&self, layout: &Layout, counts: &[usize], element: u64) -> u64 {
         let parts: Vec<Part> = counts.iter().copied().map(Part::whole).collect();
-        // The start of a later slice may lie anywhere within the alignment.
+        // The start of a later slice may be anywhere within the alignment.
         window(layout, &parts, element, self.align).size.saturating_add(self.align)
     }
 
@@ -149,7 +149,7 @@ impl<'a> Call<'a> {
         window(&operand, parts, operand.element(), self.align)
     }
 
-    /// Where the LSE lies, row-major, and a part of it.
+    /// The layout of the LSE, row-major, and the window of a part of it.
     pub(super) fn lse(&self, parts: &[Part]) -> Result<(Layout, Window)> {
         let Problem { batch, heads_q, len_q, .. } = *self.problem;
         let layout = Layout::contiguous(&[batch, heads_q, len_q])?;
@@ -157,7 +157,7 @@ impl<'a> Call<'a> {
         Ok((layout, at))
     }
 
-    /// What kernels read of the rules.
+    /// The kernels' parameters for the rules.
     pub(super) fn rules(&self, bound: &BoundRules) -> params::Rules {
         params::Rules {
             band: self.band(),
@@ -168,7 +168,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// What kernels read of a slice.
+    /// The kernels' parameters for a slice.
     pub(super) fn slice(&self, [b, h, i]: [Part; 3], j: Part) -> params::Slice {
         let head_kv = h.grouped(self.problem.group());
         params::Slice {
@@ -193,7 +193,7 @@ impl<'a> Call<'a> {
         [band.keys, band.lo, band.hi, band.offset]
     }
 
-    /// Binds the sinks of a slice's heads, where there are any; gives the first one's place and the stride.
+    /// Binds the sinks of a slice's heads, if any; returns the position of the first and the stride.
     pub(super) fn bind_sink(&self, bindings: &mut Vec<Binding>, h: Part) -> [u32; 2] {
         let Some(sink) = self.operands.sink else { return [0; 2] };
         let at = window(sink, &[h], 4, self.align);
@@ -201,7 +201,7 @@ impl<'a> Call<'a> {
         [at.first as u32, sink.strides()[0] as u32]
     }
 
-    /// Binds the rules for a slice, after combining them if they must be.
+    /// Binds the rules for a slice, after combining them if necessary.
     pub(super) fn bind_rules(
         &self,
         planner: &mut Planner<'_>,
@@ -242,7 +242,7 @@ impl<'a> Call<'a> {
         Ok(bound)
     }
 
-    /// Combines every rule of a slice in Scratch(1); returns its strides.
+    /// Combines every rule of a slice in Scratch(1); returns the strides of the result.
     fn combine_rules(&self, planner: &mut Planner<'_>, parts: [Part; 4], sizes: Sizes) -> Result<[u32; 4]> {
         let Call { problem, operands, .. } = *self;
         let limits = self.combined_shape(sizes);
@@ -265,7 +265,7 @@ impl<'a> Call<'a> {
             .chain(bands.iter().map(|layout| (BiasSource::Bands, Slot::Bands, layout, 16, 0)));
         for (n, (source, slot, layout, element, keeps)) in sources.enumerate() {
             let at = match slot {
-                // A table is bound whole.
+                // A table is bound as a whole.
                 Slot::Bands => Window {
                     offset: 0,
                     size: (problem.bands.len() * 16) as u64,
@@ -292,7 +292,7 @@ impl<'a> Call<'a> {
                 ],
             )?;
         }
-        // Along an axis of one entry all of the slice reads that one.
+        // Along an axis of one entry, the whole slice reads that entry.
         let strides: Vec<u32> = combined
             .strides()
             .iter()
@@ -303,12 +303,12 @@ impl<'a> Call<'a> {
     }
 }
 
-/// The most groups of `group` heads that `heads` neighbours can belong to.
+/// The most groups of `group` heads that `heads` consecutive heads can belong to.
 pub(super) fn most_groups(heads: usize, group: usize) -> usize {
     heads.saturating_sub(1).div_ceil(group) + 1
 }
 
-/// Masks and biases of a slice as kernels find them.
+/// Masks and biases of a slice, as bound for kernels.
 #[derive(Clone, Debug, Default)]
 pub(super) struct BoundRules {
     pub bindings: Vec<Binding>,

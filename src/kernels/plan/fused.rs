@@ -1,4 +1,4 @@
-//! Fused attention: no scores in memory.
+//! Fused attention: no scores are stored.
 
 use super::super::access::Access;
 use super::super::capabilities::{AdapterClass, Capabilities};
@@ -15,7 +15,7 @@ use super::{
 use crate::error::Result;
 use crate::problem::{Layout, Problem, Sequence, checked_len};
 
-/// The widest head whose rows fit registers: those of a software adapter are memory.
+/// The widest head whose rows fit in registers; the registers of a software adapter are memory.
 fn most_dim(adapter: &Capabilities) -> usize {
     match adapter.class {
         AdapterClass::Cpu => 1024,
@@ -23,12 +23,13 @@ fn most_dim(adapter: &Capabilities) -> usize {
     }
 }
 
-/// Keys of a split: fewer are not worth joining.
+/// Keys of a split; merging smaller splits does not pay off.
 const LEAST_SPLIT: usize = 256;
-/// Keys whose values are added up in one run: a longer row is cut into splits of [`LONG_SPLIT`], or it loses digits.
+/// Keys whose values are summed in one run. Longer rows are cut into splits of [`LONG_SPLIT`], because they would lose
+/// digits.
 const MOST_SPLIT: usize = 4096;
 const LONG_SPLIT: usize = 512;
-/// Bytes of the outputs of splits that are worth holding: rows beyond are sliced.
+/// Most bytes to hold for the outputs of splits; beyond that, rows are sliced.
 const MOST_PARTIAL: u64 = 32 << 20;
 
 pub(super) struct Fused<'a> {
@@ -36,19 +37,19 @@ pub(super) struct Fused<'a> {
     adapter: &'a Capabilities,
     tile: FlashTile,
     sizes: Sizes,
-    /// Pieces of the keys, each with its own output, and keys per piece; of packed sequences the most.
+    /// Number of splits of the keys, each with its own output, and keys per split; for packed sequences the maximum.
     splits: usize,
     keys_per_split: usize,
-    /// Keys of a split of a long row, at most.
+    /// Most keys of a split of a long row.
     long_split: usize,
-    /// Of a ragged batch; empty where every entry of the batch is as long.
+    /// The sequences of a ragged batch; empty if all batch entries have the same length.
     sequences: &'a [Sequence],
-    /// Whether it is found out first what masks and biases leave of blocks of keys.
+    /// Whether a block mask is computed first, of what masks and biases leave of blocks of keys.
     block_mask: bool,
     rotary: Option<FlashRotary>,
 }
 
-/// Some blocks of rows of packed sequences, by their place in the table, and the operations that they take.
+/// Some blocks of rows of packed sequences, by their position in the table, and the operations that they take.
 #[derive(Clone, Copy)]
 struct Blocks {
     part: Part,
@@ -56,8 +57,8 @@ struct Blocks {
 }
 
 impl<'a> Fused<'a> {
-    /// A fused call, or why it needs scores in memory or does not fit. `sequences` lie one behind another in operands of
-    /// batch 1; without, every entry of the batch is as long.
+    /// A fused call, or the reason why it needs scores in memory or does not fit. `sequences` are packed in operands
+    /// with batch 1; if empty, all batch entries have the same length.
     pub fn new(
         problem: &'a Problem,
         operands: &'a AttentionOperands<'a>,
@@ -90,7 +91,7 @@ impl<'a> Fused<'a> {
         };
         let mut long_split = LONG_SPLIT;
         let (mut splits, mut keys_per_split) = split_keys(long_split);
-        // Packed rows are not sliced: where the outputs of all splits are too large, as few splits as there must be.
+        // Packed rows are not sliced: if the outputs of all splits are too large, there are as few splits as possible.
         let partial = |splits: usize| split_bytes(problem, splits, [batch, heads_q, len_q]);
         if !sequences.is_empty() && partial(splits) > adapter.max_binding {
             long_split = usize::MAX;
@@ -110,7 +111,7 @@ impl<'a> Fused<'a> {
         }
         call.check_relative(adapter).map_err(|error| error.to_string())?;
         if rotary.is_some() && call.combine_bands {
-            return Err("combined bands do not say where each query stands".into());
+            return Err("combined bands do not contain the positions of queries".into());
         }
         let spare = adapter.max_storage_buffers - (others + call.rules.buffers());
         let mut fused = Fused {
@@ -144,7 +145,7 @@ impl<'a> Fused<'a> {
             return Err(format!("a binding of {} bytes is too large", fused.largest_binding_of(sizes)));
         }
         fused.sizes = sizes;
-        // One invocation per row and block of keys must be countable too.
+        // The number of invocations, one per row and block of keys, must fit too.
         let countable = |bytes: u64| bytes / 4 * tile.tile.block_rows() as u64 <= u64::from(u32::MAX);
         fused.block_mask &= fused.mask_bytes().is_ok_and(|bytes| bytes <= adapter.max_binding && countable(bytes));
         Ok(fused)
@@ -194,7 +195,7 @@ impl<'a> Fused<'a> {
         Ok(planner.plan)
     }
 
-    /// Fills the table that the kernel finds its rows and keys by; gives the blocks of rows of each dispatch,
+    /// Fills the table in which the kernel looks up its rows and keys. Returns the blocks of rows of each dispatch,
     /// counted from the start of the table.
     fn plan_sequences(&self, table: &mut Vec<[i32; 4]>) -> Vec<Blocks> {
         let Problem { heads_q, heads_kv, .. } = *self.call.problem;
@@ -226,22 +227,22 @@ impl<'a> Fused<'a> {
         dispatches.into_iter().map(blocks).collect()
     }
 
-    /// Operations for a query and a key of a head.
+    /// Operations per query and key of a head.
     fn per_pair(&self) -> f64 {
         2.0 * (self.call.problem.dim_k + self.call.problem.dim_v) as f64
     }
 
-    /// Pieces of the keys of a packed sequence, and keys per piece.
+    /// Number of splits of the keys of a packed sequence, and keys per split.
     fn key_splits(&self, one: &Sequence) -> (usize, usize) {
         key_splits(self.call.problem, self.adapter, self.tile, [one.len_q, one.len_k], self.long_split)
     }
 
-    /// Blocks of rows of as many queries.
+    /// Number of blocks of rows for `len_q` queries.
     fn row_blocks(&self, len_q: usize) -> usize {
         (self.call.problem.group() * len_q).div_ceil(self.tile.tile.block_rows())
     }
 
-    /// Blocks of keys per block of rows.
+    /// Number of blocks of keys per block of rows.
     fn key_blocks(&self) -> usize {
         self.call.problem.len_k.div_ceil(catalogue::MASK_BLOCK as usize)
     }
@@ -254,13 +255,14 @@ impl<'a> Fused<'a> {
         Ok((entries as u64 * 4).next_multiple_of(16))
     }
 
-    /// Entries of the batch and heads of the keys that have a block mask: one for all where no rule tells them apart.
+    /// Number of batch entries and key heads that have their own block mask: one for all if no rule distinguishes them.
     fn masked_apart(&self, batch: usize, heads_kv: usize) -> [usize; 2] {
         let differs = |axis| self.call.lists().any(|layout| layout.strides()[axis] != 0 && layout.shape()[axis] > 1);
         [if differs(0) { batch } else { 1 }, if differs(1) { heads_kv } else { 1 }]
     }
 
-    /// Finds out what the bound rules leave of blocks of keys; gives where that stands by batch, head and rows.
+    /// Computes what the bound rules leave of blocks of keys; returns the strides of the result by batch, head and
+    /// rows.
     fn plan_block_mask(&self, planner: &mut Planner<'_>, at: [Part; 3], bound: &BoundRules) -> Result<View> {
         let Call { problem, rules, .. } = self.call;
         let [b, h, i] = at;
@@ -292,7 +294,7 @@ impl<'a> Fused<'a> {
         Ok(View::new(&layout, Window::default()))
     }
 
-    /// The fused kernel over a slice, or over some blocks of rows of the packed sequences.
+    /// Runs the fused kernel over a slice, or over some blocks of rows of the packed sequences.
     fn attend(&self, planner: &mut Planner<'_>, at: [Part; 3], blocks: Option<Blocks>) -> Result<()> {
         let Call { problem, operands, rules, align, .. } = self.call;
         let [b, h, i] = at;
@@ -309,7 +311,7 @@ impl<'a> Fused<'a> {
             vec![Binding::new("q", Slot::Q, q_at), Binding::new("k", Slot::K, k_at), Binding::new("v", Slot::V, v_at)];
         let split = self.splits > 1;
         let rows = b.count * h.count * i.count;
-        // Where a split writes: row-major, apart from the others, rows padded to whole vec4s.
+        // A split writes row-major, separate from the others, with rows padded to whole vec4s.
         let row_stride = problem.dim_v.next_multiple_of(4);
         let (o, o_access, lse);
         if split {
@@ -346,7 +348,7 @@ impl<'a> Fused<'a> {
             bindings.push(Binding::whole("bands", Slot::Bands, planner.plan.bands.len() as u64 * 16));
             (row_blocks, operations) = (part.count, of_blocks);
             slice.batch_0 = part.start as u32;
-            // Every key of a packed sequence is under its band.
+            // The band applies to every key of a packed sequence.
             rule_params.maskable_keys = i32::MAX as u32;
         }
         let access =
@@ -392,7 +394,7 @@ impl<'a> Fused<'a> {
         )
     }
 
-    /// Joins the splits of a slice.
+    /// Merges the splits of a slice.
     fn join(&self, planner: &mut Planner<'_>, at: [Part; 3]) -> Result<()> {
         if self.splits == 1 {
             return Ok(());
@@ -425,10 +427,10 @@ impl<'a> Fused<'a> {
     }
 }
 
-/// The tile with what it holds of rows as wide as these.
+/// The tile with the row widths of this problem.
 fn flash_tile(tile: Tile, problem: &Problem) -> FlashTile {
     let [depth4, cols4] = [problem.dim_k, problem.dim_v].map(|dim| dim.div_ceil(4) as u32);
-    // Lanes share whole loads: keys · cols4 vec4s must divide evenly.
+    // Lanes share whole loads, so keys · cols4 vec4s must divide evenly.
     let multiple = match tile {
         Tile::Registers { keys, share, .. } => (share / keys).max(1),
         Tile::Workgroup { .. } => 1,
@@ -436,7 +438,7 @@ fn flash_tile(tile: Tile, problem: &Problem) -> FlashTile {
     FlashTile { tile, depth4, cols4: cols4.next_multiple_of(multiple) }
 }
 
-/// How the kernel rotates rows, if it can: in whole vec4s.
+/// How the kernel rotates rows, if it can; it needs whole vec4s.
 fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Result<FlashRotary, String> {
     let (each, vec4s) = if rotary.interleaved { (2, 1) } else { (4, 2) };
     let pairs4 = (rotary.pairs / each) as u32;
@@ -446,8 +448,8 @@ fn flash_rotary(rotary: RotaryOperand<'_>, tile: FlashTile) -> std::result::Resu
     Ok(FlashRotary { pairs4, interleaved: rotary.interleaved })
 }
 
-/// Whether it may pay to find out what masks and biases leave of blocks of keys: they are read once more for it, and
-/// less often where heads share them.
+/// Whether a block mask may pay off: computing it reads the masks and biases once more, but less often if heads share
+/// them.
 fn hides_blocks(call: &Call<'_>, tile: FlashTile) -> bool {
     let shared = call.problem.heads_q > 1 && call.lists().all(|layout| layout.strides()[1] == 0);
     let few_rows = call.problem.group() * call.problem.len_q < tile.tile.workgroup() as usize;
@@ -455,14 +457,14 @@ fn hides_blocks(call: &Call<'_>, tile: FlashTile) -> bool {
     masked && call.problem.maskable_keys() > catalogue::MASK_BLOCK as usize
 }
 
-/// Bytes of the outputs of splits, rows padded to whole vec4s; none where there is but one split.
+/// Bytes of the outputs of splits, with rows padded to whole vec4s; 0 if there is only one split.
 fn split_bytes(problem: &Problem, splits: usize, rows: [usize; 3]) -> u64 {
     let rows = rows.iter().map(|&n| n as u64).product::<u64>();
     if splits > 1 { splits as u64 * rows * problem.dim_v.next_multiple_of(4) as u64 * 4 } else { 0 }
 }
 
-/// Pieces of the keys and keys per piece. Along the batch nothing may differ: the same row gives the same
-/// bits in every batch.
+/// Number of splits of the keys, and keys per split. Nothing may depend on the batch: the same row gives the same bits
+/// in every batch.
 fn key_splits(
     problem: &Problem,
     adapter: &Capabilities,
@@ -476,7 +478,7 @@ fn key_splits(
         AdapterClass::Gpu => 512,
     };
     let splits = (target / (row_blocks * problem.heads_kv).max(1)).min(len_k.div_ceil(LEAST_SPLIT)).max(1);
-    // With or without a block mask a row is split alike.
+    // A row is split the same way with and without a block mask.
     let longest = if len_k > MOST_SPLIT { long_split } else { MOST_SPLIT };
     let longest = turns::flash(tile, true).longest(adapter.loop_turns()).min(longest) / 32 * 32;
     let splits = splits.max(len_k.div_ceil(longest.max(32)));

@@ -1,7 +1,7 @@
-//! Weights, column sums and entropies beside the fused path, recomputed from the LSE.
+//! Weights, column sums and entropies for the fused path, recomputed from the LSE.
 //!
-//! The scores pass could write weights on views too, but the sums would then read a matrix back; here one
-//! loop serves all three, and nothing but results and a few partial sums is held.
+//! The scores pass could also write weights on views, but the sums would then read a matrix back. Here one loop
+//! computes all three, and only results and a few partial sums are stored.
 
 use std::ops::Range;
 
@@ -20,11 +20,11 @@ use super::{
 use crate::error::{INSTEAD_OF_INSPECTED, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, Problem, checked_len};
 
-/// Inner rows of a piece of a sum, at least, and most pieces of a sum. Chosen by lengths alone: the sums of a row are
-/// split the same way whatever else is chosen.
+/// Minimum inner rows of a piece of a sum, and maximum pieces of a sum. Both depend only on lengths, so the sums of a
+/// row are split the same way whatever else is chosen.
 const LEAST_SPLIT: usize = 512;
 const MOST_SPLITS: usize = 16;
-/// Rows of a longer piece would lose digits.
+/// A longer piece would lose digits.
 const MOST_SPLIT: usize = 1024;
 
 /// The operands of an inspection: four axes each, masks and biases broadcast to [`Problem::mask_shape`].
@@ -54,7 +54,7 @@ pub struct InspectOperands<'a> {
     pub entropy: bool,
 }
 
-/// The plan of an inspection of `problem`: Q, K, Lse in; Weights, ColumnSums, Entropy out.
+/// The plan of an inspection of `problem`. Inputs: Q, K, Lse; results: Weights, ColumnSums, Entropy.
 pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let Problem { batch, len_k, .. } = *problem;
@@ -63,7 +63,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
     planner.plan.weights = result(operands.weights, &[batch, heads, rows, len_k])?;
     planner.plan.column_sums = result(operands.column_sums, &[batch, heads, len_k])?;
     planner.plan.entropy = result(operands.entropy, &[batch, heads, rows])?;
-    // Inspecting is attention without values: no output takes part.
+    // An inspection is attention without values and without an output.
     let as_call = AttentionOperands {
         q: operands.q,
         k: operands.k,
@@ -73,7 +73,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
         biases: operands.biases.clone(),
         relative: operands.relative,
         rotary: None,
-        // The LSE has it.
+        // The LSE includes it.
         sink: None,
         lse: false,
         weights: false,
@@ -100,7 +100,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
             continue;
         }
         if inner == 0 {
-            // Sums of nothing.
+            // Sums over nothing.
             planner.fill(slot, (padded_bytes(&layout, Dtype::F32) / 4) as usize, 0)?;
             continue;
         }
@@ -127,7 +127,7 @@ pub fn inspect(problem: &Problem, operands: &InspectOperands<'_>, adapter: &Capa
     Ok(planner.plan)
 }
 
-/// Chosen heads as runs of neighbours, each with its place in the results.
+/// Chosen heads as runs of consecutive heads, each with its position in the results.
 fn runs(heads: &[usize]) -> Vec<(usize, Part)> {
     let mut runs: Vec<(usize, Part)> = Vec::new();
     for (n, &head) in heads.iter().enumerate() {
@@ -139,7 +139,7 @@ fn runs(heads: &[usize]) -> Vec<(usize, Part)> {
     runs
 }
 
-/// One result over all that is chosen.
+/// One result over everything that is chosen.
 struct Sweep<'a> {
     call: &'a Call<'a>,
     operands: &'a InspectOperands<'a>,
@@ -155,17 +155,17 @@ impl<'a> Sweep<'a> {
         self.inspection == Inspection::ColumnSums
     }
 
-    /// The outer and the inner one of queries and keys.
+    /// Orders the values for queries and keys as outer and inner.
     fn outer_inner<T>(&self, query: T, key: T) -> (T, T) {
         if self.by_key() { (key, query) } else { (query, key) }
     }
 
-    /// With the largest slices whose bindings fit and whose dispatches take less than a second.
+    /// Uses the largest slices whose bindings fit and whose dispatches take less than a second.
     fn sliced(mut self) -> Sweep<'a> {
         let adapter = self.adapter;
         let dim = self.call.problem.dim_k;
         let (outer, inner) = self.outer_inner(2, 3);
-        // Inner rows that do not fit whatever is outer come first: so it is with the sums.
+        // If inner rows do not fit whatever is outer, they are sliced first, as in the sums.
         let (_, inner_operand) = self.outer_inner(self.operands.q, self.operands.k);
         let inner_fits =
             |&[rows]: &[usize; 1]| self.call.binding_size(&inner_operand, &[1, 1, rows], 4) <= adapter.max_binding;
@@ -176,8 +176,8 @@ impl<'a> Sweep<'a> {
         let is_short = |sizes: &Sizes| {
             2.0 * dim as f64 * sizes.iter().map(|&n| n as f64).product::<f64>() <= adapter.dispatch_operations()
         };
-        // Parts of four leave every result aligned. No sum is cut for time alone. Where nothing is left to slice, the
-        // step itself is refused with the numbers.
+        // Parts of four keep every result aligned. No sum is cut only for time. If nothing is left to slice, the step
+        // itself reports an error with the numbers.
         let order = [
             halving(0, 1, 1),
             halving(1, 1, 1),
@@ -190,30 +190,30 @@ impl<'a> Sweep<'a> {
         self
     }
 
-    /// Pieces of a sum over `len` rows, and rows per piece.
+    /// Number of pieces of a sum over `len` rows, and rows per piece.
     fn splits(&self, len: usize) -> (usize, usize) {
         let longest = turns::inspect(self.chunks()).longest(self.adapter.loop_turns()).min(MOST_SPLIT);
         let rows = len.div_ceil(MOST_SPLITS).max(LEAST_SPLIT).min(longest).next_multiple_of(4);
         (len.div_ceil(rows), rows)
     }
 
-    /// Chunks of the width.
+    /// Number of chunks of the width.
     fn chunks(&self) -> usize {
         self.call.problem.dim_k.div_ceil(4).div_ceil(self.tile().depth4 as usize).max(1)
     }
 
-    /// Outer and inner rows of a slice.
+    /// Number of outer and inner rows of a slice.
     fn counts(&self, [_, _, rows, keys]: Sizes) -> (usize, usize) {
         self.outer_inner(rows, keys)
     }
 
-    /// Whether the sums of a slice are parts of a whole, to be joined.
+    /// Whether the sums of a slice are partial and have to be joined.
     fn joins(&self, inner: usize) -> bool {
         let (_, whole) = self.outer_inner(self.operands.queries.len(), self.call.problem.len_k);
         self.inspection != Inspection::Weights && (inner < whole || self.splits(inner).0 > 1)
     }
 
-    /// The shape of the parts of a sum: split, batch, head, outer row.
+    /// The shape of partial sums: split, batch, head, outer row.
     fn partial(&self, batch: usize, heads: usize, outer: usize, splits: usize) -> [usize; 4] {
         [splits, batch, heads, outer.next_multiple_of(4)]
     }
@@ -237,13 +237,13 @@ impl<'a> Sweep<'a> {
         };
         let partial = self.scratch(sizes).map_or(u64::MAX, |[partial, _]| partial);
         let lse = self.call.binding_size(self.operands.lse, &[batch, heads, rows], 4);
-        // Chosen heads may begin anywhere in a group.
+        // Chosen heads may start anywhere in a group.
         let heads_kv = most_groups(heads, self.call.problem.group()).min(self.call.problem.heads_kv);
         let k = self.call.binding_size(&self.operands.k, &[batch, heads_kv, keys], 4);
         self.call.largest_operand(sizes).max(result).max(partial).max(lse).max(k)
     }
 
-    /// All rows of some heads; `n` is their place in the results.
+    /// All rows of some heads; `n` is their position in the results.
     fn rows(&self, planner: &mut Planner<'_>, b: Part, h: Part, n: usize) -> Result<()> {
         let (outer_count, inner_count) = self.counts(self.sizes);
         let (outer_len, inner_len) = self.outer_inner(self.operands.queries.len(), self.call.problem.len_k);
@@ -255,7 +255,7 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
-    /// One slice: batch, heads and their place in the results; parts of the chosen queries and of the keys.
+    /// One slice: batch, heads and their position in the results; parts of the chosen queries and of the keys.
     fn slice(&self, planner: &mut Planner<'_>, [b, h, n]: [Part; 3], outer: Part, inner: Part) -> Result<()> {
         let Call { problem, rules, align, .. } = *self.call;
         let InspectOperands { q, k, lse, queries, .. } = self.operands;
@@ -269,7 +269,7 @@ impl<'a> Sweep<'a> {
 
         let (splits, split_rows) = self.splits(inner.count);
         let joins = self.joins(self.counts(self.sizes).1);
-        // The result, or parts of it.
+        // The result, or partial sums.
         let part = Layout::contiguous(&self.partial(b.count, h.count, outer.count, splits))?;
         let result_at = match self.inspection {
             Inspection::Weights => window(&self.layout, &[b, n, outer, inner], 4, align),
@@ -334,7 +334,7 @@ impl<'a> Sweep<'a> {
             return Ok(());
         }
         let width4 = outer.count.div_ceil(4);
-        // The splits stand where mean_heads has its heads, the heads where it has its rows.
+        // The splits take the place of the heads in mean_heads, and the heads that of the rows.
         let params = params::MeanHeads {
             p: View::strided([from[1] / 4, from[0] / 4, from[2] / 4, 1], 0),
             a: View::strided([to_batch / 4, 0, to_head / 4, 1], result_at.first / 4),
@@ -348,10 +348,11 @@ impl<'a> Sweep<'a> {
         planner.mean_heads(params, inner.start > 0, Binding { name: "p", ..partial }, Binding { name: "a", ..result })
     }
 
-    /// By the lengths of the call, not of what is chosen: every choice runs the same compiled kernel.
+    /// Depends on the lengths of the call, not on what is chosen, so every choice runs the same compiled kernel.
     fn tile(&self) -> RowTile {
         let (outer, _) = self.outer_inner(self.call.problem.len_q, self.call.problem.len_k);
-        // vec4s that an invocation keeps: more spill, and take seconds to compile on a software adapter.
+        // Number of vec4s that an invocation keeps. More would spill, and take seconds to compile on a software
+        // adapter.
         let most = match self.adapter.class {
             AdapterClass::Cpu => 128,
             AdapterClass::Gpu => 32,

@@ -1,4 +1,4 @@
-//! Results over disjoint keys joined.
+//! Merges results over disjoint keys.
 
 use super::super::capabilities::Capabilities;
 use super::super::catalogue::{self, Variant};
@@ -9,8 +9,8 @@ use super::{Binding, Cost, MINUS_INFINITY, NOT_A_NUMBER, Plan, Planner, Slot, ch
 use crate::error::Result;
 use crate::problem::Layout;
 
-/// Joins outputs `[b, h, i, d]` (Q, K) with their log-sum-exps `[b, h, i]` (Bias 0, Bias 1) into an
-/// output (Output) and a row-major LSE (Lse).
+/// Merges outputs `[b, h, i, d]` (Q, K), using their log-sum-exps `[b, h, i]` (Bias 0, Bias 1), into an output (Output)
+/// and a row-major LSE (Lse).
 pub fn merge(outputs: [&Layout; 2], lses: [&Layout; 2], output: &Layout, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let &[batch, heads, len_q, dim] = output.shape() else { unreachable!("four axes") };
@@ -53,7 +53,7 @@ pub fn merge(outputs: [&Layout; 2], lses: [&Layout; 2], output: &Layout, adapter
 }
 
 impl Planner<'_> {
-    /// Joins what `params` say.
+    /// Merges as `params` specify.
     pub(super) fn merge(&mut self, variant: Variant, params: params::Merge, bindings: Vec<Binding>) -> Result<()> {
         let total = u64::from(params.rows) * u64::from(params.dim.div_ceil(4).max(1));
         let splits = params.splits as usize;

@@ -1,7 +1,7 @@
-//! From a call to its steps: which variants run, over which parts of which buffers. Plain data,
-//! printable, testable on made-up adapters.
+//! Plans the steps of a call: which variants run, over which parts of which buffers. Plans are plain data, can be
+//! printed, and can be tested on made-up adapters.
 //!
-//! Work that is larger than a limit is sliced (`slice.rs`), so that every binding and every dispatch fits.
+//! Work that exceeds a limit is sliced (`slice.rs`), so that every binding and every dispatch fits.
 
 mod attention;
 mod call;
@@ -43,7 +43,7 @@ use crate::error::{Error, Result};
 use crate::problem::{Dtype, Layout, MaskMeaning, Rows, ScoreStage};
 use slice::{Part, window};
 
-/// A buffer of a plan. The caller of a plan says which real buffer stands behind each.
+/// A buffer of a plan. The caller assigns a real buffer to each slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Slot {
     /// Queries, or the input of a projection or copy.
@@ -58,11 +58,11 @@ pub enum Slot {
     Relative,
     /// The cosines and sines of positions as the fused kernels read them.
     Angles,
-    /// The same as `rotate.wgsl` does.
+    /// The cosines and sines of positions as `rotate.wgsl` reads them.
     Rotations,
     /// The n-th additive bias; for a projection, bias 0 and then the extra rows.
     Bias(usize),
-    /// One more score per head.
+    /// One extra score per head.
     Sink,
     /// The band table, one `vec4<i32>` per batch entry.
     Bands,
@@ -82,7 +82,7 @@ pub enum Slot {
     Weights,
     /// Weights averaged over heads.
     Averaged,
-    /// Scores at the stage asked for.
+    /// Scores at the requested stage.
     Stage,
     /// Working memory, sizes in [`Plan::scratch`].
     Scratch(usize),
@@ -93,11 +93,11 @@ pub enum Slot {
 pub struct Binding {
     /// The variable in the kernel.
     pub name: &'static str,
-    /// The buffer.
+    /// The slot of the buffer.
     pub slot: Slot,
     /// First byte, a multiple of the adapter's offset alignment.
     pub offset: u64,
-    /// Bytes, a multiple of 16; a smaller buffer's end bounds it.
+    /// Size in bytes, a multiple of 16; limited by the end of a smaller buffer.
     pub size: u64,
 }
 
@@ -106,12 +106,12 @@ impl Binding {
         Binding { name, slot, offset: at.offset, size: at.size }
     }
 
-    /// A buffer from its start on.
+    /// A whole buffer from its start.
     fn whole(name: &'static str, slot: Slot, size: u64) -> Binding {
         Binding { name, slot, offset: 0, size }
     }
 
-    /// One that is never read.
+    /// A binding that is never read.
     fn nothing(name: &'static str) -> Binding {
         Binding::whole(name, Slot::Scratch(0), 16)
     }
@@ -126,16 +126,16 @@ pub struct Step {
     pub params: Vec<u8>,
     /// The storage buffers.
     pub bindings: Vec<Binding>,
-    /// Workgroups in x and y.
+    /// Number of workgroups in x and y.
     pub workgroups: [u32; 2],
     /// What it costs.
     pub cost: Cost,
 }
 
-/// What a step costs, at most.
+/// Upper bounds on what a step costs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cost {
-    /// Turns of the loops of one invocation: [`turns`].
+    /// Iterations of the loops of one invocation; see [`turns`].
     pub turns: u64,
     /// Floating-point operations of all invocations.
     pub operations: f64,
@@ -144,29 +144,29 @@ pub struct Cost {
 /// The steps of a call and the memory they need.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
-    /// In order.
+    /// The steps, in order.
     pub steps: Vec<Step>,
     /// Bytes of each working buffer.
     pub scratch: Vec<u64>,
-    /// Where per-head weights lie: rows padded to whole vec4s.
+    /// The layout of per-head weights: rows padded to whole vec4s.
     pub weights: Option<Layout>,
-    /// Where averaged weights lie, likewise.
+    /// The layout of averaged weights, padded the same way.
     pub averaged: Option<Layout>,
-    /// Where column sums lie, likewise.
+    /// The layout of column sums, padded the same way.
     pub column_sums: Option<Layout>,
-    /// Where entropies lie, likewise.
+    /// The layout of entropies, padded the same way.
     pub entropy: Option<Layout>,
-    /// Where the scores of a stage lie, likewise.
+    /// The layout of the scores of a stage, padded the same way.
     pub stage: Option<Layout>,
-    /// How the output is to be stored: as asked for, or as f32 where the kernels cannot.
+    /// The stored type of the output: as requested, or f32 if the kernels cannot store that.
     pub output: Dtype,
-    /// The band table, when bands differ within the batch.
+    /// The band table, if bands differ within the batch.
     pub bands: Vec<[i32; 4]>,
-    /// Which rows a scatter copies where: from, to, count.
+    /// The rows that a scatter copies: from, to, count.
     pub places: Vec<[u32; 4]>,
-    /// Which row of a table each token reads, or which column each distance does.
+    /// The table row that each token reads, or the column of each distance.
     pub rows: Vec<u32>,
-    /// Why attention runs on these kernels and no others, in words; empty where there is one way only.
+    /// Why attention runs on these kernels, in words; empty if there is only one way.
     pub why: String,
 }
 
@@ -180,7 +180,7 @@ pub struct AttentionOperands<'a> {
     pub k: Operand<'a>,
     /// `[b, hkv, j, d]`
     pub v: Operand<'a>,
-    /// `[b, hq, i, d]`, stored as the caller would like it: see [`Plan::output`].
+    /// `[b, hq, i, d]`, with the stored type that the caller prefers; see [`Plan::output`].
     pub output: Operand<'a>,
     /// Boolean masks.
     pub masks: Vec<(&'a Layout, MaskMeaning)>,
@@ -188,9 +188,10 @@ pub struct AttentionOperands<'a> {
     pub biases: Vec<&'a Layout>,
     /// A bias by distance.
     pub relative: Option<RelativeOperand<'a>>,
-    /// Positions that queries and keys are rotated by: as they are read, where the fused kernel can, else before.
+    /// Positions that queries and keys are rotated by: while they are read if the fused kernel can do that, else
+    /// before.
     pub rotary: Option<RotaryOperand<'a>>,
-    /// `[hq]`: one more score per head.
+    /// `[hq]`: one extra score per head.
     pub sink: Option<&'a Layout>,
     /// Whether to write the LSE.
     pub lse: bool,
@@ -202,45 +203,46 @@ pub struct AttentionOperands<'a> {
     pub stage: Option<ScoreStage>,
     /// Which kernels to use.
     pub method: Method,
-    /// What tuning found for such calls, where `method` leaves it open.
+    /// The tuning result for such calls, used if `method` is [`Method::Auto`].
     pub tuned: Option<Method>,
 }
 
-/// The table of [`Rotary`](crate::position::Rotary): query `i` stands at `i` + its band's offset, key `j` at `j`.
+/// The table of [`Rotary`](crate::position::Rotary): query `i` is at position `i` plus its band's offset, key `j` at
+/// `j`.
 #[derive(Clone, Copy, Debug)]
 pub struct RotaryOperand<'a> {
-    /// `[positions, 2 · pairs]`, row-major, the pairs whole fours: cosines, then sines. Interleaved: two cosines and
-    /// two sines in turn.
+    /// `[positions, 2 · pairs]`, row-major, with the pairs in whole fours: cosines, then sines. If interleaved:
+    /// alternately two cosines and two sines.
     pub table: &'a Layout,
-    /// The same for `rotate.wgsl`: `[positions, 2 · pairs]`, any strides: cosines, then sines.
+    /// The table for `rotate.wgsl`: `[positions, 2 · pairs]`, any strides: cosines, then sines.
     pub rotations: &'a Layout,
-    /// The rows of it that queries and keys read.
+    /// The table rows that queries and keys read.
     pub rows: [&'a Rows; 2],
-    /// Pairs of columns that are rotated.
+    /// Number of column pairs that are rotated.
     pub pairs: usize,
-    /// Whether neighbouring columns are a pair.
+    /// Whether adjacent columns form a pair.
     pub interleaved: bool,
 }
 
-/// A bias by the distance of key and query, read from a small table.
+/// A bias by the distance between key and query, read from a small table.
 #[derive(Clone, Copy, Debug)]
 pub struct RelativeOperand<'a> {
-    /// Broadcast to `[b, hq, i, column]`: a column for each distance from `low` to `high`, or one slope.
+    /// Broadcast to `[b, hq, i, column]`: one column for each distance from `low` to `high`, or one slope.
     pub layout: &'a Layout,
     /// How the table is read.
     pub kind: RelativeKind,
-    /// The least distance, key minus query, with a column of its own.
+    /// The smallest distance, key minus query, with its own column.
     pub low: i32,
-    /// The greatest.
+    /// The largest.
     pub high: i32,
-    /// What a value of the table is multiplied with.
+    /// Factor on the values of the table.
     pub factor: f32,
 }
 
 const MINUS_INFINITY: u32 = 0xff80_0000;
 const NOT_A_NUMBER: u32 = 0x7fc0_0000;
 
-/// A part of a strided operand as a binding: bytes, and where element 0 of the part lies in it.
+/// A part of a strided operand as a binding, in bytes, and the position of the part's element 0 in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Window {
     pub offset: u64,
@@ -255,7 +257,7 @@ fn rows_padded(shape: &[usize]) -> Result<Layout> {
     Layout::contiguous(&padded)?.narrow(lead.len(), 0, width)
 }
 
-/// Bytes of the buffer behind a tensor that is held as `stored`, up to a whole vec4.
+/// Bytes of the buffer of a tensor that is stored as `stored`, rounded up to a whole vec4.
 pub fn padded_bytes(layout: &Layout, stored: Dtype) -> u64 {
     (layout.end() as u64 * stored.stored_size()).next_multiple_of(16)
 }
@@ -266,19 +268,19 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// Adds a step of `total` invocations that wait for memory and loop over no length.
+    /// Adds a step of `total` invocations that are memory-bound and loop over no length.
     fn push<P: Pod>(&mut self, variant: Variant, total: u64, params: P, bindings: Vec<Binding>) -> Result<()> {
         let workgroup = u64::from(variant.workgroup_size());
         let cost = Cost { turns: turns::FEW, operations: 16.0 * total as f64 };
         self.push_costly(variant, total.div_ceil(workgroup), cost, |_| params, bindings)
     }
 
-    /// Slices of the first three axes of some operands, each with the bytes of an element, whose bindings fit.
+    /// Slices of the first three axes of some operands, each with its bytes per element, whose bindings fit.
     fn slices_of(&self, sizes: [usize; 3], operands: &[(&Layout, u64)]) -> [usize; 3] {
         slice::slices_of(sizes, operands, self.adapter.offset_alignment, self.adapter.max_binding)
     }
 
-    /// A part of an operand: see [`slice::window`].
+    /// A part of an operand; see [`slice::window`].
     fn window(&self, layout: &Layout, parts: &[Part], element: u64) -> Window {
         window(layout, parts, element, self.adapter.offset_alignment)
     }
@@ -318,8 +320,8 @@ impl Planner<'_> {
         }
         if cost.turns > adapter.loop_turns() {
             return Err(too_many(
-                format!("{}: loops of {} turns that cannot be split further", variant.name, cost.turns),
-                format!("at most {} turns, after which its driver ends loops", adapter.loop_turns()),
+                format!("{}: loops of {} iterations that cannot be split further", variant.name, cost.turns),
+                format!("at most {} iterations, after which its driver stops loops", adapter.loop_turns()),
             ));
         }
         if workgroups > 0 {
@@ -331,14 +333,14 @@ impl Planner<'_> {
 
     fn tile(&self, rows: usize, depth4: usize) -> RowTile {
         let most_depth = match self.adapter.class {
-            // Registers are many.
+            // Registers are plentiful.
             AdapterClass::Cpu => 16,
             AdapterClass::Gpu => 8,
         };
         tile_within(self.adapter, rows, depth4, most_depth)
     }
 
-    /// Pieces to cut one axis of the work into, so that all cores find work.
+    /// Number of pieces to cut one axis of the work into, so that all cores have work.
     fn pieces(&self, workgroups: u64, axis: usize, least: usize) -> usize {
         let target = match self.adapter.class {
             AdapterClass::Cpu => 64,
@@ -352,7 +354,7 @@ impl Planner<'_> {
 /// The tile of a product of `rows` rows, with at most `most_depth` vec4s of depth in registers.
 fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: usize) -> RowTile {
     let workgroup = match adapter.class {
-        // One SIMD vector of lanes.
+        // One SIMD vector.
         AdapterClass::Cpu => 8,
         AdapterClass::Gpu => 64,
     };
@@ -364,7 +366,7 @@ fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: u
         depth4 = depth4.next_multiple_of(2);
     }
     let share = match adapter.subgroup_min {
-        // Lanes share whole loads: 4 · depth4 vec4s must divide evenly.
+        // Lanes share whole loads, so 4 · depth4 vec4s must divide evenly.
         Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
         Some(4..) if workgroup >= 4 => 4,
         _ => 1,
@@ -373,8 +375,8 @@ fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: u
     RowTile { workgroup, rows, share, depth4 }
 }
 
-/// How many of `rows` rows an invocation takes, at most `most`. More reuse each load more often, and take
-/// as much longer to compile: a small call is done before that pays.
+/// The number of rows that an invocation takes out of `rows`, at most `most`. More rows reuse each load more often, but
+/// take correspondingly longer to compile; a small call finishes before that pays off.
 pub(super) fn rows_per_invocation(rows: usize, workgroup: u32, most: u32) -> u32 {
     let wanted = match rows as u64 / u64::from(workgroup) {
         16.. => 8,

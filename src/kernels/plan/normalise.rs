@@ -12,8 +12,8 @@ use crate::problem::{Dtype, Layout};
 /// The widest row: 64 invocations read it three times, in fours.
 pub const MOST_NORMALISED: usize = 1 << 20;
 
-/// RMSNorm, or where `centred` LayerNorm, over the last axis of X `[a, b, c, d]` (Q, any strides) with a weight `[d]`
-/// (K, f32) and a bias `[d]` (Bias 0, f32): Y, row-major (Output, f32).
+/// RMSNorm, or LayerNorm if `centred`, over the last axis of X `[a, b, c, d]` (Q, any strides) with a weight `[d]` (K,
+/// f32) and a bias `[d]` (Bias 0, f32) into Y, row-major (Output, f32).
 pub fn normalise(
     x: Operand<'_>,
     weight: &Layout,
@@ -27,12 +27,12 @@ pub fn normalise(
     let y = Layout::contiguous(x.shape())?;
     check_buffer(adapter, "normalised rows", padded_bytes(&y, Dtype::F32))?;
     if dim > MOST_NORMALISED {
-        return Err(shape_error!("rows {dim} wide cannot be normalised; {MOST_NORMALISED} is the widest"));
+        return Err(shape_error!("rows {dim} wide cannot be normalised; at most {MOST_NORMALISED} is possible"));
     }
     if x.is_empty() {
         return Ok(planner.plan);
     }
-    // How a row's sum is cut depends on its width alone. A software adapter splits rows to keep its loops short.
+    // How a row's sum is split depends only on its width. A software adapter splits rows to keep its loops short.
     let (workgroup, lanes) = match (adapter.class, dim) {
         (AdapterClass::Cpu, ..=8192) => (8, 1),
         (AdapterClass::Cpu, ..=65_536) | (AdapterClass::Gpu, ..=256) => (64, 8),

@@ -1,17 +1,17 @@
-//! How fast an adapter multiplies and adds in registers.
+//! Measures how fast an adapter does multiply-adds in registers.
 
 use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::{catalogue, params, turns};
 use super::{Binding, Cost, Plan, Planner, Slot};
 use crate::error::Result;
 
-/// The plan of `rounds` rounds on every core of an adapter, the bytes of its output, and the floating-point
-/// operations in it. More rounds than the adapter's loops turn become more workgroups.
+/// The plan of `rounds` rounds on every core of an adapter, the bytes of its output, and its number of floating-point
+/// operations. Rounds beyond the adapter's loop limit become more workgroups.
 pub fn probe(rounds: u32, adapter: &Capabilities) -> Result<(Plan, u64, f64)> {
     let at_once = rounds.min(turns::probe().longest(adapter.loop_turns()) as u32).max(1);
     let (workgroup, workgroups) = match adapter.class {
         AdapterClass::Cpu => (8, 256),
-        // A million invocations fill the largest.
+        // A million invocations fill the largest GPUs.
         AdapterClass::Gpu => (64, 16_384),
     };
     let workgroups = workgroups * u64::from(rounds.div_ceil(at_once).max(1));

@@ -10,12 +10,12 @@ use super::{Binding, Cost, Plan, Planner, Slot, check_buffer, padded_bytes, rows
 use crate::error::{Result, shape_error};
 use crate::problem::{Dtype, Layout};
 
-/// Rows of a batch entry up to which W is read for a few rows at a time, by all lanes together: the batch has no say, so
-/// that a row gives the same bits in every batch.
+/// Most rows of a batch entry for which all lanes together read W for a few rows at a time. Independent of the batch,
+/// so that a row gives the same bits in every batch.
 const FEW_ROWS: usize = 4;
 /// vec4s of X that an invocation of a software adapter keeps.
 const KEPT: u32 = 256;
-/// Rows that they are of, at most.
+/// Maximum number of rows that these vec4s belong to.
 const MOST_ROWS: u32 = 8;
 
 /// `Y = X·Wᵀ + b` with rows appended: X `[b, l, in]` (Q), W `[out, in]` (K), b `[out]` (Bias 0), extra
@@ -45,7 +45,7 @@ pub fn project(
         window(layout, &parts, element, 1).size + adapter.offset_alignment <= adapter.max_binding
     };
     let halve_outputs = [halving(0, 4, 4), halving(0, 1, 1)];
-    // Outputs whose weights do not fit come first.
+    // Outputs whose weights do not fit are sliced first.
     let ([outs], _) = slice([dim_out], &halve_outputs, 0, |&[o]| fits(&w, &[o], w.element()), |_| true);
     let all_fit = |&[b, l, o]: &[usize; 3]| fits(&x, &[b, l], x.element()) && fits(&y, &[b, l, o], 4);
     let is_short =
@@ -84,7 +84,7 @@ pub fn project(
             planner.many_rows(params, access, wide_y, bindings)?;
         }
     }
-    // Extra rows are copied; one of zeros is filled.
+    // Extra rows are copied; a row of zeros is filled.
     for (n, row) in extra.iter().enumerate() {
         for b in Part::all(batch, sizes[0]) {
             let y_at = planner.window(&y, &[b, Part { start: len + n, count: 1 }], 4);
@@ -110,7 +110,7 @@ pub fn project(
 }
 
 impl Planner<'_> {
-    /// Rows that `params` says, W read once for as many of them as fit registers.
+    /// Computes the rows that `params` specify; reads W once for as many of them as fit in registers.
     fn few_rows(&mut self, params: params::Project, [x, w]: [Access; 2], bindings: Vec<Binding>) -> Result<()> {
         let adapter = self.adapter;
         let (workgroup, most_rows, outs) = match adapter.class {
@@ -119,7 +119,7 @@ impl Planner<'_> {
         };
         let workgroup = workgroup.min(1 << adapter.max_invocations.ilog2());
         let rows = params.rows.next_power_of_two().min(most_rows);
-        // Adding up over a subgroup is adding up over the workgroup where a subgroup is no smaller.
+        // A subgroup sum is a workgroup sum if a subgroup is no smaller than the workgroup.
         let is_one_subgroup = workgroup == 8 && adapter.subgroup_min.is_some_and(|least| least >= workgroup);
         let tile = MatvecTile { workgroup, rows, outs, share: if is_one_subgroup { workgroup } else { 1 } };
         let (row_blocks, out_blocks) = (params.rows.div_ceil(rows), params.dim_out.div_ceil(outs));
@@ -133,7 +133,7 @@ impl Planner<'_> {
         )
     }
 
-    /// Rows that `params` says, a few in the registers of each invocation.
+    /// Computes the rows that `params` specify, a few in the registers of each invocation.
     fn many_rows(
         &mut self,
         params: params::Project,
@@ -146,7 +146,7 @@ impl Planner<'_> {
         let tile = self.project_tile(rows, dim4);
         let chunks = dim4.div_ceil(tile.depth4 as usize).max(1);
         let row_blocks = rows.div_ceil((tile.workgroup * tile.rows) as usize);
-        // As many outputs and as much of the width in one dispatch as the driver's loops turn.
+        // One dispatch covers as many outputs and as much of the width as the driver's loop limit allows.
         let most_turns = self.adapter.loop_turns();
         let most_chunks = turns::project_chunks(tile.depth4, most_turns).min(chunks);
         let longest = turns::project(most_chunks, tile.depth4).longest(most_turns);
@@ -183,8 +183,8 @@ impl Planner<'_> {
         let RowTile { workgroup, share, .. } = self.tile(rows, dim4);
         match self.adapter.class {
             AdapterClass::Gpu => self.tile(rows, dim4),
-            // The rows of X fill the first cache; deep chunks go through Y less often. How deep they are does not depend
-            // on the rows, of which a larger batch has more.
+            // The rows of X fill the L1 cache; deep chunks go through Y less often. The depth does not depend on the
+            // number of rows, which grows with the batch.
             AdapterClass::Cpu => {
                 let rows = rows_per_invocation(rows, workgroup, MOST_ROWS);
                 let chunks = dim4.div_ceil((KEPT / MOST_ROWS) as usize).max(1);
@@ -198,7 +198,7 @@ fn has_bias(bindings: &[Binding]) -> bool {
     bindings.iter().any(|one| one.slot == Slot::Bias(0))
 }
 
-/// Of all rows and outputs.
+/// Operations of all rows and outputs.
 fn operations(params: &params::Project) -> f64 {
     2.0 * f64::from(params.rows) * f64::from(params.dim_in) * f64::from(params.dim_out)
 }

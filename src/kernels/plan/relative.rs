@@ -1,4 +1,4 @@
-//! Biases by the distance of query and key.
+//! Biases by the distance between query and key.
 
 use super::super::access::is_wide;
 use super::super::capabilities::Capabilities;
@@ -9,7 +9,7 @@ use super::{Binding, Plan, Planner, Slot, check_buffer, padded_bytes};
 use crate::error::Result;
 use crate::problem::{Dtype, Layout};
 
-/// `factor · X[b, h, i, columns[j − i + len_q − 1]]` of X `[b, h, i, column]` (Q, f32, any strides), row-major
+/// `factor · X[b, h, i, columns[j − i + len_q − 1]]` for X `[b, h, i, column]` (Q, f32, any strides), row-major
 /// `[b, h, i, j]` (Output).
 pub fn relative(x: &Layout, columns: &[u32], len_k: usize, factor: f32, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };

@@ -1,4 +1,4 @@
-//! What tokens get by their position: pairs of columns rotated, rows of a table added.
+//! Operations on the rows of tokens: rotation, adding rows of a table, and gates.
 
 use super::super::access::{Access, Operand, is_wide};
 use super::super::capabilities::Capabilities;
@@ -9,8 +9,8 @@ use super::{Binding, NOT_A_NUMBER, Plan, Planner, Slot, Window, check_buffer, pa
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, Rows};
 
-/// Rotates X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K),
-/// `pairs` of them, and whether they are neighbouring columns.
+/// Rotates X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K):
+/// `pairs` is the number of pairs, and whether they are adjacent columns.
 pub fn rotate(
     x: Operand<'_>,
     y: &Layout,
@@ -25,7 +25,7 @@ pub fn rotate(
 }
 
 impl Planner<'_> {
-    /// Rotates X into Y by the cosines and sines of `table`; `slots` are theirs.
+    /// Rotates X into Y by the cosines and sines of `table`; `slots` are their slots.
     pub(super) fn rotate(
         &mut self,
         x: Operand<'_>,
@@ -72,17 +72,17 @@ impl Planner<'_> {
     }
 }
 
-/// Adds rows of `table` `[row, d]` (K) to X `[b, i, d]` (Q), both of any strides: Y, row-major (Output, f32).
+/// Adds rows of `table` `[row, d]` (K) to X `[b, i, d]` (Q), both with any strides, into Y, row-major (Output, f32).
 pub fn add_positions(x: Operand<'_>, table: Operand<'_>, rows: &Rows, adapter: &Capabilities) -> Result<Plan> {
     tokens(x, table, Some(rows), "embeddings", adapter)
 }
 
-/// `X · σ(G)` for X (Q) and G (K), both `[b, i, d]` of any strides: Y, row-major (Output, f32).
+/// `X · σ(G)` for X (Q) and G (K), both `[b, i, d]` with any strides, into Y, row-major (Output, f32).
 pub fn gate(x: Operand<'_>, g: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     tokens(x, g, None, "gated rows", adapter)
 }
 
-/// X `[b, i, d]` and Z: some `rows` of a table `[row, d]` to add, or a gate `[b, i, d]`.
+/// X `[b, i, d]` and Z: `rows` of a table `[row, d]` to add, or a gate `[b, i, d]`.
 fn tokens(x: Operand<'_>, z: Operand<'_>, rows: Option<&Rows>, what: &str, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let &[batch, len, dim] = x.shape() else { unreachable!("three axes") };
@@ -141,7 +141,7 @@ struct Table {
     at: Window,
     width: usize,
     first: usize,
-    /// Whether a kernel reads [`Plan::rows`], from where on, and how many bytes of it.
+    /// Whether a kernel reads [`Plan::rows`], from which entry, and how many bytes of it.
     listed: bool,
     first_listed: usize,
     list_bytes: u64,

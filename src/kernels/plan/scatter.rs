@@ -1,4 +1,4 @@
-//! Rows written into a cache.
+//! Writes rows into a cache.
 
 use super::super::access::{Operand, is_wide};
 use super::super::capabilities::Capabilities;
@@ -9,8 +9,8 @@ use super::{Binding, Plan, Planner, Slot};
 use crate::error::Result;
 use crate::problem::Place;
 
-/// Copies rows of X `[b, h, i, d]` (Q) into Y `[b, h, rows, d]` (Output), whose rows are those of X padded to
-/// whole vec4s; one place per batch entry.
+/// Copies rows of X `[b, h, i, d]` (Q) into Y `[b, h, rows, d]` (Output), whose rows are those of X padded to whole
+/// vec4s. `places` has one entry per batch entry.
 pub fn scatter(x: Operand<'_>, y: Operand<'_>, places: &[Place], adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let (&[batch, heads, rows, _], &[_, _, rows_x, _]) = (y.shape(), x.shape()) else { unreachable!("four axes each") };
@@ -80,7 +80,7 @@ impl Planner<'_> {
         let bindings = vec![
             Binding::new("x", Slot::Q, x_at),
             Binding::new("y", Slot::Output, y_at),
-            // As long as the table in the end.
+            // Set to the final size of the table below.
             Binding::whole("places", Slot::Places, 0),
         ];
         self.push(catalogue::scatter(x.access(), y.stored), total, params, bindings)

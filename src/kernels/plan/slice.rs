@@ -1,9 +1,9 @@
-//! Work that is larger than a limit is sliced: the one place that does.
+//! Slices work that exceeds a limit. No other file does.
 
 use super::Window;
 use crate::problem::Layout;
 
-/// `count` entries of an axis from `start` on.
+/// The `count` entries of an axis from `start`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::kernels) struct Part {
     pub start: usize,
@@ -22,26 +22,26 @@ impl Part {
         (0..total.div_ceil(size)).map(move |n| Part { start: n * size, count: size.min(total - n * size) })
     }
 
-    /// The parts of three axes, the last one's fastest.
+    /// The parts of three axes; those of the last axis vary fastest.
     pub fn grid([a, b, c]: [usize; 3], [size_a, size_b, size_c]: [usize; 3]) -> impl Iterator<Item = [Part; 3]> {
         let inner = move |a| Part::all(b, size_b).flat_map(move |b| Part::all(c, size_c).map(move |c| [a, b, c]));
         Part::all(a, size_a).flat_map(inner)
     }
 
-    /// The part of another axis that `each` of these entries share one of.
+    /// The part of another axis of which `each` entries of this one share one.
     pub fn grouped(self, each: usize) -> Part {
         let start = self.start / each;
         Part { start, count: (self.start + self.count).div_ceil(each) - start }
     }
 
-    /// Cut off at `end`.
+    /// Truncated at `end`.
     pub fn within(self, end: usize) -> Part {
         let start = self.start.min(end);
         Part { start, count: (self.start + self.count).min(end) - start }
     }
 }
 
-/// An axis that may be halved as long as it is longer than `above`, to a multiple of `multiple`.
+/// An axis that may be halved while it is longer than `above`, to a multiple of `multiple`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Halving {
     pub axis: usize,
@@ -53,8 +53,8 @@ pub(super) const fn halving(axis: usize, above: usize, multiple: usize) -> Halvi
     Halving { axis, above, multiple }
 }
 
-/// Halves the first axis of `order` that may be, until a slice fits and is short; gives the sizes and whether they fit.
-/// What fits and only takes long is sliced along the first `for_time` entries of the order alone.
+/// Halves the first axis of `order` that may be halved, until a slice fits and is short. Returns the sizes and whether
+/// they fit. A slice that fits but takes too long is sliced only along the first `for_time` entries of the order.
 pub(super) fn slice<const N: usize>(
     mut sizes: [usize; N],
     order: &[Halving],
@@ -73,11 +73,12 @@ pub(super) fn slice<const N: usize>(
     }
 }
 
-/// One entry after the other of three axes: an axis is sliced only where those before it are down to one entry, so that
-/// a slice of a row-major result is one run.
+/// Slices three axes in order: an axis is sliced only if those before it are down to one entry, so that a slice of a
+/// row-major result is contiguous.
 pub(super) const IN_ORDER: [Halving; 3] = [halving(0, 1, 1), halving(1, 1, 1), halving(2, 1, 1)];
 
-/// Slices of the first three axes of some operands, each with the bytes of an element, whose bindings fit `most` bytes.
+/// Slices of the first three axes of some operands, each with its bytes per element, whose bindings fit in `most`
+/// bytes.
 pub(super) fn slices_of(sizes: [usize; 3], operands: &[(&Layout, u64)], align: u64, most: u64) -> [usize; 3] {
     let fits = |sizes: &[usize; 3]| {
         let parts = sizes.map(Part::whole);
@@ -86,8 +87,7 @@ pub(super) fn slices_of(sizes: [usize; 3], operands: &[(&Layout, u64)], align: u
     slice(sizes, &IN_ORDER, 0, fits, |_| true).0
 }
 
-/// A part of a strided operand as a binding. Axes that no part is given for are whole; an operand `[b, i, d]` has one
-/// head.
+/// A part of a strided operand as a binding. Axes without a given part are whole; an operand `[b, i, d]` has one head.
 pub(super) fn window(layout: &Layout, parts: &[Part], element: u64, alignment: u64) -> Window {
     let mut start = layout.offset() as u64;
     let mut extent = 1u64;
@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(run([4, 100], 100, 400), ([1, 100], true));
         assert_eq!(run([4, 100], 70, 400), ([1, 64], true));
         assert_eq!(run([4, 100], 10, 400), ([1, 8], true));
-        // What only takes long is not cut below 32 rows.
+        // A slice that only takes too long is not cut below 32 rows.
         assert_eq!(run([4, 100], 400, 10), ([1, 32], true));
         assert_eq!(run([4, 100], 0, 0), ([1, 1], false));
     }

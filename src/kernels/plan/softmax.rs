@@ -1,4 +1,4 @@
-//! The softmax of a tensor, and halves widened to f32.
+//! The softmax of a tensor, and f16 and bf16 widened to f32.
 
 use super::super::access::Operand;
 use super::super::capabilities::{AdapterClass, Capabilities};
@@ -11,8 +11,8 @@ use super::{
 use crate::error::Result;
 use crate::problem::{Dtype, Layout};
 
-/// Softmax over the last axis of X (at most four axes, any strides): X (Q) is copied into rows of
-/// whole vec4s (Output, [`Plan::weights`]) and weighed there.
+/// Softmax over the last axis of X (at most four axes, any strides): copies X (Q) into rows of whole vec4s (Output,
+/// [`Plan::weights`]) and computes the weights there.
 pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let out = rows_padded(x.shape())?;
@@ -27,7 +27,7 @@ pub fn softmax(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     Ok(planner.plan)
 }
 
-/// X (Q; four axes, any strides, any type) as row-major f32 (Output).
+/// Copies X (Q; four axes, any strides, any type) to row-major f32 (Output).
 pub fn widen(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     let mut planner = Planner { adapter, plan: Plan::default() };
     let out = Layout::contiguous(x.shape())?;
@@ -36,13 +36,12 @@ pub fn widen(x: Operand<'_>, adapter: &Capabilities) -> Result<Plan> {
     Ok(planner.plan)
 }
 
-/// Elements that a lane adds up in each component of its sum, at most, as long as there are more lanes to be had: more
-/// would lose digits.
+/// Most elements that a lane sums in each component, while more lanes are available; more would lose digits.
 const MOST_ADDED: usize = 2048;
 
 impl Planner<'_> {
-    /// The softmax of rows that lie one after another, whole vec4s each, from `at` on: `params` say how many, how wide
-    /// and what belongs to the LSE and the sink, where these are there.
+    /// The softmax of consecutive rows of whole vec4s, starting at `at`. `params` give the number and width of rows and
+    /// the fields of the LSE and the sink, if there are any.
     pub(super) fn softmax_rows(
         &mut self,
         params: params::Softmax,
@@ -67,7 +66,7 @@ impl Planner<'_> {
         let most = adapter.max_invocations.min(64);
         let chosen = choices.iter().filter(offered).find(|(_, lanes)| enough(*lanes));
         let chosen = chosen.or_else(|| choices.iter().rfind(offered));
-        // Fewer invocations than any choice has: as many as there may be, a power of two.
+        // Fewer invocations than any choice: as many as allowed, a power of two.
         let &(workgroup, lanes) = chosen.unwrap_or(&(1 << most.ilog2(), 1 << most.ilog2()));
         let cost =
             Cost { turns: turns::softmax(lanes).of(width), operations: f64::from(params.rows) * width as f64 * 16.0 };
@@ -87,8 +86,8 @@ impl Planner<'_> {
         )
     }
 
-    /// Copies X (Q) into `out` (Output), whose rows are `width` long and end in −∞ where they are longer
-    /// than those of X. `then` is told the rows of each slice and where they lie.
+    /// Copies X (Q) into `out` (Output), whose rows are `width` long and end in −∞ if they are longer than those of X.
+    /// Calls `then` with the rows of each slice and their window.
     fn rows_copied(
         &mut self,
         x: Operand<'_>,

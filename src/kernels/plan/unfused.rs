@@ -14,10 +14,10 @@ use super::{
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, Problem, ScoreStage, checked_len};
 
-/// Keys whose values are added up in one run: more lose digits, and add up their parts in the output.
+/// Keys whose values are summed in one run. Longer sums lose digits, so their parts accumulate in the output.
 const MOST_SUMMED: usize = 512;
 
-/// Adds the passes of a call behind what `planner` has: with the output and its LSE, or beside them.
+/// Adds the passes of a call after what `planner` has: with the output and its LSE, or in addition to them.
 pub(super) fn passes(
     planner: &mut Planner<'_>,
     problem: &Problem,
@@ -33,7 +33,7 @@ pub(super) fn passes(
         planner.plan.bands = call.band_table();
     }
     let sizes = call.sliced(&planner.plan, adapter);
-    // Nothing behind a slice of the heads may share its rows: softmax takes rows one after another.
+    // No rows may follow a slice of the heads within its rows, because softmax takes consecutive rows.
     debug_assert!(sizes[0] == 1 || sizes[1] == heads_q);
     debug_assert!(sizes[1] == 1 || sizes[2] == len_q);
 
@@ -46,7 +46,7 @@ pub(super) fn passes(
     for &bytes in &scratch {
         check_buffer(adapter, "working memory", bytes)?;
     }
-    // What ran before is done with its working memory.
+    // What ran before no longer needs its working memory.
     for (n, bytes) in scratch.into_iter().enumerate() {
         match planner.plan.scratch.get_mut(n) {
             Some(known) => *known = bytes.max(*known),
@@ -69,8 +69,8 @@ impl Call<'_> {
     /// The largest slices whose bindings all fit.
     fn sliced(&self, plan: &Plan, adapter: &Capabilities) -> Sizes {
         let Problem { batch, heads_q, len_q, len_k, dim_k, dim_v, .. } = *self.problem;
-        // Keys that do not fit whatever else is sliced come first: where strides spread a head over all keys, slicing
-        // the others down to single rows would win nothing.
+        // If keys do not fit whatever else is sliced, slice them first: where strides spread a head over all keys,
+        // slicing the other axes down to single rows would gain nothing.
         let one_row = |&[keys]: &[usize; 1]| self.largest_operand([1, 1, 1, keys]) <= adapter.max_binding;
         let ([keys], _) = slice([len_k], &[halving(0, 64, 64), halving(0, 4, 4)], 0, one_row, |_| true);
         let most_heads = turns::mean_heads().longest(adapter.loop_turns());
@@ -83,7 +83,7 @@ impl Call<'_> {
             self.largest_operand(*sizes).max(scores) <= adapter.max_binding
                 && (heads <= most_heads || !self.operands.averaged)
         };
-        // Of the longest of the three passes.
+        // The time of the longest of the three passes.
         let is_short = |&[batch, heads, rows, keys]: &Sizes| {
             let pairs = (batch * heads) as f64 * rows as f64 * keys as f64;
             pairs * 2.0 * dim_k.max(dim_v) as f64 <= adapter.dispatch_operations()
@@ -96,7 +96,7 @@ impl Call<'_> {
             halving(2, 1, 1),
             halving(3, 4, 4),
         ];
-        // No sum is cut for time alone. Where nothing is left to slice, the step itself is refused with the numbers.
+        // No sum is cut only for time. If nothing is left to slice, the step itself reports an error with the numbers.
         slice([batch, heads_q, len_q, keys], &order, 3, fits, is_short).0
     }
 
@@ -171,19 +171,20 @@ impl Call<'_> {
         if operands.sink.is_some() {
             self.sum_of_nothing(planner, at)?;
         }
-        // A sum over more keys than the driver's loops turn, or than lose no digits, adds up its parts in the output.
+        // A sum over more keys than the driver's loop limit or the precision allows accumulates its parts in the
+        // output.
         let tile = planner.tile(i.count, problem.dim_v.div_ceil(4));
         let longest = turns::weighted_sum(tile).longest(planner.adapter.loop_turns());
         let longest = if len_k > 2 * MOST_SUMMED { longest.min(MOST_SUMMED) } else { longest };
         for j in Part::all(len_k, sizes[3].min(longest)) {
-            // Combined rules of several key slices share one buffer: combine again what was overwritten.
+            // Combined rules of several key slices share one buffer, so combine again what was overwritten.
             let bound = self.bind_rules(planner, at, j, sizes)?;
             self.weighted_sum(planner, at, j, (p_slot, &p_layout, p_at), &bound)?;
         }
         Ok(())
     }
 
-    /// The softmax of a slice in place, and its LSE.
+    /// Computes the softmax of a slice in place, and its LSE.
     fn softmax(&self, planner: &mut Planner<'_>, [b, h, i]: [Part; 3], slot: Slot, at: Window) -> Result<()> {
         let mut bindings = vec![Binding::new("s", slot, at)];
         let mut lse_offset = 0;
@@ -271,7 +272,7 @@ impl Call<'_> {
         bound: &BoundRules,
     ) -> Result<()> {
         let Call { problem, operands, mut rules, .. } = *self;
-        // What is added to scores hides nothing.
+        // Biases do not hide keys.
         rules.relative = None;
         let [b, h, _] = at;
         let v_at = self.window(operands.v, &[b, h.grouped(problem.group()), j]);
@@ -288,7 +289,7 @@ impl Call<'_> {
         self.sum(planner, at, params, operands.v.access(), accumulate, rules, bindings)
     }
 
-    /// A weighted sum into the output: `params` say over what.
+    /// Adds a weighted sum into the output, as `params` specify.
     #[allow(clippy::too_many_arguments)]
     fn sum(
         &self,
@@ -329,7 +330,7 @@ impl Call<'_> {
         )
     }
 
-    /// No key at all: outputs 0, LSE −∞ or the sink.
+    /// Without any key: outputs 0, LSE −∞ or the sink.
     pub(super) fn nothing_to_see(&self, planner: &mut Planner<'_>) -> Result<()> {
         let Call { problem, operands, .. } = *self;
         let Problem { batch, heads_q, len_q, dim_v, .. } = *problem;
@@ -339,7 +340,7 @@ impl Call<'_> {
         }
         for b in Part::all(batch, 1) {
             if operands.lse && operands.sink.is_some() {
-                // Rows of no scores.
+                // Rows without scores.
                 let nothing = Window { offset: 0, size: 16, first: 0 };
                 self.softmax(planner, [b, h, i], Slot::Scratch(0), nothing)?;
             }
@@ -350,8 +351,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// The output before any key: 0, or NaN where the sink is NaN or +∞. It may be strided in any way: a weighted
-    /// sum over no keys writes it.
+    /// The output before any key: 0, or NaN if the sink is NaN or +∞. Its strides are arbitrary, so a weighted sum over
+    /// no keys writes it.
     fn sum_of_nothing(&self, planner: &mut Planner<'_>, at: [Part; 3]) -> Result<()> {
         let mut bindings = vec![Binding::nothing("p"), Binding::nothing("v")];
         let [sink_offset, sink_stride] = self.bind_sink(&mut bindings, at[1]);
@@ -363,7 +364,7 @@ impl Call<'_> {
 }
 
 impl Planner<'_> {
-    /// `elements` words of a buffer set to the bits of `value`: a copy of rows without columns.
+    /// Sets `elements` words of a buffer to the bits of `value`: a copy of rows without columns.
     pub(super) fn fill(&mut self, slot: Slot, elements: usize, value: u32) -> Result<()> {
         let whole = Layout::contiguous(&[elements])?;
         for part in Part::all(elements, (self.adapter.max_binding / 4) as usize) {
@@ -381,7 +382,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Means, or where `factor` is 1 sums, over the heads of P into A.
+    /// Means, or sums if `factor` is 1, over the heads of P into A.
     pub(super) fn mean_heads(
         &mut self,
         params: params::MeanHeads,

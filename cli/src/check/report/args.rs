@@ -16,16 +16,16 @@ pub struct Forms {
     /// Write the result of every case as JSON, for --from and --diff
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Write JUnit XML: a suite for each adapter, known issues as skipped
+    /// Write JUnit XML: one suite per adapter, known issues as skipped
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
-    /// Write a Markdown table of the results: a row for each op
+    /// Write a Markdown table of the results: one row per op
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// Write a row for each op, variant and storage type in --markdown
+    /// In --markdown, write one row per op, variant and storage type
     #[arg(long, requires = "markdown")]
     long: bool,
-    /// Write an interactive page with every result: one file, no network
+    /// Write an interactive page with every result: one file that works offline
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }
@@ -37,12 +37,12 @@ impl Forms {
         all.into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?)))
     }
 
-    /// Refuses a file whose folder is not there, and one file for two forms, before the work is done.
+    /// Rejects a file whose folder does not exist, and one file for two forms, before any work is done.
     pub fn check_folders(&self) -> Result<()> {
         for (at, (name, path)) in self.files().enumerate() {
             files::check_folder(path)?;
             if let Some((other, _)) = self.files().take(at).find(|(_, other)| files::is_same(other, path)) {
-                usage!("{other} and {name} both write {}; each needs a file of its own", path.display());
+                usage!("{other} and {name} both write {}; each needs its own file", path.display());
             }
         }
         Ok(())
@@ -79,8 +79,8 @@ pub fn show(path: &Path, forms: &Forms) -> Result<()> {
     Ok(())
 }
 
-/// Prints what changed between two saved reports; whether nothing got worse. One that cannot be read is a wrong call: no
-/// regression has been seen.
+/// Prints what changed between two saved reports; returns whether nothing got worse. A report that cannot be read is a
+/// usage error, because no regression was observed.
 pub fn diff(old: &Path, new: &Path) -> Result<bool> {
     let read = |path| file::read(path).map_err(|error| Error::Usage(error.to_string()));
     let diff = super::diff::diff(&read(old)?, &read(new)?);

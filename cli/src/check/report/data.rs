@@ -1,4 +1,5 @@
-//! What a check found, as data: what `--json` writes, `--diff` compares and every other form is made from.
+//! The results of a check as data: `--json` writes them, `--diff` compares them, and every other form is made from
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::font;
 
-/// Name and version of the JSON. The number grows when a member goes, changes its type or its meaning; members may be
-/// added without.
+/// Name and version of the JSON format. The version increases if a member is removed or changes its type or meaning.
+/// Added members do not change it.
 pub const SCHEMA: &str = "attn-check/1";
 
 /// A run of the check on one machine.
@@ -15,23 +16,23 @@ pub const SCHEMA: &str = "attn-check/1";
 pub struct Report {
     /// [`SCHEMA`]
     pub schema: String,
-    /// Of this program.
+    /// The version of this program.
     pub version: String,
     pub wgpu: String,
     pub naga: String,
-    /// `quick`, `full`, or `chosen` where filters left cases out.
+    /// `quick`, `full`, or `chosen` if filters excluded cases.
     pub suite: String,
-    /// The folder that the cases are from, where it is not the suite's own.
+    /// The folder that the cases are from, if they are not from the suite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folder: Option<String>,
-    /// What the random cases were drawn from; 0 for those of a folder.
+    /// The seed of the random cases; 0 for a folder.
     pub seed: u64,
-    /// When it began: RFC 3339, UTC.
+    /// When the run began: RFC 3339, UTC.
     pub date: String,
     /// Operating system and processor architecture.
     pub host: String,
     pub adapters: Vec<Adapter>,
-    /// In the order they ran, adapter after adapter.
+    /// In the order in which they ran, adapter by adapter.
     pub results: Vec<CaseResult>,
 }
 
@@ -39,7 +40,7 @@ pub struct Report {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Adapter {
     pub name: String,
-    /// As wgpu calls it, `Vulkan` for one; `CPU` for the CPU backend.
+    /// wgpu's name, such as `Vulkan`; `CPU` for the CPU backend.
     pub backend: String,
     /// `DiscreteGpu`, `Cpu` and so on.
     pub kind: String,
@@ -48,28 +49,28 @@ pub struct Adapter {
     pub device: u32,
     pub driver: String,
     pub driver_info: String,
-    /// What WGSL goes through.
+    /// The shader compilers that WGSL goes through.
     pub shader_compiler: String,
-    /// Smallest and largest subgroup that the adapter declares.
+    /// The smallest and largest subgroup size that the adapter declares.
     pub subgroups: Option<[u32; 2]>,
-    /// That the device was opened with: what the kernels may use. Its limits are all that the adapter has.
+    /// The features that the device was opened with, which kernels may use. The limits are all those of the adapter.
     pub features: Vec<String>,
     pub limits: BTreeMap<String, u64>,
-    /// What a kernel saw on the device itself.
+    /// What a kernel observed on the device.
     pub observed: Vec<Observed>,
-    /// Why there are no results beyond those listed: the driver hung, crashed, or gave no device.
+    /// Why there are no more results than those listed: the driver hung, crashed, or could not open a device.
     pub ended: Option<String>,
     pub seconds: f64,
 }
 
-/// Sizes that a kernel saw.
+/// Sizes observed by a kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Observed {
-    /// Invocations of a workgroup as the WGSL asks for them.
+    /// Invocations per workgroup as requested in WGSL.
     pub workgroup: u32,
     /// How many ran.
     pub invocations: u32,
-    /// Invocations of a subgroup, where the adapter has them.
+    /// Invocations per subgroup, if the adapter has subgroups.
     pub subgroup: Option<u32>,
 }
 
@@ -79,16 +80,16 @@ pub enum Status {
     Passed,
     #[default]
     Failed,
-    /// Not computed: a feature or limit is missing, or the variant does not do this.
+    /// Not computed: a feature or limit is missing, or the variant does not support the case.
     Skipped,
-    /// Failed as a known issue says it does.
+    /// Failed as described by a known issue.
     Known,
-    /// Passed although a known issue says that it fails: the issue has to go.
+    /// Passed although a known issue says that it fails: the issue must be removed.
     Mended,
 }
 
 impl Status {
-    /// As the JSON has it.
+    /// The word in the JSON.
     pub fn word(self) -> &'static str {
         match self {
             Status::Passed => "passed",
@@ -105,22 +106,22 @@ impl Status {
 pub struct CaseResult {
     /// Index into [`Report::adapters`].
     pub adapter: usize,
-    /// Names the case with its storage type and variant; the same in every run, and what `--repro` takes.
+    /// Names the case with its storage type and variant; the same in every run, and accepted by `--repro`.
     pub id: String,
-    /// `attention`, `softmax` and so on; of a folder's case what the case says.
+    /// `attention`, `softmax` and so on; in a folder, the op that the case names.
     pub op: String,
-    /// Which kernels were asked for: `auto`, `three passes`, a tile such as `rows4x64/keys4`.
+    /// The requested method: `auto`, `three passes`, a tile such as `rows4x64/keys4`.
     pub variant: String,
-    /// `f32`, `f16` or `bf16`: how the operands lie in memory.
+    /// `f32`, `f16` or `bf16`: the storage type of the operands.
     pub storage: String,
     pub status: Status,
     /// The known issue, for [`Status::Known`] and [`Status::Mended`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issue: Option<String>,
-    /// Why it failed or was skipped, in words.
+    /// Why it failed or was skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What of the case is not known, where it was computed without.
+    /// Unknown parts of the case that were ignored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -131,46 +132,46 @@ pub struct CaseResult {
     /// The kernel variants that ran.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kernels: Vec<String>,
-    /// Why these.
+    /// Why these kernels were chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
-    /// What the driver or a validation layer said meanwhile: warnings and errors. An error fails the case.
+    /// Warnings and errors of the driver or a validation layer during the case. An error fails the case.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub messages: Vec<String>,
-    /// Invocations of a workgroup of the first kernel, and of a subgroup as seen on the device for that size.
+    /// Invocations per workgroup of the main kernel, and per subgroup as observed on the device for that size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workgroup: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subgroup: Option<u32>,
-    /// Of the first run, compilation included.
+    /// The time of the first run, including compilation.
     pub milliseconds: f64,
 }
 
-/// One tensor of a case against what it should be.
+/// The comparison of one result tensor with the expected one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Output {
     /// `output`, `lse`, `weights` and so on.
     pub name: String,
-    /// `f64` for the truth computed here, else the file's tensors: `out` (ONNX), `ref64`, `out32`.
+    /// `f64` for the truth computed here, else tensors of the case file: `out` (ONNX), `ref64`, `out32`.
     pub against: String,
     pub ok: bool,
-    /// Elements.
+    /// The number of elements.
     pub count: u64,
     /// The largest absolute error.
     #[serde(with = "number")]
     pub max_abs: f64,
-    /// What is allowed at [`Output::worst`].
+    /// The error allowed at [`Output::worst`].
     #[serde(with = "number")]
     pub allowed: f64,
-    /// The largest error in units in the last place at the value expected there, of the type that values are rounded to.
+    /// The largest error in units in the last place of the expected value, in the type that values are rounded to.
     #[serde(with = "number")]
     pub ulps: f64,
-    /// Σ(got − expected)² / Σ expected², over what is finite; what is allowed.
+    /// Σ(got − expected)² / Σ expected² over finite elements, and the value allowed.
     #[serde(with = "number")]
     pub nmse: f64,
     #[serde(with = "number")]
     pub nmse_allowed: f64,
-    /// The element that is furthest beyond its tolerance, or nearest to it, and the two values.
+    /// The element that exceeds its tolerance by the most, or is closest to it, and the two values.
     pub worst: Vec<usize>,
     #[serde(with = "number")]
     pub got: f64,
@@ -180,7 +181,7 @@ pub struct Output {
     pub nans: u64,
 }
 
-/// JSON has no NaN and no infinity: those are texts.
+/// JSON has no NaN and no infinity: they are strings.
 mod number {
     use serde::{Deserialize, Deserializer, Serializer};
 
@@ -209,7 +210,7 @@ mod number {
 }
 
 impl Adapter {
-    /// Name and backend, fit to be printed.
+    /// Name and backend, safe to print.
     pub fn label(&self) -> String {
         match visible(&self.backend) {
             backend if backend.is_empty() => visible(&self.name),
@@ -217,7 +218,7 @@ impl Adapter {
         }
     }
 
-    /// Name and version of the driver, fit to be printed; empty where unknown.
+    /// Name and version of the driver, safe to print; empty if unknown.
     pub fn driver_label(&self) -> String {
         visible(format!("{} {}", self.driver, self.driver_info).trim())
     }
@@ -245,7 +246,7 @@ impl Report {
         self.results.iter().filter(move |result| result.adapter == at)
     }
 
-    /// Which cases there are, in words, fit to be printed.
+    /// A description of the cases, safe to print.
     pub fn cases(&self) -> String {
         match &self.folder {
             Some(folder) if self.suite == "full" => format!("all cases of {}", visible(folder)),
@@ -254,8 +255,8 @@ impl Report {
         }
     }
 
-    /// The line for a shell that runs the case again. An adapter goes by its backend and name: the name alone may mean
-    /// another backend's.
+    /// The shell command that repeats the case. It names an adapter by backend and name, because another backend may
+    /// have an adapter with the same name.
     pub fn repro(&self, result: &CaseResult) -> String {
         let adapter = &self.adapters[result.adapter];
         let check = match &self.folder {
@@ -275,8 +276,8 @@ impl Report {
     }
 }
 
-/// A text in characters that can be seen: controls and marks of direction, which a driver or a file of somebody else
-/// may carry, as escapes.
+/// A text in visible characters: control characters and direction marks, which a driver or a foreign file may contain,
+/// are escaped.
 pub fn visible(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -292,7 +293,7 @@ pub fn quoted(text: &str) -> String {
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
-/// The error of a case in few digits.
+/// The error of a case in a few digits.
 pub fn short(x: f64) -> String {
     match x {
         0.0 => "0".into(),
@@ -302,7 +303,7 @@ pub fn short(x: f64) -> String {
     }
 }
 
-/// How many results have which status.
+/// The number of results per status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     pub passed: usize,
@@ -327,12 +328,12 @@ impl Tally {
         tally
     }
 
-    /// Those that were computed.
+    /// The number of results that were computed.
     pub fn computed(&self) -> usize {
         self.passed + self.failed + self.known + self.mended
     }
 
-    /// Nothing failed, no known issue has to go, and something was shown.
+    /// Nothing failed, no known issue must be removed, and at least one case was computed.
     pub fn is_good(&self) -> bool {
         self.failed == 0 && self.mended == 0 && self.passed + self.known > 0
     }

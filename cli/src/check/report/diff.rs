@@ -6,9 +6,9 @@ use std::fmt::Write;
 use super::data::{Adapter, CaseResult, Observed, Report, Status, Tally, short, visible};
 use super::table::groups;
 
-/// An NMSE below is rounding, however much it grew.
+/// An NMSE below this is rounding error, however much it grew.
 const NOISE: f64 = 1e-14;
-/// How much an NMSE has to grow.
+/// The factor by which an NMSE must grow to count.
 const GROWTH: f64 = 10.0;
 /// Groups of cases shown for each kind of change.
 const MOST_GROUPS: usize = 10;
@@ -16,12 +16,12 @@ const MOST_GROUPS: usize = 10;
 /// What changed, as text.
 pub struct Diff {
     pub text: String,
-    /// Something got worse: a case fails that did not or was not there, one that passed is skipped or no longer there, a
-    /// second run no longer gives the same bits, or an adapter ended early or is gone.
+    /// Whether anything got worse: a case newly fails, a new case fails, a case that passed is skipped or missing, a
+    /// second run no longer gives the same bits, or an adapter ended early or is missing.
     pub regressed: bool,
 }
 
-/// Kinds of changes of a case; the first ones are regressions.
+/// Kinds of change of a case; regressions come first.
 #[derive(Clone, Copy, PartialEq)]
 enum Change {
     Fails,
@@ -49,17 +49,16 @@ const CHANGES: [(Change, &str); 10] = [
     (Change::Gone, "cases no longer there that had not passed"),
 ];
 
-/// A case that changed. Where it is gone, `result` is the old one.
+/// A case that changed. If it is missing from the new report, `result` is the old one.
 struct Changed<'a> {
     change: Change,
     result: &'a CaseResult,
     what: String,
 }
 
-/// Holds `new` against `old`. Adapters are paired by position where both reports have as many, so that a driver may
-/// change its name; otherwise by name and backend, the first with the first where several have the same. Cases are
-/// paired by id, and where one is not there, by what is computed: other subgroups or limits deal cases out to other
-/// variants.
+/// Compares `new` with `old`. Adapters are paired by position if both reports have the same number, so that a driver
+/// may change its name; otherwise by name and backend, in order if several have the same. Cases are paired by id, and
+/// if an id is missing, by what is computed, because other subgroups or limits assign cases to other variants.
 pub fn diff(old: &Report, new: &Report) -> Diff {
     let mut text = String::new();
     let mut regressed = false;
@@ -114,7 +113,7 @@ pub fn diff(old: &Report, new: &Report) -> Diff {
     let times = times(old, new, &pairs);
     match (text.is_empty(), times.is_empty()) {
         (true, true) => text.push_str("nothing changed\n"),
-        (true, false) => _ = writeln!(text, "nothing changed but the time: {times}"),
+        (true, false) => _ = writeln!(text, "nothing changed except the time: {times}"),
         (false, true) => {}
         (false, false) => _ = writeln!(text, "time: {times}"),
     }
@@ -127,7 +126,7 @@ fn moved(text: &mut String, name: &str, old: &str, new: &str) {
     }
 }
 
-/// The new adapters in order, each with the old one that it is held against.
+/// The new adapters in order, each with the old one that it is compared with.
 fn pairs(old: &[Adapter], new: &[Adapter]) -> Vec<(Option<usize>, usize)> {
     if old.len() == new.len() {
         return (0..new.len()).map(|at| (Some(at), at)).collect();
@@ -138,7 +137,7 @@ fn pairs(old: &[Adapter], new: &[Adapter]) -> Vec<(Option<usize>, usize)> {
     new.iter().enumerate().map(|(at, adapter)| (pair(adapter), at)).collect()
 }
 
-/// What changed of the device itself.
+/// Changes of the device itself.
 fn device(old: &Adapter, new: &Adapter) -> Vec<String> {
     let mut lines = String::new();
     let range = |of: &Adapter| of.subgroups.map_or("none".into(), |[least, most]| format!("{least} to {most}"));
@@ -165,7 +164,7 @@ fn device(old: &Adapter, new: &Adapter) -> Vec<String> {
     }
     let names = old.limits.keys().chain(new.limits.keys().filter(|name| !old.limits.contains_key(*name)));
     for name in names {
-        let of = |adapter: &Adapter| adapter.limits.get(name).map_or("not told".into(), u64::to_string);
+        let of = |adapter: &Adapter| adapter.limits.get(name).map_or("unknown".into(), u64::to_string);
         moved(&mut lines, &visible(name), &of(old), &of(new));
     }
     for b in &new.observed {
@@ -180,14 +179,14 @@ fn device(old: &Adapter, new: &Adapter) -> Vec<String> {
     lines.lines().map(str::to_string).collect()
 }
 
-/// What changed of the cases of a pair of adapters.
+/// Changes of the cases of a pair of adapters.
 fn cases<'a>(
     old: impl Iterator<Item = &'a CaseResult> + Clone,
     new: impl Iterator<Item = &'a CaseResult> + Clone,
 ) -> Vec<Changed<'a>> {
     let before: HashMap<&str, &CaseResult> = old.clone().map(|result| (result.id.as_str(), result)).collect();
     let after: HashSet<&str> = new.clone().map(|result| result.id.as_str()).collect();
-    // What has no partner yet, by the case alone.
+    // Pair the remaining results by case, ignoring the variant.
     let mut single: HashMap<&str, Vec<&CaseResult>> = HashMap::new();
     for result in old.clone().filter(|result| !after.contains(result.id.as_str())) {
         single.entry(case(result)).or_default().push(result);
@@ -244,7 +243,7 @@ fn case(result: &CaseResult) -> &str {
 fn less_accurate(old: &CaseResult, new: &CaseResult) -> Option<String> {
     new.outputs.iter().find_map(|b| {
         let a = old.outputs.iter().find(|a| (&a.name, &a.against) == (&b.name, &b.against))?;
-        // A NaN is as bad as can be.
+        // NaN is worse than any number.
         let grew = a.nmse.is_finite() && (!b.nmse.is_finite() || b.nmse > GROWTH * a.nmse && b.nmse > NOISE);
         grew.then(|| format!("NMSE of {} {}, was {}", visible(&b.name), short(b.nmse), short(a.nmse)))
     })
@@ -255,7 +254,7 @@ fn section(text: &mut String, title: &str, changed: &[&Changed<'_>]) {
         return;
     }
     let _ = writeln!(text, "{title}: {}", changed.len());
-    // A result is there once for each kind of change.
+    // A result occurs once per kind of change.
     let whats: HashMap<&str, &str> = changed.iter().map(|one| (one.result.id.as_str(), one.what.as_str())).collect();
     let groups = groups(changed.iter().map(|one| one.result));
     for group in groups.iter().take(MOST_GROUPS) {
@@ -268,7 +267,7 @@ fn section(text: &mut String, title: &str, changed: &[&Changed<'_>]) {
     }
 }
 
-/// Times that are not the same.
+/// Times that differ.
 fn times(old: &Report, new: &Report, pairs: &[(Option<usize>, usize)]) -> String {
     let mut parts = Vec::new();
     let mut total = (0.0, 0.0);

@@ -9,7 +9,7 @@ use super::data::{Report, SCHEMA, visible};
 use crate::error::{Error, Result, fail};
 use crate::files;
 
-/// What tells the kind of file before anything else is believed.
+/// The member that identifies the format, read before anything else.
 #[derive(Deserialize)]
 struct Head {
     schema: Option<String>,
@@ -18,8 +18,8 @@ struct Head {
 /// Reads a report.
 ///
 /// # Errors
-/// What is not a report of a version known here, what lacks members, and a result of an adapter that is not listed or
-/// with the id of another result of the same adapter.
+/// If the file is not a report of a known version or lacks members, or if a result has an unknown adapter or repeats
+/// the id of another result of its adapter.
 pub fn read(path: &Path) -> Result<Report> {
     let shown = path.display();
     let bytes = files::read_bytes(path)?;
@@ -28,7 +28,7 @@ pub fn read(path: &Path) -> Result<Report> {
     };
     let head: Head = serde_json::from_slice(&bytes).map_err(bad)?;
     let Some(schema) = head.schema else {
-        fail!("{shown} is not a report of attn check: it has no \"schema\"; \"{SCHEMA}\" is known");
+        fail!("{shown} is not a report of attn check: it has no \"schema\"; this version of attn knows \"{SCHEMA}\"");
     };
     if schema != SCHEMA {
         fail!("{shown}: the schema is {schema:?}; this version of attn knows \"{SCHEMA}\"");
@@ -42,13 +42,13 @@ pub fn read(path: &Path) -> Result<Report> {
         }
         if !seen.insert((result.adapter, result.id.as_str())) {
             let (id, adapter) = (&result.id, result.adapter);
-            fail!("{shown}: result {at} has the id {id:?} of another; an id is there once for adapter {adapter}");
+            fail!("{shown}: result {at} repeats the id {id:?}; ids must be unique for adapter {adapter}");
         }
     }
     Ok(report)
 }
 
-/// Writes a report whole or not at all.
+/// Writes a report atomically.
 pub fn write(path: &Path, report: &Report) -> Result<()> {
     let value = serde_json::to_value(report)
         .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))?;

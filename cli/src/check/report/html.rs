@@ -1,4 +1,4 @@
-//! The report as a page: one HTML file that needs no network.
+//! The report as a page: one HTML file that works offline.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,7 +15,7 @@ pub fn write(path: &Path, report: &Report) -> Result<()> {
     files::write_page(path, TEMPLATE, &data(report))
 }
 
-/// Texts, each once: ids and reasons recur on every adapter.
+/// Deduplicated strings: ids and reasons recur on every adapter.
 #[derive(Default)]
 struct Texts {
     list: Vec<String>,
@@ -28,7 +28,7 @@ impl Texts {
             return at;
         }
         self.places.insert(text.to_string(), self.list.len());
-        // Lines stay lines: a compiler's message is read in them.
+        // Keep line breaks, so that compiler messages stay readable.
         self.list.push(text.split('\n').map(visible).collect::<Vec<_>>().join("\n"));
         self.list.len() - 1
     }
@@ -38,7 +38,7 @@ impl Texts {
     }
 }
 
-/// The report as the page reads it: rows without names, texts as places in a list.
+/// The report as the page reads it: rows without member names, strings as indices into a list.
 fn data(report: &Report) -> Value {
     let mut texts = Texts::default();
     let adapters: Vec<Value> = report

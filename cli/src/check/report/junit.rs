@@ -1,4 +1,4 @@
-//! JUnit XML, for what collects test results: a suite for each adapter.
+//! JUnit XML for tools that collect test results: one suite per adapter.
 
 use std::path::Path;
 use std::time::Duration;
@@ -27,7 +27,7 @@ fn xml(report: &Report) -> quick_junit::Report {
         suite.add_properties(properties(report, adapter));
         suite.add_test_cases(report.of_adapter(at).map(|result| case(report, result)));
         if let Some(ended) = &adapter.ended {
-            // Cases that never ran must not look like fewer cases.
+            // Report cases that never ran as a failure, so that they are not overlooked.
             let mut status = TestCaseStatus::non_success(NonSuccessKind::Error);
             status.set_message(visible(ended));
             let mut case = TestCase::new("all cases run", status);
@@ -40,7 +40,7 @@ fn xml(report: &Report) -> quick_junit::Report {
     all
 }
 
-/// 0 for what is no time.
+/// 0 if it is not a valid time.
 fn seconds(x: f64) -> Duration {
     Duration::try_from_secs_f64(x).unwrap_or_default()
 }
@@ -81,7 +81,7 @@ fn case(report: &Report, result: &CaseResult) -> TestCase {
         Status::Skipped => (TestCaseStatus::skipped(), Some(reason.to_string())),
         Status::Known => (TestCaseStatus::skipped(), Some(format!("known issue {issue}: {reason}"))),
         Status::Mended => {
-            let message = format!("passed, but the known issue {issue} says that it fails");
+            let message = format!("passed, although the known issue {issue} says that it fails");
             (TestCaseStatus::non_success(NonSuccessKind::Failure), Some(message))
         }
     };
@@ -104,7 +104,7 @@ fn case(report: &Report, result: &CaseResult) -> TestCase {
     case
 }
 
-/// Every number, and how to see it again.
+/// All numbers, and how to reproduce them.
 fn description(report: &Report, result: &CaseResult) -> XmlString {
     let mut lines = vec![report.repro(result)];
     lines.extend(result.outputs.iter().map(|output| {
@@ -127,7 +127,7 @@ fn description(report: &Report, result: &CaseResult) -> XmlString {
         )
     }));
     if result.same_bits == Some(false) {
-        lines.push("a second run gave other bits".into());
+        lines.push("a second run gave different bits".into());
     }
     if !result.kernels.is_empty() {
         lines.push(format!("kernels: {}", visible(&result.kernels.join(", "))));

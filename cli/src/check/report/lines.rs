@@ -1,10 +1,10 @@
-//! A result in a line, as soon as it is there: for the cases of a folder.
+//! One-line results for the cases of a folder, printed as soon as they are available.
 
 use super::data::{Adapter, CaseResult, Output, Status, visible};
 use crate::check::compare::difference;
 
-/// What is said of a result: of one that failed every output that is wrong, of one that passed what it was computed
-/// without, and where `verbose` every output and every case. `on` names the adapter where there are several.
+/// The lines for a result. For a failure: every wrong output. For a pass: what was ignored. If `verbose`: every output
+/// of every case. `on` names the adapter if there are several.
 pub fn lines(result: &CaseResult, on: Option<&Adapter>, verbose: bool) -> Vec<String> {
     let word = match result.status {
         Status::Passed => "ok",
@@ -17,11 +17,11 @@ pub fn lines(result: &CaseResult, on: Option<&Adapter>, verbose: bool) -> Vec<St
     let line =
         |word: &str, parts: &[&str]| format!("{word} {}{on}: {}", visible(&result.id), visible(&parts.join("; ")));
     let is_bad = matches!(result.status, Status::Failed | Status::Mended);
-    // An output that could not be compared has no numbers: the reason tells of it.
+    // An output that could not be compared has no numbers; the reason covers it.
     let has_numbers = |output: &&Output| output.ok || output.count > 0;
-    let told = result.outputs.iter().filter(|output| verbose || is_bad && !output.ok).filter(has_numbers);
+    let shown = result.outputs.iter().filter(|output| verbose || is_bad && !output.ok).filter(has_numbers);
     let note = result.note.as_deref();
-    let mut all: Vec<String> = told
+    let mut all: Vec<String> = shown
         .map(|output| {
             let numbers = output.numbers();
             let parts: Vec<&str> = [Some(numbers.as_str()), note].into_iter().flatten().collect();
@@ -39,7 +39,7 @@ pub fn lines(result: &CaseResult, on: Option<&Adapter>, verbose: bool) -> Vec<St
 }
 
 impl Output {
-    /// The element furthest off, in words.
+    /// A description of the worst element.
     fn numbers(&self) -> String {
         let Output { name, against, allowed, worst, got, expected, .. } = self;
         let head = format!("{name} against {against}");
@@ -79,7 +79,7 @@ mod tests {
         let wrong = result(Status::Failed, Some("out is off"), &[(true, 1), (false, 1)]);
         assert_eq!(lines(&wrong, None, false), [format!("FAILED a@auto: {numbers}")]);
         assert_eq!(lines(&wrong, None, true), [format!("ok a@auto: {numbers}"), format!("FAILED a@auto: {numbers}")]);
-        // Nothing could be compared, or all is right but the bits of a second run.
+        // Nothing could be compared, or only the bits of a second run differ.
         for outputs in [&[(false, 0), (true, 1)][..], &[(true, 1)], &[]] {
             let failed = result(Status::Failed, Some("the \u{1b}shape"), outputs);
             let on = Adapter { name: "llvmpipe".into(), backend: "GL".into(), ..Adapter::default() };

@@ -35,7 +35,7 @@ pub fn text(report: &Report, long: bool) -> String {
     let rule = |at: usize| if at < named { "---".to_string() } else { "--:".into() };
     row(&mut out, &(0..head.len()).map(rule).collect::<Vec<_>>());
 
-    // In the order of the run; sorted so that what belongs together comes together.
+    // In the order of the run; if `long`, grouped by op and sorted by variant and storage type.
     let mut rows: Vec<(Vec<&str>, Vec<&CaseResult>)> = Vec::new();
     let mut places = HashMap::new();
     for result in &report.results {
@@ -92,7 +92,7 @@ fn cell(tally: Tally) -> String {
     parts.join(", ")
 }
 
-/// A text that Markdown takes for nothing but itself.
+/// A text with Markdown's special characters escaped.
 fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in visible(text).chars() {

@@ -1,22 +1,22 @@
-//! The end of a run in a terminal: a line for each adapter, then what failed.
+//! The summary of a run in a terminal: a line per adapter, then the failures.
 
 use std::fmt::Write;
 
 use super::data::{CaseResult, Report, Status, Tally, short, visible, worst};
 use crate::table::{align_right, table};
 
-/// Groups of failing results that are shown.
+/// How many groups of failing results are shown.
 const MOST_GROUPS: usize = 20;
 
 pub fn text(report: &Report) -> String {
     let mut table = table();
     let all = Tally::of(&report.results);
     let number = |x: Option<f64>| x.map_or("–".into(), short);
-    // What there is none of anywhere takes no column: eighty characters are few.
+    // Columns without any entries are omitted, because a terminal may have only 80 characters.
     let mut header = vec!["adapter", "passed", "failed", "skipped"];
     header.extend([("known", all.known), ("mended", all.mended)].iter().filter(|one| one.1 > 0).map(|one| one.0));
     header.extend(["worst NMSE", "worst ulp", "seconds"]);
-    // Of an adapter, or of a way to compute on it.
+    // A row for an adapter, or for a variant on it.
     let row = |label: String, results: Vec<&CaseResult>, seconds: Option<f64>| {
         let tally = Tally::of(results.iter().copied());
         let of = |name: &&str| match *name {
@@ -72,7 +72,7 @@ pub fn text(report: &Report) -> String {
         let _ = writeln!(out, "\nand {left} more in {kinds} more ops and variants; --html or --json FILE has all");
     }
     if let Some(first) = report.results.first().filter(|_| all.computed() == 0) {
-        // No failure, and no success either.
+        // Neither a failure nor a success.
         let reason = first.reason.as_deref().unwrap_or("no reason is given");
         let _ = writeln!(
             out,
@@ -81,7 +81,7 @@ pub fn text(report: &Report) -> String {
             visible(reason)
         );
     }
-    // What failed above is not mistaken for its heading.
+    // A blank line separates the failures above from the table.
     let _ = writeln!(out, "{}{all}", if groups.is_empty() { "" } else { "\n" });
     out
 }
@@ -103,7 +103,7 @@ pub struct Group<'a> {
 }
 
 impl Group<'_> {
-    /// Op, variant and how many, fit to be printed.
+    /// Op, variant and the number of cases, safe to print.
     pub fn title(&self) -> String {
         let CaseResult { op, variant, .. } = self.results[0];
         let count = self.results.len();

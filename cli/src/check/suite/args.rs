@@ -33,7 +33,7 @@ pub struct SuiteArgs {
     /// Run one case, by its id in a report
     #[arg(long, value_name = "CASE-ID", conflicts_with_all = ["Forms", "quick", "ops", "variants", "seed", "filter", "methods", "verbose"])]
     pub repro: Option<String>,
-    /// Shrink the case of --repro as far as it still fails, and print everything a bug report needs
+    /// Shrink the case of --repro to the smallest that still fails, and print everything that a bug report needs
     #[arg(long, requires = "repro", conflicts_with = "dawn")]
     pub shrink: bool,
     /// Known driver faults, instead of the built-in list
@@ -50,13 +50,13 @@ pub struct SuiteArgs {
     pub worker: Option<String>,
 }
 
-/// What is asked for besides.
+/// Options outside the suite's own.
 pub struct Wanted<'a> {
     pub filter: Option<&'a str>,
     pub adapter: Option<&'a str>,
-    /// Instead of the suite.
+    /// A folder of cases, instead of the suite.
     pub folder: Option<Folder>,
-    /// A line for every case of the folder.
+    /// Print a line for every case of the folder.
     pub verbose: bool,
 }
 
@@ -73,7 +73,7 @@ impl SuiteArgs {
         }
     }
 
-    /// The first option given that makes no sense for a folder of cases.
+    /// The first given option that does not apply to a folder of cases.
     pub fn only_without_a_folder(&self) -> Option<&'static str> {
         let given = [
             ("--quick", self.quick),

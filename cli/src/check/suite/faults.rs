@@ -1,4 +1,4 @@
-//! Faults made on purpose: the check is tested on them.
+//! Faults introduced on purpose, to test the check itself.
 
 use std::time::Duration;
 
@@ -9,27 +9,27 @@ use wgpu_attention::{Device, wgpu};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Fault {
-    /// The fused kernels pass over the last key of more than eight
+    /// The fused kernels skip the last key if there are more than eight
     SkippedKey,
-    /// The fused kernel in workgroup memory reads keys before all of them are there
+    /// The fused kernel in workgroup memory reads keys before all of them are written
     MissingBarrier,
     /// The fused kernels round their sums to f16 after each step
     F16Sums,
-    /// The driver never answers to the tenth case, or to the only one
+    /// The driver hangs in the tenth case, or in the only one
     Hang,
-    /// The driver brings the process down at the tenth case, or at the only one
+    /// The driver crashes the process in the tenth case, or in the only one
     Crash,
-    /// The driver of GL brings the process down when it is looked at
+    /// The GL driver crashes the process during enumeration
     CrashAtSight,
-    /// Vulkan is asked for a buffer of no bytes in the tenth case: a validation layer has to say so
+    /// The tenth case creates a Vulkan buffer of zero bytes, which a validation layer must report
     BrokenRule,
 }
 
-/// Where the faults of a driver strike.
+/// The index of the case in which driver faults occur.
 pub const STRIKES_AT: usize = 9;
 
 impl Fault {
-    /// What breaks the kernels, if anything does.
+    /// The rewrite that breaks the kernels, if this fault is in kernels.
     pub fn rewrite(self) -> Option<fn(&Variant, &str) -> Option<String>> {
         match self {
             Fault::SkippedKey => Some(skipped_key),
@@ -39,7 +39,7 @@ impl Fault {
         }
     }
 
-    /// What a driver does when adapters are looked for.
+    /// What the driver does when adapters are enumerated.
     pub fn seen(self) {
         let is_spared = std::env::var("WGPU_BACKEND").is_ok_and(|backend| backend != "gl");
         if self == Fault::CrashAtSight && !is_spared {
@@ -68,8 +68,8 @@ impl Fault {
 #[cfg(any(target_os = "linux", target_os = "windows", target_os = "android"))]
 #[expect(unsafe_code, reason = "what is broken here cannot be broken through wgpu's own calls")]
 fn break_rule(device: &wgpu::Device) {
-    // SAFETY: wgpu itself never breaks a rule, so it has to be done behind its back. The device is not destroyed
-    // here, and the buffer that the driver may make in spite of the rule is not used.
+    // SAFETY: wgpu itself never breaks a rule, so this bypasses it. The device is not destroyed here, and the buffer
+    // that the driver may create in spite of the rule is not used.
     unsafe {
         if let Some(device) = device.as_hal::<wgpu::hal::api::Vulkan>()
             && let Ok(buffer) = device.raw_device().create_buffer(&Default::default(), None)
@@ -82,7 +82,8 @@ fn break_rule(device: &wgpu::Device) {
 #[cfg(not(any(target_os = "linux", target_os = "windows", target_os = "android")))]
 fn break_rule(_: &wgpu::Device) {}
 
-/// `text` with the one place that reads `from` changed; a kernel without it must not pass for a broken one.
+/// `text` with the only occurrence of `from` replaced. Panics if there is none, so that an intact kernel is never taken
+/// for a broken one.
 fn change(text: &str, from: &str, to: &str) -> Option<String> {
     assert_eq!(text.matches(from).count(), 1, "the kernel has changed: it must hold once\n{from}");
     Some(text.replace(from, to))
@@ -107,7 +108,7 @@ fn missing_barrier(variant: &Variant, text: &str) -> Option<String> {
 }
 
 fn f16_sums(variant: &Variant, text: &str) -> Option<String> {
-    // Loops are written out: every row and column has its own line.
+    // Loops are unrolled: every row and column has its own line.
     let (sum, rounded) = match variant.kernel {
         Kernel::Flash => (r"= (row_sum);", "= ROUND;"),
         Kernel::FlashTiled => (r"(sum\[[^\]]*\]) \*= factor;", "$1 = ROUND * factor;"),

@@ -1,4 +1,4 @@
-//! A folder of cases, which is run in place of those that the program carries.
+//! A folder of cases, which runs in place of the built-in suite.
 
 use std::path::{Path, PathBuf};
 
@@ -13,18 +13,17 @@ use crate::files;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Folder {
     pub dir: PathBuf,
-    /// The ways to compute the cases, as `--method` names them.
+    /// The methods for the cases, as `--method` names them.
     pub methods: Vec<String>,
 }
 
 /// A case of a folder.
 #[derive(Clone, Debug)]
 pub struct CaseFile {
-    /// The file's, without its ending.
+    /// The file name without its extension.
     pub name: String,
     pub path: PathBuf,
-    /// The case's own word for what it computes, and how its operands are stored; told even where it brings the process
-    /// down.
+    /// The op as the case names it, and the storage type of its operands; known even if the case crashes the process.
     pub op: String,
     pub storage: String,
 }
@@ -37,15 +36,15 @@ impl Folder {
         }
         let index = self.dir.join("index.json");
         let mut names: Vec<String> = if index.exists() {
-            let bad = |what: &str| Error::Failed(format!("{} is not a list of cases: {what}", index.display()));
+            let bad = |what: &str| Error::Failed(format!("{} is not a valid list of cases: {what}", index.display()));
             let text = String::from_utf8(files::read_bytes(&index)?).map_err(|error| bad(&error.to_string()))?;
             let list = parse_json(&text).map_err(|error| bad(&error.to_string()))?;
-            let list = list.as_array().ok_or_else(|| bad("an array of objects with a \"name\" is needed"))?;
+            let list = list.as_array().ok_or_else(|| bad("it must be an array of objects with a \"name\""))?;
             list.iter()
                 .map(|entry| {
                     let name =
                         entry.get("name").unwrap_or(entry).as_str().ok_or_else(|| bad("an entry has no \"name\""))?;
-                    // A name is a file of this folder, never a way out of it.
+                    // A name must be a file of this folder; it must not lead out of it.
                     match Path::new(name).file_name().and_then(|file| file.to_str()) == Some(name) {
                         true => Ok(name.to_string()),
                         false => Err(bad(&format!("{name:?} is not a file name"))),
@@ -63,7 +62,7 @@ impl Folder {
             fail!("{} holds no cases (index.json, or .safetensors files)", self.dir.display());
         }
         names.sort();
-        // An id is there once.
+        // Ids are unique.
         names.dedup();
         if let Some(part) = filter {
             names.retain(|name| name.contains(part));
@@ -74,7 +73,7 @@ impl Folder {
         Ok(names)
     }
 
-    /// The methods on a device, each once; where there is one way only, that one.
+    /// The methods on a device, without duplicates; if there is only one method, that one.
     pub fn methods(&self, device: &Device) -> Vec<Method> {
         let Some(gpu) = device.gpu() else { return vec![Method::Auto] };
         let mut methods = Vec::new();
@@ -92,7 +91,7 @@ impl Folder {
         methods
     }
 
-    /// The case of a name. A file that cannot be read is a case too: one that fails.
+    /// The case with that name. A file that cannot be read is a failing case.
     pub fn case(&self, name: String) -> CaseFile {
         let path = self.dir.join(format!("{name}.safetensors"));
         let (op, storage) = match Case::read(&path) {
@@ -102,7 +101,7 @@ impl Folder {
         CaseFile { name, path, op, storage }
     }
 
-    /// The case of an id, and the way to compute it.
+    /// The case with that id, and its method.
     pub fn parse(&self, id: &str) -> Result<(CaseFile, Method)> {
         let (name, method) = parse_id(id).map_err(Error::Usage)?;
         if !self.names(None)?.iter().any(|one| one == name) {

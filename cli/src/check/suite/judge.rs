@@ -1,4 +1,4 @@
-//! One item computed and judged.
+//! Computes one item and judges its results.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
@@ -32,7 +32,7 @@ fn rounding(dtype: Dtype) -> (f64, f64) {
 }
 
 impl Output {
-    /// Mean squares below `floor` count as that; `dtype` is what values are rounded to.
+    /// Mean squares below `floor` count as `floor`; `dtype` is the type that values are rounded to.
     fn of(comparison: &Comparison, nmse_allowed: f64, floor: f64, dtype: Dtype) -> Output {
         let (stats, nmse) = (comparison.stats, comparison.stats.nmse(floor));
         let worst = comparison.worst.as_ref();
@@ -53,7 +53,7 @@ impl Output {
         }
     }
 
-    /// What is wrong with it, in words.
+    /// A description of what is wrong.
     fn complaint(&self) -> String {
         let Output { name, against, allowed, ulps, nmse, worst, got, expected, nans, count, .. } = self;
         let off = difference(*got, *expected);
@@ -67,28 +67,29 @@ impl Output {
     }
 }
 
-/// A result held against the truth.
+/// Compares a result with the truth.
 pub fn judge(got: &Got, expected: &Expected) -> (Output, Option<String>) {
     let (relative, nmse_allowed) = rounding(got.dtype);
     let values: Vec<f64> = got.values.iter().map(|&x| f64::from(x)).collect();
-    // A logarithm near 0 is no smaller a thing than one near 1.
+    // A logarithm near 0 is not more precise than one near 1, so its error is not judged relative to its size.
     let floor = if matches!(expected.name, "lse" | "entropy") { 1.0 } else { 0.0 };
     let before = f64::from(expected.roundings - 1);
     let nmse_allowed = if relative > 0.0 { nmse_allowed * (1.0 + before) } else { nmse_allowed };
-    // By the size of its row: beside a large one a small one may not hold anything.
+    // The tolerance is relative to the element's own row, because one relative to a large row would hide errors in a
+    // small one.
     let limits = expected.allowed(got.dtype);
     let allowed = |at: usize, _| limits[at];
     let comparison = compare_each(got.name, "f64", (&got.shape, &values), (&expected.shape, &expected.values), allowed);
     (Output::of(&comparison, nmse_allowed, floor, got.dtype), comparison.reason)
 }
 
-/// What a case gave.
+/// The outcome of a case.
 #[derive(Default)]
 struct Judged {
     outputs: Vec<Output>,
-    /// What no number tells.
+    /// A reason for failure that the outputs do not show.
     reason: Option<String>,
-    /// What the case was computed without.
+    /// What was ignored in computing the case.
     note: Option<String>,
     same_bits: Option<bool>,
 }
@@ -117,17 +118,17 @@ fn drawn(case: &Drawn, device: &Device, method: Method, results: Vec<Got>) -> Re
 }
 
 fn judged(comparisons: &[Comparison], again: &[Comparison], dtype: Dtype) -> Judged {
-    // An LSE and scores may stay f32.
+    // The LSE and scores may stay f32.
     let rounded = |one: &Comparison| if one.fits.contains(&dtype) { dtype } else { Dtype::F32 };
     let outputs = comparisons.iter().map(|one| Output::of(one, f64::INFINITY, 0.0, rounded(one))).collect();
-    let told = |one: &Comparison| Some(format!("{} against {}: {}", one.output, one.against, one.reason.as_ref()?));
-    let reason = comparisons.iter().find_map(told);
+    let problem = |one: &Comparison| Some(format!("{} against {}: {}", one.output, one.against, one.reason.as_ref()?));
+    let reason = comparisons.iter().find_map(problem);
     let note = comparisons.iter().find_map(|one| one.note.clone());
     let bits = |of: &[Comparison]| of.iter().map(|one| one.fingerprint).collect::<Vec<_>>();
     Judged { outputs, reason, note, same_bits: Some(bits(comparisons) == bits(again)) }
 }
 
-/// What Dawn made of a plan against the truth of the case that it was made from.
+/// Compares Dawn's result of a plan with the truth of the case that the plan was made from.
 pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) -> CaseResult {
     let mut result = blank(item);
     result.milliseconds = found.milliseconds;
@@ -156,7 +157,7 @@ pub fn dawn(item: &Item, case: &Drawn, call: &ExportedCall, found: &DawnResult) 
     result
 }
 
-/// An item that gave nothing to compare.
+/// The result of an item that has nothing to compare.
 pub fn stopped(item: &Item, stop: &Stop) -> CaseResult {
     let mut result = blank(item);
     match stop {
@@ -166,14 +167,14 @@ pub fn stopped(item: &Item, stop: &Stop) -> CaseResult {
     result
 }
 
-/// What the numbers come to.
+/// Derives the status from the comparisons.
 fn conclude(result: &mut CaseResult, judged: Judged) {
     (result.same_bits, result.note) = (judged.same_bits, judged.note);
     let bad = judged.outputs.iter().find(|one| !one.ok).map(Output::complaint);
-    let bits = (judged.same_bits == Some(false)).then(|| "a second run gave other bits".to_string());
+    let bits = (judged.same_bits == Some(false)).then(|| "a second run gave different bits".to_string());
     result.reason = judged.reason.or(bad).or(bits);
     result.outputs = judged.outputs;
-    // Nothing compared is nothing shown: never a pass.
+    // If nothing was compared, nothing was shown, so it is not a pass.
     if result.reason.is_none() && !result.outputs.is_empty() {
         result.status = Status::Passed;
     } else if result.reason.is_none() {
@@ -181,15 +182,15 @@ fn conclude(result: &mut CaseResult, judged: Judged) {
     }
 }
 
-/// What ran, and how.
-fn tell(result: &mut CaseResult, trace: &[Traced]) {
+/// Records which kernels ran, and why.
+fn record(result: &mut CaseResult, trace: &[Traced]) {
     for one in trace {
         if !result.kernels.contains(&one.variant.name) {
             result.kernels.push(one.variant.name.clone());
         }
     }
     result.why = trace.iter().map(|one| &one.why).find(|why| !why.is_empty()).cloned();
-    // Of the kernel that computes, not of one that prepares.
+    // The workgroup size of the main kernel, not of one that prepares its operands.
     let prepares = |kernel| matches!(kernel, Kernel::BlockMask | Kernel::Copy | Kernel::CombineBiases | Kernel::Rotate);
     let main = trace.iter().find(|one| !prepares(one.variant.kernel)).or(trace.first());
     result.workgroup = main.map(|one| one.variant.workgroup_size());
@@ -217,7 +218,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     format!("panicked: {}", text.unwrap_or("without a message"))
 }
 
-/// Runs an item on a device, twice, and holds it against its answers.
+/// Runs an item on a device twice and compares it with its answers.
 pub fn run(item: &Item, device: &Device) -> CaseResult {
     let mut result = blank(item);
     let start = Instant::now();
@@ -227,7 +228,7 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
             Work::Drawn(case) => {
                 let (first, trace) = traced(device, || case.run(device, item.method));
                 seconds = start.elapsed().as_secs_f64();
-                tell(&mut result, &trace);
+                record(&mut result, &trace);
                 drawn(case, device, item.method, first?)
             }
             Work::Golden(_) | Work::File(_) => {
@@ -239,12 +240,12 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
                 result.storage = case.storage().to_string();
                 let (first, trace) = traced(device, || compute(&case, device, item.method));
                 seconds = start.elapsed().as_secs_f64();
-                tell(&mut result, &trace);
+                record(&mut result, &trace);
                 Ok(judged(&first?, &compute(&case, device, item.method)?, case.storage()))
             }
         }
     };
-    // A panic is a fault of ours: a line of the report, and not the end of it.
+    // A panic is a bug of this project. It is one failure in the report and must not end the run.
     let outcome = catch_unwind(AssertUnwindSafe(&mut work));
     result.milliseconds = 1e3 * if seconds > 0.0 { seconds } else { start.elapsed().as_secs_f64() };
     match outcome {
@@ -257,8 +258,8 @@ pub fn run(item: &Item, device: &Device) -> CaseResult {
     result
 }
 
-/// What was said meanwhile, while the device opened too if this is the first case. Right numbers are no excuse for a
-/// broken rule.
+/// Adds messages logged during the case; for the first case also those logged while the device opened. An error fails
+/// the case even if its numbers are right.
 fn hear(result: &mut CaseResult) {
     for Message { is_error, text } in messages::heard() {
         if is_error && result.status != Status::Failed {

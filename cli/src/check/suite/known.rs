@@ -1,4 +1,4 @@
-//! Faults of drivers that are known: `known-issues.toml`.
+//! Known driver faults: `known-issues.toml`.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::check::report::{Adapter, CaseResult, Status};
 use crate::error::{Error, Result, fail};
 use crate::files;
 
-/// What the program carries.
+/// The built-in list.
 const CARRIED: &str = include_str!("../../../known-issues.toml");
 
 #[derive(Deserialize)]
@@ -43,13 +43,13 @@ struct Issue {
     driver: Option<Regex>,
 }
 
-/// As reports call them.
+/// The backend names in reports.
 const BACKENDS: [&str; 6] = ["Vulkan", "Metal", "DX12", "GL", "WebGPU", "CPU"];
 
 pub struct Issues(Vec<Issue>);
 
 impl Issues {
-    /// Of a file, or those that the program carries.
+    /// Reads issues from a file, or the built-in list.
     pub fn read(path: Option<&Path>) -> Result<Issues> {
         let (name, text) = match path {
             None => ("known-issues.toml".to_string(), CARRIED.to_string()),
@@ -72,7 +72,7 @@ impl Issues {
                 Regex::new(&text).map_err(|error| format!("the {what} of issue {id}, \"{text}\": {error}"))
             };
             if backend.is_none() && vendor.is_none() && adapter.is_none() && driver.is_none() {
-                return Err(format!("issue {id} says of no backend, vendor, adapter or driver that it is theirs"));
+                return Err(format!("issue {id} names no backend, vendor, adapter or driver"));
             }
             if message.is_empty() {
                 return Err(format!("the message of issue {id} is empty: it must say how the case fails"));
@@ -80,7 +80,7 @@ impl Issues {
             if let Some(odd) =
                 backend.as_ref().filter(|name| !BACKENDS.iter().any(|one| one.eq_ignore_ascii_case(name)))
             {
-                return Err(format!("issue {id} is of the backend {odd}; there are {}", BACKENDS.join(", ")));
+                return Err(format!("issue {id} names an unknown backend {odd}; there are {}", BACKENDS.join(", ")));
             }
             let case = pattern("case", case)?;
             let adapter = adapter.map(|text| pattern("adapter", text)).transpose()?;
@@ -90,7 +90,7 @@ impl Issues {
         file.issue.into_iter().map(issue).collect::<Result<_, _>>().map(Issues)
     }
 
-    /// Marks a result that a known issue speaks of.
+    /// Marks a result that matches a known issue.
     pub fn apply(&self, adapter: &Adapter, result: &mut CaseResult) {
         let concerns = |issue: &&Issue| {
             let driver = format!("{} {}", adapter.driver, adapter.driver_info);
@@ -175,7 +175,7 @@ mod tests {
             (("is off by", ""), "the message of issue mesa-1 is empty"),
             (("fused$", "fused("), "the case of issue mesa-1"),
             (("backend", "backends"), "unknown field `backends`"),
-            (("\"vulkan\"", "\"vulcan\""), "of the backend vulcan; there are Vulkan,"),
+            (("\"vulkan\"", "\"vulcan\""), "an unknown backend vulcan; there are Vulkan,"),
         ] {
             let text = ENTRY.replace(change.0, change.1);
             let reason = Issues::parse(&text).err().unwrap();
@@ -183,6 +183,6 @@ mod tests {
         }
         let nobodys = ENTRY.lines().filter(|line| !line.contains("backend") && !line.contains("driver"));
         let reason = Issues::parse(&nobodys.collect::<Vec<_>>().join("\n")).err().unwrap();
-        assert!(reason.contains("issue mesa-1 says of no backend"), "{reason}");
+        assert!(reason.contains("issue mesa-1 names no backend"), "{reason}");
     }
 }

@@ -1,4 +1,4 @@
-//! What drivers and Vulkan's validation layers say while a case runs: wgpu logs it, and here it is heard.
+//! Collects what drivers and Vulkan's validation layers report while a case runs; wgpu logs it.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -6,18 +6,18 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 
 static HEARD: Mutex<Vec<Message>> = Mutex::new(Vec::new());
 
-/// Layers that are older than this language (Debian 12 has 1.3.239) take a module for a broken one that says, for
-/// debuggers, that it comes of WGSL. Without that there are no messages at all: wgpu's `InstanceFlags::DEBUG` brings both.
+/// wgpu's `InstanceFlags::DEBUG` enables messages, and also records in each module, for debuggers, that its source is
+/// WGSL. Validation layers older than that language id (Debian 12 has 1.3.239) reject such modules with this message.
 const UNKNOWN_LANGUAGE: &str = "Invalid source language operand: 10";
 
 pub struct Message {
-    /// A rule of Vulkan was broken: more than a warning.
+    /// A Vulkan rule was broken: more than a warning.
     pub is_error: bool,
     pub text: String,
 }
 
 struct Ear {
-    /// Says it on stderr too, from where a parent reads the last words of a process that ends.
+    /// Whether to repeat messages on stderr, where the parent reads the last output of a process that ends.
     repeats: bool,
 }
 
@@ -28,11 +28,11 @@ impl Log for Ear {
 
     fn log(&self, record: &Record<'_>) {
         let text = record.args().to_string();
-        // What begins with a tab goes on about the last one: handles of objects, which are others in every run.
+        // A leading tab continues the previous message with object handles, which differ in every run.
         if !self.enabled(record.metadata()) || text.starts_with('\t') {
             return;
         }
-        // Other errors, such as EGL's when there is no display, may come of looking for another adapter.
+        // Other errors, such as EGL's if there is no display, may come from enumerating another adapter.
         let is_error = record.level() == Level::Error
             && record.target().starts_with("wgpu_hal::vulkan")
             && !text.contains(UNKNOWN_LANGUAGE);
@@ -46,17 +46,17 @@ impl Log for Ear {
     fn flush(&self) {}
 }
 
-/// From now on messages are heard, and repeated on stderr where this process is a worker. Call it before a device opens:
-/// wgpu asks layers and drivers for what is listened to.
+/// Starts to collect messages, and in a worker to repeat them on stderr. Call it before a device opens, because wgpu
+/// requests only the messages that the logger accepts.
 pub fn listen(is_worker: bool) {
     let ear: &'static Ear = if is_worker { &Ear { repeats: true } } else { &Ear { repeats: false } };
-    // Only the first listener of a process is taken.
+    // A process accepts only one logger.
     if log::set_logger(ear).is_ok() {
         log::set_max_level(LevelFilter::Warn);
     }
 }
 
-/// What was said since this was last asked.
+/// Takes the messages collected since the last call.
 pub fn heard() -> Vec<Message> {
     std::mem::take(&mut HEARD.lock().unwrap_or_else(PoisonError::into_inner))
 }

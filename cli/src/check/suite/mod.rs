@@ -1,4 +1,4 @@
-//! What `attn check` runs: the suite that the program carries, on every adapter, or a folder of cases.
+//! What `attn check` runs: the built-in suite on every adapter, or a folder of cases.
 
 mod args;
 mod faults;
@@ -34,7 +34,7 @@ fn check_ops(ops: &[String]) -> Result<()> {
     }
 }
 
-/// Runs the suite; gives the report and whether all is well.
+/// Runs the suite; returns the report and whether it passed.
 fn suite(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Report> {
     let issues = Issues::read(args.known_issues.as_deref())?;
     let selection = args.selection(wanted);
@@ -80,16 +80,16 @@ fn suite(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Report> {
         report.results.extend(results.into_iter().map(|result| CaseResult { adapter: at, ..result }));
     }
     if report.results.is_empty() && report.adapters.iter().all(|adapter| adapter.ended.is_none()) {
-        fail!("no case is left by --op, --variant and --filter; `attn check --list` prints all");
+        fail!("no case matches --op, --variant and --filter; `attn check --list` prints all");
     }
     Ok(report)
 }
 
-/// Where cases run, and the adapters whose driver fell when they were looked for.
+/// Where cases run, and the adapters whose driver crashed during enumeration.
 fn places(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<(Vec<Place>, Vec<Adapter>)> {
     match &wanted.folder {
         Some(folder) => {
-            // What is wrong with the folder is told before anything runs. Reports and workers are given its name as text.
+            // Report problems with the folder before anything runs. Its name must be UTF-8 for reports and workers.
             if folder.dir.to_str().is_none() {
                 usage!("the name of the folder {} is not UTF-8", folder.dir.display());
             }
@@ -100,7 +100,7 @@ fn places(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<(Vec<Place>, Vec<Adap
     }
 }
 
-/// Where a single case runs.
+/// The place where a single case runs.
 fn one_place(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Place> {
     match &wanted.folder {
         Some(_) => Ok(places(args, wanted)?.0.swap_remove(0)),
@@ -108,10 +108,10 @@ fn one_place(args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<Place> {
     }
 }
 
-/// One case.
+/// Runs one case.
 fn repro(id: &str, args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<bool> {
     let item = args.selection(wanted).item(id)?;
-    // A file that cannot be read is known before anything runs.
+    // Fail before anything runs if the file cannot be read.
     let issues = Issues::read(args.known_issues.as_deref())?;
     let limit = Duration::from_secs(args.time_limit);
     if wanted.adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
@@ -127,27 +127,27 @@ fn repro(id: &str, args: &SuiteArgs, wanted: &Wanted<'_>) -> Result<bool> {
     let Some(result) = results.first() else {
         match ran.ended {
             Some(how) => fail!("{place}: {how}"),
-            None => fail!("{id} is no single call, which a plan is made of"),
+            None => fail!("{id} is not a single call, so there is no plan for it"),
         }
     };
-    // What brings a process down, or was judged in none, is not tried again and again in this one.
+    // A case that crashes its process, or was not judged in one, must not be repeated in this process.
     let can_shrink = matches!(item.work, Work::Drawn(_)) && result.milliseconds > 0.0 && place.alone().is_none();
     if !args.shrink || result.status != Status::Failed || !can_shrink {
         print(result, &place);
         if args.shrink {
             let why = match (&item.work, result.status) {
-                (Work::Golden(_) | Work::File(_), Status::Failed) => "it is a case of other people",
-                (Work::Drawn(_), Status::Failed) => "it brings its process down",
+                (Work::Golden(_) | Work::File(_), Status::Failed) => "only drawn cases can be shrunk",
+                (Work::Drawn(_), Status::Failed) => "it crashes its process",
                 _ => "it does not fail",
             };
-            anstream::println!("Not made smaller: {why}.");
+            anstream::println!("Not shrunk: {why}.");
         }
         return Ok(Tally::of(&results).is_good() && ran.ended.is_none());
     }
     messages::listen(false);
     let device = worker::open(&place, args.plant).map_err(Error::Failed)?;
     let (item, result, tried) = shrink::shrink(&item, &device);
-    anstream::println!("{id} fails; the smallest that fails in this way, of {tried} that were tried:\n");
+    anstream::println!("{id} fails; the smallest case that fails in this way, of {tried} tried:\n");
     print(&result, &place);
     anstream::print!("{}", shrink::describe(&item, &result, &device, args.plant));
     Ok(false)
@@ -183,14 +183,14 @@ fn print(result: &CaseResult, place: &Place) {
         );
     }
     let bits = match result.same_bits {
-        Some(true) => "the same bits again",
-        Some(false) => "other bits the second time",
-        None => "not run a second time",
+        Some(true) => "the same bits in a second run",
+        Some(false) => "different bits in a second run",
+        None => "no second run",
     };
-    anstream::println!("  {bits}, {:.1} ms with compilation", result.milliseconds);
+    anstream::println!("  {bits}, {:.1} ms including compilation", result.milliseconds);
 }
 
-/// Whether all is well.
+/// Whether the suite passed.
 pub fn check(args: &SuiteArgs, wanted: &Wanted<'_>, finish: impl FnOnce(&Report) -> Result<()>) -> Result<bool> {
     if let Some(id) = &args.repro {
         return repro(id, args, wanted);
@@ -202,7 +202,7 @@ pub fn check(args: &SuiteArgs, wanted: &Wanted<'_>, finish: impl FnOnce(&Report)
         match Worker::start(&order)?.wait(limit) {
             Waited::Line(Line::Cases(ids)) => ids.iter().for_each(|id| anstream::println!("{id}")),
             Waited::Line(Line::Refused(reason)) => fail!("the device does not open: {reason}"),
-            Waited::Line(_) => fail!("the worker gave an odd answer"),
+            Waited::Line(_) => fail!("the worker sent an unexpected answer"),
             Waited::Hung => fail!("the driver gave no answer within {} s", args.time_limit),
             Waited::Ended(how) => fail!("the driver crashed: {how}"),
         }

@@ -1,4 +1,4 @@
-//! What a device is, by its driver's word and by what a kernel sees on it.
+//! What a device is, as reported by its driver and as observed by a kernel.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use wgpu_attention_conformance::one_workgroup;
 use crate::check::report::{Adapter, Observed};
 use crate::target::{backend_name, driver_name};
 
-/// What WGSL goes through on a backend.
+/// The shader compilers of a backend.
 fn shader_compiler(backend: wgpu::Backend, info: &wgpu::AdapterInfo) -> String {
     let driver = Some(driver_name(info)).filter(|name| !name.is_empty()).unwrap_or("the driver".into());
     match backend {
@@ -21,9 +21,9 @@ fn shader_compiler(backend: wgpu::Backend, info: &wgpu::AdapterInfo) -> String {
     }
 }
 
-/// Limits by their names, as wgpu's own serialisation has them.
+/// Limits under wgpu's own field names.
 fn limits(gpu: &Gpu) -> BTreeMap<String, u64> {
-    // `Limits` prints itself as a struct; its fields are what a report wants.
+    // Parsed from the debug output of `Limits`, so that no field is missed.
     let text = format!("{:?}", gpu.device().limits());
     let fields = text.trim_start_matches("Limits {").trim_end_matches('}').split(',');
     let field = |field: &str| {
@@ -61,7 +61,7 @@ pub fn adapter(device: &Device) -> Adapter {
     }
 }
 
-/// How many invocations of a workgroup of that size run, and in which subgroups.
+/// How many invocations of a workgroup of that size run, and the size of their subgroups.
 pub fn observe(gpu: &Gpu, workgroup: u32) -> Result<Observed, String> {
     let has_subgroups = gpu.device().features().contains(wgpu::Features::SUBGROUP);
     let (builtin, size) = match has_subgroups {

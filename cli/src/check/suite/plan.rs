@@ -1,4 +1,4 @@
-//! Which cases there are: those of other people, which the program carries, and those drawn from a seed.
+//! The cases of the suite: built-in ones of other frameworks, and those drawn from a seed.
 
 use serde::{Deserialize, Serialize};
 use wgpu_attention::{Device, Method};
@@ -8,7 +8,7 @@ use super::folder::{CaseFile, Folder};
 use super::variant::{parse_id, variant};
 use crate::error::{Error, Result, fail, usage};
 
-/// A case with the way it is computed.
+/// A case with its method.
 #[derive(Clone, Debug)]
 pub struct Item {
     pub work: Work,
@@ -17,31 +17,31 @@ pub struct Item {
 
 #[derive(Clone, Debug)]
 pub enum Work {
-    /// `onnx/test_attention_3d`, which the program carries.
+    /// A built-in case such as `onnx/test_attention_3d`.
     Golden(String),
     File(CaseFile),
     Drawn(Drawn),
 }
 
-/// What of the suite to run.
+/// Which part of the suite to run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Selection {
     pub quick: bool,
     pub seed: u64,
-    /// Ops by name; all where there are none.
+    /// Ops by name; all if empty.
     pub ops: Vec<String>,
-    /// Variants by name; all where there are none.
+    /// Variants by name; all if empty.
     pub variants: Vec<String>,
     /// Part of an id.
     pub filter: Option<String>,
     /// A folder of cases instead of the suite.
     pub folder: Option<Folder>,
-    /// One case, by its id, whatever the rest says.
+    /// One case by its id, regardless of the other fields.
     pub only: Option<String>,
 }
 
 impl Selection {
-    /// The case of an id.
+    /// The case with that id.
     pub fn item(&self, id: &str) -> Result<Item> {
         match &self.folder {
             Some(folder) => folder.parse(id).map(|(file, method)| Item { work: Work::File(file), method }),
@@ -50,7 +50,7 @@ impl Selection {
     }
 }
 
-/// Every op by name: sources of other people's cases, and what is drawn.
+/// All op names: sources of the built-in cases, and ops of the drawn ones.
 pub fn ops() -> impl Iterator<Item = &'static str> {
     SOURCES.into_iter().chain(Op::ALL.map(Op::name))
 }
@@ -64,7 +64,7 @@ impl Item {
         }
     }
 
-    /// The op of a drawn case or of a file, the source of another's.
+    /// The op of a drawn case or a file, or the source of a built-in case.
     pub fn op(&self) -> &str {
         match &self.work {
             Work::Golden(name) => name.split('/').next().unwrap_or_default(),
@@ -85,15 +85,15 @@ impl Item {
     }
 }
 
-/// The bytes of a golden case.
+/// The bytes of a built-in case.
 pub fn golden(name: &str) -> Result<Vec<u8>> {
     match wgpu_attention_conformance::golden(name) {
         Some(bytes) => Ok(bytes.into_owned()),
-        None => fail!("the program carries no case {name}"),
+        None => fail!("there is no built-in case {name}"),
     }
 }
 
-/// Every way to compute attention on a device.
+/// All methods for attention on a device.
 pub fn methods(device: &Device) -> Vec<Method> {
     let mut all = vec![Method::Auto];
     if let Some(gpu) = device.gpu() {
@@ -102,7 +102,7 @@ pub fn methods(device: &Device) -> Vec<Method> {
     all
 }
 
-/// What to run on a device, in its order.
+/// What to run on a device, in order.
 pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
     if let Some(id) = &selection.only {
         return selection.item(id).into_iter().collect();
@@ -118,7 +118,7 @@ pub fn items(device: &Device, selection: &Selection) -> Vec<Item> {
     let drawn = drawn.into_iter().map(|(case, method)| Item { work: Work::Drawn(case), method });
     let mut names = golden_names();
     if selection.quick {
-        // Each compiles kernels of its own.
+        // Each compiles its own kernels.
         names = names.into_iter().step_by(6).collect();
     }
     let golden = names.into_iter().map(|name| Item { work: Work::Golden(name), method: Method::Auto });

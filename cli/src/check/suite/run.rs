@@ -1,4 +1,4 @@
-//! The suite in workers: which adapters there are, and their cases, however drivers behave.
+//! Runs the suite in worker processes: enumerates adapters and runs their cases, even if drivers hang or crash.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -14,11 +14,11 @@ use crate::check::report::{Adapter, CaseResult};
 use crate::error::{Error, Result, fail, usage};
 use crate::progress::Bar;
 
-/// After so many hangs and crashes an adapter is given up.
-const MOST_FALLS: usize = 3;
+/// After this many hangs and crashes the rest of an adapter's cases are not run.
+const MOST_CRASHES: usize = 3;
 
-/// The adapters that `--adapter`, or else `WGPU_ADAPTER_NAME`, means: every one that answers to it; all, and the CPU
-/// backend, unless something is named. Those whose driver fell when it was looked at are told beside them.
+/// The adapters that match `--adapter`, or else `WGPU_ADAPTER_NAME`. If neither is given: all adapters and the CPU
+/// backend. Adapters whose driver crashed during enumeration are returned separately.
 pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Vec<Adapter>)> {
     let limit = Duration::from_secs(args.time_limit);
     let by_environment = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty());
@@ -32,7 +32,7 @@ pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Ve
             Order::List { backend: backend.map(str::to_string), which: which.map(str::to_string), fault: args.plant };
         match Worker::start(&order).map_err(|error| error.to_string())?.wait(limit) {
             Waited::Line(Line::Adapters { all, called }) => Ok((all, called)),
-            Waited::Line(_) => Err("an odd answer".into()),
+            Waited::Line(_) => Err("an unexpected answer".into()),
             Waited::Hung => Err(format!("no answer within {} s", limit.as_secs())),
             Waited::Ended(how) => Err(how),
         }
@@ -40,7 +40,7 @@ pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Ve
     let mut broken = Vec::new();
     let (mut all, called) = match list(None) {
         Ok(found) => found,
-        // One driver hangs or falls even when it is looked at: which, and what about the others?
+        // A driver hangs or crashes during enumeration. List each backend separately to find it and keep the others.
         Err(_) => {
             let (mut all, mut called) = (Vec::new(), Vec::new());
             for backend in ["vulkan", "metal", "dx12", "gl"] {
@@ -62,8 +62,8 @@ pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Ve
     };
     match which {
         None if all.is_empty() && broken.is_empty() => Err(Error::NoAdapter(
-            "there is no GPU adapter: install a driver (Mesa's llvmpipe runs on any processor), or check the CPU \
-             backend alone with --adapter cpu"
+            "there is no GPU adapter: install a driver (Mesa's llvmpipe runs on any processor), or check only the CPU \
+             backend with --adapter cpu"
                 .into(),
         )),
         None => {
@@ -74,16 +74,16 @@ pub fn places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Ve
         Some(which) => {
             all.push(Place::Cpu);
             let known: Vec<String> = all.iter().map(Place::to_string).collect();
-            let fell: Vec<_> =
+            let crashed: Vec<_> =
                 broken.into_iter().filter_map(|adapter| Some((adapter.backend, adapter.ended?))).collect();
-            let fell: String = fell.iter().map(|(backend, how)| format!("; {backend}: {how}")).collect();
-            Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}{fell}", known.join(", "))))
+            let crashed: String = crashed.iter().map(|(backend, how)| format!("; {backend}: {how}")).collect();
+            Err(Error::NoAdapter(format!("no adapter answers to \"{which}\"; there are {}{crashed}", known.join(", "))))
         }
     }
 }
 
-/// Where a folder of cases runs: on one adapter, the best unless one is named, or on all; on the CPU backend where there
-/// is no adapter.
+/// Where a folder of cases runs: on the best adapter, on a named one or on all; on the CPU backend if there is no
+/// adapter.
 pub fn folder_places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Place>, Vec<Adapter>)> {
     if adapter.is_some_and(|which| which.eq_ignore_ascii_case("all")) {
         return match places(adapter, args) {
@@ -92,7 +92,7 @@ pub fn folder_places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Pla
         };
     }
     match one_place(adapter, args) {
-        // An adapter that is named and not there is an error, never a fallback.
+        // A named adapter that does not exist is an error, never a fallback.
         Err(Error::NoAdapter(_)) if adapter.is_none() && std::env::var_os("WGPU_ADAPTER_NAME").is_none() => {
             anstream::eprintln!("{}", Device::fallback_notice("wgpu found none that can compute"));
             Ok((vec![Place::Cpu], Vec::new()))
@@ -101,17 +101,17 @@ pub fn folder_places(adapter: Option<&str>, args: &SuiteArgs) -> Result<(Vec<Pla
     }
 }
 
-/// The one place that a single case runs on.
+/// The place where a single case runs.
 pub fn one_place(adapter: Option<&str>, args: &SuiteArgs) -> Result<Place> {
     let (places, broken) = places(adapter, args)?;
     match broken.into_iter().find_map(|adapter| Some((adapter.backend, adapter.ended?))) {
-        // Never on the CPU backend instead.
+        // Never fall back to the CPU backend.
         Some((backend, how)) if places == [Place::Cpu] => fail!("{backend}: {how}"),
         _ => Ok(places.into_iter().next().unwrap_or(Place::Cpu)),
     }
 }
 
-/// Dawn, with plans that are made on the first adapter.
+/// Dawn, with plans made on the first adapter.
 pub fn dawn(places: &[Place]) -> Result<Place> {
     let planner = places.iter().find_map(|place| match place {
         Place::Gpu { index, alone, .. } => Some(Place::Dawn { index: *index, alone: alone.clone() }),
@@ -119,11 +119,12 @@ pub fn dawn(places: &[Place]) -> Result<Place> {
     });
     match planner {
         Some(place) => Ok(place),
-        None => usage!("--dawn needs an adapter that plans are made for"),
+        None => usage!("--dawn needs an adapter to make plans on"),
     }
 }
 
-/// The cases of one adapter, however its driver behaves. `lines` of a result are printed as soon as it is there.
+/// Runs the cases of one adapter, even if its driver hangs or crashes. `lines` of a result are printed as soon as it is
+/// available.
 pub fn run(
     place: &Place,
     args: &SuiteArgs,
@@ -132,7 +133,7 @@ pub fn run(
     lines: impl Fn(&Adapter, &CaseResult) -> Vec<String>,
 ) -> Result<(Adapter, Vec<CaseResult>)> {
     let limit = match place {
-        // It has limits of its own, which say more.
+        // Dawn has its own time limit, which gives a better reason.
         Place::Dawn { .. } => on_dawn::patience(Duration::from_secs(args.time_limit)),
         _ => Duration::from_secs(args.time_limit),
     };
@@ -141,7 +142,7 @@ pub fn run(
     if let Place::Gpu { name, backend, .. } = place {
         (adapter.name, adapter.backend) = (name.clone(), backend.clone());
     }
-    let (mut results, mut from, mut total, mut falls) = (Vec::new(), 0, 0, 0);
+    let (mut results, mut from, mut total, mut crashes) = (Vec::new(), 0, 0, 0);
     let mut bar: Option<Bar> = None;
     'worker: loop {
         let (on, selection) = (place.clone(), selection.clone());
@@ -158,15 +159,15 @@ pub fn run(
             }
             results.push(result);
         };
-        let fallen = loop {
+        let failure = loop {
             match worker.wait(limit) {
-                Waited::Line(Line::Adapter { adapter: told, items }) => {
-                    (adapter, total) = (told, items);
+                Waited::Line(Line::Adapter { adapter: found, items }) => {
+                    (adapter, total) = (found, items);
                     bar.get_or_insert_with(|| Bar::new(items));
                 }
                 Waited::Line(Line::Start { at, blank }) => {
                     if let Some((_, lost)) = running.replace((at, blank)) {
-                        let reason = Some("its result was lost on the way".into());
+                        let reason = Some("the worker sent no result".into());
                         keep(CaseResult { reason, ..lost }, &adapter, &bar);
                     }
                 }
@@ -179,12 +180,12 @@ pub fn run(
                 }
                 Waited::Line(Line::End) => {
                     if results.len() != total {
-                        adapter.ended = Some(format!("{} results came of {total} cases", results.len()));
+                        adapter.ended = Some(format!("only {} results for {total} cases", results.len()));
                     }
                     break 'worker;
                 }
                 Waited::Line(Line::Refused(reason)) => {
-                    adapter.ended = Some(format!("the device does not open: {reason}"));
+                    adapter.ended = Some(format!("the device could not be opened: {reason}"));
                     break 'worker;
                 }
                 Waited::Line(Line::Adapters { .. } | Line::Cases(_) | Line::Observed(_)) => {}
@@ -195,17 +196,17 @@ pub fn run(
                 Waited::Ended(how) => break format!("crashed: {how}"),
             }
         };
-        falls += 1;
+        crashes += 1;
         let Some((at, result)) = running else {
-            adapter.ended = Some(format!("{fallen}, between cases or before the first"));
+            adapter.ended = Some(format!("{failure}, between cases or before the first one"));
             break;
         };
         from = at + 1;
         let id = result.id.clone();
-        keep(CaseResult { reason: Some(format!("the driver {fallen}")), ..result }, &adapter, &bar);
-        if falls == MOST_FALLS {
+        keep(CaseResult { reason: Some(format!("the driver {failure}")), ..result }, &adapter, &bar);
+        if crashes == MOST_CRASHES {
             adapter.ended = Some(format!(
-                "given up after {falls} hangs and crashes, the last in {id}; {} of {total} cases have not run",
+                "stopped after {crashes} hangs and crashes, the last in {id}; {} of {total} cases were not run",
                 total - from.min(total)
             ));
             break;
@@ -218,8 +219,8 @@ pub fn run(
     Ok((adapter, results))
 }
 
-/// How workgroups of the sizes that ran run on the device: in a process of its own, for what goes wrong here is no fault
-/// of a case. Where nothing comes, the sizes stay unknown.
+/// Observes how workgroups of the sizes that ran execute on the device. This runs in its own process, so that a failure
+/// here is not attributed to a case. Without an answer the sizes stay unknown.
 fn observe(place: &Place, adapter: &mut Adapter, results: &mut [CaseResult], limit: Duration) -> Result<()> {
     let workgroups: BTreeSet<u32> = results.iter().filter_map(|result| result.workgroup).collect();
     if workgroups.is_empty() {
@@ -228,9 +229,9 @@ fn observe(place: &Place, adapter: &mut Adapter, results: &mut [CaseResult], lim
     match Worker::start(&Order::Observe { on: place.clone(), workgroups })?.wait(limit) {
         Waited::Line(Line::Observed(seen)) => adapter.observed = seen,
         Waited::Line(_) => {}
-        Waited::Hung => adapter.ended = Some("hung when all cases were done: subgroups were looked at".into()),
+        Waited::Hung => adapter.ended = Some("hung after all cases, while observing subgroups".into()),
         Waited::Ended(how) => {
-            adapter.ended = Some(format!("ended when all cases were done and subgroups were looked at: {how}"));
+            adapter.ended = Some(format!("ended after all cases, while observing subgroups: {how}"));
         }
     }
     for result in results {

@@ -1,4 +1,4 @@
-//! One case again, and made as small as it still fails.
+//! Repeats a case and shrinks it to the smallest that still fails.
 
 use clap::ValueEnum;
 use wgpu_attention::{Device, Traced};
@@ -10,8 +10,8 @@ use crate::check::report::{CaseResult, Status, quoted};
 use crate::progress::Spinner;
 use crate::target::backend_name;
 
-/// The smallest case that fails too, found by leaving out and halving one thing after another, and how many were
-/// tried.
+/// The smallest case that fails in the same way, found by removing and halving one thing after another, and the number
+/// of cases tried.
 pub fn shrink(item: &Item, device: &Device) -> (Item, CaseResult, usize) {
     let _spinner = Spinner::start("shrinking".into());
     let (mut item, mut result, mut tried) = (item.clone(), judge::run(item, device), 0);
@@ -30,12 +30,12 @@ pub fn shrink(item: &Item, device: &Device) -> (Item, CaseResult, usize) {
     (item, result, tried)
 }
 
-/// How a case fails: by numbers, by bits, or with no result at all.
+/// How a case fails: wrong numbers, different bits, or no result.
 fn kind(result: &CaseResult) -> [bool; 3] {
     [result.outputs.iter().any(|one| !one.ok), result.same_bits == Some(false), result.outputs.is_empty()]
 }
 
-/// What a bug report needs: the call, the kernels' text, and how to run it again.
+/// Everything that a bug report needs: the call, the kernels' text, and how to run it again.
 pub fn describe(item: &Item, result: &CaseResult, device: &Device, fault: Option<Fault>) -> String {
     let mut text = String::new();
     let mut line = |line: String| text.push_str(&(line + "\n"));

@@ -1,8 +1,8 @@
-//! Ways to compute attention, as ids and options write them.
+//! Methods for attention, as written in ids and options.
 
 use wgpu_attention::Method;
 
-/// A method as an id writes it.
+/// Formats a method as in an id.
 pub fn variant(method: Method) -> String {
     match method {
         Method::ThreePasses => "three-passes".into(),
@@ -10,19 +10,19 @@ pub fn variant(method: Method) -> String {
     }
 }
 
-/// A method, as an id writes it.
+/// Parses a method as in an id.
 pub fn parse_variant(text: &str) -> Result<String, String> {
     text.parse().map(variant).map_err(|error: wgpu_attention::Error| error.to_string())
 }
 
-/// A method, or `all` of them.
+/// Parses a method, or `all`.
 pub fn parse_method(text: &str) -> Result<String, String> {
     if text == "all" { Ok(text.into()) } else { parse_variant(text) }
 }
 
-/// A case's name and its method out of an id; `auto` where it names none.
+/// The case name and the method of an id; `auto` if the id has none.
 pub fn parse_id(id: &str) -> Result<(&str, Method), String> {
-    // The name of a file may hold any character.
+    // A file name may contain any character.
     let (name, method) = id.rsplit_once('@').unwrap_or((id, "auto"));
     let method = method.parse().map_err(|error: wgpu_attention::Error| format!("{id}: {error}"))?;
     Ok((name, method))

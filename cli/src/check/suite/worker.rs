@@ -1,5 +1,5 @@
-//! The cases of one adapter in a process of their own: what hangs or falls there is no end of the report. The
-//! process is told on its command line what to do, and tells what it does line by line, as JSON.
+//! Runs the cases of one adapter in a separate process, so that a hang or crash does not end the report. The process
+//! gets its order on the command line and reports its progress as lines of JSON.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -18,16 +18,16 @@ use crate::check::report::{Adapter, CaseResult, Observed};
 use crate::error::{Error, Result};
 use crate::target::backend_name;
 
-/// What a worker is to do.
+/// An order for a worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// Tell which adapters there are, of one backend or of all, and which of them are called `which`.
+    /// List the adapters of one backend or of all, and which of them match `which`.
     List { backend: Option<String>, which: Option<String>, fault: Option<Fault> },
-    /// Tell which cases there are.
+    /// List the cases.
     Cases { on: Place, selection: Selection },
-    /// Run cases; `limit` is how many seconds one may take.
+    /// Run cases; `limit` is the time limit of one case in seconds.
     Run { on: Place, selection: Selection, from: usize, fault: Option<Fault>, limit: u64 },
-    /// See how workgroups of these sizes run.
+    /// Observe how workgroups of these sizes run.
     Observe { on: Place, workgroups: BTreeSet<u32> },
 }
 
@@ -35,15 +35,15 @@ pub enum Order {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Place {
     Cpu,
-    /// The adapter at an index, by the name and backend that it had when adapters were listed: all of them, or those
-    /// of `WGPU_BACKEND` `alone` where a driver of another fell.
+    /// The adapter at an index, with its name and backend at enumeration. The index counts all adapters, or only those
+    /// of the backend `alone` if the driver of another backend crashed.
     Gpu {
         index: usize,
         name: String,
         backend: String,
         alone: Option<String>,
     },
-    /// Dawn for Node, over plans made for WebGPU's own limits on the adapter at an index.
+    /// Dawn for Node, with plans made for WebGPU's default limits on the adapter at an index.
     Dawn {
         index: usize,
         alone: Option<String>,
@@ -51,7 +51,7 @@ pub enum Place {
 }
 
 impl Place {
-    /// The one backend that is to be looked at.
+    /// The only backend to enumerate, if any.
     pub fn alone(&self) -> Option<&String> {
         match self {
             Place::Cpu => None,
@@ -70,7 +70,7 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// What a worker tells.
+/// A message from a worker.
 #[derive(Debug, Serialize, Deserialize)]
 #[allow(clippy::large_enum_variant, reason = "one at a time")]
 pub enum Line {
@@ -78,7 +78,7 @@ pub enum Line {
         all: Vec<Place>,
         called: Vec<Place>,
     },
-    /// Their ids.
+    /// The ids of the cases.
     Cases(Vec<String>),
     Adapter {
         adapter: Adapter,
@@ -90,17 +90,17 @@ pub enum Line {
     },
     Result(CaseResult),
     Observed(Vec<Observed>),
-    /// All is done.
+    /// All cases are done.
     End,
-    /// The device does not open.
+    /// The device could not be opened.
     Refused(String),
 }
 
-/// A line for the parent. Where nobody listens any more there is nothing left to do.
-fn tell(line: &Line) {
+/// Sends a line to the parent. Exits if the parent no longer listens.
+fn send(line: &Line) {
     let text = serde_json::to_string(line).unwrap_or_default();
     let mut out = std::io::stdout().lock();
-    // A driver may have written there without an end of line.
+    // A driver may have written to stdout without a final newline.
     if write!(out, "\n{text}\n").and_then(|()| out.flush()).is_err() {
         std::process::exit(1);
     }
@@ -109,24 +109,25 @@ fn tell(line: &Line) {
 pub fn open(place: &Place, fault: Option<Fault>) -> Result<Device, String> {
     let (index, name, backend) = match place {
         Place::Cpu => return Ok(Device::Cpu),
-        Place::Dawn { .. } => return Err("Dawn runs plans, within a suite alone".into()),
+        Place::Dawn { .. } => return Err("Dawn runs plans, and only within a suite".into()),
         Place::Gpu { index, name, backend, .. } => (index, name, backend),
     };
     fault.iter().for_each(|fault| fault.seen());
     let rewrite = fault.and_then(Fault::rewrite);
-    let options = GpuOptions { adapter: Some(index.to_string()), rewrite, ..GpuOptions::default() };
+    let mut options = GpuOptions::adapter(index.to_string());
+    options.rewrite = rewrite;
     let gpu = Gpu::with_options(&options).map_err(|error| error.to_string())?;
     let found = (gpu.info().name.as_str(), backend_name(gpu.info().backend));
     if found != (name.as_str(), backend.as_str()) {
-        return Err(format!("adapter {index} is {} ({}) now, not {place}", found.0, found.1));
+        return Err(format!("adapter {index} is now {} ({}), not {place}", found.0, found.1));
     }
     Ok(Device::Gpu(gpu))
 }
 
-/// What the process started as a worker does.
+/// The main function of a worker process.
 pub fn work(order: &str) -> Result<bool> {
-    let order: Order =
-        serde_json::from_str(order).map_err(|error| Error::Usage(format!("no order for a worker: {error}")))?;
+    let order: Order = serde_json::from_str(order)
+        .map_err(|error| Error::Usage(format!("not a valid order for a worker: {error}")))?;
     match order {
         Order::List { backend, which, fault } => {
             fault.iter().for_each(|fault| fault.seen());
@@ -138,32 +139,32 @@ pub fn work(order: &str) -> Result<bool> {
             };
             let all = Gpu::adapters();
             let called = |adapter: &&AdapterSummary| which.as_ref().is_some_and(|which| adapter.answers_to(which));
-            tell(&Line::Adapters {
+            send(&Line::Adapters {
                 called: all.iter().filter(called).map(place).collect(),
                 all: all.iter().map(place).collect(),
             });
         }
         Order::Cases { on, selection } => match open(&on, None) {
-            Err(reason) => tell(&Line::Refused(reason)),
-            Ok(device) => tell(&Line::Cases(items(&device, &selection).iter().map(Item::id).collect())),
+            Err(reason) => send(&Line::Refused(reason)),
+            Ok(device) => send(&Line::Cases(items(&device, &selection).iter().map(Item::id).collect())),
         },
         Order::Run { on: Place::Dawn { index, .. }, selection, from, fault, limit } => {
             let limit = Duration::from_secs(limit);
             if let Err(reason) = run_on_dawn(index, &selection, from, fault, limit) {
-                tell(&Line::Refused(reason.to_string()));
+                send(&Line::Refused(reason.to_string()));
             }
         }
         Order::Run { on, selection, from, fault, .. } => {
             messages::listen(true);
             match open(&on, fault) {
-                Err(reason) => tell(&Line::Refused(reason)),
+                Err(reason) => send(&Line::Refused(reason)),
                 Ok(device) => run(&device, &items(&device, &selection), from, fault),
             }
         }
         Order::Observe { on, workgroups } => {
             let device = open(&on, None).map_err(Error::Failed)?;
             let seen = |gpu| workgroups.iter().filter_map(|&size| observe::observe(gpu, size).ok()).collect();
-            tell(&Line::Observed(device.gpu().map_or(Vec::new(), seen)));
+            send(&Line::Observed(device.gpu().map_or(Vec::new(), seen)));
         }
     }
     Ok(true)
@@ -174,10 +175,10 @@ fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<F
     let device = on_dawn::planner(index, fault)?;
     let items = on_dawn::items(items(&device, selection));
     let unknown = Adapter { name: "Dawn".into(), backend: "Dawn".into(), ..Adapter::default() };
-    tell(&Line::Adapter { adapter: unknown, items: items.len() });
+    send(&Line::Adapter { adapter: unknown, items: items.len() });
     let start = |at: usize| {
         if let Some(item) = items.get(at) {
-            tell(&Line::Start { at, blank: judge::blank(item) });
+            send(&Line::Start { at, blank: judge::blank(item) });
         }
     };
     let mut at = from;
@@ -185,50 +186,50 @@ fn run_on_dawn(index: usize, selection: &Selection, from: usize, fault: Option<F
     for part in items.get(from..).unwrap_or_default().chunks(PLANS) {
         on_dawn::run(&dawn, &device, part, |adapter, result| {
             if let Some(adapter) = adapter {
-                tell(&Line::Adapter { adapter, items: items.len() });
+                send(&Line::Adapter { adapter, items: items.len() });
             }
-            tell(&Line::Result(result));
+            send(&Line::Result(result));
             at += 1;
             start(at);
         })?;
     }
-    tell(&Line::End);
+    send(&Line::End);
     Ok(())
 }
 
 fn run(device: &Device, items: &[Item], from: usize, fault: Option<Fault>) {
-    tell(&Line::Adapter { adapter: observe::adapter(device), items: items.len() });
+    send(&Line::Adapter { adapter: observe::adapter(device), items: items.len() });
     for (at, item) in items.iter().enumerate().skip(from) {
-        tell(&Line::Start { at, blank: judge::blank(item) });
+        send(&Line::Start { at, blank: judge::blank(item) });
         if let Some(fault) = fault
             && (at == STRIKES_AT || items.len() == 1)
         {
             fault.strike(device);
         }
-        tell(&Line::Result(judge::run(item, device)));
+        send(&Line::Result(judge::run(item, device)));
     }
-    tell(&Line::End);
+    send(&Line::End);
 }
 
-/// A worker that may be waited for, but not for ever.
+/// A worker process; waiting for it has a time limit.
 pub struct Worker {
     child: Child,
     lines: mpsc::Receiver<Line>,
-    /// The end of what it wrote to stderr.
+    /// The end of its stderr.
     complaints: Option<std::thread::JoinHandle<String>>,
 }
 
-/// What comes of waiting.
+/// The result of waiting for a worker.
 #[allow(clippy::large_enum_variant, reason = "one at a time")]
 pub enum Waited {
     Line(Line),
-    /// Nothing within the time limit.
+    /// No line within the time limit.
     Hung,
-    /// The process has ended; how, in words.
+    /// The process has ended, with a description of how.
     Ended(String),
 }
 
-/// So much of stderr is kept.
+/// How many bytes of stderr are kept.
 const KEPT: usize = 600;
 
 impl Worker {
@@ -239,7 +240,7 @@ impl Worker {
         let mut command = Command::new(program);
         command.args(["check", "--worker", &text]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        // Adapters are told apart by their own index, not by what a user prefers.
+        // Adapters are identified by their index, independent of the user's preferences.
         command.env_remove("WGPU_ADAPTER_NAME");
         let alone = match order {
             Order::List { backend, .. } => backend.as_ref(),
@@ -256,7 +257,7 @@ impl Worker {
         std::thread::spawn(move || {
             let (mut stdout, mut line) = (BufReader::new(stdout), Vec::new());
             while let Ok(1..) = stdout.read_until(b'\n', &mut line) {
-                // A driver may write there too, and anything.
+                // A driver may write to stdout too.
                 if let Ok(line) = serde_json::from_slice(&line)
                     && send.send(line).is_err()
                 {
@@ -285,28 +286,28 @@ impl Worker {
         }
     }
 
-    /// What it has said on stderr, after a time limit has passed. It is ended.
+    /// Kills the process and returns the end of its stderr.
     pub fn complaints(&mut self) -> String {
         let _ = self.child.kill();
-        // What it started may hold stderr open.
+        // Its child processes may keep stderr open.
         let complaints = self.complaints.take().filter(|_| ends(&mut self.child, GRACE).is_some());
         complaints
             .and_then(|complaints| complaints.join().ok())
             .filter(|text| !text.is_empty())
-            .map_or_else(String::new, |text| format!("; its last words: {text}"))
+            .map_or_else(String::new, |text| format!("; last output: {text}"))
     }
 
     fn last_words(&mut self, limit: Duration) -> String {
-        // Its output is closed: the end is near, but a driver may hang in its last breath.
-        let status = ends(&mut self.child, limit).unwrap_or_else(|| "no end of its own".into());
+        // Its stdout is closed, so it is about to exit, but a driver may hang during exit.
+        let status = ends(&mut self.child, limit).unwrap_or_else(|| "it did not exit".into());
         status + &self.complaints()
     }
 }
 
-/// For a process that was killed.
+/// How long to wait for a process that was killed.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How a process ends within a time.
+/// The exit status of a process, if it ends within a time limit.
 fn ends(child: &mut Child, limit: Duration) -> Option<String> {
     let start = Instant::now();
     loop {
@@ -321,7 +322,7 @@ fn ends(child: &mut Child, limit: Duration) -> Option<String> {
 impl Drop for Worker {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        // One that hangs in the kernel never ends; it is left.
+        // A process that hangs in the kernel never ends; leave it.
         let _ = ends(&mut self.child, GRACE);
     }
 }
