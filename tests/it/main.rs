@@ -17,6 +17,7 @@ mod long;
 mod long_rows;
 mod multi_head;
 mod names;
+mod packages;
 mod packed;
 mod plans;
 mod position;

@@ -1,5 +1,6 @@
 //! `attn run` and `attn mha`: reading and writing the user's tensors.
 
+use std::io::Write;
 use std::path::Path;
 
 use npyz::WriterBuilder;
@@ -228,6 +229,27 @@ fn numpy_files_and_folders_give_the_same_numbers() {
     write_npy(&folder.path().join("arrays/q.npy"), &[2, 2, 3, 4], &columns, npyz::Order::Fortran);
     attn(folder.path(), &["run", "arrays", "-o", "out.npy", "--adapter", "cpu"]).succeeded();
     close(&read("out.npy"), &output, 1e-6);
+    // As numpy.savez_compressed writes them.
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let deflated = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated);
+    for name in ["q.npy", "k.npy", "v.npy"] {
+        zip.start_file(name, deflated).unwrap();
+        zip.write_all(&std::fs::read(folder.path().join("arrays").join(name)).unwrap()).unwrap();
+    }
+    let mut archive = zip.finish().unwrap().into_inner();
+    std::fs::write(folder.path().join("in.npz"), &archive).unwrap();
+    let args = ["run", "in.npz", "-o", "out.npy", "--adapter", "cpu"];
+    std::fs::remove_file(folder.path().join("out.npy")).unwrap();
+    attn(folder.path(), &args).succeeded();
+    close(&read("out.npy"), &output, 1e-6);
+    // Compressed as NumPy never does: by bzip2, method 12 of zip.
+    for (start, place) in [(b"PK\x03\x04", 8), (b"PK\x01\x02", 10)] {
+        for at in (0..archive.len() - 4).filter(|&at| archive[at..].starts_with(start)).collect::<Vec<_>>() {
+            archive[at + place] = 12;
+        }
+    }
+    std::fs::write(folder.path().join("in.npz"), &archive).unwrap();
+    attn(folder.path(), &args).refused(1, "ompression method not supported");
 }
 
 #[test]
