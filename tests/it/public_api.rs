@@ -73,6 +73,8 @@ fn rustdoc() -> Value {
         folder.join("public-api")
     };
     cargo.arg(&target).args(["--", "-Z", "unstable-options", "--output-format", "json"]);
+    // What is public may lie in a module that is hidden.
+    cargo.arg("--document-hidden-items");
     let done = cargo.output().expect("cargo starts");
     assert!(done.status.success(), "rustdoc gave no JSON:\n{}", String::from_utf8_lossy(&done.stderr));
     let json = std::fs::read(target.join("doc/wgpu_attention.json")).expect("rustdoc's JSON");
@@ -148,9 +150,23 @@ impl Api {
         only(&self.item(id)["inner"])
     }
 
+    fn is_ours(&self, id: u64) -> bool {
+        self.json["index"].get(id.to_string()).is_some_and(|item| item["crate_id"] == 0)
+    }
+
+    fn is_hidden(&self, id: u64) -> bool {
+        let attributes = array(&self.item(id)["attrs"]).iter();
+        attributes.map(Value::to_string).any(|text| text.to_lowercase().contains("doc") && text.contains("hidden"))
+    }
+
+    /// Of a list of ids, those that are not hidden.
+    fn shown(&self, ids: &Value) -> impl Iterator<Item = u64> {
+        array(ids).iter().map(id).filter(|&id| !self.is_hidden(id))
+    }
+
     /// Everything below a module, by path.
     fn paths(&self, module: u64, path: &str, into: &mut BTreeMap<String, u64>) {
-        for member in array(&self.inner(module).1["items"]).iter().map(id) {
+        for member in self.shown(&self.inner(module).1["items"]) {
             let (kind, inner) = self.inner(member);
             let name = |of: &Value| if path.is_empty() { text(of).into() } else { format!("{path}::{}", text(of)) };
             match kind {
@@ -185,17 +201,17 @@ impl Api {
             lines.insert(path.clone(), vec![reexport(&self.names[id], path)]);
         }
         let mut all: Vec<String> = lines.into_values().flatten().collect();
-        // Traits of other types than those above.
+        // Traits of other crates' types.
         let index = self.json["index"].as_object().expect("an index");
         let foreign = index.values().filter_map(|item| {
             let inner = item["inner"].get("impl").filter(|_| item["crate_id"] == 0)?;
             let of = &inner["for"];
-            let is_ours = of.get("resolved_path").is_some_and(|path| self.names.contains_key(&id(&path["id"])));
-            (!is_ours).then(|| Some(format!("impl {} for {}", self.implemented(inner)?, self.ty(of))))?
+            let is_foreign = of.get("resolved_path").is_none_or(|path| !self.is_ours(id(&path["id"])));
+            is_foreign.then(|| Some(format!("impl {} for {}", self.implemented(inner)?, self.ty(of))))?
         });
         all.extend(foreign.collect::<BTreeSet<String>>());
-        let head = "The public interface with all features. tests/it/public_api.rs writes it and compares it. Of the traits \
-                    that the\ncompiler implements by itself, Send and Sync are listed.\n\n";
+        let head = "The public interface with all features, without hidden items. tests/it/public_api.rs writes this and \
+                    compares it.\nOf the traits that the compiler implements by itself, Send and Sync are listed.\n\n";
         head.to_string() + &all.join("\n") + "\n"
     }
 
@@ -231,7 +247,7 @@ impl Api {
             "enum" => {
                 let [params, bounds] = generics();
                 lines.push(format!("{open}enum {path}{params}{bounds}"));
-                for variant in array(&inner["variants"]).iter().map(id) {
+                for variant in self.shown(&inner["variants"]) {
                     let (shape, fields) = self.fields(&self.inner(variant).1["kind"]);
                     let name = text(&self.item(variant)["name"]);
                     lines.push(format!("    {name}{shape}{}", list(fields, [" { ", " }"])));
@@ -243,7 +259,7 @@ impl Api {
                 let above = list(array(&inner["bounds"]).iter().map(|bound| self.bound(bound)), [": ", ""]);
                 let above = above.replace(", ", " + ");
                 lines.push(format!("trait {path}{params}{above}{bounds}"));
-                lines.extend(array(&inner["items"]).iter().map(|member| format!("    {}", self.member(id(member)))));
+                lines.extend(self.shown(&inner["items"]).map(|member| format!("    {}", self.member(member))));
             }
             _ => panic!("{path} is a {kind}, which is not listed yet"),
         }
@@ -261,8 +277,11 @@ impl Api {
             }
             ("plain" | "struct", inner) => {
                 let named = |of: &Value| format!("{}: {}", text(&self.item(id(of))["name"]), field(of));
-                let more = if flag(&inner["has_stripped_fields"]) { " { .. }" } else { "" };
-                (more.into(), array(&inner["fields"]).iter().map(named).collect())
+                let fields = array(&inner["fields"]);
+                let shown = fields.iter().filter(|of| !self.is_hidden(id(of)));
+                let shown: Vec<String> = shown.map(named).collect();
+                let is_open = flag(&inner["has_stripped_fields"]) || shown.len() < fields.len();
+                (if is_open { " { .. }" } else { "" }.into(), shown)
             }
             (kind, _) => panic!("fields of a kind {kind} are not known"),
         }
@@ -271,7 +290,7 @@ impl Api {
     /// The functions of a type, and the traits that it implements.
     fn impls(&self, impls: &Value) -> Vec<String> {
         let (mut members, mut traits) = (BTreeSet::new(), BTreeSet::new());
-        for inner in array(impls).iter().map(|of| self.inner(id(of)).1) {
+        for inner in self.shown(impls).map(|of| self.inner(of).1) {
             if !inner["trait"].is_null() {
                 traits.extend(self.implemented(inner));
                 continue;
@@ -281,7 +300,7 @@ impl Api {
                 true => String::new(),
                 false => format!("impl{params} {}{bounds}: ", self.ty(&inner["for"])),
             };
-            members.extend(array(&inner["items"]).iter().map(|member| format!("    {of}{}", self.member(id(member)))));
+            members.extend(self.shown(&inner["items"]).map(|member| format!("    {of}{}", self.member(member))));
         }
         members.into_iter().chain(Some(list(traits, ["    impl ", ""])).filter(|line| !line.is_empty())).collect()
     }
@@ -290,6 +309,10 @@ impl Api {
     fn implemented(&self, inner: &Value) -> Option<String> {
         let path = inner.get("trait").filter(|path| !path.is_null() && inner["blanket_impl"].is_null())?;
         let name = self.path(path);
+        // A trait that is not listed, such as a sealing one.
+        if self.is_ours(id(&path["id"])) && !self.names.contains_key(&id(&path["id"])) {
+            return None;
+        }
         if name == "StructuralPartialEq" || flag(&inner["is_synthetic"]) && !["Send", "Sync"].contains(&name.as_str()) {
             return None;
         }
@@ -470,13 +493,14 @@ impl Api {
         format!("{name}{}", list(arguments.chain(constraints), ["<", ">"]))
     }
 
-    /// What is not public here: another crate's by the crate and its own name, the standard library's by its name.
+    /// What is not listed: what is hidden here by its path, another crate's by the crate and its own name, the standard library's by its name.
     fn foreign(&self, of: u64) -> String {
         let path = array(&self.json["paths"][of.to_string()]["path"]);
         let (first, last) = (text(&path[0]), text(&path[path.len() - 1]));
         match first {
             "std" | "core" | "alloc" if self.names.values().any(|name| name == last) => format!("std::{last}"),
             "std" | "core" | "alloc" => last.into(),
+            "wgpu_attention" => path[1..].iter().map(text).collect::<Vec<_>>().join("::"),
             _ if path.len() == 1 => first.into(),
             _ => format!("{first}::{last}"),
         }
