@@ -3,8 +3,9 @@
 //     node tint.mjs PATH…
 //
 // One line per path: `passed PATH` or `failed PATH MESSAGE`, separated by tabs. No diagnostic is disabled, and a warning
-// is a failure too. A name that ends in `.file.wgsl` is an unspecialised shader file, which binds more buffers than any
-// variant: its module is compiled, but its pipeline is not.
+// is a failure too. Unspecialised shader files, and variants with many rules, bind more storage buffers than this adapter
+// offers (8, WebGPU's minimum; planning chooses such variants only where an adapter offers enough): their modules are
+// compiled, but not their pipelines.
 
 import { readFileSync, writeSync } from 'node:fs';
 import { create, globals } from 'webgpu';
@@ -23,7 +24,8 @@ async function faults(path) {
   device.pushErrorScope('validation');
   const module = device.createShaderModule({ code });
   const { messages } = await module.getCompilationInfo();
-  if (!path.endsWith('.file.wgsl') && !messages.some(({ type }) => type === 'error')) {
+  const buffers = code.match(/var<storage/g)?.length ?? 0;
+  if (buffers <= device.limits.maxStorageBuffersPerShaderStage && !messages.some(({ type }) => type === 'error')) {
     device.createComputePipeline({ layout: 'auto', compute: { module, entryPoint: 'main' } });
   }
   const error = await device.popErrorScope();
