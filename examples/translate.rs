@@ -2,15 +2,15 @@
 //! `./portability` runs. With `--gpu` it writes the SPIR-V that wgpu passes to a GPU's driver, of the variants that a GPU
 //! may be given, for `./gpu-compilers`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::{env, fs, io, thread};
 
 use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
-use wgpu_attention::kernels::catalogue::{Kernel, Variant, variants};
+use wgpu_attention::kernels::catalogue::{self, FlashAccess, FlashOptions, FlashTile, Kernel, Variant, variants};
 use wgpu_attention::kernels::plan::{self, AttentionOperands, InspectOperands};
-use wgpu_attention::kernels::{Capabilities, Method};
+use wgpu_attention::kernels::{Access, Capabilities, GpuKind, Method, Tile};
 use wgpu_attention::problem::{Layout, Positions, Problem};
 
 #[path = "../tests/portability/translate.rs"]
@@ -37,14 +37,11 @@ fn write_translations(folder: &Path, variant: &Variant) -> io::Result<()> {
     Ok(())
 }
 
-/// The workgroup of software adapters. No GPU is given a variant of this size.
-const SOFTWARE_WORKGROUP: u32 = 8;
-
-/// The kernels of plain calls on a GPU, each with a label: those that most calls run.
-fn defaults() -> wgpu_attention::Result<BTreeSet<(String, Variant)>> {
-    let mut all = BTreeSet::new();
-    for subgroup_min in [None, Some(8)] {
-        let adapter = Capabilities { subgroup_min, ..Capabilities::webgpu_minimum() };
+/// The kernels of plain calls on each kind of GPU, each with a label: those that most calls run.
+fn defaults() -> wgpu_attention::Result<BTreeMap<(String, Variant), Vec<GpuKind>>> {
+    let mut all: BTreeMap<(String, Variant), Vec<GpuKind>> = BTreeMap::new();
+    for kind in GpuKind::ALL {
+        let adapter = Capabilities { kind, ..Capabilities::webgpu_minimum() };
         let mut add = |what: &str, plan: plan::Plan| {
             for variant in plan.steps.into_iter().map(|step| step.variant) {
                 let kernel = variant.kernel.name();
@@ -52,8 +49,10 @@ fn defaults() -> wgpu_attention::Result<BTreeSet<(String, Variant)>> {
                     Kernel::Flash | Kernel::FlashTiled | Kernel::Inspect => format!("{kernel} {what}"),
                     _ => kernel.to_string(),
                 };
-                let label = if variant.uses_subgroups() { format!("{label}, subgroups") } else { label };
-                all.insert((label, variant));
+                let kinds = all.entry((label, variant)).or_default();
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
+                }
             }
         };
         for (method, dim, len_q, len_k) in [
@@ -87,7 +86,8 @@ fn defaults() -> wgpu_attention::Result<BTreeSet<(String, Variant)>> {
                 method,
                 tuned: None,
             };
-            add(&dim.to_string(), plan::attention(&problem, &operands, &adapter)?);
+            let few = if len_q == 1 { ", few rows" } else { "" };
+            add(&format!("{dim}{few}"), plan::attention(&problem, &operands, &adapter)?);
             let lse = Layout::contiguous(&[1, 8, len_q])?;
             let inspections = [("weights", [true, false, false]), ("sums", [false, true, false])];
             for (what, [weights, column_sums, entropy]) in inspections.into_iter().filter(|_| dim == 64 && len_q > 1) {
@@ -114,6 +114,18 @@ fn defaults() -> wgpu_attention::Result<BTreeSet<(String, Variant)>> {
         add("", plan::project((&x).into(), (&w).into(), Some(&bias), &[], &adapter)?);
     }
     Ok(all)
+}
+
+/// Every tile in workgroup memory at every width.
+fn tiles() -> impl Iterator<Item = Variant> {
+    let wide = Access::WIDE;
+    let access = FlashAccess { q: wide, k: wide, v: wide, o: wide };
+    let widths = [16, 32, 64, 128];
+    Tile::IN_MEMORY.into_iter().flat_map(move |tile| {
+        widths.map(|width4| {
+            catalogue::flash(FlashTile { tile, depth4: width4, cols4: width4 }, access, FlashOptions::default())
+        })
+    })
 }
 
 /// wgpu-hal's options for Vulkan 1.3 and a driver with `robustBufferAccess2`, which checks the bounds of buffers.
@@ -148,11 +160,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     fs::create_dir_all(folder)?;
     if for_gpus {
         let mut all: BTreeSet<Variant> =
-            variants().into_iter().filter(|variant| variant.workgroup_size() != SOFTWARE_WORKGROUP).collect();
+            variants().into_iter().filter(|one| GpuKind::ALL.iter().any(|&kind| one.is_given_to(kind))).collect();
         let defaults = defaults()?;
-        let lines: String = defaults.iter().map(|(label, variant)| format!("{label}\t{}\n", variant.name)).collect();
+        let joined = |kinds: &[GpuKind]| kinds.iter().map(|kind| format!("{kind:?}")).collect::<Vec<_>>().join(",");
+        let lines: String = (defaults.iter())
+            .map(|((label, variant), kinds)| format!("{label}\t{}\t{}\n", variant.name, joined(kinds)))
+            .collect();
         fs::write(folder.join("defaults.tsv"), lines)?;
-        all.extend(defaults.into_iter().map(|(_, variant)| variant));
+        all.extend(defaults.into_keys().map(|(_, variant)| variant));
+        all.extend(tiles());
+        let kinds =
+            |variant: &Variant| GpuKind::ALL.into_iter().filter(|&kind| variant.is_given_to(kind)).collect::<Vec<_>>();
+        let lines: String = all.iter().map(|one| format!("{}\t{}\n", one.name, joined(&kinds(one)))).collect();
+        fs::write(folder.join("given.tsv"), lines)?;
         for variant in all {
             write_spirv_for_gpus(folder, &variant)?;
         }

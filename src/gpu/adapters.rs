@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::turns::MESA_LOOP_TURNS;
-use crate::kernels::{AdapterClass, Capabilities, Variant};
+use crate::kernels::{AdapterClass, Capabilities, GpuKind, Variant};
 use crate::memory::system_memory;
 
 /// Which adapter to use, and how.
@@ -245,6 +245,7 @@ pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &G
     Capabilities {
         adapter: info.name.clone(),
         class,
+        kind: GpuKind::of(info.vendor, &info.name),
         subgroup_min: has_subgroups.then_some(info.subgroup_min_size),
         max_binding: limits.max_storage_buffer_binding_size,
         max_buffer: limits.max_buffer_size,

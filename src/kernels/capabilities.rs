@@ -1,5 +1,7 @@
 //! The adapter properties that planning uses.
 
+use super::gpu_kind::GpuKind;
+
 /// The kind of hardware behind an adapter. It decides the tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -17,6 +19,8 @@ pub struct Capabilities {
     pub adapter: String,
     /// Kind of hardware.
     pub class: AdapterClass,
+    /// Whose GPU it is.
+    pub kind: GpuKind,
     /// Smallest subgroup size that the adapter may use, if its subgroup operations are usable.
     pub subgroup_min: Option<u32>,
     /// Maximum bytes of one storage binding.
@@ -48,6 +52,7 @@ impl Capabilities {
         Capabilities {
             adapter: "WebGPU minimum".into(),
             class: AdapterClass::Gpu,
+            kind: GpuKind::Other,
             subgroup_min: None,
             max_binding: 128 << 20,
             max_buffer: 256 << 20,

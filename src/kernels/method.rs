@@ -1,7 +1,8 @@
 //! The methods that compute a call, and the tiles of the fused kernels.
 
 use super::capabilities::{AdapterClass, Capabilities};
-use super::catalogue::tiled_memory;
+use super::catalogue::TiledParts;
+use super::gpu_kind;
 use super::plan::rows_per_invocation;
 use crate::error::{Error, Result, value_error};
 use crate::problem::Problem;
@@ -11,8 +12,6 @@ use crate::problem::Problem;
 const WIDE4: usize = 192;
 /// Number of vec4s of Q and O that an invocation of a software adapter keeps; they fill its L1 cache.
 const KEPT: u32 = 256;
-/// Number of rows per key/value head from which tiles in workgroup memory are full.
-const LEAST_TILED_ROWS: usize = 16;
 /// Most bytes of scores per batch entry for which three passes compete with the fused kernel: tuning must not turn a
 /// call that stores no scores into one that fills the memory.
 const MOST_SCORES: usize = 64 << 20;
@@ -49,35 +48,41 @@ pub enum Tile {
         /// Number of lanes that share their loads through subgroup operations; 1: each lane loads for itself.
         share: u32,
     },
-    /// Keeps four rows per invocation, and 32 keys at a time, in workgroup memory (`flash_tiled.wgsl`).
+    /// Keeps parts of a block of rows and of `4 · across` keys in workgroup memory (`flash_tiled.wgsl`).
     Workgroup {
-        /// Invocations per workgroup, eight per four rows: 64 or 128.
+        /// Invocations per workgroup: 64, 128 or 256.
         workgroup: u32,
+        /// Query rows per invocation: 2, 4 or 8.
+        rows: u32,
+        /// Invocations that share these rows, each with four keys per step: 8 or 16.
+        across: u32,
     },
 }
 
 impl Tile {
-    /// Rows per invocation of [`Tile::Workgroup`].
-    pub const ROWS_IN_MEMORY: u32 = 4;
-    /// Keys per step of [`Tile::Workgroup`].
-    pub const KEYS_IN_MEMORY: u32 = 32;
-    /// Tiles with 32 and 64 rows per workgroup.
-    pub const ACROSS: u32 = 8;
-    /// 32 and 64 rows per workgroup, respectively 64 and 128 invocations.
-    const IN_MEMORY: [Tile; 2] = [Tile::Workgroup { workgroup: 64 }, Tile::Workgroup { workgroup: 128 }];
+    /// Every tile in workgroup memory.
+    pub const IN_MEMORY: [Tile; 8] = [
+        Tile::Workgroup { workgroup: 128, rows: 4, across: 8 },
+        Tile::Workgroup { workgroup: 64, rows: 4, across: 8 },
+        Tile::Workgroup { workgroup: 64, rows: 8, across: 8 },
+        Tile::Workgroup { workgroup: 128, rows: 4, across: 16 },
+        Tile::Workgroup { workgroup: 128, rows: 2, across: 16 },
+        Tile::Workgroup { workgroup: 64, rows: 4, across: 16 },
+        Tile::Workgroup { workgroup: 64, rows: 2, across: 16 },
+        Tile::Workgroup { workgroup: 64, rows: 1, across: 16 },
+    ];
 
     /// Invocations per workgroup.
     pub fn workgroup(self) -> u32 {
         match self {
-            Tile::Registers { workgroup, .. } | Tile::Workgroup { workgroup } => workgroup,
+            Tile::Registers { workgroup, .. } | Tile::Workgroup { workgroup, .. } => workgroup,
         }
     }
 
     /// Rows per invocation.
     pub fn rows(self) -> u32 {
         match self {
-            Tile::Registers { rows, .. } => rows,
-            Tile::Workgroup { .. } => Tile::ROWS_IN_MEMORY,
+            Tile::Registers { rows, .. } | Tile::Workgroup { rows, .. } => rows,
         }
     }
 
@@ -85,7 +90,7 @@ impl Tile {
     pub fn block_rows(self) -> usize {
         match self {
             Tile::Registers { workgroup, rows, .. } => (workgroup * rows) as usize,
-            Tile::Workgroup { workgroup } => (workgroup * Tile::ROWS_IN_MEMORY / Tile::ACROSS) as usize,
+            Tile::Workgroup { workgroup, rows, across } => (workgroup / across * rows) as usize,
         }
     }
 
@@ -107,8 +112,7 @@ impl Tile {
     /// The tile that runs unless another is chosen.
     pub(crate) fn default_for(problem: &Problem, adapter: &Capabilities) -> Tile {
         if adapter.class == AdapterClass::Gpu
-            && problem.group() * problem.len_q >= LEAST_TILED_ROWS
-            && let Some(tile) = Tile::IN_MEMORY.into_iter().find(|tile| tile.check(adapter).is_ok())
+            && let Some(tile) = Tile::of_gpu(problem, adapter).next()
         {
             return tile;
         }
@@ -123,26 +127,30 @@ impl Tile {
         Tile::Registers { workgroup, rows, keys, share }
     }
 
+    /// The tiles in workgroup memory that spill no registers on this kind of GPU, the default first.
+    fn of_gpu(problem: &Problem, adapter: &Capabilities) -> impl Iterator<Item = Tile> {
+        let tiles = gpu_kind::tiles(adapter.kind, problem.group() * problem.len_q, problem.dim_v);
+        tiles.into_iter().filter(|tile| tile.check(adapter).is_ok())
+    }
+
     /// At most `most` tiles worth trying for a call, the default first.
     pub fn candidates(problem: &Problem, adapter: &Capabilities, most: usize) -> Vec<Tile> {
         let default = Tile::default_for(problem, adapter);
-        let (workgroups, keys): (&[u32], &[u32]) = match adapter.class {
+        // On a GPU, tiles in registers spill or leave invocations idle.
+        let Tile::Registers { workgroup, rows, keys, share } = default else {
+            return Tile::of_gpu(problem, adapter).take(most.max(1)).collect();
+        };
+        let (workgroups, keys_per_step): (&[u32], &[u32]) = match adapter.class {
             AdapterClass::Cpu => (&[8], &[4, 8, 1]),
             AdapterClass::Gpu => (&[64, 128, 32], &[4, 8]),
         };
         // Four numbers of the default, to compare others with.
-        let first = match default {
-            Tile::Registers { workgroup, rows, keys, share } => [workgroup, rows, keys, share],
-            Tile::Workgroup { workgroup } => [workgroup, Tile::ROWS_IN_MEMORY, Tile::KEYS_IN_MEMORY, 1],
-        };
+        let first = [workgroup, rows, keys, share];
         let mut all = vec![default];
-        if adapter.class == AdapterClass::Gpu {
-            all.extend(Tile::IN_MEMORY.into_iter().filter(|tile| *tile != default && tile.check(adapter).is_ok()));
-        }
         let most_rows = most_rows(problem, adapter).max(4);
         let mut others = Vec::new();
         for &workgroup in workgroups {
-            for &keys in keys {
+            for &keys in keys_per_step {
                 for rows in [8, 4, 2, 1].into_iter().filter(|&rows| rows <= most_rows) {
                     for share in [first[3], 1] {
                         let tile = Tile::Registers { workgroup, rows, keys, share };
@@ -170,10 +178,14 @@ impl Tile {
         let rule = |rule: String| Err(value_error!("the tile {self} cannot run on {}: {rule}", adapter.adapter));
         let (workgroup, rows, keys, share) = match *self {
             Tile::Registers { workgroup, rows, keys, share } => (workgroup, rows, keys, share),
-            Tile::Workgroup { workgroup } => {
-                let needed = tiled_memory(workgroup);
+            Tile::Workgroup { workgroup, rows, across } => {
+                // At the width that needs the most.
+                let needed = TiledParts::new([workgroup, rows, across], [128, 128]).memory;
                 return if !Tile::IN_MEMORY.contains(self) {
-                    rule("a tile in workgroup memory has 64 or 128 invocations".into())
+                    rule(format!(
+                        "tiles in workgroup memory are {}",
+                        Tile::IN_MEMORY.map(|tile| tile.to_string()).join(", ")
+                    ))
                 } else if workgroup > adapter.max_invocations {
                     rule(format!("a workgroup has at most {} invocations", adapter.max_invocations))
                 } else if needed > adapter.workgroup_memory {
@@ -200,8 +212,8 @@ impl Tile {
     }
 }
 
-/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share loads; `workgroup64`: in
-/// workgroup memory, with 64 invocations.
+/// `rows8x8/keys8/subgroup8`: rows per invocation, invocations, keys, lanes that share loads; `rows4x128/across8`: in
+/// workgroup memory, rows per invocation, invocations, and how many of them share rows.
 impl std::fmt::Display for Tile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match *self {
@@ -209,7 +221,7 @@ impl std::fmt::Display for Tile {
                 write!(f, "rows{rows}x{workgroup}/keys{keys}")?;
                 if share > 1 { write!(f, "/subgroup{share}") } else { Ok(()) }
             }
-            Tile::Workgroup { workgroup } => write!(f, "workgroup{workgroup}"),
+            Tile::Workgroup { workgroup, rows, across } => write!(f, "rows{rows}x{workgroup}/across{across}"),
         }
     }
 }
@@ -218,10 +230,11 @@ impl std::str::FromStr for Tile {
     type Err = Error;
     fn from_str(text: &str) -> Result<Tile> {
         let parse = || {
-            if let Some(workgroup) = text.strip_prefix("workgroup") {
-                return Some(Tile::Workgroup { workgroup: workgroup.parse().ok()? });
-            }
             let (rows, rest) = text.strip_prefix("rows")?.split_once('x')?;
+            if let Some((workgroup, across)) = rest.split_once("/across") {
+                let [workgroup, rows, across] = [workgroup, rows, across].map(|n| n.parse().ok());
+                return Some(Tile::Workgroup { workgroup: workgroup?, rows: rows?, across: across? });
+            }
             let (workgroup, rest) = rest.split_once("/keys")?;
             let (keys, share) = rest.split_once("/subgroup").unwrap_or((rest, "1"));
             let [rows, workgroup, keys, share] = [rows, workgroup, keys, share].map(|n| n.parse().ok());
@@ -229,7 +242,7 @@ impl std::str::FromStr for Tile {
         };
         parse().ok_or_else(|| {
             value_error!(
-                "{text:?} is not a tile of the fused kernel; try rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
+                "{text:?} is not a tile of the fused kernel; try rows8x8/keys8/subgroup8, rows4x64/keys4 or rows4x128/across8"
             )
         })
     }
@@ -253,7 +266,8 @@ impl Method {
             (workgroup, 1, 8, 1),
         ];
         let tiles = tiles.map(|(workgroup, rows, keys, share)| Tile::Registers { workgroup, rows, keys, share });
-        for tile in tiles.into_iter().chain(Tile::IN_MEMORY) {
+        let in_memory = [0, 2, 3, 4, 7].map(|n| Tile::IN_MEMORY[n]);
+        for tile in tiles.into_iter().chain(in_memory) {
             if tile.check(adapter).is_ok() && !all.contains(&Method::Tile(tile)) {
                 all.push(Method::Tile(tile));
             }
@@ -284,7 +298,7 @@ impl std::str::FromStr for Method {
             tile => Method::Tile(tile.parse().map_err(|_| {
                 value_error!(
                     "{text:?} is not a method; use auto, three-passes, fused or a tile of the fused kernel, such as \
-                     rows8x8/keys8/subgroup8, rows4x64/keys4 or workgroup64"
+                     rows8x8/keys8/subgroup8, rows4x64/keys4 or rows4x128/across8"
                 )
             })?),
         })
@@ -313,7 +327,9 @@ mod tests {
 
     #[test]
     fn texts_are_read_as_written() {
-        for method in ["auto", "three passes", "fused", "rows8x8/keys8/subgroup8", "rows4x64/keys4", "workgroup64"] {
+        for method in
+            ["auto", "three passes", "fused", "rows8x8/keys8/subgroup8", "rows4x64/keys4", "rows4x128/across8"]
+        {
             assert_eq!(method.parse::<Method>().unwrap().to_string(), method);
         }
         assert_eq!("three-passes".parse::<Method>().unwrap(), Method::ThreePasses);

@@ -4,6 +4,7 @@
 pub mod access;
 mod capabilities;
 pub mod catalogue;
+pub mod gpu_kind;
 mod method;
 pub mod params;
 mod parts;
@@ -15,6 +16,7 @@ pub mod turns;
 pub use access::{Access, Operand};
 pub use capabilities::{AdapterClass, Capabilities};
 pub use catalogue::{Kernel, Variant, variant_names, variant_source};
+pub use gpu_kind::GpuKind;
 pub(crate) use method::three_passes_compete;
 pub use method::{Method, Tile};
 pub use plan::{Binding, Cost, Plan, Slot, Step};

@@ -9,7 +9,7 @@
 //!
 //! An unrolled loop ([`specialise`](super::specialise())) has no iterations.
 
-use super::catalogue::{FlashTile, MatvecTile, RowTile};
+use super::catalogue::{FlashTile, MatvecTile, ProjectTile, RowTile, TiledParts};
 use super::method::Tile;
 
 /// The iterations that Mesa's software drivers (lavapipe, llvmpipe) allow an invocation: 65,535, less a margin.
@@ -66,20 +66,24 @@ pub fn flash(flash: FlashTile, block_mask: bool) -> Turns {
     let [depth4, cols4] = [flash.depth4, flash.cols4].map(u64::from);
     // Finding the next block: a check per step, and one iteration per skipped block, whose own steps are saved.
     let next = 1 + u64::from(block_mask);
-    if let Tile::Registers { keys, .. } = flash.tile {
-        // Loads parts of Q and stores parts of O; with rotary positions the loop is shorter.
-        let before = counted(depth4) + counted(cols4) + 2 * next;
-        let keys = u64::from(keys);
-        let main = Turns { before, each: next + counted(keys), step: keys };
-        return main.and(not_finite(cols4));
-    }
-    let (across, rows) = (u64::from(Tile::ACROSS), u64::from(flash.tile.rows()));
-    let (k_parts, v_parts) = (depth4.div_ceil(across), cols4.div_ceil(across));
-    let part = 1 + counted(across);
-    let each = next + counted(k_parts * part) + rows * (counted(across) + counted(v_parts)) + counted(v_parts * part);
-    // Joins the sums and signs of a row.
-    let before = 2 * next + 2 * rows * counted(across) + counted(v_parts);
-    Turns { before, each, step: u64::from(Tile::KEYS_IN_MEMORY) }.and(not_finite(cols4.div_ceil(across)))
+    let (main, columns) = match flash.tile {
+        Tile::Registers { keys, .. } => {
+            // Loads parts of Q and stores parts of O; with rotary positions the loop is shorter.
+            let before = counted(depth4) + counted(cols4) + 2 * next;
+            let keys = u64::from(keys);
+            (Turns { before, each: next + counted(keys), step: keys }, cols4)
+        }
+        Tile::Workgroup { workgroup, rows, across } => {
+            let parts = TiledParts::new([workgroup, rows, across], [flash.depth4, flash.cols4]);
+            let [k_parts, v_parts, v_strips] = [parts.k_parts, parts.v_parts, parts.v_strips].map(u64::from);
+            let across = u64::from(across);
+            let each = next + counted(k_parts) + v_strips * counted(v_parts);
+            // Joins the sums and signs of a row.
+            let before = 2 * next + 2 * u64::from(rows.div_ceil(4)) * counted(across);
+            (Turns { before, each, step: u64::from(parts.keys) }, cols4.div_ceil(across))
+        }
+    };
+    main.and(not_finite(columns))
 }
 
 /// Iterations of `scores.wgsl`, by keys of a block; `chunks` of the width.
@@ -91,6 +95,11 @@ pub fn scores(chunks: usize) -> Turns {
 /// Iterations of `weighted_sum.wgsl`, by keys of a slice.
 pub fn weighted_sum(tile: RowTile) -> Turns {
     Turns { before: 1, each: 1, step: 4 }.and(not_finite(u64::from(tile.depth4)))
+}
+
+/// Iterations of `project_tiled.wgsl`, by the width.
+pub fn project_tiled() -> Turns {
+    Turns { before: 1, each: 1, step: u64::from(ProjectTile::DEPTH) }
 }
 
 /// Iterations of `softmax.wgsl`, by elements of a row.

@@ -32,21 +32,21 @@ SAMPLE = 20  # of what is on record, one in so many is compiled all the same
 WORSE = 0.005  # of a share, what rounding may take
 COLUMNS = "gpu variant hash result subgroup registers spills fills scratch shared waves code seconds share".split()
 
-Gpu = collections.namedtuple("Gpu", "name label driver shim environment every")
+Gpu = collections.namedtuple("Gpu", "name label kind driver shim environment every")
 NVK = {"NVK_I_WANT_A_BROKEN_VULKAN_DRIVER": "1"}
-# `every`: whether a GPU takes every variant, or the default kernels only.
+# `kind`: whose default kernels it runs. `every`: whether it takes every variant, or the default kernels only.
 GPUS = [
-    Gpu("polaris10", "AMD Polaris 10 (GCN 4)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "polaris10"}, False),
-    Gpu("navi21", "AMD Navi 21 (RDNA 2)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi21"}, True),
-    Gpu("navi31", "AMD Navi 31 (RDNA 3)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi31"}, True),
-    Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
-    Gpu("turing", "NVIDIA Turing (TU102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
-    Gpu("ampere", "NVIDIA Ampere (GA102)", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
-    Gpu("adreno740", "Qualcomm Adreno 740", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, True),
-    Gpu("m1", "Apple M1", "asahi", "asahi", {}, True),
-    Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, False),
-    Gpu("dg2", "Intel DG2 (Xe-HPG)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "dg2"}, False),
-    Gpu("bmg", "Intel Battlemage (Xe2)", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "bmg"}, False),
+    Gpu("polaris10", "AMD Polaris 10 (GCN 4)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "polaris10"}, False),
+    Gpu("navi21", "AMD Navi 21 (RDNA 2)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi21"}, True),
+    Gpu("navi31", "AMD Navi 31 (RDNA 3)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi31"}, True),
+    Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
+    Gpu("turing", "NVIDIA Turing (TU102)", "Nvidia", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
+    Gpu("ampere", "NVIDIA Ampere (GA102)", "Nvidia", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
+    Gpu("adreno740", "Qualcomm Adreno 740", "Qualcomm", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, True),
+    Gpu("m1", "Apple M1", "Apple", "asahi", "asahi", {}, True),
+    Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "Intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, True),
+    Gpu("dg2", "Intel DG2 (Xe-HPG)", "Intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "dg2"}, False),
+    Gpu("bmg", "Intel Battlemage (Xe2)", "Intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "bmg"}, False),
 ]
 
 # What each driver calls the columns, and by what its number is multiplied.
@@ -239,13 +239,13 @@ def of_gpu(gpu, texts, defaults, rows, full, take):
     return len(todo), next((compiler.device for compiler in all_compilers if compiler.device), "")
 
 
-def pages(rows, texts, defaults):
-    """The tables of docs/gpu.md."""
+def pages(rows, given, defaults):
+    """The tables of docs/gpu.md. `given`: the kinds of GPUs that may be given each variant."""
     gpus = [gpu for gpu in GPUS if any(key[0] == gpu.name for key in rows)]
     out = ["| GPU | variants | that spill | refused, crashed | over 10 s | code, KB, most | processor time, s |",
            "|---|---:|---:|---:|---:|---:|---:|"]
     for gpu in gpus:
-        of = [row for row in rows.values() if row["gpu"] == gpu.name]
+        of = [row for row in rows.values() if row["gpu"] == gpu.name and gpu.kind in given[row["variant"]]]
         count = lambda test: sum(1 for row in of if test(row))
         code = max(number(row["code"]) for row in of) / 1000
         over = count(lambda row: row["result"] == "time-out")
@@ -259,9 +259,10 @@ def pages(rows, texts, defaults):
         out.append("")
         out.append(f"| {title} | " + " | ".join(gpu.name for gpu in of) + " |")
         out.append("|---|" + "---:|" * len(of))
-        for label, variant in defaults:
+        for label in dict.fromkeys(label for label, _, _ in defaults):
             line = []
             for gpu in of:
+                variant = next(variant for of, variant, kinds in defaults if of == label and gpu.kind in kinds)
                 row = rows.get((gpu.name, variant))
                 line.append("" if row is None else row["result"] if row["result"] != "ok" else cell(row))
             out.append(f"| {label} | " + " | ".join(line) + " |")
@@ -304,8 +305,13 @@ def main():
         texts[path.name.removesuffix(".spv").replace(".", "/")] = (path, digest)
     lines = pathlib.Path(folder, "defaults.tsv").read_text().splitlines()
     natural = lambda label: [(int(word), "") if word.isdigit() else (0, word) for word in label.replace(",", " ,").split()]
-    defaults = sorted((line.split("\t") for line in lines), key=lambda default: natural(default[0]))
-    of_defaults = {variant: texts[variant] for _, variant in defaults}
+    fields = (line.split("\t") for line in lines)
+    defaults = sorted(((label, variant, kinds.split(",")) for label, variant, kinds in fields),
+                      key=lambda default: natural(default[0]))
+
+    lines = pathlib.Path(folder, "given.tsv").read_text().splitlines()
+    given = collections.defaultdict(list, ((variant, kinds.split(",")) for variant, kinds in
+                                           (line.split("\t") for line in lines)))
 
     rows = read_table()
     if TABLE.exists() and TABLE.read_text().splitlines()[0] != version():
@@ -319,6 +325,7 @@ def main():
             print(f"{gpu.label} is not to be had here: no fake kernel driver", file=sys.stderr)
             continue
         began = time.monotonic()
+        of_defaults = {variant: texts[variant] for _, variant, kinds in defaults if gpu.kind in kinds}
         ours = texts if gpu.every else of_defaults
         compared = collections.Counter()
         saved = [began]
@@ -356,7 +363,7 @@ def main():
               f"{time.monotonic() - began:.0f} s: {words}", file=sys.stderr)
     for line in news[:20] if not write else []:
         print(line, file=sys.stderr)
-    written = pages(rows, texts, defaults)
+    written = pages(rows, given, defaults)
     print(written)
     bad_page = check_page(written, write)
     if write and bad:

@@ -4,13 +4,6 @@ use super::{Body, Changes, Kernel, MASK_BLOCK, RelativeKind, RowTile, Rules, Var
 use crate::kernels::access::{self, Access};
 use crate::kernels::method::Tile;
 
-/// Bytes of workgroup memory of `flash_tiled.wgsl`: four vec4s and four numbers per invocation, the tile of keys, one
-/// flag.
-pub const fn tiled_memory(workgroup: u32) -> u32 {
-    let keys_part = Tile::KEYS_IN_MEMORY * Tile::ACROSS * 16;
-    workgroup.saturating_mul(Tile::ROWS_IN_MEMORY * 20).saturating_add(keys_part + 4)
-}
-
 /// The tile of `flash.wgsl` and `flash_tiled.wgsl`, and the number of vec4s of a row that it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashTile {
@@ -20,6 +13,58 @@ pub struct FlashTile {
     pub depth4: u32,
     /// vec4s of a value.
     pub cols4: u32,
+}
+
+/// The parts that `flash_tiled.wgsl` keeps in workgroup memory; see there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TiledParts {
+    /// Rows of invocations.
+    down: u32,
+    /// Keys of a step.
+    pub keys: u32,
+    /// vec4s of a part of each row and key.
+    part4: u32,
+    /// Number of parts of a key.
+    pub k_parts: u32,
+    /// vec4s of a part of each value, per invocation.
+    v_at_once: u32,
+    /// Number of parts of the values: strips of columns, and parts of the keys.
+    pub v_strips: u32,
+    /// See `v_strips`.
+    pub v_parts: u32,
+    /// vec4s of numbers per row.
+    rows4: u32,
+    /// Unused vec4s per element of the rows' part: invocations of different rows are in one subgroup.
+    row_pad: u32,
+    /// Bytes of workgroup memory.
+    pub memory: u32,
+}
+
+impl TiledParts {
+    /// The parts of a tile with `workgroup` invocations, for keys and values of so many vec4s.
+    pub fn new([workgroup, rows, across]: [u32; 3], [depth4, cols4]: [u32; 2]) -> TiledParts {
+        let down = workgroup / across;
+        // As much as fits 16 KiB together with the weights, and as little as keeps what is unrolled out of registers.
+        let part4 = if across == 16 || rows == 8 { 4 } else { 8 };
+        let v_at_once = if cols4 > across { 2 } else { 1 };
+        let v_parts = across * v_at_once / part4;
+        let (rows4, row_pad) = (rows.div_ceil(4), u32::from(across < 16));
+        let rows_part = workgroup * rows + row_pad * down * v_parts;
+        let keys_part = (4 * part4 + 1) * across;
+        TiledParts {
+            down,
+            keys: 4 * across,
+            part4,
+            k_parts: depth4.div_ceil(part4),
+            v_at_once,
+            v_strips: cols4.div_ceil(across * v_at_once),
+            v_parts,
+            rows4,
+            row_pad,
+            // Two numbers at the end.
+            memory: 16 * (rows_part + keys_part + workgroup * rows4) + 8,
+        }
+    }
 }
 
 /// How the operands of `flash.wgsl` are read and written.
@@ -83,15 +128,20 @@ pub fn flash(flash_tile: FlashTile, access: FlashAccess, options: FlashOptions) 
         ("any_not_finite", "let any_not_finite = subgroupAny(any(has_not_finite));"),
     ];
     let (mut changes, keys, lanes) = match tile {
-        Tile::Workgroup { workgroup } => {
-            name.push_str(&format!("/rows{}x{workgroup}", tile.rows()));
+        Tile::Workgroup { workgroup, rows, across } => {
+            name.push_str(&format!("/rows{rows}x{workgroup}/across{across}"));
+            let parts = TiledParts::new([workgroup, rows, across], [depth4, cols4]);
             let changes = Changes::default()
                 .number("WORKGROUP", workgroup)
-                .number("BLOCK_ROWS", tile.block_rows() as u32)
-                .number("KEY_LOADS", Tile::KEYS_IN_MEMORY * Tile::ACROSS / workgroup)
-                .number("K_PARTS", depth4.div_ceil(Tile::ACROSS))
-                .number("V_PARTS", cols4.div_ceil(Tile::ACROSS));
-            (changes, Tile::KEYS_IN_MEMORY, None)
+                .number("ROWS", rows)
+                .number("ACROSS", across)
+                .number("PART4", parts.part4)
+                .number("V_AT_ONCE", parts.v_at_once)
+                .number("V_STRIPS", parts.v_strips)
+                .number("ROW_LOADS", (rows * parts.part4).div_ceil(across))
+                .number("ROWS4", parts.rows4)
+                .number("ROW_PAD", parts.row_pad);
+            (changes, parts.keys, None)
         }
         Tile::Registers { workgroup, rows, keys, share: lanes } => {
             let changes =
@@ -137,6 +187,8 @@ pub fn flash(flash_tile: FlashTile, access: FlashAccess, options: FlashOptions) 
     // A bias is added even if nothing is hidden.
     if !block_mask || rules.biases > 0 {
         changes = changes.line("block_is_full", "fn block_is_full(work: Work, j: u32) -> bool { return false; }");
+    } else {
+        changes = changes.number("BLOCKS", keys.div_ceil(MASK_BLOCK));
     }
     changes = sink(changes, rules.sink, &mut name);
     if lanes.is_some() {

@@ -2,9 +2,10 @@
 
 mod flash;
 
-pub use flash::{FlashAccess, FlashOptions, FlashRotary, FlashTile, flash, tiled_memory};
+pub use flash::{FlashAccess, FlashOptions, FlashRotary, FlashTile, TiledParts, flash};
 
 use super::access::{self, Access};
+use super::gpu_kind::{self, GpuKind};
 use super::method::Tile;
 use super::params::{self, Fields, Member};
 use super::specialise::{Body, Changes, as_it_stands, specialise};
@@ -66,6 +67,8 @@ kernels! {
     Inspect(Inspect) => "inspect",
     /// `Y = X·Wᵀ + b`.
     Project(Project) => "project",
+    /// Like [`Kernel::Project`], through tiles in workgroup memory.
+    ProjectTiled(Project) => "project_tiled",
     /// Like [`Kernel::Project`], for few rows of X.
     Matvec(Project) => "matvec",
     /// Averages weights over heads.
@@ -136,12 +139,43 @@ impl Variant {
         changed.and_then(|text| text.trim_end_matches('u').parse().ok()).unwrap_or(as_it_stands)
     }
 
+    /// Invocations, rows and invocations per row of `flash_tiled.wgsl`, and vec4s of a key and a value.
+    fn tile_in_memory(&self) -> ([u32; 3], [u32; 2]) {
+        let [rows, across, depth4, cols4] =
+            [("ROWS", 4), ("ACROSS", 8), ("DEPTH4", 16), ("COLS4", 16)].map(|(name, or)| self.number(name, or));
+        ([self.workgroup_size(), rows, across], [depth4, cols4])
+    }
+
+    /// Whether planning or tuning may choose the variant on a GPU of this kind.
+    pub fn is_given_to(&self, kind: GpuKind) -> bool {
+        match self.kernel {
+            // GPUs have `flash_tiled.wgsl`, and `project_tiled.wgsl`.
+            Kernel::Flash | Kernel::Project => false,
+            Kernel::FlashTiled => {
+                let ([workgroup, rows, across], [_, cols4]) = self.tile_in_memory();
+                let tile = Tile::Workgroup { workgroup, rows, across };
+                [4, 8, 16, 17].into_iter().any(|rows| gpu_kind::tiles(kind, rows, 4 * cols4 as usize).contains(&tile))
+            }
+            Kernel::Scores | Kernel::WeightedSum | Kernel::Inspect
+                if self.number("ROWS", 1) > gpu_kind::rows_in_registers(kind) =>
+            {
+                false
+            }
+            // The workgroup of software adapters.
+            _ => self.workgroup_size() != 8,
+        }
+    }
+
     /// Bytes of workgroup memory the variant declares.
     pub fn workgroup_memory(&self) -> u32 {
         let workgroup = self.workgroup_size();
         match self.kernel {
             Kernel::Softmax if !self.changes.blocks.contains_key("join_sum") => softmax_memory(workgroup),
-            Kernel::FlashTiled => tiled_memory(workgroup),
+            Kernel::FlashTiled => {
+                let (numbers, widths) = self.tile_in_memory();
+                TiledParts::new(numbers, widths).memory
+            }
+            Kernel::ProjectTiled => ProjectTile::MEMORY,
             // One f32 per product, after lanes have summed theirs.
             Kernel::Matvec => 4 * workgroup / self.number("SHARE", 1) * self.number("ROWS", 1) * self.number("OUTS", 4),
             Kernel::Normalise if !self.changes.blocks.contains_key("join_sum") => 4 * workgroup,
@@ -457,6 +491,41 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     Variant { kernel: Kernel::Project, changes, name }
 }
 
+/// The tile of `project_tiled.wgsl`.
+pub struct ProjectTile;
+
+impl ProjectTile {
+    /// Invocations per workgroup.
+    pub const WORKGROUP: u32 = 128;
+    /// Rows per workgroup.
+    pub const ROWS: u32 = 64;
+    /// Outputs per workgroup.
+    pub const OUTS: u32 = 64;
+    /// Columns that it sums at a time.
+    pub const DEPTH: u32 = 16;
+    /// Bytes of workgroup memory: 16 vec4s for each four rows and each four outputs, and what keeps them in different
+    /// banks.
+    pub const MEMORY: u32 = 16 * (8 * 33 + 16 * 17);
+}
+
+/// A variant of `project_tiled.wgsl`.
+pub fn project_tiled(x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
+    let mut name = format!("project_tiled/rows8x{}{}", ProjectTile::WORKGROUP, if padded { "/padded" } else { "" });
+    let changes = Changes::default().number("WORKGROUP", ProjectTile::WORKGROUP).flag("PADDED", padded);
+    let mut changes = access::load(changes, &access::X, x);
+    changes = access::load(changes, &access::W, w);
+    if wide_y {
+        changes = stored_in_fours(changes);
+    }
+    access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
+    if !bias {
+        changes = changes.line("add_bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
+    } else {
+        name.push_str("/bias");
+    }
+    Variant { kernel: Kernel::ProjectTiled, changes, name }
+}
+
 /// The tile of `matvec.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatvecTile {
@@ -641,24 +710,36 @@ pub fn variants() -> Vec<Variant> {
         Rules { relative: Some(RelativeKind::Fours), ..Rules::default() },
     ];
     let with_sink = Rules { sink: true, ..Rules::default() };
+    let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
+    let mut mixed =
+        vec![FlashAccess { k: narrow, v: narrow, ..all_wide }, FlashAccess { q: narrow, o: narrow, ..all_wide }];
+    for stored in [Dtype::F16, Dtype::BF16] {
+        let [wide, narrow] = halves(stored);
+        mixed.push(FlashAccess { q: wide, k: wide, v: wide, o: wide });
+        mixed.push(FlashAccess { q: narrow, k: narrow, v: narrow, o: Access::NARROW });
+    }
     for (workgroup, share, depth4) in
-        [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (64, 8, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]
+        [(8, 1, 16), (8, 4, 16), (8, 8, 16), (64, 1, 8), (8, 4, 13), (8, 8, 10), (8, 4, 1)]
     {
-        for rows in [1, 2, 4] {
+        // GPUs take no more than two.
+        let most = if workgroup == 8 { 4 } else { 2 };
+        for rows in [1, 2, 4].into_iter().filter(|&rows| rows <= most) {
             let tile = RowTile { workgroup, rows, share, depth4 };
-            let wide_choices: &[bool] = if rows == 4 { &[true, false] } else { &[true] };
+            let wide_choices: &[bool] = if rows == most { &[true, false] } else { &[true] };
             for &is_wide in wide_choices {
                 let access = if is_wide { Access::WIDE } else { Access::NARROW };
                 for rules in rules {
-                    if rows < 4 && rules != Rules::default() {
+                    if rows < most && rules != Rules::default() {
                         continue;
                     }
                     all.push(scores(tile, [access; 2], !is_wide, rules.masks == 1, rules, 2));
                     all.push(weighted_sum(tile, access, access, false, rules));
                 }
-                all.push(project(tile, access, access, is_wide, !is_wide, is_wide));
+                if workgroup == 8 {
+                    all.push(project(tile, access, access, is_wide, !is_wide, is_wide));
+                }
             }
-            if rows == 4 {
+            if rows == most {
                 let (f16, bf16) = (halves(Dtype::F16), halves(Dtype::BF16));
                 let plain = Rules::default();
                 all.push(scores(tile, [wide, narrow], true, true, plain, 0));
@@ -669,8 +750,10 @@ pub fn variants() -> Vec<Variant> {
                 all.push(weighted_sum(tile, wide, narrow, true, plain));
                 all.extend([wide, narrow].map(|o| weighted_sum(tile, narrow, o, false, with_sink)));
                 all.push(weighted_sum(tile, f16[0], narrow, false, plain));
-                all.push(project(tile, wide, narrow, false, true, true));
-                all.push(project(tile, f16[0], bf16[0], true, false, true));
+                if workgroup == 8 {
+                    all.push(project(tile, wide, narrow, false, true, true));
+                    all.push(project(tile, f16[0], bf16[0], true, false, true));
+                }
             }
         }
     }
@@ -683,66 +766,26 @@ pub fn variants() -> Vec<Variant> {
         (8, 8, 32, 16, 2),
         (8, 8, 128, 128, 1),
         (8, 4, 1, 3, 4),
-        (64, 1, 16, 16, Tile::KEYS_IN_MEMORY),
-        (128, 1, 5, 33, Tile::KEYS_IN_MEMORY),
     ] {
-        let plain = FlashOptions::default();
         for rows in [1, 4] {
-            let tile = match keys {
-                Tile::KEYS_IN_MEMORY if rows != Tile::ROWS_IN_MEMORY => continue,
-                Tile::KEYS_IN_MEMORY => Tile::Workgroup { workgroup },
-                _ => Tile::Registers { workgroup, rows, keys, share },
-            };
-            let tile = FlashTile { tile, depth4, cols4 };
-            let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
-            let all_narrow = FlashAccess { q: narrow, k: narrow, v: narrow, o: narrow };
-            for (n, rules) in rules.into_iter().enumerate() {
-                let access = if n == 2 { all_narrow } else { all_wide };
-                if rows == 4 || n == 0 {
-                    let options = FlashOptions { padded: [n == 2; 2], softcap: n == 2, lse: true, rules, ..plain };
-                    all.push(flash(tile, access, options));
-                    if rules.masks > 0 || rules.biases > 0 {
-                        all.push(flash(tile, access, FlashOptions { block_mask: true, ..options }));
-                    }
-                }
-            }
-            let mut mixed = vec![
-                FlashAccess { k: narrow, v: narrow, ..all_wide },
-                FlashAccess { q: narrow, o: narrow, ..all_wide },
-            ];
-            for stored in [Dtype::F16, Dtype::BF16] {
-                let [wide, narrow] = halves(stored);
-                mixed.push(FlashAccess { q: wide, k: wide, v: wide, o: wide });
-                mixed.push(FlashAccess { q: narrow, k: narrow, v: narrow, o: Access::NARROW });
-            }
-            for banded in [false, true] {
-                let rules = Rules { banded, ..Rules::default() };
-                all.push(flash(tile, all_wide, FlashOptions { lse: banded, rules, packed: true, ..plain }));
-            }
-            for interleaved in [false, true] {
-                let rotary = Some(FlashRotary { pairs4: depth4.div_ceil(2), interleaved });
-                let banded = Rules { banded: interleaved, ..Rules::default() };
-                all.push(flash(tile, all_wide, FlashOptions { rotary, rules: banded, ..plain }));
-            }
-            let by_distance = Rules { relative: Some(RelativeKind::Fours), ..Rules::default() };
-            all.push(flash(tile, all_wide, FlashOptions { rules: by_distance, neighbours: true, ..plain }));
-            all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));
-            all.push(flash(
-                tile,
-                all_narrow,
-                FlashOptions {
-                    padded: [true; 2],
-                    softcap: true,
-                    lse: true,
-                    rules: Rules { masks: 1, ..with_sink },
-                    ..plain
-                },
-            ));
-            all.push(flash(tile, all_wide, FlashOptions { lse: true, rules: with_sink, packed: true, ..plain }));
-            for access in mixed {
-                all.push(flash(tile, access, FlashOptions { padded: [true, false], ..plain }));
-            }
+            let tile = FlashTile { tile: Tile::Registers { workgroup, rows, keys, share }, depth4, cols4 };
+            all.extend(fused_variants(tile, if rows == 4 { &rules } else { &rules[..1] }, &mixed));
         }
+    }
+    // All rules for the tiles of many rows and those of few.
+    for (tile, depth4, cols4, most) in [
+        (Tile::IN_MEMORY[0], 16, 16, rules.len()),
+        (Tile::IN_MEMORY[1], 5, 12, 1),
+        (Tile::IN_MEMORY[2], 16, 16, 1),
+        (Tile::IN_MEMORY[3], 16, 16, rules.len()),
+        (Tile::IN_MEMORY[3], 32, 32, 3),
+        (Tile::IN_MEMORY[4], 128, 128, 1),
+        (Tile::IN_MEMORY[5], 5, 33, 1),
+        (Tile::IN_MEMORY[6], 1, 3, 1),
+        (Tile::IN_MEMORY[7], 32, 32, rules.len()),
+    ] {
+        let mixed = if most == rules.len() { &mixed } else { &mixed[..1] };
+        all.extend(fused_variants(FlashTile { tile, depth4, cols4 }, &rules[..most], mixed));
     }
     all.extend([merge(true, wide), merge(true, narrow), merge(false, narrow), merge_pair()]);
     all.extend([Dtype::F16, Dtype::BF16].map(|stored| merge(false, Access { wide: true, stored })));
@@ -755,9 +798,9 @@ pub fn variants() -> Vec<Variant> {
         (8, 4, 8, 16, 1),
         (8, 1, 4, 1, 1),
         (8, 1, 8, 66, 2),
-        (64, 2, 1, 16, 1),
-        (64, 2, 8, 16, 1),
-        (64, 1, 4, 27, 3),
+        (64, 1, 1, 8, 2),
+        (64, 2, 1, 4, 1),
+        (64, 1, 1, 7, 3),
     ] {
         let tile = RowTile { workgroup, rows, share, depth4 };
         for inspection in [Inspection::Weights, Inspection::ColumnSums, Inspection::Entropy] {
@@ -784,6 +827,12 @@ pub fn variants() -> Vec<Variant> {
         all.extend([matvec(tile, wide, wide, true), matvec(tile, narrow, narrow, false)]);
         all.extend([Dtype::F16, Dtype::BF16].map(|stored| matvec(tile, wide, halves(stored)[0], true)));
     }
+    for (x, w) in [(wide, wide), (narrow, narrow), (wide, narrow)] {
+        all.extend([true, false].map(|wide_y| project_tiled(x, w, wide_y, !wide_y, wide_y)));
+    }
+    all.extend(
+        [Dtype::F16, Dtype::BF16].map(|stored| project_tiled(halves(stored)[0], halves(stored)[0], true, false, true)),
+    );
     all.extend([mean_heads(false), mean_heads(true)]);
     all.extend([Dtype::F32, Dtype::F16, Dtype::BF16].map(copy));
     all.extend([probe(8), probe(64)]);
@@ -811,6 +860,44 @@ pub fn variants() -> Vec<Variant> {
     }
     let mut seen = std::collections::BTreeSet::new();
     all.retain(|variant| seen.insert(variant.name.clone()));
+    all
+}
+
+/// Variants of a fused kernel with each of `rules`, and with what it does besides, once each.
+fn fused_variants(tile: FlashTile, rules: &[Rules], mixed: &[FlashAccess]) -> Vec<Variant> {
+    let mut all = Vec::new();
+    let [wide, narrow] = [Access::WIDE, Access::NARROW];
+    let all_wide = FlashAccess { q: wide, k: wide, v: wide, o: wide };
+    let all_narrow = FlashAccess { q: narrow, k: narrow, v: narrow, o: narrow };
+    let plain = FlashOptions::default();
+    let with_sink = Rules { sink: true, ..Rules::default() };
+    for (n, &rules) in rules.iter().enumerate() {
+        let access = if n == 2 { all_narrow } else { all_wide };
+        let options = FlashOptions { padded: [n == 2; 2], softcap: n == 2, lse: true, rules, ..plain };
+        all.push(flash(tile, access, options));
+        if rules.masks > 0 || rules.biases > 0 {
+            all.push(flash(tile, access, FlashOptions { block_mask: true, ..options }));
+        }
+    }
+    for banded in [false, true] {
+        let rules = Rules { banded, ..Rules::default() };
+        all.push(flash(tile, all_wide, FlashOptions { lse: banded, rules, packed: true, ..plain }));
+    }
+    for interleaved in [false, true] {
+        let rotary = Some(FlashRotary { pairs4: tile.depth4.div_ceil(2), interleaved });
+        let banded = Rules { banded: interleaved, ..Rules::default() };
+        all.push(flash(tile, all_wide, FlashOptions { rotary, rules: banded, ..plain }));
+    }
+    let by_distance = Rules { relative: Some(RelativeKind::Fours), ..Rules::default() };
+    all.push(flash(tile, all_wide, FlashOptions { rules: by_distance, neighbours: true, ..plain }));
+    all.push(flash(tile, all_wide, FlashOptions { rules: with_sink, ..plain }));
+    let masked = Rules { masks: 1, ..with_sink };
+    let options = FlashOptions { padded: [true; 2], softcap: true, lse: true, rules: masked, ..plain };
+    all.push(flash(tile, all_narrow, options));
+    all.push(flash(tile, all_wide, FlashOptions { lse: true, rules: with_sink, packed: true, ..plain }));
+    for &access in mixed {
+        all.push(flash(tile, access, FlashOptions { padded: [true, false], ..plain }));
+    }
     all
 }
 

@@ -355,7 +355,7 @@ impl<'a> Sweep<'a> {
         // adapter.
         let most = match self.adapter.class {
             AdapterClass::Cpu => 128,
-            AdapterClass::Gpu => 32,
+            AdapterClass::Gpu => 8,
         };
         let mut tile = tile_within(self.adapter, outer, self.call.problem.dim_k.div_ceil(4), most as usize);
         while tile.rows > 1 && tile.rows * tile.depth4 > most {

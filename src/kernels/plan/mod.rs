@@ -37,6 +37,7 @@ use bytemuck::Pod;
 use super::access::Operand;
 use super::capabilities::{AdapterClass, Capabilities};
 use super::catalogue::{RelativeKind, RowTile, Variant};
+use super::gpu_kind;
 use super::method::Method;
 use super::turns;
 use crate::error::{Error, Result};
@@ -366,12 +367,18 @@ fn tile_within(adapter: &Capabilities, rows: usize, depth4: usize, most_depth: u
         depth4 = depth4.next_multiple_of(2);
     }
     let share = match adapter.subgroup_min {
+        // On Adreno, broadcasts spill hundreds of registers; on others they save little.
+        _ if adapter.class == AdapterClass::Gpu => 1,
         // Lanes share whole loads, so 4 · depth4 vec4s must divide evenly.
         Some(8..) if depth4.is_multiple_of(2) && workgroup >= 8 => 8,
         Some(4..) if workgroup >= 4 => 4,
         _ => 1,
     };
-    let rows = rows_per_invocation(rows, workgroup, 4);
+    let most_rows = match adapter.class {
+        AdapterClass::Cpu => 4,
+        AdapterClass::Gpu => gpu_kind::rows_in_registers(adapter.kind),
+    };
+    let rows = rows_per_invocation(rows, workgroup, most_rows);
     RowTile { workgroup, rows, share, depth4 }
 }
 

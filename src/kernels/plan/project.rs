@@ -2,7 +2,7 @@
 
 use super::super::access::{Access, Operand};
 use super::super::capabilities::{AdapterClass, Capabilities};
-use super::super::catalogue::{self, MatvecTile, RowTile};
+use super::super::catalogue::{self, MatvecTile, ProjectTile, RowTile};
 use super::super::params::{self, View};
 use super::super::turns;
 use super::slice::{Part, halving, slice, window};
@@ -81,7 +81,11 @@ pub fn project(
             planner.few_rows(params, access, bindings)?;
         } else {
             let wide_y = dim_out.is_multiple_of(4) && o.start.is_multiple_of(4);
-            planner.many_rows(params, access, wide_y, bindings)?;
+            if planner.takes_tiles(dim_in) {
+                planner.tiled_rows(params, access, wide_y, bindings)?;
+            } else {
+                planner.many_rows(params, access, wide_y, bindings)?;
+            }
         }
     }
     // Extra rows are copied; a row of zeros is filled.
@@ -126,6 +130,36 @@ impl Planner<'_> {
         let cost = Cost { turns: turns::matvec(tile).of(params.dim_in as usize), operations: operations(&params) };
         self.push_costly(
             catalogue::matvec(tile, x, w, has_bias(&bindings)),
+            u64::from(row_blocks) * u64::from(out_blocks),
+            cost,
+            |workgroups| params::Project { row_blocks, out_blocks, workgroups, ..params },
+            bindings,
+        )
+    }
+
+    /// Whether the product runs in workgroup memory.
+    fn takes_tiles(&self, dim_in: usize) -> bool {
+        let adapter = self.adapter;
+        adapter.class == AdapterClass::Gpu
+            && adapter.max_invocations >= ProjectTile::WORKGROUP
+            && adapter.workgroup_memory >= ProjectTile::MEMORY
+            && turns::project_tiled().of(dim_in) <= adapter.loop_turns()
+    }
+
+    /// Computes the rows that `params` specify, in tiles in workgroup memory.
+    fn tiled_rows(
+        &mut self,
+        params: params::Project,
+        [x, w]: [Access; 2],
+        wide_y: bool,
+        bindings: Vec<Binding>,
+    ) -> Result<()> {
+        let row_blocks = params.rows.div_ceil(ProjectTile::ROWS);
+        let out_blocks = params.dim_out.div_ceil(ProjectTile::OUTS);
+        let padded = !params.dim_in.is_multiple_of(ProjectTile::DEPTH);
+        let cost = Cost { turns: turns::project_tiled().of(params.dim_in as usize), operations: operations(&params) };
+        self.push_costly(
+            catalogue::project_tiled(x, w, wide_y, padded, has_bias(&bindings)),
             u64::from(row_blocks) * u64::from(out_blocks),
             cost,
             |workgroups| params::Project { row_blocks, out_blocks, workgroups, ..params },
