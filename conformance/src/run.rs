@@ -491,7 +491,7 @@ impl Case {
             let layout = Layout::contiguous(&[1, heads, len_q, len_k]).unwrap();
             let layout = layout.broadcast_to(&problem.mask_shape()).unwrap();
             let mut inputs = inputs.clone();
-            inputs.biases.push(View { data: &values, layout: &layout });
+            inputs.rules.biases.push(View { data: &values, layout: &layout });
             Truth::new(problem, &inputs)
         }))
     }

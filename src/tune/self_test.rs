@@ -90,18 +90,21 @@ impl Case {
                 q: View { data: &values[0], layout: &q_layout },
                 k: View { data: &values[1], layout: &k_layout },
                 v: View { data: &values[2], layout: laid.v.layout() },
-                masks: (masks.iter().zip(&laid.masks))
-                    .map(|((data, meaning), mask)| {
-                        (View { data: data.as_slice(), layout: mask.tensor().layout() }, *meaning)
-                    })
-                    .collect(),
-                biases: (biases.iter().zip(&laid.biases))
-                    .map(|(data, bias)| View { data: data.as_slice(), layout: bias.layout() })
-                    .chain(from_distance.iter().map(|data| View { data, layout: &distance_layout }))
-                    .collect(),
-                sink: (sink.iter().zip(&laid.sink))
-                    .map(|(data, sink)| View { data: data.as_slice(), layout: sink.layout() })
-                    .next(),
+                rules: reference::Rules {
+                    masks: (masks.iter().zip(&laid.masks))
+                        .map(|((data, meaning), mask)| {
+                            (View { data: data.as_slice(), layout: mask.tensor().layout() }, *meaning)
+                        })
+                        .collect(),
+                    biases: (biases.iter().zip(&laid.biases))
+                        .map(|(data, bias)| View { data: data.as_slice(), layout: bias.layout() })
+                        .chain(from_distance.iter().map(|data| View { data, layout: &distance_layout }))
+                        .collect(),
+                    sink: (sink.iter().zip(&laid.sink))
+                        .map(|(data, sink)| View { data: data.as_slice(), layout: sink.layout() })
+                        .next(),
+                    ..reference::Rules::default()
+                },
             },
         );
         let half_ulp = match operands.q.dtype() {

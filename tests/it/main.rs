@@ -8,6 +8,7 @@ mod distance;
 mod encode;
 mod executor;
 mod export;
+mod gradcheck;
 mod guide;
 mod half;
 mod inspect;
