@@ -455,7 +455,7 @@ const FAULTS: [Fault; 10] = [
     ("the softcap", |rules, _| rules.softcap = Some(1e9)),
     ("dropout", |rules, _| rules.dropout = None),
     ("which batch entry it is", |rules, _| rules.first_batch = 1),
-    ("a mask", |rules, _| drop(rules.masks.pop())),
+    ("a mask", |rules, _| rules.masks.truncate(1)),
     ("a bias", |rules, _| rules.biases[0] = rules.biases[1]),
     ("how columns are paired", |rules, _| rules.rotary.as_mut().unwrap().interleaved = true),
     ("the sink", |rules, _| rules.sink = None),

@@ -31,4 +31,5 @@ mod rotary;
 mod shaders;
 mod shapes;
 mod sink;
+mod stored_gradients;
 mod tune;

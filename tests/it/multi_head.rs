@@ -1,7 +1,7 @@
 //! The layer on every device, against projections and attention in f64.
 
 use crate::distance::Distance;
-use crate::kit::{assert_close, bits, devices, gpus, noise, rounding, wide};
+use crate::kit::{Wide, assert_close, bits, devices, gpus, noise, rounding, wide};
 use crate::rotary::written_out;
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
@@ -28,21 +28,6 @@ struct Asked<'a> {
     distance: Option<&'a Distance>,
 }
 
-/// A tensor in f64.
-struct Wide {
-    data: Vec<f64>,
-    layout: Layout,
-}
-
-impl Wide {
-    fn new(shape: &[usize], data: Vec<f64>) -> Wide {
-        Wide { data, layout: Layout::contiguous(shape).unwrap() }
-    }
-    fn view(&self) -> View<'_> {
-        View { data: &self.data, layout: &self.layout }
-    }
-}
-
 /// A layer's output and averaged weights in f64, from its state dict: `[batch, len, dim]` inputs.
 fn truth(
     config: &MultiHeadConfig,
@@ -60,18 +45,11 @@ fn truth(
     // The weights and biases of queries, keys and values, packed or not.
     let packed = get("in_proj_weight");
     let weights = [0, 1, 2].map(|n| match &packed {
-        Some(all) => {
-            let rows = all.layout.narrow(0, widths[..n].iter().sum(), widths[n]).unwrap();
-            Wide { data: all.data.clone(), layout: rows }
-        }
+        Some(all) => all.rows(widths[..n].iter().sum(), widths[n]),
         None => get(["q_proj_weight", "k_proj_weight", "v_proj_weight"][n]).unwrap(),
     });
     let all_biases = get("in_proj_bias");
-    let biases = [0, 1, 2].map(|n| {
-        let all = all_biases.as_ref()?;
-        let rows = all.layout.narrow(0, widths[..n].iter().sum(), widths[n]).unwrap();
-        Some(Wide { data: all.data.clone(), layout: rows })
-    });
+    let biases = [0, 1, 2].map(|n| Some(all_biases.as_ref()?.rows(widths[..n].iter().sum(), widths[n])));
     let norms = [0, 1].map(|n| {
         let norm = config.norm?;
         let kind = if norm.kind == NormKind::Rms { "norm" } else { "layernorm" };
