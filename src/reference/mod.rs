@@ -241,6 +241,30 @@ mod tests {
     }
 
     #[test]
+    fn dropout_drops_weights_and_divides_the_others() {
+        // Values are the unit vectors, so that the output is the weights after dropout.
+        let (len, dropout) = (8, Dropout::new(0.5, 11, 0).unwrap());
+        let unit: Vec<f64> = (0..len * len).map(|at| f64::from(u8::from(at / len == at % len))).collect();
+        let (shape, ones) = (layout(&[1, 1, len, len]), vec![0.1; len * len]);
+        let sizes = [1, 1, len, len];
+        let problem = Problem::new(&sizes, &sizes, &sizes, None, None, &Positions::default(), 0).unwrap();
+        let view = |data| View { data, layout: &shape };
+        let mut inputs = Inputs::new(view(&ones), view(&ones), view(&unit));
+        let plain = attention(&problem, &inputs);
+        inputs.rules.dropout = Some(dropout);
+        inputs.rules.first_batch = 3;
+        let out = attention(&problem, &inputs);
+        assert_eq!((&out.lse, &out.weights), (&plain.lse, &plain.weights));
+        for i in 0..len {
+            for j in 0..len {
+                let kept = dropout.keeps([3, 0, i, j]);
+                assert_eq!(out.output[i * len + j], if kept { 2.0 * plain.weights[i * len + j] } else { 0.0 });
+            }
+        }
+        assert!(out.output.contains(&0.0) && out.output.iter().any(|&x| x > 0.0));
+    }
+
+    #[test]
     fn grouped_heads_read_their_own_key() {
         let out =
             run(&[0.0; 4], &[0.0; 2], &[1.0, 2.0], [[1, 4, 1, 1], [1, 2, 1, 1], [1, 2, 1, 1]], &Positions::default());

@@ -13,7 +13,7 @@ pub fn attention_packed(problem: &Problem, inputs: &Inputs<'_>, sequences: &[Seq
         Outputs { output: vec![0.0; heads_q * total * dim_v], lse: vec![0.0; heads_q * total], weights: vec![] };
     for (n, sequence) in sequences.iter().enumerate() {
         let one = One::new(problem, inputs, sequence, n);
-        let outputs = one.with_inputs(inputs, |problem, inputs| attention(problem, inputs));
+        let outputs = one.with_inputs(inputs, attention);
         one.place_queries(&outputs.output, &mut all.output, heads_q, dim_v);
         one.place_queries(&outputs.lse, &mut all.lse, heads_q, 1);
     }
