@@ -38,7 +38,7 @@ pub struct Projection<'a> {
     pub bias: Option<View<'a>>,
 }
 
-/// A norm of each head (if as wide as one), or of all heads of a token together; see [`normalise`].
+/// A norm of each head (if as wide as one), or of all heads of a token together; see [`normalise()`].
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<'a> {
     /// As wide as what is normalised together.
