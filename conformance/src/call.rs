@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem};
-use wgpu_attention::reference::{self, Inputs, Inspected, View};
+use wgpu_attention::reference::{self, Inputs, Inspected, Rules, View};
 use wgpu_attention::{Align, Attended, Attention, Device, Dtype, Element, Mask, Method, Result, Tensor, Weights};
 
 use crate::compare::assert_close;
@@ -259,11 +259,14 @@ impl Call {
             q: View { data: &q, layout: &ql },
             k: View { data: &k, layout: &kl },
             v: View { data: &v, layout: &vl },
-            masks: (self.masks.iter().zip(&data.masks).zip(&mask_layouts))
-                .map(|(((_, meaning), data), layout)| (View { data, layout }, *meaning))
-                .collect(),
-            biases: biases.iter().zip(&bias_layouts).map(|(data, layout)| View { data, layout }).collect(),
-            sink: sink.as_ref().map(|data| View { data, layout: &sink_layout }),
+            rules: Rules {
+                masks: (self.masks.iter().zip(&data.masks).zip(&mask_layouts))
+                    .map(|(((_, meaning), data), layout)| (View { data, layout }, *meaning))
+                    .collect(),
+                biases: biases.iter().zip(&bias_layouts).map(|(data, layout)| View { data, layout }).collect(),
+                sink: sink.as_ref().map(|data| View { data, layout: &sink_layout }),
+                ..Rules::default()
+            },
         };
         compute(&problem, &inputs)
     }

@@ -11,6 +11,7 @@ mod hostile;
 mod loops;
 mod probe;
 mod run;
+mod stored;
 mod truth;
 
 pub use call::{Call, Data, Order, bits, narrow, noise, place, upload, wide};
@@ -23,4 +24,5 @@ pub use golden::{SOURCES, case_folder, golden, golden_names};
 pub use hostile::refused;
 pub use probe::one_workgroup;
 pub use run::{Expected, Got};
+pub use stored::{Stored, Wide};
 pub use truth::Truth;

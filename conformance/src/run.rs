@@ -5,8 +5,8 @@ use rand_pcg::Pcg64;
 use wgpu_attention::position::alibi;
 use wgpu_attention::position::t5::Buckets;
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig};
-use wgpu_attention::problem::{Layout, Problem, Rows};
-use wgpu_attention::reference::{self, View};
+use wgpu_attention::problem::{Layout, Rows};
+use wgpu_attention::reference::{self, Distance, View};
 use wgpu_attention::{
     Align, Attended, Attention, Device, Dtype, ExportedCall, Gpu, Inspect, KvCache, KvCacheConfig, Method, Result,
     ScoreStage, Tensor, Weights, merge, project, softmax,
@@ -16,6 +16,7 @@ use crate::call::{Call, Data, Order, noise, upload, wide};
 use crate::case::{Case, Op};
 use crate::compare::{half_ulp, largest, rounding};
 use crate::loops;
+use crate::stored::Wide;
 use crate::truth::Truth;
 
 /// A result from a device, in row-major order.
@@ -264,33 +265,31 @@ impl Case {
                 ]
             }
             Op::Alibi => {
-                let slopes = alibi::slopes(heads).expect("heads are few");
-                let away = |i: usize, j: usize| (i as i64 + offset(&call) - j as i64).abs() as f64;
-                self.biased(&call, &data, |h, i, j| -f64::from(slopes[h]) * away(i, j), both)
+                let slopes = Wide::new(&[heads], wide(&alibi::slopes(heads).expect("heads are few")));
+                both(positioned(&call, &data, Some(Distance::Alibi { slopes: slopes.view() }), None))
             }
             Op::T5 => {
-                let table = more(call.seed, BUCKETS.num_buckets * heads);
-                let bucket = |i: usize, j: usize| {
-                    BUCKETS.bucket(j as i64 - i as i64 - offset(&call)).expect("buckets of good sizes")
-                };
-                self.biased(&call, &data, |h, i, j| f64::from(table[bucket(i, j) * heads + h]), both)
+                let shape = [BUCKETS.num_buckets, heads];
+                let table = Wide::new(&shape, wide(&more(call.seed, shape[0] * shape[1])));
+                // Distances beyond have the same buckets as the last ones.
+                let far = BUCKETS.max_distance as i64;
+                let bucket = |distance| BUCKETS.bucket(distance).expect("buckets of good sizes");
+                let buckets: Vec<usize> = (-far..=far).map(bucket).collect();
+                let distance = Distance::T5 { table: table.view(), first: -far, buckets: &buckets };
+                both(positioned(&call, &data, Some(distance), None))
             }
             Op::Rotary => {
                 let config = rotary(&call);
-                let len = len_q + offset(&call) as usize + len_k;
-                let [cos, sin] = config.tables(len).expect("a small table");
-                let [cos, sin] =
-                    [cos, sin].map(|table| (Layout::contiguous(table.shape()).unwrap(), wide(table.data())));
-                let interleaved = config.pairing == Pairing::Interleaved;
-                let rotate = |shape: [usize; 4], values: &[f32], start: usize| {
-                    let (values, layout) = (wide(values), Layout::contiguous(&shape).unwrap());
-                    let [cos, sin] = [&cos, &sin].map(|(layout, data)| View { data, layout });
-                    let x = View { data: &values, layout: &layout };
-                    reference::rotate(x, cos, sin, interleaved, &Rows::From(start))
+                let first = offset(&call) as usize;
+                let tables = config.tables(len_q + first + len_k).expect("a small table");
+                let [cos, sin] = tables.map(|table| Wide::new(table.shape(), wide(table.data())));
+                let rotary = reference::Rotary {
+                    cos: cos.view(),
+                    sin: sin.view(),
+                    interleaved: config.pairing == Pairing::Interleaved,
+                    rows: [Rows::From(first), Rows::From(0)],
                 };
-                let q = rotate(call.q, &data.q, offset(&call) as usize);
-                let k = rotate(call.k, &data.k, 0);
-                both(call.with_operands(&data, [q, k, wide(&data.v)], Truth::new))
+                both(positioned(&call, &data, None, Some(rotary)))
             }
             Op::Packed => {
                 let lens = ragged(&call);
@@ -475,27 +474,6 @@ impl Case {
         }
     }
 
-    /// The truth with an additional bias `[h, i, j]`.
-    fn biased(
-        &self,
-        call: &Call,
-        data: &Data,
-        bias: impl Fn(usize, usize, usize) -> f64,
-        both: impl Fn(Truth) -> Vec<Expected>,
-    ) -> Vec<Expected> {
-        let [_, heads, len_q, _] = call.q;
-        let len_k = call.k[2];
-        let values: Vec<f64> =
-            (0..heads * len_q * len_k).map(|at| bias(at / (len_q * len_k), at / len_k % len_q, at % len_k)).collect();
-        both(call.with_inputs(data, |problem: &Problem, inputs| {
-            let layout = Layout::contiguous(&[1, heads, len_q, len_k]).unwrap();
-            let layout = layout.broadcast_to(&problem.mask_shape()).unwrap();
-            let mut inputs = inputs.clone();
-            inputs.biases.push(View { data: &values, layout: &layout });
-            Truth::new(problem, &inputs)
-        }))
-    }
-
     /// Scores that are spread uniformly and widely.
     fn scores(&self, shape: [usize; 4]) -> Vec<f32> {
         let values = more(self.seed, shape.iter().product());
@@ -552,6 +530,20 @@ impl Case {
         let v = pack(|data| &data.v, call.v[1], call.v[3])?;
         pair(&attention.lse(true).forward_packed(&q, &k, &v, &starts(0), &starts(1))?)
     }
+}
+
+/// The truth of a call with positions.
+fn positioned(
+    call: &Call,
+    data: &Data,
+    distance: Option<Distance<'_>>,
+    rotary: Option<reference::Rotary<'_>>,
+) -> Truth {
+    call.with_inputs(data, |problem, inputs| {
+        let mut inputs = inputs.clone();
+        (inputs.rules.distance, inputs.rules.rotary) = (distance, rotary);
+        Truth::new(problem, &inputs)
+    })
 }
 
 /// Concatenates results `[b, h, i, …]` along the queries.

@@ -2,15 +2,17 @@
 //!
 //! `S = scale · Q·Kᵀ` → softcap → `+ bias` → mask → softmax over keys → `· V`, per batch and head.
 
+mod dropout;
 mod dtype;
 mod layout;
 mod wanted;
 
+pub use dropout::{Dropout, philox};
 pub use dtype::{Dtype, Element};
 pub(crate) use layout::in_order_of;
 pub use layout::{Layout, checked_len};
-pub use wanted::Weights;
 pub(crate) use wanted::{Chosen, Wanted};
+pub use wanted::{WantedGradients, Weights};
 
 use crate::error::{Result, shape_error, value_error};
 

@@ -26,6 +26,34 @@ pub(crate) struct Wanted {
     pub scores: Option<ScoreStage>,
 }
 
+/// Which gradients a backward call returns. Those of operands that the call does not have are not returned in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WantedGradients {
+    /// Of the queries.
+    pub q: bool,
+    /// Of the keys.
+    pub k: bool,
+    /// Of the values.
+    pub v: bool,
+    /// Of each additive bias.
+    pub biases: bool,
+    /// Of the sink.
+    pub sink: bool,
+    /// Of ALiBi's slopes, T5's table or the relative keys.
+    pub distance: bool,
+    /// Of the scale.
+    pub scale: bool,
+}
+
+impl WantedGradients {
+    /// No gradient.
+    pub const NONE: WantedGradients =
+        WantedGradients { q: false, k: false, v: false, biases: false, sink: false, distance: false, scale: false };
+    /// Every gradient, that of the scale included.
+    pub const ALL: WantedGradients =
+        WantedGradients { q: true, k: true, v: true, biases: true, sink: true, distance: true, scale: true };
+}
+
 /// The heads and queries of an inspection, and what it returns for them.
 pub(crate) struct Chosen {
     pub heads: Vec<usize>,

@@ -1,27 +1,37 @@
-//! The reference: plain f64 loops, one readable function per shader. For tests, checks and the tuner's self-tests; the
-//! library never uses it to compute results.
+//! The reference: plain f64 loops, one readable function per shader, and the backward of each. For tests, checks and the
+//! tuner's self-tests; the library never uses it to compute results. Finite differences check the backward
+//! (`tests/it/gradcheck.rs`).
 //!
 //! Operands are strided views of f64; results are row-major.
 
+mod backward;
+mod distance;
 mod gate;
 mod inspect;
+mod layer;
 mod normalise;
+mod packed;
 mod position;
 mod project;
 mod scores;
 mod softmax;
 mod weighted_sum;
 
-pub use gate::gate;
+pub use backward::{Cotangents, Gradients, backward};
+pub use distance::Distance;
+pub use gate::{gate, gate_backward};
 pub use inspect::{Inspected, inspect};
-pub use normalise::normalise;
-pub use position::{add_positions, relative, rotate};
-pub use project::project;
+pub use layer::{Layer, LayerGradients, LayerInputs, LayerOutputs, Norm, Projection, layer, layer_backward};
+pub use normalise::{NormGradients, normalise, normalise_backward};
+pub use packed::{attention_packed, backward_packed};
+pub use position::{add_positions, add_positions_backward, rotate, rotate_backward};
+pub use project::{ProjectGradients, project, project_backward};
 pub use scores::scores;
 pub use softmax::softmax;
-pub use weighted_sum::weighted_sum;
 
-use crate::problem::{Layout, MaskMeaning, Problem, ScoreStage};
+use crate::problem::{Dropout, Layout, MaskMeaning, Problem, Rows, ScoreStage};
+use scores::Positioned;
+use weighted_sum::weighted_sum;
 
 /// A strided view.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +49,7 @@ impl<T: Copy> View<'_, T> {
     }
 }
 
-/// The operands of a call: four axes each, masks and biases broadcast to [`Problem::mask_shape`].
+/// The operands of a call: four axes each.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     /// `[b, hq, i, d]`
@@ -48,17 +58,76 @@ pub struct Inputs<'a> {
     pub k: View<'a>,
     /// `[b, hkv, j, d]`
     pub v: View<'a>,
+    /// The rules that read numbers of their own.
+    pub rules: Rules<'a>,
+}
+
+/// The rules of a call that are not in its [`Problem`]. Masks and biases are broadcast to [`Problem::mask_shape`].
+#[derive(Clone, Debug, Default)]
+pub struct Rules<'a> {
     /// Boolean masks.
     pub masks: Vec<(View<'a, bool>, MaskMeaning)>,
     /// Additive biases; −∞ masks.
     pub biases: Vec<View<'a>>,
     /// `[hq]`: one extra score per head, without a value.
     pub sink: Option<View<'a>>,
+    /// The factor on `Q·Kᵀ` in f64, in place of the problem's.
+    pub scale: Option<f64>,
+    /// The cap in f64, in place of the problem's.
+    pub softcap: Option<f64>,
+    /// Rotates queries and keys before their product.
+    pub rotary: Option<Rotary<'a>>,
+    /// Adds a bias by distance, after the softcap.
+    pub distance: Option<Distance<'a>>,
+    /// Drops weights, after LSE and returned weights are computed.
+    pub dropout: Option<Dropout>,
+    /// What dropout counts batch entries from: a packed sequence is a call of its own, but not the first batch entry.
+    pub first_batch: usize,
+    /// Whether the output of a query that may attend to nothing is the mean of all values of its head, hidden ones
+    /// included, not 0.
+    pub mean_where_empty: bool,
 }
 
-impl Inputs<'_> {
+/// Rotary positions; see [`rotate`].
+#[derive(Clone, Debug)]
+pub struct Rotary<'a> {
+    /// `[row, pairs]`
+    pub cos: View<'a>,
+    /// `[row, pairs]`
+    pub sin: View<'a>,
+    /// Whether adjacent columns form a pair.
+    pub interleaved: bool,
+    /// The rows of queries and of keys.
+    pub rows: [Rows; 2],
+}
+
+impl Rules<'_> {
+    fn scale(&self, problem: &Problem) -> f64 {
+        self.scale.unwrap_or(f64::from(problem.scale))
+    }
+
+    fn softcap(&self, problem: &Problem) -> Option<f64> {
+        self.softcap.or(problem.softcap.map(f64::from))
+    }
+
+    /// What dropout multiplies the weight of a pair by: 0, or `1 / (1 − p)`.
+    fn dropout_factor(&self, [b, h, i, j]: [usize; 4]) -> f64 {
+        match self.dropout {
+            None => 1.0,
+            Some(dropout) if dropout.keeps([self.first_batch + b, h, i, j]) => dropout.factor(),
+            Some(_) => 0.0,
+        }
+    }
+}
+
+impl<'a> Inputs<'a> {
+    /// Without rules.
+    pub fn new(q: View<'a>, k: View<'a>, v: View<'a>) -> Inputs<'a> {
+        Inputs { q, k, v, rules: Rules::default() }
+    }
+
     fn sink_of(&self, h: usize) -> f64 {
-        self.sink.map_or(f64::NEG_INFINITY, |sink| sink.at(&[h]))
+        self.rules.sink.map_or(f64::NEG_INFINITY, |sink| sink.at(&[h]))
     }
 }
 
@@ -69,28 +138,15 @@ pub struct Outputs {
     pub output: Vec<f64>,
     /// `[b, hq, i]`
     pub lse: Vec<f64>,
-    /// `[b, hq, i, j]`
+    /// `[b, hq, i, j]`, before dropout
     pub weights: Vec<f64>,
-}
-
-/// Whether query `i` may see key `j`.
-pub fn visible(problem: &Problem, inputs: &Inputs<'_>, b: usize, h: usize, i: usize, j: usize) -> bool {
-    if j >= problem.maskable_keys() {
-        return true;
-    }
-    let band = problem.band(b);
-    let (row, key) = (i as i64, j as i64);
-    let in_band = key < i64::from(band.keys) && key >= row + i64::from(band.lo) && key <= row + i64::from(band.hi);
-    in_band
-        && inputs.masks.iter().all(|(mask, meaning)| mask.at(&[b, h, i, j]) == (*meaning == MaskMeaning::Keep))
-        && inputs.biases.iter().all(|bias| bias.at(&[b, h, i, j]) != f64::NEG_INFINITY)
 }
 
 /// `softmax(scale · Q·Kᵀ …) · V`.
 pub fn attention(problem: &Problem, inputs: &Inputs<'_>) -> Outputs {
-    let s = scores(problem, inputs, ScoreStage::Masked);
-    let (weights, lse) = weigh(problem, inputs, &s);
-    let output = weighted_sum(problem, inputs, &weights);
+    let call = Positioned::new(problem, inputs);
+    let (weights, lse) = weigh(problem, inputs, &call.scores(ScoreStage::Masked));
+    let output = weighted_sum(&call, problem, inputs, &weights);
     Outputs { output, lse, weights }
 }
 
@@ -126,7 +182,7 @@ mod tests {
         let view = |data, layout| View { data, layout };
         let (q, k, v) = (view(q, &qs), view(k, &ks), view(v, &vs));
         let sink = sink.map(|sink| view(sink, &sinks));
-        attention(&problem, &Inputs { q, k, v, masks: vec![], biases: vec![], sink })
+        attention(&problem, &Inputs { q, k, v, rules: Rules { sink, ..Rules::default() } })
     }
 
     #[test]
@@ -182,6 +238,30 @@ mod tests {
                 assert!(if sees { out.weights[0].is_nan() } else { out.weights[0] == 0.0 });
             }
         }
+    }
+
+    #[test]
+    fn dropout_drops_weights_and_divides_the_others() {
+        // Values are the unit vectors, so that the output is the weights after dropout.
+        let (len, dropout) = (8, Dropout::new(0.5, 11, 0).unwrap());
+        let unit: Vec<f64> = (0..len * len).map(|at| f64::from(u8::from(at / len == at % len))).collect();
+        let (shape, ones) = (layout(&[1, 1, len, len]), vec![0.1; len * len]);
+        let sizes = [1, 1, len, len];
+        let problem = Problem::new(&sizes, &sizes, &sizes, None, None, &Positions::default(), 0).unwrap();
+        let view = |data| View { data, layout: &shape };
+        let mut inputs = Inputs::new(view(&ones), view(&ones), view(&unit));
+        let plain = attention(&problem, &inputs);
+        inputs.rules.dropout = Some(dropout);
+        inputs.rules.first_batch = 3;
+        let out = attention(&problem, &inputs);
+        assert_eq!((&out.lse, &out.weights), (&plain.lse, &plain.weights));
+        for i in 0..len {
+            for j in 0..len {
+                let kept = dropout.keeps([3, 0, i, j]);
+                assert_eq!(out.output[i * len + j], if kept { 2.0 * plain.weights[i * len + j] } else { 0.0 });
+            }
+        }
+        assert!(out.output.contains(&0.0) && out.output.iter().any(|&x| x > 0.0));
     }
 
     #[test]

@@ -29,6 +29,17 @@ pub fn rotate(x: View<'_>, cos: View<'_>, sin: View<'_>, interleaved: bool, rows
     y
 }
 
+/// The gradient by X of [`rotate`], from that of its result: rotated back by the same angles. (The tables may also hold a
+/// factor, by which both are multiplied.)
+///
+/// ```text
+/// dx₀ = dy₀·cos + dy₁·sin     dx₁ = dy₁·cos − dy₀·sin
+/// ```
+pub fn rotate_backward(dy: View<'_>, cos: View<'_>, sin: View<'_>, interleaved: bool, rows: &Rows) -> Vec<f64> {
+    let negative: Vec<f64> = sin.data.iter().map(|sin| -sin).collect();
+    rotate(dy, cos, View { data: &negative, layout: sin.layout }, interleaved, rows)
+}
+
 /// X `[b, i, d]` plus the rows of `table` `[row, d]`.
 pub fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f64> {
     let &[batch, len, dim] = x.layout.shape() else { panic!("X has three axes") };
@@ -43,18 +54,17 @@ pub fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f64> {
     y
 }
 
-/// `factor · X[b, h, i, column(j − i)]` for X `[b, h, i, column]`: `[b, h, i, j]`.
-pub fn relative(x: View<'_>, column: impl Fn(i64) -> usize, len_k: usize, factor: f64) -> Vec<f64> {
-    let &[batch, heads, len_q, _] = x.layout.shape() else { panic!("X has four axes") };
-    let mut bias = Vec::with_capacity(batch * heads * len_q * len_k);
+/// The gradient of the `table` `[row, d]` of [`add_positions`], from that of its result `[b, i, d]`: for each row the sum
+/// over the tokens that read it. The gradient by X is that of the result.
+pub fn add_positions_backward(dy: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f64> {
+    let &[batch, len, dim] = dy.layout.shape() else { panic!("X has three axes") };
+    let mut d_table = vec![0.0; table.layout.len()];
     for b in 0..batch {
-        for h in 0..heads {
-            for i in 0..len_q {
-                for j in 0..len_k {
-                    bias.push(factor * x.at(&[b, h, i, column(j as i64 - i as i64)]));
-                }
+        for i in 0..len {
+            for d in 0..dim {
+                d_table[rows.of(b, i, len) * dim + d] += dy.at(&[b, i, d]);
             }
         }
     }
-    bias
+    d_table
 }

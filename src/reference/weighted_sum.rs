@@ -1,22 +1,32 @@
-use super::{Inputs, visible};
+use super::Inputs;
+use super::scores::{Positioned, rows};
 use crate::problem::Problem;
 
-/// `O = P·V` over visible keys: `[b, hq, i, d]`, row-major. The contents of masked values do not count.
-pub fn weighted_sum(problem: &Problem, inputs: &Inputs<'_>, weights: &[f64]) -> Vec<f64> {
+/// `O = P·V` over visible keys: `[b, hq, i, d]`, row-major. The contents of masked values do not count. Dropout, if any,
+/// drops weights, whose values then do not count either, and divides the others by `1 − p`.
+pub(super) fn weighted_sum(call: &Positioned<'_>, problem: &Problem, inputs: &Inputs<'_>, weights: &[f64]) -> Vec<f64> {
     let Problem { batch, heads_q, len_q, len_k, dim_v, .. } = *problem;
     let mut o = vec![0.0; batch * heads_q * len_q * dim_v];
-    let index = (0..batch).flat_map(|b| (0..heads_q).flat_map(move |h| (0..len_q).map(move |i| [b, h, i])));
-    for (row, [b, h, i]) in index.enumerate() {
+    for (row, [b, h, i]) in rows([batch, heads_q, len_q]).enumerate() {
+        let o = &mut o[row * dim_v..][..dim_v];
         let sink = inputs.sink_of(h);
         if sink.is_nan() || sink == f64::INFINITY {
-            o[row * dim_v..][..dim_v].fill(f64::NAN);
+            o.fill(f64::NAN);
         }
-        for j in 0..len_k {
-            if !visible(problem, inputs, b, h, i, j) {
+        let value = |j: usize, d: usize| inputs.v.at(&[b, h / problem.group(), j, d]);
+        let sees = |j: usize| call.visible([b, h, i, j]);
+        if inputs.rules.mean_where_empty && !(0..len_k).any(sees) {
+            for (d, o) in o.iter_mut().enumerate() {
+                *o = (0..len_k).map(|j| value(j, d)).sum::<f64>() / len_k.max(1) as f64;
+            }
+        }
+        for j in (0..len_k).filter(|&j| sees(j)) {
+            let factor = inputs.rules.dropout_factor([b, h, i, j]);
+            if factor == 0.0 {
                 continue;
             }
-            for d in 0..dim_v {
-                o[row * dim_v + d] += weights[row * len_k + j] * inputs.v.at(&[b, h / problem.group(), j, d]);
+            for (d, o) in o.iter_mut().enumerate() {
+                *o += factor * weights[row * len_k + j] * value(j, d);
             }
         }
     }

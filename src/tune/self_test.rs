@@ -74,34 +74,36 @@ impl Case {
         let tensors: [Tensor; 3] = tensors.try_into().expect("three operands");
         let [q, k, v] = &tensors;
         let (problem, laid) = attention.operands(&mut Recording::new(&device), q, k, v)?;
-        let [mut q_layout, mut k_layout] = [&laid.q, &laid.k].map(|x| x.layout().clone());
-        let from_distance = from_distance(&attention, &problem, View { data: &values[0], layout: &q_layout })?;
-        let distance_layout = Layout::contiguous(&square)?;
-        if let Some((rotary, _)) = &attention.rotary {
-            let first = usize::try_from(problem.band(0).offset).expect("rotary positions begin at 0");
-            for (x, layout, first) in [(0, &mut q_layout, first), (1, &mut k_layout, 0)] {
-                values[x] = rotated(rotary, View { data: &values[x], layout }, first)?;
-                *layout = Layout::contiguous(&shapes[x])?;
-            }
-        }
+        let distance = attention.distance.as_ref().map(InF64::new).transpose()?;
+        let angles = attention.rotary.as_ref().map(|(rotary, _)| angles_of(rotary)).transpose()?;
+        let first = usize::try_from(problem.band(0).offset);
         let truth = reference::attention(
             &problem,
             &reference::Inputs {
-                q: View { data: &values[0], layout: &q_layout },
-                k: View { data: &values[1], layout: &k_layout },
+                q: View { data: &values[0], layout: laid.q.layout() },
+                k: View { data: &values[1], layout: laid.k.layout() },
                 v: View { data: &values[2], layout: laid.v.layout() },
-                masks: (masks.iter().zip(&laid.masks))
-                    .map(|((data, meaning), mask)| {
-                        (View { data: data.as_slice(), layout: mask.tensor().layout() }, *meaning)
-                    })
-                    .collect(),
-                biases: (biases.iter().zip(&laid.biases))
-                    .map(|(data, bias)| View { data: data.as_slice(), layout: bias.layout() })
-                    .chain(from_distance.iter().map(|data| View { data, layout: &distance_layout }))
-                    .collect(),
-                sink: (sink.iter().zip(&laid.sink))
-                    .map(|(data, sink)| View { data: data.as_slice(), layout: sink.layout() })
-                    .next(),
+                rules: reference::Rules {
+                    masks: (masks.iter().zip(&laid.masks))
+                        .map(|((data, meaning), mask)| {
+                            (View { data: data.as_slice(), layout: mask.tensor().layout() }, *meaning)
+                        })
+                        .collect(),
+                    biases: (biases.iter().zip(&laid.biases))
+                        .map(|(data, bias)| View { data: data.as_slice(), layout: bias.layout() })
+                        .collect(),
+                    sink: (sink.iter().zip(&laid.sink))
+                        .map(|(data, sink)| View { data: data.as_slice(), layout: sink.layout() })
+                        .next(),
+                    distance: distance.as_ref().map(InF64::distance),
+                    rotary: angles.as_ref().map(|(angles, [cos, sin], interleaved)| reference::Rotary {
+                        cos: View { data: angles, layout: cos },
+                        sin: View { data: angles, layout: sin },
+                        interleaved: *interleaved,
+                        rows: [first.expect("rotary positions begin at 0"), 0].map(Rows::From),
+                    }),
+                    ..reference::Rules::default()
+                },
             },
         );
         let half_ulp = match operands.q.dtype() {
@@ -181,49 +183,51 @@ fn in_f64(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.download()?.into_iter().map(f64::from).collect())
 }
 
-/// X rotated by its positions, starting at `first`.
-fn rotated(rotary: &Rotary, x: View<'_>, first: usize) -> Result<Vec<f64>> {
+/// A rotary's table, its cosines and sines in it, and whether adjacent columns form a pair.
+fn angles_of(rotary: &Rotary) -> Result<(Vec<f64>, [Layout; 2], bool)> {
     let rotation = rotary.rotation();
-    let angles = in_f64(&rotation.table)?;
     let width = rotation.table.shape()[1];
     let all = Layout::contiguous(rotation.table.shape())?;
     let [cos, sin] = [all.narrow(1, 0, rotation.pairs)?, all.narrow(1, width / 2, rotation.pairs)?];
-    let of = |layout| View { data: angles.as_slice(), layout };
-    Ok(reference::rotate(x, of(&cos), of(&sin), rotation.interleaved, &Rows::From(first)))
+    Ok((in_f64(&rotation.table)?, [cos, sin], rotation.interleaved))
 }
 
-/// The bias by distance: `[1, heads_q, len_q, len_k]`.
-fn from_distance(attention: &Attention, problem: &Problem, q: View<'_>) -> Result<Option<Vec<f64>>> {
-    let Problem { heads_q, len_q, len_k, .. } = *problem;
-    let offset = i64::from(problem.band(0).offset);
-    let scale = f64::from(problem.scale);
-    let added: Box<dyn Fn(usize, usize, i64) -> Result<f64>> = match &attention.distance {
-        None => return Ok(None),
-        Some(Distance::Alibi(slopes)) => {
-            let slopes = in_f64(slopes)?;
-            Box::new(move |h, _, distance| Ok(-slopes[h] * distance.abs() as f64))
-        }
-        Some(Distance::T5(table, buckets)) => {
-            let table = in_f64(table)?;
-            Box::new(move |h, _, distance| Ok(table[buckets.bucket(distance)? * heads_q + h]))
-        }
-        Some(Distance::Shaw(keys)) => {
-            let (table, dim) = (in_f64(keys.table())?, keys.table().shape()[1]);
-            Box::new(move |h, i, distance| {
-                let key = &table[keys.row(distance) * dim..][..dim];
-                Ok(scale * key.iter().enumerate().map(|(d, key)| key * q.at(&[0, h, i, d])).sum::<f64>())
-            })
-        }
-    };
-    let mut all = Vec::with_capacity(heads_q * len_q * len_k);
-    for h in 0..heads_q {
-        for i in 0..len_q {
-            for j in 0..len_k {
-                all.push(added(h, i, j as i64 - i as i64 - offset)?);
+/// A bias by distance in f64.
+struct InF64 {
+    table: Vec<f64>,
+    layout: Layout,
+    kind: Kind,
+}
+
+enum Kind {
+    Alibi,
+    /// The smallest distance, and the bucket of each from there to the largest.
+    T5(i64, Vec<usize>),
+    /// The number of keys before that of distance 0.
+    Shaw(usize),
+}
+
+impl InF64 {
+    fn new(distance: &Distance) -> Result<InF64> {
+        let (table, kind) = match distance {
+            Distance::Alibi(slopes) => (slopes, Kind::Alibi),
+            Distance::T5(table, buckets) => {
+                let [low, high] = buckets.range()?.map(i64::from);
+                (table, Kind::T5(low, (low..=high).map(|distance| buckets.bucket(distance)).collect::<Result<_>>()?))
             }
+            Distance::Shaw(keys) => (keys.table(), Kind::Shaw(keys.row(0))),
+        };
+        Ok(InF64 { table: in_f64(table)?, layout: Layout::contiguous(table.shape())?, kind })
+    }
+
+    fn distance(&self) -> reference::Distance<'_> {
+        let table = View { data: &self.table, layout: &self.layout };
+        match &self.kind {
+            Kind::Alibi => reference::Distance::Alibi { slopes: table },
+            Kind::T5(first, buckets) => reference::Distance::T5 { table, first: *first, buckets },
+            Kind::Shaw(left) => reference::Distance::Shaw { keys: table, left: *left },
         }
     }
-    Ok(Some(all))
 }
 
 #[cfg(test)]

@@ -25,53 +25,26 @@ pub enum Distance {
 }
 
 impl Distance {
-    /// The bias `[b, h, i, j]` for Q `[b, h, i, d]`. Query `i` is at the position of key `i + offset`, with one offset,
-    /// or one per batch entry.
-    pub fn bias(&self, q: View<'_>, offsets: &[i64], len_k: usize, scale: f64) -> Vec<f64> {
-        let &[batch, heads, len_q, dim] = q.layout.shape() else { panic!("Q has four axes") };
-        let flat = Layout::contiguous(&[batch * heads, len_q, dim]).unwrap();
-        // Small tables `[b, h, i, column]`, and the column for each distance.
-        let far = len_q + len_k + offsets.iter().map(|offset| offset.unsigned_abs() as usize).max().unwrap_or(0);
-        type Column<'a> = Box<dyn Fn(i64) -> usize + 'a>;
-        let (table, shape, column, factor): (Vec<f64>, [usize; 4], Column<'_>, f64) = match self {
+    /// Passes the bias in f64 to `compute`.
+    pub fn in_f64<T>(&self, heads: usize, dim: usize, compute: impl FnOnce(reference::Distance<'_>) -> T) -> T {
+        let layout = |shape: &[usize]| Layout::contiguous(shape).unwrap();
+        match self {
             Distance::Alibi(slopes) => {
-                // One column per unit of distance.
-                let steps = |slope: &f32| {
-                    let slope = f64::from(*slope);
-                    (0..far).map(move |step| -slope * step as f64)
-                };
-                let table = slopes.iter().flat_map(steps).collect();
-                (table, [1, heads, 1, far], Box::new(|distance| distance.unsigned_abs() as usize), 1.0)
+                compute(reference::Distance::Alibi { slopes: View { data: &wide(slopes), layout: &layout(&[heads]) } })
             }
             Distance::T5(table, buckets) => {
-                let n = buckets.num_buckets;
-                let table = (0..heads * n).map(|at| f64::from(table[at % n * heads + at / n])).collect();
-                (table, [1, heads, 1, n], Box::new(|distance| buckets.bucket(distance).unwrap()), 1.0)
+                // Distances beyond have the same buckets as the last ones.
+                let far = buckets.max_distance as i64;
+                let all: Vec<usize> = (-far..=far).map(|distance| buckets.bucket(distance).unwrap()).collect();
+                let layout = layout(&[buckets.num_buckets, heads]);
+                let table = View { data: &wide(table), layout: &layout };
+                compute(reference::Distance::T5 { table, first: -far, buckets: &all })
             }
             Distance::Shaw(table, [left, right]) => {
-                // The products of each query with all relative keys.
-                let (keys, rows) = (wide(table), left + right + 1);
-                let keys_layout = Layout::contiguous(&[rows, dim]).unwrap();
-                let queries: Vec<f64> = q.layout.positions().map(|at| q.data[at]).collect();
-                let products = reference::project(
-                    View { data: &queries, layout: &flat },
-                    View { data: &keys, layout: &keys_layout },
-                    None,
-                );
-                let (left, right) = (*left as i64, *right as i64);
-                let column = move |distance: i64| (distance.clamp(-left, right) + left) as usize;
-                (products, [batch, heads, len_q, rows], Box::new(column), scale)
+                let keys = View { data: &wide(table), layout: &layout(&[left + right + 1, dim]) };
+                compute(reference::Distance::Shaw { keys, left: *left })
             }
-        };
-        let layout = Layout::contiguous(&shape).unwrap().broadcast_to(&[batch, heads, len_q, shape[3]]).unwrap();
-        (0..batch)
-            .flat_map(|b| {
-                let layout = layout.narrow(0, b, 1).unwrap();
-                let offset = offsets[b % offsets.len()];
-                let column = |from_row: i64| column(from_row - offset);
-                reference::relative(View { data: &table, layout: &layout }, column, len_k, factor)
-            })
-            .collect()
+        }
     }
 
     /// Adds it to an attention call.
@@ -90,12 +63,11 @@ impl Distance {
     /// Passes the operands of a call, including this bias, to a function of the reference implementation.
     pub fn with_inputs<T>(&self, call: &Call, data: &Data, compute: impl FnOnce(&Problem, &Inputs<'_>) -> T) -> T {
         call.with_inputs(data, |problem, inputs| {
-            let offsets: Vec<i64> = problem.bands.iter().map(|band| band.offset.into()).collect();
-            let bias = self.bias(inputs.q, &offsets, problem.len_k, f64::from(problem.scale));
-            let layout = Layout::contiguous(&problem.mask_shape()).unwrap();
-            let mut inputs = inputs.clone();
-            inputs.biases.push(View { data: &bias, layout: &layout });
-            compute(problem, &inputs)
+            self.in_f64(problem.heads_q, problem.dim_k, |distance| {
+                let mut inputs = inputs.clone();
+                inputs.rules.distance = Some(distance);
+                compute(problem, &inputs)
+            })
         })
     }
 }

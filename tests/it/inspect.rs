@@ -483,8 +483,9 @@ fn of_order(distance: &Distance, biases: usize) -> (Call, Data) {
 /// The bias of the distance, which is exact in f32.
 fn added_by(distance: &Distance, call: &Call, data: &Data) -> Vec<f32> {
     call.with_inputs(data, |problem, inputs| {
-        let offsets = [i64::from(problem.band(0).offset)];
-        let added = distance.bias(inputs.q, &offsets, problem.len_k, f64::from(problem.scale));
+        let scale = f64::from(problem.scale);
+        let added =
+            distance.in_f64(problem.heads_q, problem.dim_k, |distance| distance.biases(problem, inputs.q, scale));
         assert!(added.iter().all(|&x| f64::from(x as f32) == x));
         assert!(added.iter().any(|x| x.abs() > 500.0));
         added.into_iter().map(|x| x as f32).collect()

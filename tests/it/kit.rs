@@ -2,8 +2,8 @@
 
 use wgpu_attention::{AdapterSummary, Device, Gpu, GpuOptions, Method, wgpu};
 pub use wgpu_attention_conformance::{
-    Call, Data, Order, Truth, assert_close, assert_close_to, assert_logs_close, bits, largest, noise, place, rounding,
-    wide, worst,
+    Call, Data, Order, Truth, Wide, assert_close, assert_close_to, assert_logs_close, bits, largest, noise, place,
+    rounding, wide, worst,
 };
 
 /// The CPU backend and every adapter. If all adapters have subgroups, the first is also included without. (A software

@@ -1,14 +1,14 @@
 //! The layer on every device, against projections and attention in f64.
 
 use crate::distance::Distance;
-use crate::kit::{assert_close, bits, devices, gpus, noise, rounding, wide};
+use crate::kit::{Wide, assert_close, bits, devices, gpus, noise, rounding, wide};
 use crate::rotary::written_out;
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 use wgpu_attention::position::t5::Buckets;
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, RotaryScaling, TokenPositions};
-use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Problem, Rows};
-use wgpu_attention::reference::{self, Inputs, View};
+use wgpu_attention::problem::{Layout, MaskMeaning, Positions, Rows};
+use wgpu_attention::reference::{self, Layer, LayerInputs, Norm, Projection, Rules, View};
 use wgpu_attention::{
     Align, Attention, Device, Dtype, HostTensor, KerasKernels, Mask, MultiHeadAttention, MultiHeadConfig, NormKind,
     NormSpan, QueryKeyNorm, ScoreStage, StateDict, Tensor, Weights,
@@ -32,160 +32,109 @@ struct Asked<'a> {
 fn truth(
     config: &MultiHeadConfig,
     state: &StateDict,
-    [query, key, value]: [(&[usize], &[f32]); 3],
+    inputs: [(&[usize], &[f32]); 3],
     asked: &Asked<'_>,
 ) -> (Vec<f64>, Vec<f64>) {
-    let get = |name: &str| state.get(name).map(|t| (t.shape().to_vec(), wide(t.data())));
-    let rows = |heads: usize, dim: usize| heads * dim;
+    let get = |name: &str| state.get(name).map(|tensor| Wide::new(tensor.shape(), wide(tensor.data())));
+    let [query, key, value] = inputs.map(|(shape, data)| Wide::new(shape, wide(data)));
     let widths = [
-        rows(config.num_heads, config.head_dim),
-        rows(config.heads_kv, config.head_dim),
-        rows(config.heads_kv, config.value_head_dim),
+        config.num_heads * config.head_dim,
+        config.heads_kv * config.head_dim,
+        config.heads_kv * config.value_head_dim,
     ];
-    let inputs_dims = [config.embed_dim, config.kdim, config.vdim];
-    let biases = get("in_proj_bias").map(|(_, data)| data);
-    let mut projected = Vec::new();
-    for (n, (shape, x)) in [query, key, value].into_iter().enumerate() {
-        let start: usize = widths[..n].iter().sum();
-        let w = match get("in_proj_weight") {
-            Some((_, data)) => data[start * config.embed_dim..][..widths[n] * inputs_dims[n]].to_vec(),
-            None => get(["q_proj_weight", "k_proj_weight", "v_proj_weight"][n]).unwrap().1,
-        };
-        let (wl, xl, bl) = (
-            Layout::contiguous(&[widths[n], inputs_dims[n]]).unwrap(),
-            Layout::contiguous(shape).unwrap(),
-            Layout::contiguous(&[widths[n]]).unwrap(),
-        );
-        let bias = biases.as_ref().map(|all| &all[start..start + widths[n]]);
-        let y = reference::project(
-            View { data: &wide(x), layout: &xl },
-            View { data: &w, layout: &wl },
-            bias.map(|data| View { data, layout: &bl }),
-        );
-        let y = match config.norm.filter(|_| n < 2) {
-            None => y,
-            Some(norm) => {
-                let kind = if norm.kind == NormKind::Rms { "norm" } else { "layernorm" };
-                let (_, weight) = get(&format!("{}_{kind}.weight", ["q", "k"][n])).unwrap();
-                let bias = get(&format!("{}_{kind}.bias", ["q", "k"][n])).map(|(_, data)| data);
-                let rows = [shape[0], shape[1], widths[n] / weight.len(), weight.len()].map(|len| len);
-                let (yl, wl) = (Layout::contiguous(&rows).unwrap(), Layout::contiguous(&[weight.len()]).unwrap());
-                reference::normalise(
-                    View { data: &y, layout: &yl },
-                    View { data: &weight, layout: &wl },
-                    bias.as_ref().map(|data| View { data, layout: &wl }),
-                    norm.kind == NormKind::Layer,
-                    f64::from(norm.epsilon),
-                )
-            }
-        };
-        // Extra keys after every batch entry.
-        let (batch, len, width) = (shape[0], shape[1], widths[n]);
-        let mut extended = Vec::new();
-        for b in 0..batch {
-            extended.extend_from_slice(&y[b * len * width..(b + 1) * len * width]);
-            if n > 0 {
-                if let Some((_, row)) = get(["", "bias_k", "bias_v"][n]) {
-                    extended.extend(row);
-                }
-                if config.add_zero_attn {
-                    extended.extend(vec![0.0; width]);
-                }
-            }
-        }
-        projected.push(extended);
-    }
-    let extra = usize::from(config.add_bias_kv) + usize::from(config.add_zero_attn);
-    let (batch, len_q, len_k) = (query.0[0], query.0[1], key.0[1] + extra);
-    let shapes = [
-        [batch, len_q, config.num_heads, config.head_dim],
-        [batch, len_k, config.heads_kv, config.head_dim],
-        [batch, len_k, config.heads_kv, config.value_head_dim],
-    ];
-    let [ql, kl, vl] = shapes.map(|shape| Layout::contiguous(&shape).unwrap().permute(&[0, 2, 1, 3]).unwrap());
-    let mut layouts = [ql, kl];
-    if let Some((rotary, starts)) = asked.rotary {
-        for n in 0..2 {
-            let rows = layouts[n].shape()[2];
-            let (frequencies, factor) = written_out(rotary, starts[n] + rows);
-            let angles = || (0..rows).flat_map(|row| frequencies.iter().map(move |f| (starts[n] + row) as f64 * f));
-            let cos: Vec<f64> = angles().map(|angle| factor * angle.cos()).collect();
-            let sin: Vec<f64> = angles().map(|angle| factor * angle.sin()).collect();
-            let table = Layout::contiguous(&[rows, frequencies.len()]).unwrap();
-            projected[n] = reference::rotate(
-                View { data: &projected[n], layout: &layouts[n] },
-                View { data: &cos, layout: &table },
-                View { data: &sin, layout: &table },
-                rotary.pairing == Pairing::Interleaved,
-                &Rows::From(0),
-            );
-            layouts[n] = Layout::contiguous(layouts[n].shape()).unwrap();
-        }
-    }
-    let [ql, kl] = layouts;
-    let positions = Positions { causal: asked.causal, align: Align::TopLeft, ..Default::default() };
-    let problem =
-        Problem::new(ql.shape(), kl.shape(), vl.shape(), config.scale, asked.softcap, &positions, extra).unwrap();
-    let bias = asked.distance.as_ref().map(|distance| {
-        distance.bias(
-            View { data: &projected[0], layout: &ql },
-            &[0],
-            problem.maskable_keys(),
-            f64::from(problem.scale),
-        )
+    // The weights and biases of queries, keys and values, packed or not.
+    let packed = get("in_proj_weight");
+    let weights = [0, 1, 2].map(|n| match &packed {
+        Some(all) => all.rows(widths[..n].iter().sum(), widths[n]),
+        None => get(["q_proj_weight", "k_proj_weight", "v_proj_weight"][n]).unwrap(),
     });
-    let bias_layout = Layout::contiguous(&[batch, config.num_heads, len_q, problem.maskable_keys()]).unwrap();
-    let mask_layout = Layout::contiguous(&[batch, 1, 1, len_k - extra]).unwrap().broadcast_to(&problem.mask_shape());
-    let mask_layout = mask_layout.unwrap();
-    let inputs = Inputs {
-        q: View { data: &projected[0], layout: &ql },
-        k: View { data: &projected[1], layout: &kl },
-        v: View { data: &projected[2], layout: &vl },
-        masks: (asked.padding.iter()).map(|data| (View { data, layout: &mask_layout }, MaskMeaning::Hide)).collect(),
-        biases: bias.iter().map(|data| View { data: data.as_slice(), layout: &bias_layout }).collect(),
-        sink: None,
+    let all_biases = get("in_proj_bias");
+    let biases = [0, 1, 2].map(|n| Some(all_biases.as_ref()?.rows(widths[..n].iter().sum(), widths[n])));
+    let norms = [0, 1].map(|n| {
+        let norm = config.norm?;
+        let kind = if norm.kind == NormKind::Rms { "norm" } else { "layernorm" };
+        let part = |part: &str| get(&format!("{}_{kind}.{part}", ["q", "k"][n]));
+        Some((norm, part("weight").unwrap(), part("bias")))
+    });
+    let [out, gate] =
+        ["out_proj", "gate_proj"].map(|name| [".weight", ".bias"].map(|part| get(&format!("{name}{part}"))));
+    let bias_kv = ["bias_k", "bias_v"].map(|name| {
+        let Wide { data, .. } = get(name)?;
+        Some(Wide::new(&[data.len()], data))
+    });
+    fn projection<'a>(weight: &'a Wide, bias: &'a Option<Wide>) -> Projection<'a> {
+        Projection { weight: weight.view(), bias: bias.as_ref().map(Wide::view) }
+    }
+    let norm = |n: usize| {
+        let (norm, weight, bias) = norms[n].as_ref()?;
+        let (centred, epsilon) = (norm.kind == NormKind::Layer, f64::from(norm.epsilon));
+        Some(Norm { weight: weight.view(), bias: bias.as_ref().map(Wide::view), centred, epsilon })
     };
-    let attended = reference::attention(&problem, &inputs);
-    // [b, h, i, d] to [b, i, h · d].
-    let joined_width = config.num_heads * config.value_head_dim;
-    let heads = Layout::contiguous(&[batch, config.num_heads, len_q, config.value_head_dim]).unwrap();
-    let joined: Vec<f64> = heads.permute(&[0, 2, 1, 3]).unwrap().positions().map(|at| attended.output[at]).collect();
-    let joined = match get("gate_proj.weight") {
-        None => joined,
-        Some((_, weight)) => {
-            let bias = get("gate_proj.bias").map(|(_, data)| data);
-            let (xl, wl) =
-                (Layout::contiguous(query.0).unwrap(), Layout::contiguous(&[joined_width, config.embed_dim]).unwrap());
-            let bl = Layout::contiguous(&[joined_width]).unwrap();
-            let gate = reference::project(
-                View { data: &wide(query.1), layout: &xl },
-                View { data: &weight, layout: &wl },
-                bias.as_ref().map(|data| View { data, layout: &bl }),
-            );
-            let layout = Layout::contiguous(&[batch, len_q, joined_width]).unwrap();
-            reference::gate(View { data: &joined, layout: &layout }, View { data: &gate, layout: &layout })
+    let layer = Layer {
+        heads: [config.num_heads, config.heads_kv],
+        projections: [0, 1, 2].map(|n| projection(&weights[n], &biases[n])),
+        out: projection(out[0].as_ref().unwrap(), &out[1]),
+        gate: gate[0].as_ref().map(|weight| projection(weight, &gate[1])),
+        norms: norm(0).zip(norm(1)).map(|(q, k)| [q, k]),
+        bias_kv: bias_kv[0].as_ref().zip(bias_kv[1].as_ref()).map(|(key, value)| [key.view(), value.view()]),
+        zero_attn: config.add_zero_attn,
+    };
+    let positions = Positions { causal: asked.causal, align: Align::TopLeft, ..Default::default() };
+    // Cosines and sines of queries and of keys, one table after the other.
+    let (len_q, len_k) = (query.layout.shape()[1], key.layout.shape()[1]);
+    let extra_keys = usize::from(config.add_bias_kv) + usize::from(config.add_zero_attn);
+    let rotary = asked.rotary.map(|(rotary, starts)| {
+        let (mut cos, mut sin, mut pairs) = (Vec::new(), Vec::new(), 0);
+        for (start, rows) in starts.into_iter().zip([len_q, len_k + extra_keys]) {
+            let (frequencies, factor) = written_out(rotary, start + rows);
+            let angles = (0..rows).flat_map(|row| frequencies.iter().map(move |f| (start + row) as f64 * f));
+            for angle in angles {
+                cos.push(factor * angle.cos());
+                sin.push(factor * angle.sin());
+            }
+            pairs = frequencies.len();
         }
+        let [cos, sin] = [cos, sin].map(|table| Wide::new(&[table.len() / pairs, pairs], table));
+        (cos, sin, rotary.pairing == Pairing::Interleaved)
+    });
+    let compute = |distance: Option<reference::Distance<'_>>| {
+        let mut inputs = LayerInputs {
+            query: query.view(),
+            key: key.view(),
+            value: value.view(),
+            positions: &positions,
+            rules: Rules::default(),
+        };
+        let padding = Layout::contiguous(&[query.layout.shape()[0], 1, 1, len_k]).unwrap();
+        let padding = padding.broadcast_to(&layer.mask_shape(&inputs)).unwrap();
+        inputs.rules = Rules {
+            masks: asked.padding.iter().map(|data| (View { data, layout: &padding }, MaskMeaning::Hide)).collect(),
+            scale: config.scale.map(f64::from),
+            softcap: asked.softcap.map(f64::from),
+            rotary: rotary.as_ref().map(|(cos, sin, interleaved)| reference::Rotary {
+                cos: cos.view(),
+                sin: sin.view(),
+                interleaved: *interleaved,
+                rows: [Rows::From(0), Rows::From(len_q)],
+            }),
+            distance,
+            ..Rules::default()
+        };
+        reference::layer(&layer, &inputs)
     };
-    let (_, w_o) = get("out_proj.weight").unwrap();
-    let bias = get("out_proj.bias").map(|(_, data)| data);
-    let (jl, wl, bl) = (
-        Layout::contiguous(&[batch, len_q, joined_width]).unwrap(),
-        Layout::contiguous(&[config.output_dim, joined_width]).unwrap(),
-        Layout::contiguous(&[config.output_dim]).unwrap(),
-    );
-    let output = reference::project(
-        View { data: &joined, layout: &jl },
-        View { data: &w_o, layout: &wl },
-        bias.as_ref().map(|data| View { data, layout: &bl }),
-    );
+    let outputs = match asked.distance {
+        None => compute(None),
+        Some(distance) => distance.in_f64(config.num_heads, config.head_dim, |distance| compute(Some(distance))),
+    };
+    let [batch, heads, len_q, len_k] = outputs.weights_shape;
     let square = len_q * len_k;
     let averaged = (0..batch * square)
         .map(|at| {
-            let of = |h: usize| attended.weights[(at / square * config.num_heads + h) * square + at % square];
-            (0..config.num_heads).map(of).sum::<f64>() / config.num_heads as f64
+            let of = |h: usize| outputs.attended.weights[(at / square * heads + h) * square + at % square];
+            (0..heads).map(of).sum::<f64>() / heads as f64
         })
         .collect();
-    (output, averaged)
+    (outputs.output, averaged)
 }
 
 const RMS: QueryKeyNorm = QueryKeyNorm::new(NormKind::Rms, NormSpan::Head, 1e-6);
