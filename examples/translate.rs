@@ -129,12 +129,14 @@ fn tiles() -> impl Iterator<Item = Variant> {
 }
 
 /// wgpu-hal's options for Vulkan 1.3 and a driver with `robustBufferAccess2`, which checks the bounds of buffers.
-fn write_spirv_for_gpus(folder: &Path, variant: &Variant) -> io::Result<()> {
+/// `checked`: whether indices of workgroup arrays are checked and loops bounded, as they are when they run.
+fn write_spirv_for_gpus(folder: &Path, variant: &Variant, checked: bool) -> io::Result<()> {
     let options = spv::Options {
+        force_loop_bounding: checked,
         lang_version: (1, 6),
         flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,
         bounds_check_policies: BoundsCheckPolicies {
-            index: BoundsCheckPolicy::Restrict,
+            index: if checked { BoundsCheckPolicy::Restrict } else { BoundsCheckPolicy::Unchecked },
             buffer: BoundsCheckPolicy::Unchecked,
             image_load: BoundsCheckPolicy::Unchecked,
             binding_array: BoundsCheckPolicy::Unchecked,
@@ -146,7 +148,8 @@ fn write_spirv_for_gpus(folder: &Path, variant: &Variant) -> io::Result<()> {
     let words = spv::write_vec(&module, &info, &options, None)
         .map_err(|error| io::Error::other(format!("{}: {error}", variant.name)))?;
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    fs::write(folder.join(format!("{}.spv", variant.name.replace('/', "."))), bytes)
+    let mark = if checked { "" } else { ".unchecked" };
+    fs::write(folder.join(format!("{}{mark}.spv", variant.name.replace('/', "."))), bytes)
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -162,19 +165,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut all: BTreeSet<Variant> =
             variants().into_iter().filter(|one| GpuKind::ALL.iter().any(|&kind| one.is_given_to(kind))).collect();
         let defaults = defaults()?;
-        let joined = |kinds: &[GpuKind]| kinds.iter().map(|kind| format!("{kind:?}")).collect::<Vec<_>>().join(",");
+        let joined = |kinds: &[GpuKind]| kinds.iter().map(|kind| kind.to_string()).collect::<Vec<_>>().join(",");
         let lines: String = (defaults.iter())
             .map(|((label, variant), kinds)| format!("{label}\t{}\t{}\n", variant.name, joined(kinds)))
             .collect();
         fs::write(folder.join("defaults.tsv"), lines)?;
-        all.extend(defaults.into_keys().map(|(_, variant)| variant));
+        for (_, variant) in defaults.into_keys() {
+            write_spirv_for_gpus(folder, &variant, false)?;
+            all.insert(variant);
+        }
         all.extend(tiles());
         let kinds =
             |variant: &Variant| GpuKind::ALL.into_iter().filter(|&kind| variant.is_given_to(kind)).collect::<Vec<_>>();
         let lines: String = all.iter().map(|one| format!("{}\t{}\n", one.name, joined(&kinds(one)))).collect();
         fs::write(folder.join("given.tsv"), lines)?;
         for variant in all {
-            write_spirv_for_gpus(folder, &variant)?;
+            write_spirv_for_gpus(folder, &variant, true)?;
         }
         return Ok(());
     }

@@ -98,7 +98,7 @@ pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, P
 pub use gpu::{BindingKind, ExportedBinding, ExportedBuffer, ExportedCall, ExportedOutput, ExportedStep};
 pub use inspect::Inspect;
 pub use kernels::catalogue::{Variant, variant_names, variant_source};
-pub use kernels::{AdapterClass, Capabilities, KeyRules, Method, Tile, TuningKey};
+pub use kernels::{AdapterClass, Capabilities, GpuKind, KeyRules, Method, Tile, TuningKey};
 pub use multi_head::{
     KerasKernels, LoadOptions, MultiHeadAttention, MultiHeadConfig, MultiHeadOutput, Names, NormKind, NormSpan,
     Projections, QueryKeyNorm,

@@ -28,6 +28,9 @@ pub struct GpuOptions {
     /// Changes the WGSL of a variant before it is compiled; a result of `None` leaves it unchanged. For tests that
     /// break a kernel on purpose, and for experiments.
     pub rewrite: Option<fn(&Variant, &str) -> Option<String>>,
+    /// Plans as for a GPU of this kind, so that any adapter, a software one too, runs and checks the kernels that such a
+    /// GPU runs. `None`: what `WGPU_ATTENTION_PLAN_AS` names (`amd`, `nvidia`, …), else the adapter's own kind.
+    pub planned_as: Option<GpuKind>,
 }
 
 impl GpuOptions {
@@ -64,6 +67,24 @@ impl GpuOptions {
     pub fn rewrite(mut self, rewrite: fn(&Variant, &str) -> Option<String>) -> Self {
         self.rewrite = Some(rewrite);
         self
+    }
+
+    /// Sets [`GpuOptions::planned_as`].
+    pub fn planned_as(mut self, kind: GpuKind) -> Self {
+        self.planned_as = Some(kind);
+        self
+    }
+
+    /// With what only the environment says.
+    pub(super) fn with_environment(mut self) -> Result<GpuOptions> {
+        if self.planned_as.is_none()
+            && let Ok(kind) = std::env::var("WGPU_ATTENTION_PLAN_AS")
+            && !kind.is_empty()
+        {
+            let kind = kind.parse().map_err(|error| Error::Value(format!("WGPU_ATTENTION_PLAN_AS: {error}")))?;
+            self.planned_as = Some(kind);
+        }
+        Ok(self)
     }
 
     /// True if an adapter was requested, here or by `WGPU_ADAPTER_NAME`.
@@ -241,11 +262,12 @@ pub fn class(info: &wgpu::AdapterInfo) -> AdapterClass {
 pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &GpuOptions) -> Capabilities {
     let limits = device.limits();
     let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
-    let class = class(info);
+    let is_software = class(info) == AdapterClass::Cpu;
+    let class = if options.planned_as.is_some() { AdapterClass::Gpu } else { class(info) };
     Capabilities {
         adapter: info.name.clone(),
         class,
-        kind: GpuKind::of(info.vendor, &info.name),
+        kind: options.planned_as.unwrap_or_else(|| GpuKind::of(info.vendor, &info.name)),
         subgroup_min: has_subgroups.then_some(info.subgroup_min_size),
         max_binding: limits.max_storage_buffer_binding_size,
         max_buffer: limits.max_buffer_size,
@@ -254,7 +276,9 @@ pub fn capabilities(info: &wgpu::AdapterInfo, device: &wgpu::Device, options: &G
         max_invocations: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
         workgroup_memory: limits.max_compute_workgroup_storage_size,
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment).max(16),
-        memory: (class == AdapterClass::Cpu).then(system_memory).flatten(),
+        memory: is_software.then(system_memory).flatten(),
+        refused_tiles: Vec::new(),
+        refuses_tiled_products: false,
         max_operations: None,
         max_loop_turns: options.max_loop_turns.or_else(|| known_loop_turns(info)),
     }

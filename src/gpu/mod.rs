@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::kernels::{AdapterClass, Capabilities, Variant};
+use crate::kernels::{AdapterClass, Capabilities, Kernel, Plan, Variant};
 use crate::wait::apart;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::wait::wait_for;
@@ -60,12 +60,17 @@ struct Inner {
     /// The rate that [`Gpu::multiply_add_ceiling`] measured.
     #[cfg(not(target_arch = "wasm32"))]
     ceiling: Mutex<Option<f64>>,
+    /// Variants that the driver did not compile, or not in reasonable time.
+    refused: Mutex<Vec<Variant>>,
     /// Why the device was lost, once it has been.
     lost: Arc<Mutex<Option<String>>>,
     /// The first error that no error scope caught.
     fault: Arc<Mutex<Option<String>>>,
 }
 
+/// A driver that compiles a kernel for longer is given others.
+#[cfg(not(target_arch = "wasm32"))]
+const MOST_COMPILING: Duration = Duration::from_secs(10);
 /// Long enough that the cost of a submit is negligible, short enough for every watchdog.
 const SECONDS_PER_SUBMIT: f64 = 0.5;
 /// The fraction of an adapter's multiply-add ceiling that kernels reach at least, roughly.
@@ -132,6 +137,7 @@ impl Gpu {
     }
 
     async fn open(options: GpuOptions) -> Result<Gpu> {
+        let options = options.with_environment()?;
         let adapter = adapters::choose(&options).await?;
         let mut used = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
         if adapters::class(&adapter.get_info()) == AdapterClass::Cpu {
@@ -203,6 +209,7 @@ impl Gpu {
             trace: Mutex::default(),
             #[cfg(not(target_arch = "wasm32"))]
             ceiling: Mutex::default(),
+            refused: Mutex::default(),
             lost: Arc::default(),
             fault: Arc::default(),
         }));
@@ -267,9 +274,9 @@ impl Gpu {
     /// The adapter's capabilities for work of `operations` operations. If that may take long, they include how fast the
     /// adapter is. `may_submit` permits measuring that, which takes a tenth of a second once.
     pub(crate) fn capabilities_for(&self, operations: f64, may_submit: bool) -> Result<Cow<'_, Capabilities>> {
-        let known = &self.0.capabilities;
+        let known = self.known_capabilities();
         if operations <= SURELY_SHORT {
-            return Ok(Cow::Borrowed(known));
+            return Ok(known);
         }
         #[cfg(not(target_arch = "wasm32"))]
         if may_submit {
@@ -279,7 +286,53 @@ impl Gpu {
         #[cfg(target_arch = "wasm32")]
         let _ = may_submit;
         let max_operations = Some(self.operations_per_submit().min(known.dispatch_operations()));
-        Ok(Cow::Owned(Capabilities { max_operations, ..known.clone() }))
+        Ok(Cow::Owned(Capabilities { max_operations, ..known.into_owned() }))
+    }
+
+    /// The capabilities, with what the driver has refused so far.
+    fn known_capabilities(&self) -> Cow<'_, Capabilities> {
+        let refused = lock(&self.0.refused);
+        if refused.is_empty() {
+            return Cow::Borrowed(&self.0.capabilities);
+        }
+        let mut known = self.0.capabilities.clone();
+        known.refused_tiles = refused.iter().filter_map(Variant::tile).collect();
+        known.refuses_tiled_products = refused.iter().any(|variant| variant.kernel == Kernel::ProjectTiled);
+        Cow::Owned(known)
+    }
+
+    /// Compiles the kernels of a plan for which there are others, if the driver accepts them. Else remembers that, says
+    /// so in the log and returns false: another plan is due.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn accepts(&self, plan: &Plan) -> bool {
+        if self.0.capabilities.class != AdapterClass::Gpu {
+            return true;
+        }
+        let replaceable = |variant: &&Variant| matches!(variant.kernel, Kernel::FlashTiled | Kernel::ProjectTiled);
+        for variant in plan.steps.iter().map(|step| &step.variant).filter(replaceable) {
+            // A caller who insists on a tile gets the driver's message.
+            if lock(&self.0.refused).contains(variant) {
+                continue;
+            }
+            let began = Instant::now();
+            let compiled = wait_for(self.pipeline(variant));
+            let adapter = &self.0.info.name;
+            match compiled {
+                Err(Error::DeviceLost { .. }) => return true,
+                Err(error) => {
+                    log::warn!("{adapter} does not compile {}, so another kernel runs: {error}", variant.name);
+                    lock(&self.0.refused).push(variant.clone());
+                    return false;
+                }
+                Ok(_) if began.elapsed() > MOST_COMPILING => {
+                    let seconds = began.elapsed().as_secs_f64();
+                    log::warn!("{adapter} compiled {} for {seconds:.0} s; later calls avoid its tile", variant.name);
+                    lock(&self.0.refused).push(variant.clone());
+                }
+                Ok(_) => {}
+            }
+        }
+        true
     }
 
     /// Runs `work` and reports what ran on this adapter meanwhile, including other threads' calls. Work recorded into a

@@ -65,7 +65,7 @@ impl Gpu {
     }
 
     /// The compiled variant; compiled on first use.
-    async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
+    pub(super) async fn pipeline(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
         if let Some(pipeline) = lock(&self.0.pipelines).get(variant) {
             return Ok(pipeline.clone());
         }
@@ -261,6 +261,18 @@ impl Steps {
         #[cfg(target_arch = "wasm32")]
         let may_measure = false;
         self.gpu.capabilities_for(operations, may_measure)
+    }
+
+    /// A plan for work of `operations` operations, whose kernels the driver accepts.
+    pub fn accepted(&self, operations: f64, plan: impl Fn(&Capabilities) -> Result<Plan>) -> Result<Plan> {
+        loop {
+            let made = plan(&*self.capabilities_for(operations)?)?;
+            #[cfg(not(target_arch = "wasm32"))]
+            if may_block() && !self.gpu.accepts(&made) {
+                continue;
+            }
+            return Ok(made);
+        }
     }
 
     /// Adds the steps of a plan, with these buffers in its slots.

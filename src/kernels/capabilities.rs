@@ -1,6 +1,7 @@
 //! The adapter properties that planning uses.
 
 use super::gpu_kind::GpuKind;
+use super::method::Tile;
 
 /// The kind of hardware behind an adapter. It decides the tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,10 @@ pub struct Capabilities {
     /// Maximum number of iterations of all loops of an invocation together, if the driver silently stops loops there
     /// ([`MESA_LOOP_TURNS`](super::turns::MESA_LOOP_TURNS)). `None`: unlimited.
     pub max_loop_turns: Option<u32>,
+    /// Tiles of the fused kernel that the driver did not compile, or not in reasonable time.
+    pub refused_tiles: Vec<Tile>,
+    /// Whether the same is true of `project_tiled.wgsl`.
+    pub refuses_tiled_products: bool,
     /// Maximum floating-point operations of one dispatch, which cannot be interrupted. `None`: decided by the class.
     pub max_operations: Option<f64>,
 }
@@ -63,6 +68,8 @@ impl Capabilities {
             offset_alignment: 256,
             memory: None,
             max_loop_turns: None,
+            refused_tiles: Vec::new(),
+            refuses_tiled_products: false,
             max_operations: None,
         }
     }

@@ -1,6 +1,7 @@
 //! What each kind of GPU runs by default.
 
 use super::method::Tile;
+use crate::error::{Error, value_error};
 
 /// Whose GPU it is, as far as wgpu tells. Compilers and registers differ by maker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -37,6 +38,31 @@ impl GpuKind {
             _ if name.starts_with("Apple ") => GpuKind::Apple,
             _ => GpuKind::Other,
         }
+    }
+}
+
+/// `amd`, `nvidia`, `intel`, `qualcomm`, `apple` or `other`.
+impl std::fmt::Display for GpuKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            GpuKind::Amd => "amd",
+            GpuKind::Nvidia => "nvidia",
+            GpuKind::Intel => "intel",
+            GpuKind::Qualcomm => "qualcomm",
+            GpuKind::Apple => "apple",
+            GpuKind::Other => "other",
+        })
+    }
+}
+
+impl std::str::FromStr for GpuKind {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<GpuKind, Error> {
+        let is_it = |kind: &GpuKind| kind.to_string().eq_ignore_ascii_case(text);
+        GpuKind::ALL.into_iter().find(is_it).ok_or_else(|| {
+            let known = GpuKind::ALL.map(|kind| kind.to_string()).join(", ");
+            value_error!("{text:?} is not a kind of GPU; there are {known}")
+        })
     }
 }
 

@@ -127,10 +127,10 @@ impl Tile {
         Tile::Registers { workgroup, rows, keys, share }
     }
 
-    /// The tiles in workgroup memory that spill no registers on this kind of GPU, the default first.
+    /// The tiles in workgroup memory for this kind of GPU, the default first, but for those that its driver refused.
     fn of_gpu(problem: &Problem, adapter: &Capabilities) -> impl Iterator<Item = Tile> {
         let tiles = gpu_kind::tiles(adapter.kind, problem.group() * problem.len_q, problem.dim_v);
-        tiles.into_iter().filter(|tile| tile.check(adapter).is_ok())
+        tiles.into_iter().filter(|tile| tile.check(adapter).is_ok() && !adapter.refused_tiles.contains(tile))
     }
 
     /// At most `most` tiles worth trying for a call, the default first.

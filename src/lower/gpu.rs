@@ -165,11 +165,10 @@ impl Steps {
                 sequences.iter().map(of).sum()
             }
         };
-        let capabilities = self.capabilities_for(operations)?;
-        let plan = match sequences {
-            None => plan::attention(problem, &planned, &capabilities),
-            Some(sequences) => plan::packed(problem, &planned, sequences, &capabilities),
-        }?;
+        let plan = self.accepted(operations, |capabilities| match sequences {
+            None => plan::attention(problem, &planned, capabilities),
+            Some(sequences) => plan::packed(problem, &planned, sequences, capabilities),
+        })?;
         let weights = self.planned("weights", &plan.weights, dtype)?;
         let averaged = self.planned("averaged weights", &plan.averaged, dtype)?;
         let stage = self.planned("scores", &plan.stage, dtype)?;

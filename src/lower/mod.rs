@@ -91,9 +91,10 @@ impl Recording {
                 let mut widen = |row: &Option<&Tensor>| row.map(|row| steps.widened(row)).transpose();
                 let rows = [bias].iter().chain(extra).map(&mut widen).collect::<Result<Vec<_>>>()?;
                 let layouts: Vec<_> = rows.iter().map(|row| row.as_ref().map(Tensor::layout)).collect();
-                let capabilities = steps.capabilities_for(2.0 * x.layout().len() as f64 * w.shape()[0] as f64)?;
-                let plan = plan::project(x.operand(), w.operand(), layouts[0], &layouts[1..], &capabilities)?;
-                drop(capabilities);
+                let operations = 2.0 * x.layout().len() as f64 * w.shape()[0] as f64;
+                let plan = steps.accepted(operations, |capabilities| {
+                    plan::project(x.operand(), w.operand(), layouts[0], &layouts[1..], capabilities)
+                })?;
                 let mut tensors = vec![(Slot::Q, x), (Slot::K, w)];
                 tensors.extend(rows.iter().enumerate().filter_map(|(n, row)| Some((Slot::Bias(n), row.as_ref()?))));
                 steps.made("projection", layout, x.dtype(), plan, &tensors)

@@ -1,7 +1,7 @@
 """The share of multiply-adds in the loop over keys, from the listings of compilers.
 
-How often a loop runs is not in a listing, so each loop is taken to run ten times whenever the one around it does, as
-compilers themselves guess. Of the outermost loops, that with the most multiply-adds is taken.
+The loop is the outermost one with the most multiply-adds. How often the loops inside it run is not in a listing; `trips`
+says it, one number for each, in their order. Where it does not, they are taken to run ten times, as compilers guess.
 """
 import collections
 import re
@@ -9,23 +9,31 @@ import re
 TIMES = 10
 
 
-def share(instructions, loops):
+def share(instructions, loops, trips):
     """`instructions`: True for each multiply-add, False for each other one; `loops`: the places in it of each loop."""
     loops = [set(loop) for loop in loops]
-    depths = collections.Counter(at for loop in loops for at in loop)
     best = (0, None)
     for loop in loops:
-        if not any(loop < other for other in loops):
-            adds = sum(TIMES ** depths[at] for at in loop if instructions[at])
-            if adds > best[0]:
-                best = (adds, adds / sum(TIMES ** depths[at] for at in loop))
+        if any(loop < other for other in loops):
+            continue
+        inside = [other for other in loops if other < loop]
+        outermost = sorted((one for one in inside if not any(one < other for other in inside)), key=min)
+        times = dict(enumerate(trips)) if len(trips) == len(outermost) else {}
+        weight = collections.Counter(dict.fromkeys(loop, 1))
+        for one in inside:
+            times_of_one = times.get(outermost.index(one), TIMES) if one in outermost else TIMES
+            for at in one:
+                weight[at] *= times_of_one
+        adds = sum(weight[at] for at in loop if instructions[at])
+        if adds > best[0]:
+            best = (adds, adds / sum(weight.values()))
     return best[1]
 
 
 AMD_FMA = re.compile(r"v_(pk_)?(dual_)?(fma|fmac|mac|mad|fmamk|fmaak)_?(legacy_)?f32|v_dual_(fmac|fmamk|fmaak)")
 
 
-def amd(text):
+def amd(text, trips):
     """ACO's: labels `BB1:`, branches to them; on RDNA3 `a :: b` is two instructions."""
     instructions, labels, branches = [], {}, []
     for line in text.splitlines():
@@ -47,7 +55,7 @@ def amd(text):
         first = labels.get(label)
         if first is not None and first <= at:
             last[first] = max(at, last.get(first, 0))
-    return share(instructions, [range(first, end + 1) for first, end in last.items()])
+    return share(instructions, [range(first, end + 1) for first, end in last.items()], trips)
 
 
 def natural_loops(entered):
@@ -76,7 +84,7 @@ def natural_loops(entered):
     return list(loops.values())
 
 
-def nvidia(text):
+def nvidia(text, trips):
     """NAK's: `block 7 L2 [6, 9] -> {`, with the blocks that it is entered from."""
     instructions, firsts, entered = [], [], []
     for line in text.splitlines():
@@ -92,10 +100,10 @@ def nvidia(text):
         instructions.append(bool(words) and words[0].split(".")[0] == "ffma")
     firsts.append(len(instructions))
     return share(instructions, [{at for block in loop for at in range(firsts[block], firsts[block + 1])}
-                                for loop in natural_loops(entered)])
+                                for loop in natural_loops(entered)], trips)
 
 
-def intel(text):
+def intel(text, trips):
     """The generator's: `LABEL3:`, and `while` that jumps back to it."""
     instructions, labels, loops = [], {}, []
     for line in text.splitlines():
@@ -111,4 +119,4 @@ def intel(text):
             if to and labels.get(to[1], len(instructions)) < len(instructions):
                 loops.append(range(labels[to[1]], len(instructions) + 1))
         instructions.append(found[1] == "mad")
-    return share(instructions, loops)
+    return share(instructions, loops, trips)

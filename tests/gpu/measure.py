@@ -23,6 +23,8 @@ ROOT = HERE.parent.parent
 WORK = ROOT / "target/gpu"
 INTEL = WORK / "intel"
 TABLE = HERE / "table.tsv"
+LIMITS = HERE / "limits.tsv"
+PIPELINES = ROOT / "target/debug/examples/pipelines"
 PAGE = ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- ./gpu-compilers -->", "<!-- end -->"
 
@@ -36,17 +38,17 @@ Gpu = collections.namedtuple("Gpu", "name label kind driver shim environment eve
 NVK = {"NVK_I_WANT_A_BROKEN_VULKAN_DRIVER": "1"}
 # `kind`: whose default kernels it runs. `every`: whether it takes every variant, or the default kernels only.
 GPUS = [
-    Gpu("polaris10", "AMD Polaris 10 (GCN 4)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "polaris10"}, False),
-    Gpu("navi21", "AMD Navi 21 (RDNA 2)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi21"}, True),
-    Gpu("navi31", "AMD Navi 31 (RDNA 3)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi31"}, True),
-    Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "Amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
-    Gpu("turing", "NVIDIA Turing (TU102)", "Nvidia", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
-    Gpu("ampere", "NVIDIA Ampere (GA102)", "Nvidia", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
-    Gpu("adreno740", "Qualcomm Adreno 740", "Qualcomm", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, True),
-    Gpu("m1", "Apple M1", "Apple", "asahi", "asahi", {}, True),
-    Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "Intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, True),
-    Gpu("dg2", "Intel DG2 (Xe-HPG)", "Intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "dg2"}, False),
-    Gpu("bmg", "Intel Battlemage (Xe2)", "Intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "bmg"}, False),
+    Gpu("polaris10", "AMD Polaris 10 (GCN 4)", "amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "polaris10"}, False),
+    Gpu("navi21", "AMD Navi 21 (RDNA 2)", "amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi21"}, True),
+    Gpu("navi31", "AMD Navi 31 (RDNA 3)", "amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "navi31"}, True),
+    Gpu("gfx1201", "AMD gfx1201 (RDNA 4)", "amd", "radeon", "amdgpu", {"AMDGPU_GPU_ID": "gfx1201"}, False),
+    Gpu("turing", "NVIDIA Turing (TU102)", "nvidia", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "162", **NVK}, False),
+    Gpu("ampere", "NVIDIA Ampere (GA102)", "nvidia", "nouveau", "nouveau", {"NOUVEAU_CHIPSET": "172", **NVK}, True),
+    Gpu("adreno740", "Qualcomm Adreno 740", "qualcomm", "freedreno", "freedreno", {"FD_GPU_ID": "740"}, True),
+    Gpu("m1", "Apple M1", "apple", "asahi", "asahi", {}, True),
+    Gpu("tgl", "Intel Tiger Lake (Xe-LP)", "intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "tgl"}, True),
+    Gpu("dg2", "Intel DG2 (Xe-HPG)", "intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "dg2"}, False),
+    Gpu("bmg", "Intel Battlemage (Xe2)", "intel", "intel", "intel", {"INTEL_STUB_GPU_PLATFORM": "bmg"}, False),
 ]
 
 # What each driver calls the columns, and by what its number is multiplied.
@@ -75,6 +77,36 @@ STATISTICS = {
 SHARES = {"radeon": loops.amd, "nouveau": loops.nvidia, "intel": loops.intel}
 
 
+def on_fake_device(gpu, home, *command):
+    """The command that runs `command` where the only device is a fake one of this GPU, and its environment."""
+    libraries = WORK / "root/usr/lib/x86_64-linux-gnu"
+    shim, path, drivers = libraries / f"lib{gpu.shim}_noop_drm_shim.so", str(libraries), WORK / "root"
+    if gpu.driver == "intel":
+        # Built here, and a driver of the same version.
+        shim, drivers = INTEL / shim.name, INTEL / "root"
+        path = f"{drivers}/usr/lib/x86_64-linux-gnu:{path}"
+    environment = {
+        "HOME": home,
+        "XDG_RUNTIME_DIR": home,
+        "MESA_SHADER_CACHE_DISABLE": "true",
+        "VK_DRIVER_FILES": str(drivers / f"usr/share/vulkan/icd.d/{gpu.driver}_icd.json"),
+        **gpu.environment,
+    }
+    return [libraries / "ld-linux-x86-64.so.2", "--library-path", path, "--preload", shim, *command], environment
+
+
+def trips_of(name):
+    """How often the loops inside the loop over keys run; see TiledParts in src/kernels/catalogue/flash.rs."""
+    tile = re.match(r"flash_tiled\.rows(\d+)x\d+\.across(\d+)\.keys\d+\.dims(\d+)[a-z_]*x(\d+)", name)
+    if not tile:
+        return []
+    rows, across, dim_k, dim_v = map(int, tile.groups())
+    part4 = 4 if across == 16 or rows == 8 else 8
+    at_once = 2 if dim_v / 4 > across else 1
+    strips = -(-dim_v // (4 * across * at_once))
+    return [-(-dim_k // (4 * part4))] + [across * at_once // part4] * strips
+
+
 class Compiler:
     """A program that compiles one text after another on one GPU, started anew where it has died."""
 
@@ -85,21 +117,7 @@ class Compiler:
         self.device = ""
 
     def start(self):
-        libraries = WORK / "root/usr/lib/x86_64-linux-gnu"
-        shim, path, drivers = libraries / f"lib{self.gpu.shim}_noop_drm_shim.so", str(libraries), WORK / "root"
-        if self.gpu.driver == "intel":
-            # Built here, and a driver of the same version.
-            shim, drivers = INTEL / shim.name, INTEL / "root"
-            path = f"{drivers}/usr/lib/x86_64-linux-gnu:{path}"
-        environment = {
-            "HOME": self.folder.name,
-            "XDG_RUNTIME_DIR": self.folder.name,
-            "MESA_SHADER_CACHE_DISABLE": "true",
-            "VK_DRIVER_FILES": str(drivers / f"usr/share/vulkan/icd.d/{self.gpu.driver}_icd.json"),
-            **self.gpu.environment,
-        }
-        command = [libraries / "ld-linux-x86-64.so.2", "--library-path", path, "--preload", shim,
-                   WORK / "compile", str(SECONDS), self.folder.name]
+        command, environment = on_fake_device(self.gpu, self.folder.name, WORK / "compile", str(SECONDS), self.folder.name)
         self.errors = open(WORK / f"{self.gpu.name}.log", "a")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
                                         env=environment, text=True, errors="replace")
@@ -152,7 +170,7 @@ class Compiler:
                     row[column] = f"{float(found[name]) * times:.0f}"
             listing = pathlib.Path(self.folder.name, f"{path.name}.{fields[0]}.txt")
             if listing.exists():
-                share = SHARES[self.gpu.driver](listing.read_text(errors="replace"))
+                share = SHARES[self.gpu.driver](listing.read_text(errors="replace"), trips_of(path.name))
                 row["share"] = "-" if share is None else f"{share:.3f}"
         for left in pathlib.Path(self.folder.name).glob("*.txt"):
             left.unlink()
@@ -255,7 +273,7 @@ def pages(rows, given, defaults):
             f"| {f'{code:.0f}' if code else 'not told'} "
             f"| {sum(number(row['seconds']) for row in of) + SECONDS * over:.0f} |")
 
-    def cells(title, cell, of=gpus):
+    def cells(title, cell, of=gpus, suffix=""):
         out.append("")
         out.append(f"| {title} | " + " | ".join(gpu.name for gpu in of) + " |")
         out.append("|---|" + "---:|" * len(of))
@@ -263,18 +281,52 @@ def pages(rows, given, defaults):
             line = []
             for gpu in of:
                 variant = next(variant for of, variant, kinds in defaults if of == label and gpu.kind in kinds)
-                row = rows.get((gpu.name, variant))
+                row = rows.get((gpu.name, variant + suffix))
                 line.append("" if row is None else row["result"] if row["result"] != "ok" else cell(row))
             out.append(f"| {label} | " + " | ".join(line) + " |")
 
     cells("spilled registers", lambda row: row["spills"] + ("" if row["fills"] == "-" or row["spills"] == "0"
                                                             else "/" + row["fills"]))
     cells("registers, waves", lambda row: row["registers"] + ("" if row["waves"] == "-" else ", " + row["waves"]))
-    cells("share of multiply-adds, %", lambda row: "" if row["share"] == "-" else f"{100 * number(row['share']):.0f}",
-          [gpu for gpu in gpus if gpu.driver in SHARES])
+    percent = lambda row: "" if row["share"] == "-" else f"{100 * number(row['share']):.0f}"
+    with_shares = [gpu for gpu in gpus if gpu.driver in SHARES]
+    cells("share of multiply-adds, %", percent, with_shares)
+    cells("the same without checks, %", percent, with_shares, "/unchecked")
     cells("code, KB", lambda row: f"{number(row['code']) / 1000:.1f}",
           [gpu for gpu in gpus if gpu.driver != "intel"])
     return "\n".join(out)
+
+
+def limits_of(gpu):
+    """What our own library, through wgpu, finds of a GPU, once it has created the pipelines of the benchmark shapes
+    there; or what went wrong."""
+    with tempfile.TemporaryDirectory() as home:
+        command, environment = on_fake_device(gpu, home, PIPELINES)
+        ran = subprocess.run(command, env={**environment, "WGPU_BACKEND": "vulkan"}, capture_output=True, text=True,
+                             timeout=REAL_SECONDS)
+    lines = ran.stdout.splitlines()
+    if ran.returncode or len(lines) != 2:
+        return None, f"{gpu.label}: no pipelines through wgpu: {ran.stderr.strip()[-300:]}"
+    return lines[0].split("\t", 1)[1], f"{lines[0].split(chr(9))[0]} through wgpu: {lines[1]}"
+
+
+def check_limits(gpus, write):
+    header, *lines = LIMITS.read_text().splitlines()
+    known = dict(line.split("\t", 1) for line in lines)
+    bad = []
+    for gpu in gpus:
+        found, words = limits_of(gpu)
+        print(words, file=sys.stderr)
+        if found is None:
+            bad.append(words)
+        elif write:
+            known[gpu.name] = found
+        elif known.get(gpu.name) != found:
+            bad.append(f"{gpu.label}: its limits are {found}, tests/gpu/limits.tsv says {known.get(gpu.name)}")
+    if write:
+        order = [gpu.name for gpu in GPUS]
+        LIMITS.write_text("\n".join([header] + [f"{name}\t{known[name]}" for name in order if name in known]) + "\n")
+    return bad
 
 
 def check_page(written, write):
@@ -317,16 +369,18 @@ def main():
     if TABLE.exists() and TABLE.read_text().splitlines()[0] != version():
         for row in rows.values():
             row["hash"] = "-"
-    bad, news = [], []
-    for gpu in GPUS:
-        if chosen and gpu.name not in chosen:
-            continue
-        if gpu.driver == "intel" and not (INTEL / "libintel_noop_drm_shim.so").exists():
-            print(f"{gpu.label} is not to be had here: no fake kernel driver", file=sys.stderr)
-            continue
+    has_intel = (INTEL / "libintel_noop_drm_shim.so").exists()
+    if not has_intel:
+        print("Intel's GPUs are not to be had here: no fake kernel driver", file=sys.stderr)
+    here = [gpu for gpu in GPUS if (not chosen or gpu.name in chosen) and (has_intel or gpu.driver != "intel")]
+    bad, news = check_limits(here, write), []
+    for gpu in here:
         began = time.monotonic()
         of_defaults = {variant: texts[variant] for _, variant, kinds in defaults if gpu.kind in kinds}
-        ours = texts if gpu.every else of_defaults
+        if gpu.driver in SHARES:
+            of_defaults |= {f"{variant}/unchecked": texts[f"{variant}/unchecked"] for variant in of_defaults}
+        checked = {variant: text for variant, text in texts.items() if not variant.endswith("/unchecked")}
+        ours = checked | of_defaults if gpu.every else of_defaults
         compared = collections.Counter()
         saved = [began]
 

@@ -13,7 +13,7 @@ const TOLERANCE: f64 = 3e-6;
 
 #[test]
 fn random_calls_match_the_truth() {
-    for (name, device) in devices() {
+    for (name, device) in devices().into_iter().chain(kit::as_gpus()) {
         // On an adapter each call compiles its own kernels, for seconds if no driver cache is warm. Therefore the quick
         // suite of `attn check`, in the program's tests, draws many calls for few kernels.
         let calls = if matches!(device, Device::Cpu) { 400 } else { 5 };

@@ -1,6 +1,6 @@
 //! Shared code of the tests: every device of this machine, and the random calls of `conformance`.
 
-use wgpu_attention::{AdapterSummary, Device, Gpu, GpuOptions, Method, wgpu};
+use wgpu_attention::{AdapterSummary, Device, Gpu, GpuKind, GpuOptions, Method, wgpu};
 pub use wgpu_attention_conformance::{
     Call, Data, Order, Truth, Wide, assert_close, assert_close_to, assert_logs_close, bits, largest, noise, place,
     rounding, wide, worst,
@@ -25,6 +25,17 @@ pub fn devices() -> Vec<(String, Device)> {
         devices.push(open(&adapters[0], true));
     }
     devices
+}
+
+/// The first adapter, planned as for two kinds of GPUs: those with large tiles and unknown ones. What a GPU runs is
+/// checked on a software adapter.
+pub fn as_gpus() -> Vec<(String, Device)> {
+    let kinds = [GpuKind::Amd, GpuKind::Other];
+    let open = |kind: GpuKind| {
+        let gpu = Gpu::with_options(&GpuOptions::adapter("0").planned_as(kind)).unwrap();
+        (format!("{} planned as {kind}", gpu.info().name), Device::Gpu(gpu))
+    };
+    kinds.map(open).into()
 }
 
 /// Every method on a device: planning's choice, then one of each kind.

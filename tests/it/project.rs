@@ -1,6 +1,6 @@
 //! Projections of few and of many rows.
 
-use crate::kit::{assert_close_to, bits, devices, largest, wide};
+use crate::kit::{as_gpus, assert_close_to, bits, devices, largest, wide};
 use wgpu_attention::problem::Layout;
 use wgpu_attention::reference::{self, View};
 use wgpu_attention::{Device, Tensor, project};
@@ -11,10 +11,10 @@ fn sines(len: usize, step: f32) -> Vec<f32> {
 
 #[test]
 fn few_and_many_rows_match_the_truth() {
-    for (name, device) in devices() {
+    for (name, device) in devices().into_iter().chain(as_gpus()) {
         // Multiples of four and odd widths, few and many outputs, with and without a bias.
         for (batch, len, dim_in, dim_out) in
-            [(1, 1, 256, 96), (3, 1, 37, 9), (2, 4, 130, 33), (1, 5, 130, 33), (1, 3, 1, 1)]
+            [(1, 1, 256, 96), (3, 1, 37, 9), (2, 4, 130, 33), (1, 5, 130, 33), (1, 3, 1, 1), (2, 70, 132, 68)]
         {
             let (x, w, b) = (sines(batch * len * dim_in, 0.37), sines(dim_out * dim_in, 0.11), sines(dim_out, 0.7));
             let tensor = |shape: &[usize], data: &[f32]| Tensor::from_slice(&device, shape, data).unwrap();
@@ -47,7 +47,7 @@ fn transposed(w: &[f64], rows: usize, columns: usize) -> Vec<f32> {
 
 #[test]
 fn a_row_gives_the_same_bits_in_every_batch() {
-    for (name, device) in devices() {
+    for (name, device) in devices().into_iter().chain(as_gpus()) {
         for (len, dim_in) in [(1, 300), (4, 300), (5, 1030), (9, 1030)] {
             let row = len * dim_in;
             let x = sines(70 * row, 0.37);

@@ -4,9 +4,10 @@
 use std::time::{Duration, Instant};
 
 use crate::kit::{Call, gpus, limited};
+use wgpu_attention::kernels::{Kernel, Variant};
 use wgpu_attention::{
-    Attended, Attention, Device, Error, Gpu, GpuOptions, KvCache, KvCacheConfig, Method, MultiHeadAttention,
-    MultiHeadConfig, Result, StateDict, Tensor, Weights, merge, softmax, wgpu,
+    Attended, Attention, Device, Error, Gpu, GpuKind, GpuOptions, KvCache, KvCacheConfig, Method, MultiHeadAttention,
+    MultiHeadConfig, Result, StateDict, Tensor, Weights, merge, project, softmax, wgpu,
 };
 use wgpu_attention_conformance::{FORMS, case_folder, draw, refused};
 
@@ -382,4 +383,38 @@ fn broken_safetensors_are_errors() {
             true
         }
     });
+}
+
+/// A driver that refuses a kernel is given another: first another tile, then tiles in registers; products likewise.
+#[test]
+fn refused_kernels_are_replaced() {
+    fn refuse(variant: &Variant, text: &str) -> Option<String> {
+        let is_refused = match variant.kernel {
+            Kernel::FlashTiled => variant.name.contains("rows4x128") || variant.name.contains("dims20"),
+            Kernel::ProjectTiled => true,
+            _ => false,
+        };
+        is_refused.then(|| format!("{text}\nfn refused() -> u32 {{ return 1.5; }}\n"))
+    }
+    let options = GpuOptions::adapter("0").planned_as(GpuKind::Other).rewrite(refuse);
+    let gpu = Gpu::with_options(&options).unwrap();
+    let device = Device::Gpu(gpu.clone());
+    for (dim, taken) in [(16, "flash_tiled/rows4x64/across16/"), (20, "flash/")] {
+        let shape = [1, 2, 40, dim];
+        let call = Call::plain(shape, shape, shape);
+        let data = call.data();
+        for _ in 0..2 {
+            let (done, traced) = gpu.trace(|| call.run(&device, &data, Attention::new().lse(true)).unwrap());
+            call.truth(&data).0.hold("with refused kernels", &done, TOLERANCE);
+            assert!(traced.iter().any(|one| one.variant.name.starts_with(taken)), "{traced:?}");
+        }
+    }
+    let x = Tensor::from_slice(&device, &[1, 9, 8], &[1.0f32; 72]).unwrap();
+    let w = Tensor::from_slice(&device, &[5, 8], &[0.5f32; 40]).unwrap();
+    assert_eq!(project(&x, &w, None).unwrap().download::<f32>().unwrap(), [4.0; 45]);
+    // Who insists on a tile learns what the driver says.
+    let insisting = Attention::new().method("rows4x128/across16".parse().unwrap());
+    let x = Tensor::from_slice(&device, &[1, 2, 40, 16], &[1.0f32; 1280]).unwrap();
+    let refused = insisting.forward(&x, &x, &x);
+    assert!(matches!(refused, Err(Error::Gpu { .. })), "{:?}", refused.err());
 }

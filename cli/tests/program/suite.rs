@@ -93,8 +93,8 @@ fn quick_suite(driver: Option<String>, more: &[&str]) -> Vec<String> {
         for seen in adapter["observed"].as_array().unwrap() {
             assert_eq!(seen["invocations"], seen["workgroup"], "{adapter}");
         }
-        let cut = of_it.iter().find(|result| result["variant"] == "workgroup64").unwrap();
-        assert_eq!((&cut["workgroup"], &cut["why"]), (&64.into(), &"the tile workgroup64 was requested".into()));
+        let cut = of_it.iter().find(|result| result["variant"] == "rows4x128/across8").unwrap();
+        assert_eq!((&cut["workgroup"], &cut["why"]), (&128.into(), &"the tile rows4x128/across8 was requested".into()));
         if let Some([least, most]) = adapter["subgroups"].as_array().map(Vec::as_slice) {
             let seen = cut["subgroup"].as_u64().unwrap();
             assert!(least.as_u64().unwrap() <= seen && seen <= most.as_u64().unwrap(), "{cut}");
@@ -153,8 +153,18 @@ fn single_calls_also_run_on_dawn() {
     let driver = swiftshader().unwrap_or_default();
     let env = [("ATTN_DAWN", modules.to_str().unwrap()), ("ATTN_DAWN_DRIVER", driver.as_str())];
     let args = ["check", "--quick", "--dawn", "--adapter", "0", "--json", "report.json"];
-    let some =
-        ["--op", "alibi", "--op", "rotary", "--op", "attention", "--variant", "fused", "--variant", "workgroup64"];
+    let some = [
+        "--op",
+        "alibi",
+        "--op",
+        "rotary",
+        "--op",
+        "attention",
+        "--variant",
+        "fused",
+        "--variant",
+        "rows4x128/across8",
+    ];
     let ran = attn_with(folder.path(), &[&args[..], &some].concat(), &env);
     ran.succeeded();
     let report = report(folder.path());

@@ -146,15 +146,21 @@ impl Variant {
         ([self.workgroup_size(), rows, across], [depth4, cols4])
     }
 
+    /// The tile of a variant of `flash_tiled.wgsl`.
+    pub fn tile(&self) -> Option<Tile> {
+        let ([workgroup, rows, across], _) = self.tile_in_memory();
+        (self.kernel == Kernel::FlashTiled).then_some(Tile::Workgroup { workgroup, rows, across })
+    }
+
     /// Whether planning or tuning may choose the variant on a GPU of this kind.
     pub fn is_given_to(&self, kind: GpuKind) -> bool {
         match self.kernel {
             // GPUs have `flash_tiled.wgsl`, and `project_tiled.wgsl`.
             Kernel::Flash | Kernel::Project => false,
             Kernel::FlashTiled => {
-                let ([workgroup, rows, across], [_, cols4]) = self.tile_in_memory();
-                let tile = Tile::Workgroup { workgroup, rows, across };
-                [4, 8, 16, 17].into_iter().any(|rows| gpu_kind::tiles(kind, rows, 4 * cols4 as usize).contains(&tile))
+                let (_, [_, cols4]) = self.tile_in_memory();
+                let tiles = |rows| gpu_kind::tiles(kind, rows, 4 * cols4 as usize);
+                [4, 8, 16, 17].into_iter().any(|rows| tiles(rows).iter().any(|&tile| self.tile() == Some(tile)))
             }
             Kernel::Scores | Kernel::WeightedSum | Kernel::Inspect
                 if self.number("ROWS", 1) > gpu_kind::rows_in_registers(kind) =>

@@ -141,6 +141,7 @@ impl Planner<'_> {
     fn takes_tiles(&self, dim_in: usize) -> bool {
         let adapter = self.adapter;
         adapter.class == AdapterClass::Gpu
+            && !adapter.refuses_tiled_products
             && adapter.max_invocations >= ProjectTile::WORKGROUP
             && adapter.workgroup_memory >= ProjectTile::MEMORY
             && turns::project_tiled().of(dim_in) <= adapter.loop_turns()

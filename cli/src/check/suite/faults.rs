@@ -100,7 +100,7 @@ fn skipped_key(variant: &Variant, text: &str) -> Option<String> {
 }
 
 fn missing_barrier(variant: &Variant, text: &str) -> Option<String> {
-    let after = "            for (var e = 0u; e < ACROSS; e++) {\n                var k4";
+    let after = "{\n                var k4";
     match variant.kernel {
         Kernel::FlashTiled => change(text, &format!("            workgroupBarrier();\n{after}"), after),
         _ => None,
