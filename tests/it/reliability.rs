@@ -411,7 +411,7 @@ fn refused_kernels_are_replaced() {
     }
     let x = Tensor::from_slice(&device, &[1, 9, 8], &[1.0f32; 72]).unwrap();
     let w = Tensor::from_slice(&device, &[5, 8], &[0.5f32; 40]).unwrap();
-    assert_eq!(project(&x, &w, None).unwrap().download::<f32>().unwrap(), [4.0; 45]);
+    assert_eq!(project(&x, &w, None).unwrap().download().unwrap(), [4.0; 45]);
     // Who insists on a tile learns what the driver says.
     let insisting = Attention::new().method("rows4x128/across16".parse().unwrap());
     let x = Tensor::from_slice(&device, &[1, 2, 40, 16], &[1.0f32; 1280]).unwrap();
