@@ -2,8 +2,9 @@
 
 use clap::Args;
 use serde_json::json;
+use wgpu_attention::kernels::gpu_kind::predicted_share;
 use wgpu_attention::wgpu::Features;
-use wgpu_attention::{AdapterSummary, Attention, Device, Gpu, GpuOptions, Tensor};
+use wgpu_attention::{AdapterSummary, Attention, Device, Gpu, GpuKind, GpuOptions, Tensor};
 
 use crate::error::{Error, Result};
 use crate::table::table;
@@ -125,6 +126,14 @@ fn kind(info: &wgpu_attention::wgpu::AdapterInfo) -> &'static str {
     }
 }
 
+/// What the compilers' listings predict of the kernels, for a GPU.
+fn predicted(info: &wgpu_attention::wgpu::AdapterInfo, names: &Result<Vec<String>>) -> Option<f64> {
+    let kind = GpuKind::of(info.vendor, &info.name);
+    let is_gpu = info.device_type != wgpu_attention::wgpu::DeviceType::Cpu;
+    let share = names.as_ref().ok()?.iter().find_map(|name| predicted_share(kind, name));
+    share.filter(|_| is_gpu).map(|share| share * 100.0)
+}
+
 fn print_json(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool, threads: usize) -> Result<()> {
     let mut rows: Vec<serde_json::Value> = opened
         .iter()
@@ -149,6 +158,8 @@ fn print_json(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool, 
                     "max_storage_buffers_per_shader_stage": limits.max_storage_buffers_per_shader_stage,
                 },
                 "kernels": names.as_ref().ok(),
+                // The kernel of a call of width 64.
+                "predicted_percent_of_ceiling": predicted(info, names),
                 "error": names.as_ref().err().map(|error| error.to_string()),
             })
         })

@@ -101,3 +101,30 @@ pub fn rows_in_registers(kind: GpuKind) -> u32 {
         _ => 1,
     }
 }
+
+/// What fraction of its multiply-add ceiling a GPU of this kind can reach in the fused kernel with these tiles, predicted:
+/// the share of multiply-adds in the instructions of a key step, which its compiler's listing shows, or what reads of
+/// workgroup memory leave, whichever is less. `None` where no listing is to be had, or the tile is not a default one.
+/// No GPU has confirmed it yet. `name` is that of a variant.
+pub fn predicted_share(kind: GpuKind, name: &str) -> Option<f64> {
+    let tile = |tile: &str| name.strip_prefix("flash_tiled/")?.strip_prefix(tile);
+    let (four_by_eight, four_by_sixteen) = (tile("rows4x128/across8/keys32/"), tile("rows4x128/across16/keys64/"));
+    let two_by_sixteen = tile("rows2x128/across16/keys64/");
+    let is = |rest: Option<&str>, dims: &str| rest.is_some_and(|rest| rest.starts_with(dims));
+    let issue = match kind {
+        GpuKind::Amd if is(four_by_eight, "dims64x64/") => 0.58,
+        GpuKind::Amd if is(four_by_sixteen, "dims128x128/") => 0.57,
+        GpuKind::Nvidia if is(four_by_eight, "dims64x64/") => 0.60,
+        GpuKind::Nvidia if is(four_by_sixteen, "dims128x128/") => 0.56,
+        GpuKind::Intel if is(four_by_sixteen, "dims64x64/") => 0.44,
+        GpuKind::Intel if is(two_by_sixteen, "dims128x128/") => 0.34,
+        _ => return None,
+    };
+    // A read of a vec4 per subgroup takes NVIDIA's workgroup memory (128 bytes per clock) as long as 16 multiply-adds. A
+    // tile of 4 × 4 reads one for 8 of them in the first product, and for 8 or 10.7 in the second.
+    let reads = match kind {
+        GpuKind::Nvidia => 9.1 / 16.0,
+        _ => 1.0,
+    };
+    Some(f64::min(issue, reads))
+}

@@ -384,6 +384,29 @@ fn default_tiles_spill_no_registers() {
     assert!(seen > 60, "{seen} rows of the table concern the tiles of a kind");
 }
 
+/// Predictions are not above what the newest GPU of a kind reads off its listing, and not far below.
+#[test]
+fn predictions_follow_the_record() {
+    let mut seen = 0;
+    for line in include_str!("../gpu/table.tsv").lines().skip(2) {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let kind = match fields[0] {
+            "navi31" => GpuKind::Amd,
+            "ampere" => GpuKind::Nvidia,
+            "tgl" => GpuKind::Intel,
+            _ => continue,
+        };
+        let (name, share) = (fields[1], fields[13]);
+        let Some(predicted) = gpu_kind::predicted_share(kind, name).filter(|_| name.ends_with("/wide")) else {
+            continue;
+        };
+        let share: f64 = share.parse().unwrap_or_else(|_| panic!("no share: {line}"));
+        assert!(predicted <= share + 0.006 && predicted >= share - 0.04, "{predicted}: {line}");
+        seen += 1;
+    }
+    assert_eq!(seen, 6);
+}
+
 #[test]
 fn plans_are_valid_on_their_adapters() {
     let mut tally = Tally::default();
