@@ -76,7 +76,7 @@ fn v_column(d: u32) -> u32 {
 
 // What this invocation loads of a part of the keys from j. Beyond the last key nothing is seen.
 fn keys_from(work: Work, j: u32, part: u32, local: u32) -> KeyLoads {
-    var loaded: KeyLoads;
+    var loaded = KeyLoads();
     let d = part * PART4 + local % PART4;
     let row = local / PART4 * params.k.strides.z;
     // @unroll
@@ -90,7 +90,7 @@ fn keys_from(work: Work, j: u32, part: u32, local: u32) -> KeyLoads {
 }
 // The same for values.
 fn values_from(work: Work, j: u32, strip: u32, local: u32) -> KeyLoads {
-    var loaded: KeyLoads;
+    var loaded = KeyLoads();
     let d = strip * V_WIDTH + local % V_WIDTH;
     let row = local / V_WIDTH * params.v.strides.z;
     // @unroll

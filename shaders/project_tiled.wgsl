@@ -47,12 +47,12 @@ fn run(index: u32, local: u32, lane: u32) {
     // The bound is more than a parameter; see README.md.
     let columns4 = select(0u, (params.dim_in + 3u) / 4u, first_row < params.rows);
     for (var d = 0u; d < columns4; d += PART4) {
-        var x4: array<vec4<f32>, X_LOADS>;
+        var x4 = array<vec4<f32>, X_LOADS>();
         // @unroll
         for (var n = 0u; n < X_LOADS; n++) {
             x4[n] = load_x(x_base[n], d + column);
         }
-        var w4: array<vec4<f32>, W_LOADS>;
+        var w4 = array<vec4<f32>, W_LOADS>();
         // @unroll
         for (var n = 0u; n < W_LOADS; n++) {
             w4[n] = load_w(w_base[n], d + column);
