@@ -118,6 +118,11 @@ pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
     arch.dispatch(|| row.iter_mut().for_each(|x| *x *= factor));
 }
 
+/// `to = factor · row`.
+pub fn scale_into(arch: Arch, row: &[f32], factor: f32, to: &mut [f32]) {
+    arch.dispatch(|| to.iter_mut().zip(row).for_each(|(to, &x)| *to = factor * x));
+}
+
 /// `sums += row`, or `sums = row` if the row is the first.
 pub fn gather(arch: Arch, sums: &mut [f64], row: &[f32], first: bool) {
     arch.dispatch(|| match first {
