@@ -9,10 +9,14 @@ use super::{Buffer, Inputs, Matrix, Outputs, exp, take, threads};
 use crate::kernels::catalogue::RelativeKind;
 use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
-/// Rows per task. Query rows of all heads that share keys count together.
-const TILE_ROWS: usize = 128;
+/// Rows of a tile of packed keys: as many as a product computes at a time. Query rows of all heads that share keys count
+/// together.
+const TILE_ROWS: usize = 12;
 
-/// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
+/// Tiles of one task, at most.
+const TASK_TILES: usize = 11;
+
+/// Keys per step of the online softmax: a tile of scores fits a common L1 cache.
 pub(super) const TILE_KEYS: usize = 512;
 
 /// Distance of the rows of a tile of scores. With a power of two, they would share a few lines of the L1 cache.
@@ -32,14 +36,19 @@ thread_local! {
 
 #[derive(Default)]
 struct Scratch {
+    /// Keys and values of a head that one task packs.
+    head: PackedHead,
+    tile: TileScratch,
+}
+
+#[derive(Default)]
+struct TileScratch {
     q: Vec<f32>,
     scores: Vec<f32>,
     /// Output rows before division by their sum.
     summed: Vec<f32>,
     /// The same over the keys that are no longer summed in f32.
     gathered: Vec<f64>,
-    /// Keys and values of a head with one tile.
-    head: PackedHead,
     /// Values of one step that are packed only because some are not finite.
     step: PackedHead,
 }
@@ -95,9 +104,9 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
             true => (0..batch * heads_kv).into_par_iter().map(head).collect(),
             false => (0..batch * heads_kv).map(head).collect(),
         };
-        // Where several tiles share keys, they are packed beforehand, else by the tile.
+        // Keys that several tasks share are packed beforehand, others by the task.
         let mut packed: Vec<PackedHead> = Vec::new();
-        if per_head > TILE_ROWS {
+        if per_head > TILE_ROWS * TASK_TILES {
             packed.resize_with(heads.len(), PackedHead::default);
             let moved = (heads.len() * len_k * (dim_k + dim_v)) as f64;
             threads::for_each(packed.iter_mut().zip(&heads).collect(), moved, |(packed, head)| {
@@ -105,20 +114,42 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
                 packed.pack_values(&head.v, 0..len_k);
             });
         }
-        let mut tiles = Vec::new();
+        let tile_rows = tile_rows(problem);
+        let mut out = output_rows(&mut out, problem, output).into_iter();
         let mut rest = Slices { lse: &mut lse, weights: &mut weights, scores: &mut scores };
+        let mut tasks = Vec::new();
         for (n, head) in heads.iter().enumerate() {
-            for first in (0..per_head).step_by(TILE_ROWS) {
-                let count = TILE_ROWS.min(per_head - first);
-                let slices = rest.split_off(count, len_k);
-                let (b, head_kv) = (n / heads_kv, n % heads_kv);
-                tiles.push((Tile { problem, inputs, b, head_kv, first, count }, head, packed.get(n), slices));
+            let (b, head_kv) = (n / heads_kv, n % heads_kv);
+            for task in (0..per_head).step_by(tile_rows * TASK_TILES) {
+                let firsts = (task..per_head.min(task + tile_rows * TASK_TILES)).step_by(tile_rows);
+                let tiles: Vec<_> = firsts
+                    .zip(&mut out)
+                    .map(|(first, out)| {
+                        let count = tile_rows.min(per_head - first);
+                        (Tile { problem, inputs, b, head_kv, first, count }, rest.split_off(count, len_k), out)
+                    })
+                    .collect();
+                tasks.push((head, packed.get(n), tiles));
             }
         }
-        let tasks = tiles.into_iter().zip(output_rows(&mut out, problem, output)).collect();
         let operations = (rows * len_k) as f64 * (dim_k + dim_v) as f64;
-        threads::for_each(tasks, operations, |((tile, head, packed, slices), out)| {
-            SCRATCH.with_borrow_mut(|scratch| tile.run(head, packed, stage, scratch, slices, out));
+        threads::for_each(tasks, operations, |(head, packed, tiles)| {
+            SCRATCH.with_borrow_mut(|Scratch { head: own, tile: scratch }| {
+                let packed = match packed {
+                    None if per_head >= FEW_ROWS => {
+                        let seen = tiles.iter().map(|(tile, ..)| tile.seen());
+                        let seen = seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+                        let keys = if stage.is_some() { 0..len_k } else { seen };
+                        own.pack_keys(&head.k, keys.clone());
+                        own.pack_values(&head.v, keys);
+                        Some(&*own)
+                    }
+                    packed => packed,
+                };
+                for (tile, slices, out) in tiles {
+                    tile.run(head, packed, stage, scratch, slices, out);
+                }
+            });
         });
     }
 
@@ -132,6 +163,11 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
         },
         weights: averaged.or((wanted.weights == Weights::PerHead).then_some(weights)),
     }
+}
+
+/// Rows per tile. Keys that are not packed are read once per tile.
+fn tile_rows(problem: &Problem) -> usize {
+    if problem.group() * problem.len_q < FEW_ROWS { FEW_ROWS } else { TILE_ROWS }
 }
 
 /// The rows of the output that one tile writes.
@@ -152,10 +188,10 @@ impl OutputRows<'_> {
 /// The output's rows, tile by tile.
 fn output_rows<'a>(out: &'a mut [f32], problem: &Problem, layout: &Layout) -> Vec<OutputRows<'a>> {
     let Problem { batch, heads_q, heads_kv, len_q, dim_v, .. } = *problem;
-    let per_head = problem.group() * len_q;
-    let tiles_per_head = per_head.div_ceil(TILE_ROWS);
+    let (per_head, tile_rows) = (problem.group() * len_q, tile_rows(problem));
+    let tiles_per_head = per_head.div_ceil(tile_rows);
     let counts = (0..batch * heads_kv * tiles_per_head)
-        .map(|tile| TILE_ROWS.min(per_head - tile % tiles_per_head * TILE_ROWS));
+        .map(|tile| tile_rows.min(per_head - tile % tiles_per_head * tile_rows));
     if layout.is_contiguous() || dim_v == 0 {
         let mut rest = out;
         return counts.map(|count| OutputRows::Adjacent(take(&mut rest, count * dim_v))).collect();
@@ -167,7 +203,7 @@ fn output_rows<'a>(out: &'a mut [f32], problem: &Problem, layout: &Layout) -> Ve
         for (i, out) in out.chunks_exact_mut(heads_q * dim_v).enumerate() {
             for (h, out) in out.chunks_exact_mut(dim_v).enumerate() {
                 let (head_kv, row) = (h / problem.group(), h % problem.group() * len_q + i);
-                tiles[(b * heads_kv + head_kv) * tiles_per_head + row / TILE_ROWS][row % TILE_ROWS] = out;
+                tiles[(b * heads_kv + head_kv) * tiles_per_head + row / tile_rows][row % tile_rows] = out;
             }
         }
     }
@@ -257,6 +293,20 @@ impl Tile<'_> {
         }
     }
 
+    /// The keys that any row may see, from a multiple of [`MOST_COLUMNS`] on, where panels of packed keys start.
+    fn seen(&self) -> Range<usize> {
+        let ruled = self.problem.maskable_keys();
+        let band = self.problem.band(self.b);
+        let ranges = (0..self.count).map(|row| band.range(self.query(row).1, ruled));
+        let seen = ranges.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+        let (mut low, mut high) = (seen.start, seen.end);
+        if self.problem.extra_keys > 0 {
+            (low, high) = (low.min(ruled), self.problem.len_k);
+        }
+        low = low / MOST_COLUMNS * MOST_COLUMNS;
+        low..high.max(low)
+    }
+
     /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys; the output is rescaled when a block raises the
     /// maximum (Dao 2023, section 3.1). A few blocks are summed in f32, and their results in f64, so rows of any length
     /// keep their digits.
@@ -265,33 +315,18 @@ impl Tile<'_> {
         head: &Head<'_>,
         packed: Option<&PackedHead>,
         stage: Option<ScoreStage>,
-        scratch: &mut Scratch,
+        scratch: &mut TileScratch,
         slices: Slices<'_>,
         mut out: OutputRows<'_>,
     ) {
-        let Problem { len_q, len_k, dim_v, .. } = *self.problem;
+        let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = Arch::new();
+        let TileScratch { q, scores, summed, gathered, step } = scratch;
+        self.queries(q);
         let ruled = self.problem.maskable_keys();
         let band = self.problem.band(self.b);
-        let Scratch { q, scores, summed, gathered, head: own, step } = scratch;
-        self.queries(q);
-
-        // The keys that any row may see.
         let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
-        let mut low = ranges.iter().map(|range| range.start).min().unwrap_or(0);
-        let mut high = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        if self.problem.extra_keys > 0 {
-            (low, high) = (low.min(ruled), len_k);
-        }
-        // Steps start where panels of packed keys do.
-        low = low / MOST_COLUMNS * MOST_COLUMNS;
-        let is_packed = self.problem.group() * len_q >= FEW_ROWS;
-        if is_packed && packed.is_none() {
-            let keys = if stage.is_some() { 0..len_k } else { low..high.max(low) };
-            own.pack_keys(&head.k, keys.clone());
-            own.pack_values(&head.v, keys);
-        }
-        let packed = if is_packed { packed.or(Some(own)) } else { None };
+        let Range { start: low, end: high } = self.seen();
         let keys_of_head = match packed {
             Some(packed) => Keys::Packed(&packed.k, packed.first),
             None => Keys::Rows(&head.k),

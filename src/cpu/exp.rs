@@ -16,15 +16,14 @@ fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let r = simd.mul_add_e_f32s(n, number(-0.693_359_4), x);
     let r = simd.mul_add_e_f32s(n, number(2.121_944_4e-4), r);
     let mut p = number(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0, 1.0] {
         p = simd.mul_add_e_f32s(p, r, number(c));
     }
-    let y = simd.add_f32s(simd.mul_add_e_f32s(simd.mul_f32s(p, r), r, r), number(1.0));
-    let exponent =
-        simd.add_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(127u32.wrapping_sub(ROUND.to_bits())));
-    let power = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(exponent, simd.splat_u32s(23)));
+    // The low bits of ROUND are 0, so only n is left of `shifted` where the exponent is.
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    let y = simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(p), exponent));
     let tiny = simd.less_than_f32s(x, number(-87.0));
-    simd.select_f32s(tiny, number(0.0), simd.mul_f32s(y, power))
+    simd.select_f32s(tiny, number(0.0), y)
 }
 
 /// The largest element that is not NaN; −∞ if there is none.

@@ -39,6 +39,18 @@ const fn lanes<S: Simd>() -> usize {
     size_of::<S::f32s>() / size_of::<f32>()
 }
 
+/// Calls `$pack::<WIDTH>` for a width that [`panel_columns`] returns, so that the compiler knows it.
+macro_rules! with_width {
+    ($width:expr, $pack:ident($($argument:expr),*)) => {
+        match $width {
+            32 => $pack::<32>($($argument),*),
+            16 => $pack::<16>($($argument),*),
+            8 => $pack::<8>($($argument),*),
+            _ => $pack::<2>($($argument),*),
+        }
+    };
+}
+
 /// A right operand `[depth, columns]`, packed: panels of a few columns, each with its rows one after another. The last
 /// panel is padded with zeros.
 #[derive(Clone, Debug, Default)]
@@ -64,7 +76,7 @@ impl Panels {
     pub fn pack_transposed(&mut self, matrix: &Matrix<'_>, rows: Range<usize>) {
         let width = self.resize(matrix.columns, rows.len());
         for (n, panel) in self.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate() {
-            pack_transposed_panel(matrix, rows.start + n * width..rows.end, width, panel);
+            with_width!(width, pack_transposed_panel(matrix, rows.start + n * width..rows.end, panel));
         }
     }
 
@@ -74,7 +86,7 @@ impl Panels {
         let width = panels.resize(matrix.columns, matrix.rows);
         let tasks = panels.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate().collect();
         threads::for_each(tasks, (matrix.rows * matrix.columns) as f64, |(n, panel)| {
-            pack_transposed_panel(matrix, n * width..matrix.rows, width, panel);
+            with_width!(width, pack_transposed_panel(matrix, n * width..matrix.rows, panel));
         });
         panels
     }
@@ -85,16 +97,11 @@ impl Panels {
         let width = self.resize(rows.len(), matrix.columns);
         let arch = Arch::new();
         for (n, panel) in self.data.chunks_exact_mut((width * rows.len()).max(1)).enumerate() {
-            let columns = n * width..matrix.columns.min((n + 1) * width);
-            for (row, packed) in rows.clone().zip(panel.chunks_exact_mut(width)) {
-                let values = &matrix.row(row)[columns.clone()];
-                packed[..values.len()].copy_from_slice(values);
-                packed[values.len()..].fill(0.0);
-            }
+            with_width!(width, pack_panel(matrix, rows.clone(), n * width, panel));
             if !exp::all_finite(arch, panel) {
                 for (row, packed) in rows.clone().zip(panel.chunks_exact_mut(width)) {
                     for (c, x) in packed.iter_mut().enumerate().filter(|(_, x)| !x.is_finite()) {
-                        found(row, columns.start + c);
+                        found(row, n * width + c);
                         *x = 0.0;
                     }
                 }
@@ -115,19 +122,43 @@ impl Panels {
     }
 }
 
-/// Packs the first `width` of these rows, as far as there are any, as the columns of one panel.
-fn pack_transposed_panel(matrix: &Matrix<'_>, rows: Range<usize>, width: usize, panel: &mut [f32]) {
+/// Packs the first `WIDTH` of these rows, as far as there are any, as the columns of one panel.
+fn pack_transposed_panel<const WIDTH: usize>(matrix: &Matrix<'_>, rows: Range<usize>, panel: &mut [f32]) {
     /// Values of a row that are read at a time: a cache line.
     const READ: usize = 16;
-    for (n, packed) in panel.chunks_mut(READ * width).enumerate() {
-        let depths = n * READ..n * READ + packed.len() / width;
-        for (column, row) in rows.clone().take(width).enumerate() {
-            for (line, &x) in packed.chunks_exact_mut(width).zip(&matrix.row(row)[depths.clone()]) {
-                line[column] = x;
+    let (lines, _) = panel.as_chunks_mut::<WIDTH>();
+    if rows.len() < WIDTH {
+        lines.iter_mut().for_each(|line| line[rows.len()..].fill(0.0));
+    }
+    let (groups, last) = lines.as_chunks_mut::<READ>();
+    for (n, group) in groups.iter_mut().enumerate() {
+        for column in 0..WIDTH.min(rows.len()) {
+            let values: &[f32; READ] =
+                matrix.row(rows.start + column)[n * READ..][..READ].try_into().expect("as many as READ");
+            for d in 0..READ {
+                group[d][column] = values[d];
             }
         }
-        if rows.len() < width {
-            packed.chunks_exact_mut(width).for_each(|line| line[rows.len()..].fill(0.0));
+    }
+    let from = groups.len() * READ;
+    for column in 0..WIDTH.min(rows.len()) {
+        for (line, &x) in last.iter_mut().zip(&matrix.row(rows.start + column)[from..]) {
+            line[column] = x;
+        }
+    }
+}
+
+/// Packs columns from `column` on of these rows as one panel.
+fn pack_panel<const WIDTH: usize>(matrix: &Matrix<'_>, rows: Range<usize>, column: usize, panel: &mut [f32]) {
+    let (lines, _) = panel.as_chunks_mut::<WIDTH>();
+    for (row, line) in rows.zip(lines) {
+        let values = &matrix.row(row)[column..];
+        match values.first_chunk::<WIDTH>() {
+            Some(values) => *line = *values,
+            None => {
+                line[..values.len()].copy_from_slice(values);
+                line[values.len()..].fill(0.0);
+            }
         }
     }
 }
@@ -333,6 +364,14 @@ impl Block<'_> {
 
     #[inline(always)]
     fn store<S: Simd>(&self, simd: S, x: S::f32s, out: &mut [f32], column: usize) {
+        if let ([whole], []) = S::as_mut_simd_f32s(&mut *out) {
+            *whole = match self.onto {
+                Onto::Nothing => x,
+                Onto::Row(row) => simd.add_f32s(x, S::as_simd_f32s(&row[column..][..lanes::<S>()]).0[0]),
+                Onto::Output => simd.add_f32s(x, *whole),
+            };
+            return;
+        }
         if out.is_empty() {
             return;
         }
