@@ -5,19 +5,19 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::product::{FEW_ROWS, MOST_COLUMNS, Onto, Panels, Product, Right, dots};
-use super::{Buffer, Inputs, Matrix, Outputs, exp, take, threads};
+use super::{Buffer, Inputs, Matrix, Outputs, View, exp, take, threads};
 use crate::kernels::catalogue::RelativeKind;
 use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
-/// Rows of a tile of packed keys: as many as a product computes at a time. Query rows of all heads that share keys count
+/// Rows of a tile of packed keys: twice as many as a product computes at a time. Query rows of all heads that share keys count
 /// together.
-const TILE_ROWS: usize = 12;
+const TILE_ROWS: usize = 24;
 
 /// Tiles of one task, at most.
-const TASK_TILES: usize = 11;
+const TASK_TILES: usize = 6;
 
 /// Keys per step of the online softmax: a tile of scores fits a common L1 cache.
-pub(super) const TILE_KEYS: usize = 512;
+pub(super) const TILE_KEYS: usize = 256;
 
 /// Distance of the rows of a tile of scores. With a power of two, they would share a few lines of the L1 cache.
 pub(super) const SCORES_STRIDE: usize = TILE_KEYS + 16;
@@ -27,7 +27,7 @@ pub(super) const SCORES_STRIDE: usize = TILE_KEYS + 16;
 const SUMMED_KEYS: usize = 128;
 
 /// Number of steps whose products are summed in f32 before their sum is added in f64.
-const SUMMED_TILES: usize = 4;
+const SUMMED_TILES: usize = 8;
 
 thread_local! {
     // Kept between calls, because fresh memory of this size costs more than the arithmetic on it.
@@ -50,7 +50,7 @@ struct TileScratch {
     /// The same over the keys that are no longer summed in f32.
     gathered: Vec<f64>,
     /// Values of one step that are packed only because some are not finite.
-    step: PackedHead,
+    clean: PackedHead,
 }
 
 /// Keys and values of one head.
@@ -87,7 +87,7 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
     let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = *problem;
     let rows = batch * heads_q * len_q;
     let mut out = Buffer::arbitrary(rows * dim_v);
-    let mut lse = Buffer::filled(rows, f32::NEG_INFINITY);
+    let mut lse = Buffer::filled(if wanted.lse { rows } else { 0 }, f32::NEG_INFINITY);
     let keep_weights = wanted.weights != Weights::None || wanted.scores == Some(ScoreStage::Weights);
     let mut weights = Buffer::filled(if keep_weights { rows * len_k } else { 0 }, 0.0);
     let stage = wanted.scores.filter(|&stage| stage != ScoreStage::Weights);
@@ -252,35 +252,41 @@ impl Tile<'_> {
         (self.head_kv * self.problem.group() + r / self.problem.len_q, r % self.problem.len_q)
     }
 
-    /// Collects the tile's queries, one after another.
-    pub fn queries(&self, q: &mut Vec<f32>) {
-        let Problem { dim_k, .. } = *self.problem;
-        let step = self.inputs.q.layout.strides()[3];
-        q.clear();
+    /// The tile's queries: as they are if their rows are of one head, else copied to `copy`.
+    pub fn queries<'q>(&self, copy: &'q mut Vec<f32>) -> Matrix<'q>
+    where
+        Self: 'q,
+    {
+        let Problem { dim_k, len_q, .. } = *self.problem;
+        let View { data, layout } = self.inputs.q;
+        let (h, i) = self.query(0);
+        if i + self.count <= len_q && !self.inputs.q.is_copied() && dim_k > 0 {
+            let stride = layout.strides()[2];
+            let first = layout.at(&[self.b, h, i, 0]);
+            let data = &data[first..][..(self.count - 1) * stride + dim_k];
+            return Matrix { data: data.into(), stride, rows: self.count, columns: dim_k };
+        }
+        copy.clear();
         for row in 0..self.count {
             let (h, i) = self.query(row);
-            let at = self.inputs.q.layout.at(&[self.b, h, i, 0]);
-            match step {
-                _ if dim_k == 0 => {}
-                1 => q.extend_from_slice(&self.inputs.q.data[at..at + dim_k]),
-                _ => q.extend((0..dim_k).map(|d| self.inputs.q.data[at + d * step])),
-            }
+            let at = layout.at(&[self.b, h, i, 0]);
+            copy.extend((0..dim_k).map(|d| data[at + d * layout.strides()[3]]));
         }
+        Matrix { data: (&copy[..]).into(), stride: dim_k, rows: self.count, columns: dim_k }
     }
 
     /// `scale · Q·Kᵀ` for the tile's rows and a range of keys, rows of `scores` being `stride` apart. If the keys are
     /// packed, the range starts at a multiple of [`MOST_COLUMNS`] from the first one.
-    pub fn products(&self, q: &[f32], k: Keys<'_>, keys: Range<usize>, scores: &mut [f32], stride: usize) {
-        let Problem { dim_k, scale, .. } = *self.problem;
+    pub fn products(&self, q: &Matrix<'_>, k: Keys<'_>, keys: Range<usize>, scores: &mut [f32], stride: usize) {
+        let Problem { scale, .. } = *self.problem;
         let arch = Arch::new();
         match k {
             Keys::Rows(k) => {
-                let q = Matrix { data: q.into(), stride: dim_k, rows: self.count, columns: dim_k };
-                dots(arch, &q, k, keys.clone(), |row, key, sum| scores[row * stride + key - keys.start] = scale * sum);
+                dots(arch, q, k, keys.clone(), |row, key, sum| scores[row * stride + key - keys.start] = scale * sum);
             }
             Keys::Packed(k, first) => Product {
-                left: q,
-                left_stride: dim_k,
+                left: &q.data,
+                left_stride: q.stride,
                 rows: self.count,
                 right: k.right().columns(keys.start - first..keys.end - first),
                 scale,
@@ -321,8 +327,8 @@ impl Tile<'_> {
     ) {
         let Problem { len_k, dim_v, .. } = *self.problem;
         let arch = Arch::new();
-        let TileScratch { q, scores, summed, gathered, step } = scratch;
-        self.queries(q);
+        let TileScratch { q, scores, summed, gathered, clean } = scratch;
+        let q = &self.queries(q);
         let ruled = self.problem.maskable_keys();
         let band = self.problem.band(self.b);
         let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
@@ -340,6 +346,7 @@ impl Tile<'_> {
         }
 
         let (mut peaks, mut sums): (Vec<f32>, Vec<f64>) = (0..self.count).map(|row| self.first(row)).unzip();
+        let mut factors = vec![1.0; self.count];
         // The shift of each block's weights, for requested weights.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
@@ -358,35 +365,38 @@ impl Tile<'_> {
             let starts_anew = n % SUMMED_TILES == 0;
             self.products(q, keys_of_head, keys.clone(), scores, SCORES_STRIDE);
             for (row, line) in scores.chunks_mut(SCORES_STRIDE).enumerate() {
-                let line = &mut line[..width];
-                self.rules(row, ranges[row].clone(), keys.start, line, ScoreStage::Masked);
-                let before = peaks[row];
-                peaks[row] = before.max(exp::peak(arch, line));
-                // While no key is visible, every shift gives zeros; −∞ would give NaN.
-                let shift = if peaks[row] == f32::NEG_INFINITY { 0.0 } else { peaks[row] };
-                if peaks[row] > before && before > f32::NEG_INFINITY {
-                    let factor = (f64::from(before) - f64::from(peaks[row])).exp();
-                    sums[row] *= factor;
-                    if !starts_anew {
-                        exp::scale(arch, &mut summed[row * dim_v..][..dim_v], factor as f32);
-                    }
-                    if has_gathered {
-                        exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factor);
-                    }
+                self.rules(row, ranges[row].clone(), keys.start, &mut line[..width], ScoreStage::Masked);
+            }
+            let step = exp::SoftmaxStep {
+                scores,
+                stride: SCORES_STRIDE,
+                width,
+                peaks: &mut peaks,
+                sums: &mut sums,
+                factors: &mut factors,
+            };
+            step.compute(arch);
+            for row in (0..self.count).filter(|&row| factors[row] != 1.0) {
+                if !starts_anew {
+                    exp::scale(arch, &mut summed[row * dim_v..][..dim_v], factors[row] as f32);
                 }
-                sums[row] += exp::exp_and_sum(arch, line, shift);
-                if !slices.weights.is_empty() {
-                    slices.weights[row * len_k + keys.start..][..width].copy_from_slice(line);
-                    shifts.push(shift);
+                if has_gathered {
+                    exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factors[row]);
+                }
+            }
+            if !slices.weights.is_empty() {
+                for (row, line) in scores.chunks(SCORES_STRIDE).enumerate() {
+                    slices.weights[row * len_k + keys.start..][..width].copy_from_slice(&line[..width]);
+                    shifts.push(exp::shift(peaks[row]));
                 }
             }
             let packed = match packed {
                 Some(packed) => Some(packed),
                 None if keys.clone().all(|key| exp::all_finite(arch, head.v.row(key))) => None,
                 None => {
-                    step.first = keys.start;
-                    step.pack_values(&head.v, keys.clone());
-                    Some(&*step)
+                    clean.first = keys.start;
+                    clean.pack_values(&head.v, keys.clone());
+                    Some(&*clean)
                 }
             };
             let product = Product {
@@ -421,7 +431,9 @@ impl Tile<'_> {
                 out.fill(0.0);
                 continue;
             }
-            slices.lse[row] = (f64::from(peak) + sum.ln()) as f32;
+            if !slices.lse.is_empty() {
+                slices.lse[row] = (f64::from(peak) + sum.ln()) as f32;
+            }
             match has_gathered {
                 true => exp::scaled(arch, &gathered[row * dim_v..][..dim_v], 1.0 / sum, out),
                 false => exp::scale_into(arch, &summed[row * dim_v..][..dim_v], (1.0 / sum) as f32, out),

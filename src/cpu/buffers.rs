@@ -1,8 +1,12 @@
 //! Memory for results and packed operands. Freed buffers are kept for later calls, because an operating system hands out
 //! fresh memory page by page, which takes longer than the arithmetic of a short call.
 
+use std::borrow::Cow;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use super::product::Panels;
+use crate::problem::Layout;
 
 /// Smaller buffers are left to the allocator, which reuses them itself.
 const SMALLEST: usize = 4096;
@@ -15,7 +19,11 @@ static KEPT: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 
 /// Numbers whose memory is kept for the next buffer when this one is dropped.
 #[derive(Debug, Default)]
-pub(crate) struct Buffer(Vec<f32>);
+pub(crate) struct Buffer {
+    data: Vec<f32>,
+    /// The numbers as the weight of a projection, packed by the first one that reads them.
+    packed: OnceLock<Box<(Layout, Panels)>>,
+}
 
 impl Buffer {
     /// A buffer with arbitrary contents, for numbers that are all written before they are read.
@@ -30,10 +38,10 @@ impl Buffer {
             }
         }
         if data.capacity() == 0 {
-            return Buffer(vec![0.0; len]);
+            return vec![0.0; len].into();
         }
         data.resize(len, 0.0);
-        Buffer(data)
+        data.into()
     }
 
     pub fn filled(len: usize, value: f32) -> Buffer {
@@ -41,11 +49,17 @@ impl Buffer {
         buffer.fill(value);
         buffer
     }
+
+    /// What `pack` returns for a matrix in this buffer, kept for later calls if it is the first matrix.
+    pub fn packed(&self, layout: &Layout, pack: impl Fn() -> Panels) -> Cow<'_, Panels> {
+        let (kept_layout, panels) = &**self.packed.get_or_init(|| Box::new((layout.clone(), pack())));
+        if kept_layout == layout { Cow::Borrowed(panels) } else { Cow::Owned(pack()) }
+    }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let data = std::mem::take(&mut self.0);
+        let data = std::mem::take(&mut self.data);
         if !(SMALLEST..=MOST_KEPT).contains(&data.capacity()) {
             return;
         }
@@ -60,13 +74,13 @@ impl Drop for Buffer {
 
 impl From<Vec<f32>> for Buffer {
     fn from(data: Vec<f32>) -> Buffer {
-        Buffer(data)
+        Buffer { data, packed: OnceLock::new() }
     }
 }
 
 impl FromIterator<f32> for Buffer {
     fn from_iter<I: IntoIterator<Item = f32>>(numbers: I) -> Buffer {
-        Buffer(numbers.into_iter().collect())
+        numbers.into_iter().collect::<Vec<f32>>().into()
     }
 }
 
@@ -81,12 +95,13 @@ impl Clone for Buffer {
 impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.0
+        &self.data
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.0
+        self.packed.take();
+        &mut self.data
     }
 }

@@ -162,7 +162,7 @@ impl Sweep<'_> {
         let head = b * self.problem.heads_kv + head_kv;
         let of_head = self.packed.get(head).map_or(Keys::Rows(&self.keys[head]), |keys| Keys::Packed(keys, 0));
         let Scratch { q, scores, log_p } = scratch;
-        tile_of_head.queries(q);
+        let q = &tile_of_head.queries(q);
         scores.resize(tile.len() * SCORES_STRIDE, 0.0);
         tile_of_head.products(q, of_head, keys.clone(), scores, SCORES_STRIDE);
         for i in rows.clone() {

@@ -21,6 +21,8 @@ pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;
 pub(crate) use rows::{add_positions, gate, merge, normalise, relative, rotate, scatter};
 pub(crate) use softmax::softmax;
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use threads::measured;
 
 use std::borrow::Cow;
 

@@ -43,10 +43,10 @@ const fn lanes<S: Simd>() -> usize {
 macro_rules! with_width {
     ($width:expr, $pack:ident($($argument:expr),*)) => {
         match $width {
-            32 => $pack::<32>($($argument),*),
-            16 => $pack::<16>($($argument),*),
-            8 => $pack::<8>($($argument),*),
-            _ => $pack::<2>($($argument),*),
+            32 => Arch::new().dispatch(|| $pack::<32>($($argument),*)),
+            16 => Arch::new().dispatch(|| $pack::<16>($($argument),*)),
+            8 => Arch::new().dispatch(|| $pack::<8>($($argument),*)),
+            _ => Arch::new().dispatch(|| $pack::<2>($($argument),*)),
         }
     };
 }
@@ -73,7 +73,7 @@ impl Panels {
     }
 
     /// Packs rows of a matrix as columns, that is, its transpose.
-    pub fn pack_transposed(&mut self, matrix: &Matrix<'_>, rows: Range<usize>) {
+    pub(super) fn pack_transposed(&mut self, matrix: &Matrix<'_>, rows: Range<usize>) {
         let width = self.resize(matrix.columns, rows.len());
         for (n, panel) in self.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate() {
             with_width!(width, pack_transposed_panel(matrix, rows.start + n * width..rows.end, panel));
@@ -81,7 +81,7 @@ impl Panels {
     }
 
     /// [`Panels::pack_transposed`] of a whole matrix, on all threads.
-    pub fn transposed(matrix: &Matrix<'_>) -> Panels {
+    pub(super) fn transposed(matrix: &Matrix<'_>) -> Panels {
         let mut panels = Panels::default();
         let width = panels.resize(matrix.columns, matrix.rows);
         let tasks = panels.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate().collect();
@@ -93,7 +93,7 @@ impl Panels {
 
     /// Packs rows of a matrix. Calls `found` with the row and column of every value that is not finite, and packs 0 in
     /// its place.
-    pub fn pack_finite(&mut self, matrix: &Matrix<'_>, rows: Range<usize>, mut found: impl FnMut(usize, usize)) {
+    pub(super) fn pack_finite(&mut self, matrix: &Matrix<'_>, rows: Range<usize>, mut found: impl FnMut(usize, usize)) {
         let width = self.resize(rows.len(), matrix.columns);
         let arch = Arch::new();
         for (n, panel) in self.data.chunks_exact_mut((width * rows.len()).max(1)).enumerate() {
@@ -123,32 +123,42 @@ impl Panels {
 }
 
 /// Packs the first `WIDTH` of these rows, as far as there are any, as the columns of one panel.
+#[inline(always)]
 fn pack_transposed_panel<const WIDTH: usize>(matrix: &Matrix<'_>, rows: Range<usize>, panel: &mut [f32]) {
     /// Values of a row that are read at a time: a cache line.
     const READ: usize = 16;
+    /// Rows that are read at a time, so that their values are stored together.
+    const ROWS: usize = 4;
     let (lines, _) = panel.as_chunks_mut::<WIDTH>();
+    let (groups, last) = lines.as_chunks_mut::<READ>();
+    let packed_depth = groups.len() * READ;
+    for (n, group) in groups.iter_mut().enumerate() {
+        let values = |row: usize| -> &[f32; READ] {
+            matrix.row(rows.start + row)[n * READ..].first_chunk().expect("as many as READ")
+        };
+        let mut packed_columns = 0;
+        while packed_columns + ROWS <= WIDTH.min(rows.len()) {
+            let [a, b, c, d] = std::array::from_fn(|row| values(packed_columns + row));
+            for at in 0..READ {
+                group[at].as_chunks_mut::<ROWS>().0[packed_columns / ROWS] = [a[at], b[at], c[at], d[at]];
+            }
+            packed_columns += ROWS;
+        }
+        for column in packed_columns..WIDTH.min(rows.len()) {
+            group.iter_mut().zip(values(column)).for_each(|(line, &x)| line[column] = x);
+        }
+    }
+    for column in 0..WIDTH.min(rows.len()) {
+        let values = &matrix.row(rows.start + column)[packed_depth..];
+        last.iter_mut().zip(values).for_each(|(line, &x)| line[column] = x);
+    }
     if rows.len() < WIDTH {
         lines.iter_mut().for_each(|line| line[rows.len()..].fill(0.0));
-    }
-    let (groups, last) = lines.as_chunks_mut::<READ>();
-    for (n, group) in groups.iter_mut().enumerate() {
-        for column in 0..WIDTH.min(rows.len()) {
-            let values: &[f32; READ] =
-                matrix.row(rows.start + column)[n * READ..][..READ].try_into().expect("as many as READ");
-            for d in 0..READ {
-                group[d][column] = values[d];
-            }
-        }
-    }
-    let from = groups.len() * READ;
-    for column in 0..WIDTH.min(rows.len()) {
-        for (line, &x) in last.iter_mut().zip(&matrix.row(rows.start + column)[from..]) {
-            line[column] = x;
-        }
     }
 }
 
 /// Packs columns from `column` on of these rows as one panel.
+#[inline(always)]
 fn pack_panel<const WIDTH: usize>(matrix: &Matrix<'_>, rows: Range<usize>, column: usize, panel: &mut [f32]) {
     let (lines, _) = panel.as_chunks_mut::<WIDTH>();
     for (row, line) in rows.zip(lines) {
@@ -175,7 +185,7 @@ pub struct Right<'a> {
 }
 
 impl<'a> Right<'a> {
-    pub fn of_matrix(matrix: &'a Matrix<'_>) -> Right<'a> {
+    pub(super) fn of_matrix(matrix: &'a Matrix<'_>) -> Right<'a> {
         Right {
             data: &matrix.data,
             row_stride: matrix.stride,

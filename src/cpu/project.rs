@@ -1,5 +1,6 @@
 use super::product::{FEW_ROWS, Onto, Panels, Product, dots};
 use super::{Buffer, View, threads};
+use crate::problem::Layout;
 
 /// Rows of one task.
 const TILE_ROWS: usize = 128;
@@ -8,8 +9,14 @@ const TILE_ROWS: usize = 128;
 const TILE_OUTPUTS: usize = 64;
 
 /// `X·Wᵀ + b` for X `[b, l, in]`, W `[out, in]`, then one row per entry of `extra` (`None`: zeros):
-/// row-major `[b, l + extra, out]`.
-pub(crate) fn project(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, extra: &[Option<View<'_>>]) -> Buffer {
+/// row-major `[b, l + extra, out]`. The second argument is a buffer and the layout of W in it.
+pub(crate) fn project(
+    x: View<'_>,
+    (numbers, layout): (&Buffer, &Layout),
+    bias: Option<View<'_>>,
+    extra: &[Option<View<'_>>],
+) -> Buffer {
+    let w = View { data: numbers, layout };
     let [batch, len, dim_in] = [x.layout.shape()[0], x.layout.shape()[1], x.layout.shape()[2]];
     let dim_out = w.layout.shape()[0];
     let w = w.matrix(&[]);
@@ -53,7 +60,7 @@ pub(crate) fn project(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, extra: &
         });
         return y;
     }
-    let panels = Panels::transposed(&w);
+    let panels = numbers.packed(layout, || Panels::transposed(&w));
     let mut tasks = Vec::new();
     for (x, y) in inputs.iter().zip(projected) {
         tasks.extend(y.chunks_mut(TILE_ROWS * dim_out).enumerate().map(|(tile, y)| (x, tile * TILE_ROWS, y)));

@@ -14,6 +14,14 @@ pub(super) fn view(tensor: &Tensor) -> View<'_> {
     }
 }
 
+/// The buffer of a tensor, and its layout there.
+pub(super) fn buffer(tensor: &Tensor) -> (&Buffer, &Layout) {
+    match tensor.storage() {
+        Storage::Cpu(data) => (data, tensor.layout()),
+        _ => unreachable!("devices and types are checked before"),
+    }
+}
+
 fn mask_view(mask: &Mask) -> MaskView<'_> {
     match mask.tensor().storage() {
         Storage::CpuBool(data) => MaskView { data, layout: mask.tensor().layout(), meaning: mask.meaning() },
