@@ -9,15 +9,15 @@ use super::{Buffer, Inputs, Matrix, Outputs, View, exp, take, threads};
 use crate::kernels::catalogue::RelativeKind;
 use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
-/// Rows of a tile of packed keys: twice as many as a product computes at a time. Query rows of all heads that share keys count
-/// together.
-const TILE_ROWS: usize = 24;
+/// Rows of a tile of packed keys, a multiple of what a product computes at a time. Query rows of all heads that share keys
+/// count together.
+const TILE_ROWS: usize = 48;
 
 /// Tiles of one task, at most.
-const TASK_TILES: usize = 6;
+const TASK_TILES: usize = 3;
 
-/// Keys per step of the online softmax: a tile of scores fits a common L1 cache.
-pub(super) const TILE_KEYS: usize = 256;
+/// Keys per step of the online softmax: a tile of scores fits a small part of an L2 cache.
+pub(super) const TILE_KEYS: usize = 512;
 
 /// Distance of the rows of a tile of scores. With a power of two, they would share a few lines of the L1 cache.
 pub(super) const SCORES_STRIDE: usize = TILE_KEYS + 16;
@@ -27,7 +27,7 @@ pub(super) const SCORES_STRIDE: usize = TILE_KEYS + 16;
 const SUMMED_KEYS: usize = 128;
 
 /// Number of steps whose products are summed in f32 before their sum is added in f64.
-const SUMMED_TILES: usize = 8;
+const SUMMED_TILES: usize = 4;
 
 thread_local! {
     // Kept between calls, because fresh memory of this size costs more than the arithmetic on it.
@@ -190,8 +190,8 @@ fn output_rows<'a>(out: &'a mut [f32], problem: &Problem, layout: &Layout) -> Ve
     let Problem { batch, heads_q, heads_kv, len_q, dim_v, .. } = *problem;
     let (per_head, tile_rows) = (problem.group() * len_q, tile_rows(problem));
     let tiles_per_head = per_head.div_ceil(tile_rows);
-    let counts = (0..batch * heads_kv * tiles_per_head)
-        .map(|tile| tile_rows.min(per_head - tile % tiles_per_head * tile_rows));
+    let counts =
+        (0..batch * heads_kv * tiles_per_head).map(|tile| tile_rows.min(per_head - tile % tiles_per_head * tile_rows));
     if layout.is_contiguous() || dim_v == 0 {
         let mut rest = out;
         return counts.map(|count| OutputRows::Adjacent(take(&mut rest, count * dim_v))).collect();

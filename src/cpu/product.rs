@@ -326,8 +326,7 @@ impl Block<'_> {
         let left: [&[f32]; ROWS] = std::array::from_fn(|r| &left[r * self.left_stride..][..self.depth]);
         let groups = self.depth / UNROLLED;
         for group in 0..groups {
-            let numbers: [&[f32; UNROLLED]; ROWS] =
-                std::array::from_fn(|r| &left[r].as_chunks::<UNROLLED>().0[group]);
+            let numbers: [&[f32; UNROLLED]; ROWS] = std::array::from_fn(|r| &left[r].as_chunks::<UNROLLED>().0[group]);
             for n in 0..UNROLLED {
                 let pair = self.pair(simd, group * UNROLLED + n);
                 for r in 0..ROWS {

@@ -2,13 +2,22 @@
 
 use rayon::prelude::*;
 
-use super::{Buffer, View};
+use super::{Buffer, View, threads};
 use crate::problem::{Layout, Place, Rows};
+
+/// Rows of one task.
+const TASK_ROWS: usize = 64;
+
+/// What an element costs, in multiply-adds of a product.
+const COST: f64 = 16.0;
 
 /// `len` elements in rows of `width`; `row` writes each row, given its number.
 fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Buffer {
-    let mut y = Buffer::arbitrary(len);
-    y.par_chunks_mut(width.max(1)).enumerate().for_each(|(n, y)| row(n, y));
+    let (mut y, width) = (Buffer::arbitrary(len), width.max(1));
+    let tasks = y.chunks_mut(TASK_ROWS * width).enumerate().collect();
+    threads::for_each(tasks, COST * len as f64, |(task, rows): (usize, &mut [f32])| {
+        rows.chunks_mut(width).enumerate().for_each(|(n, y)| row(task * TASK_ROWS + n, y));
+    });
     y
 }
 
@@ -67,13 +76,7 @@ pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) 
 
 /// RMSNorm, or LayerNorm if `centred`, over the last axis of X `[a, b, c, d]` with `weight` and `bias` `[d]`,
 /// row-major. Sums are in f64; rows are short.
-pub(crate) fn normalise(
-    x: View<'_>,
-    weight: View<'_>,
-    bias: Option<View<'_>>,
-    centred: bool,
-    epsilon: f32,
-) -> Buffer {
+pub(crate) fn normalise(x: View<'_>, weight: View<'_>, bias: Option<View<'_>>, centred: bool, epsilon: f32) -> Buffer {
     let &[_, b_len, c_len, dim] = x.layout.shape() else { unreachable!("four axes") };
     let step = x.layout.strides()[3];
     let (weight, bias) = (weight.values(), bias.map_or(vec![0.0; dim], |bias| bias.values()));

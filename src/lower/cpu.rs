@@ -121,7 +121,8 @@ pub(super) fn inspect(problem: &Problem, operands: &Operands, lse: &Tensor, chos
         fits.map_err(|error| error.or_rather(INSTEAD_OF_INSPECTED))?;
     }
     let answer = cpu::inspect(problem, &inputs(operands), view(lse), chosen);
-    let tensor = |data: Buffer, layout: Option<Layout>, dtype| layout.map(|layout| Tensor::from_cpu(data, layout, dtype));
+    let tensor =
+        |data: Buffer, layout: Option<Layout>, dtype| layout.map(|layout| Tensor::from_cpu(data, layout, dtype));
     Ok(Inspected {
         weights: tensor(answer.weights, weights, operands.q.dtype()),
         column_sums: tensor(answer.column_sums, column_sums, Dtype::F32),
