@@ -320,6 +320,7 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
+    #[expect(clippy::needless_range_loop, reason = "the compiler unrolls these loops, so the sums stay in registers")]
     #[inline(always)]
     fn compute<S: Simd, const ROWS: usize>(&self, simd: S, left: &[f32], out: &mut [f32]) {
         let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
