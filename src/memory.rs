@@ -14,10 +14,13 @@ pub(crate) fn system_memory() -> Option<u64> {
 
 /// An error if this machine cannot hold `elements` floats; checked before allocating.
 pub(crate) fn check_floats(what: &str, elements: &[usize]) -> crate::Result<()> {
-    /// For smaller sizes the check costs more than it is worth.
+    /// For smaller sizes the check costs more than it is worth: it reads a file.
     const SMALL: u64 = 64 << 20;
     let needed = crate::problem::checked_len(elements)? as u64 * 4;
-    match system_memory().filter(|_| needed > SMALL) {
+    if needed <= SMALL {
+        return Ok(());
+    }
+    match system_memory() {
         Some(limit) if needed > limit => Err(crate::Error::TooLarge {
             what: what.into(),
             needed,

@@ -3,6 +3,8 @@
 #[cfg(feature = "cpu")]
 use std::sync::Arc;
 
+#[cfg(feature = "cpu")]
+use crate::cpu::Buffer;
 use crate::device::Device;
 use crate::error::{Error, Result, shape_error, value_error};
 use crate::gpu::{Gpu, GpuBuffer, Purpose};
@@ -30,7 +32,7 @@ pub struct Tensor {
 pub(crate) enum Storage {
     Gpu(GpuBuffer),
     #[cfg(feature = "cpu")]
-    Cpu(Arc<[f32]>),
+    Cpu(Arc<Buffer>),
     #[cfg(feature = "cpu")]
     CpuBool(Arc<[u8]>),
 }
@@ -58,7 +60,7 @@ impl Tensor {
         let (storage, stored) = match device.into() {
             Device::Gpu(gpu) => (Storage::Gpu(gpu.upload("tensor", bytemuck::cast_slice(data))?), T::DTYPE),
             #[cfg(feature = "cpu")]
-            Device::Cpu => (Storage::Cpu(data.iter().map(|x| x.to_f32()).collect()), Dtype::F32),
+            Device::Cpu => (Storage::Cpu(Arc::new(data.iter().map(|x| x.to_f32()).collect())), Dtype::F32),
         };
         Ok(Tensor { storage, layout, dtype: T::DTYPE, stored })
     }
@@ -103,16 +105,17 @@ impl Tensor {
     }
 
     #[cfg(feature = "cpu")]
-    pub(crate) fn from_cpu(data: Vec<f32>, layout: Layout, dtype: Dtype) -> Tensor {
+    pub(crate) fn from_cpu(data: impl Into<Buffer>, layout: Layout, dtype: Dtype) -> Tensor {
+        let data = data.into();
         debug_assert!(layout.end() <= data.len());
-        Tensor { storage: Storage::Cpu(data.into()), layout, dtype, stored: Dtype::F32 }
+        Tensor { storage: Storage::Cpu(Arc::new(data)), layout, dtype, stored: Dtype::F32 }
     }
 
     /// The floats, for writing in place. Other holders of the storage keep their contents.
     #[cfg(feature = "cpu")]
     pub(crate) fn cpu_mut(&mut self) -> &mut [f32] {
         match &mut self.storage {
-            Storage::Cpu(data) => Arc::make_mut(data),
+            Storage::Cpu(data) => &mut *Arc::make_mut(data),
             _ => unreachable!("devices and types are checked before"),
         }
     }

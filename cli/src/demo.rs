@@ -111,7 +111,7 @@ fn attend(target: &Target, example: &Example) -> Result<(bool, Vec<f32>)> {
     let verdict = if ok { format!("{GOOD}ok{GOOD:#}") } else { format!("{BAD}not ok{BAD:#}") };
     let line = |name: &str, text: &str| anstream::println!("{DIM}{name:<9}{DIM:#}{text}");
     line("adapter", &target.label());
-    let kernels = device.gpu().map(|gpu| gpu.kernels()).unwrap_or_else(|| vec!["faer and rayon, no shaders".into()]);
+    let kernels = device.gpu().map(|gpu| gpu.kernels()).unwrap_or_else(|| vec!["rayon and pulp, no shaders".into()]);
     for (n, kernel) in kernels.iter().enumerate() {
         line(if n == 0 { "kernels" } else { "" }, kernel);
     }

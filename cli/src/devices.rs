@@ -110,7 +110,7 @@ fn print_table(opened: &[(AdapterSummary, Result<Vec<String>>)], with_cpu: bool,
         ]);
     }
     if with_cpu {
-        table.add_row(["cpu", "the CPU backend", "", "", &format!("{threads} threads"), "faer and rayon"]);
+        table.add_row(["cpu", "the CPU backend", "", "", &format!("{threads} threads"), "rayon and pulp"]);
     }
     anstream::println!("{table}");
 }

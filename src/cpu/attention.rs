@@ -1,27 +1,30 @@
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, Par};
+use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{Inputs, Matrix, Outputs, exp, take};
+use super::product::{FEW_ROWS, MOST_COLUMNS, Onto, Panels, Product, Right, dots};
+use super::{Buffer, Inputs, Matrix, Outputs, View, exp, take, threads};
 use crate::kernels::catalogue::RelativeKind;
 use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
-/// Rows per task. Query rows of all heads that share keys count together.
-const TILE_ROWS: usize = 128;
+/// Rows of a tile of packed keys, a multiple of what a product computes at a time. Query rows of all heads that share keys
+/// count together.
+const TILE_ROWS: usize = 48;
 
-/// Keys per step of the online softmax: a tile of scores fits a common L2 cache.
+/// Tiles of one task, at most.
+const TASK_TILES: usize = 3;
+
+/// Keys per step of the online softmax: a tile of scores fits a small part of an L2 cache.
 pub(super) const TILE_KEYS: usize = 512;
+
+/// Distance of the rows of a tile of scores. With a power of two, they would share a few lines of the L1 cache.
+pub(super) const SCORES_STRIDE: usize = TILE_KEYS + 16;
 
 /// Number of keys that one matrix product sums sequentially in f32. Longer sums lose digits: an f32 sum of n equal
 /// values is off by up to n / 2 ulp.
 const SUMMED_KEYS: usize = 128;
-
-/// With fewer rows than this, starting a product costs more than computing it, so it sums twice as many keys.
-const FEW_ROWS: usize = 16;
 
 /// Number of steps whose products are summed in f32 before their sum is added in f64.
 const SUMMED_TILES: usize = 4;
@@ -33,51 +36,126 @@ thread_local! {
 
 #[derive(Default)]
 struct Scratch {
+    /// Keys and values of a head that one task packs.
+    head: PackedHead,
+    tile: TileScratch,
+}
+
+#[derive(Default)]
+struct TileScratch {
     q: Vec<f32>,
     scores: Vec<f32>,
-    /// Output rows before division by their sum, over the keys that are no longer summed in f32.
+    /// Output rows before division by their sum.
+    summed: Vec<f32>,
+    /// The same over the keys that are no longer summed in f32.
     gathered: Vec<f64>,
+    /// Values of one step that are packed only because some are not finite.
+    clean: PackedHead,
+}
+
+/// Keys and values of one head.
+struct Head<'a> {
+    k: Matrix<'a>,
+    v: Matrix<'a>,
+}
+
+/// Keys and values from key `first` on, packed for products. Since 0 · NaN is NaN, values that are not finite are
+/// packed as 0 and kept separately.
+#[derive(Default)]
+struct PackedHead {
+    first: usize,
+    k: Panels,
+    v: Panels,
+    /// Key, column, value.
+    not_finite: Vec<(usize, usize, f32)>,
+}
+
+impl PackedHead {
+    fn pack_keys(&mut self, k: &Matrix<'_>, keys: Range<usize>) {
+        self.first = keys.start;
+        self.k.pack_transposed(k, keys);
+    }
+
+    fn pack_values(&mut self, v: &Matrix<'_>, keys: Range<usize>) {
+        self.not_finite.clear();
+        self.v.pack_finite(v, keys, |key, column| self.not_finite.push((key, column, v.row(key)[column])));
+    }
 }
 
 /// Attention of a checked problem; `output` is the layout of the result, contiguous in some order.
 pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, output: &Layout) -> Outputs {
-    let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_v, .. } = *problem;
+    let Problem { batch, heads_q, heads_kv, len_q, len_k, dim_k, dim_v, .. } = *problem;
     let rows = batch * heads_q * len_q;
-    let mut out = vec![0.0; rows * dim_v];
-    let mut lse = vec![f32::NEG_INFINITY; rows];
+    let mut out = Buffer::arbitrary(rows * dim_v);
+    let mut lse = Buffer::filled(if wanted.lse { rows } else { 0 }, f32::NEG_INFINITY);
     let keep_weights = wanted.weights != Weights::None || wanted.scores == Some(ScoreStage::Weights);
-    let mut weights = vec![0.0; if keep_weights { rows * len_k } else { 0 }];
+    let mut weights = Buffer::filled(if keep_weights { rows * len_k } else { 0 }, 0.0);
     let stage = wanted.scores.filter(|&stage| stage != ScoreStage::Weights);
-    let mut scores = vec![0.0; if stage.is_some() { rows * len_k } else { 0 }];
+    let mut scores = Buffer::arbitrary(if stage.is_some() { rows * len_k } else { 0 });
 
     if rows > 0 {
         // Rows that share keys are adjacent: [b, kv head] first, then the rows of the group.
         let per_head = problem.group() * len_q;
-        let heads: Vec<(Matrix<'_>, Values<'_>)> = (0..batch * heads_kv)
-            .into_par_iter()
-            .map(|n| {
-                let at = [n / heads_kv, n % heads_kv];
-                (inputs.k.matrix(&at), Values::new(inputs.v.matrix(&at)))
-            })
-            .collect();
-        let mut tiles = Vec::new();
-        let mut rest = Slices { out: &mut out, lse: &mut lse, weights: &mut weights, scores: &mut scores };
-        for (n, (k, v)) in heads.iter().enumerate() {
-            for first in (0..per_head).step_by(TILE_ROWS) {
-                let count = TILE_ROWS.min(per_head - first);
-                let slices = rest.split_off(count, dim_v, len_k);
-                let (b, head_kv) = (n / heads_kv, n % heads_kv);
-                tiles.push((Tile { problem, inputs, b, head_kv, first, count, k }, v, slices));
+        let head = |n: usize| {
+            let at = [n / heads_kv, n % heads_kv];
+            Head { k: inputs.k.matrix(&at), v: inputs.v.matrix(&at) }
+        };
+        let heads: Vec<Head<'_>> = match inputs.k.is_copied() || inputs.v.is_copied() {
+            true => (0..batch * heads_kv).into_par_iter().map(head).collect(),
+            false => (0..batch * heads_kv).map(head).collect(),
+        };
+        // Keys that several tasks share are packed beforehand, others by the task.
+        let mut packed: Vec<PackedHead> = Vec::new();
+        if per_head > TILE_ROWS * TASK_TILES {
+            packed.resize_with(heads.len(), PackedHead::default);
+            let moved = (heads.len() * len_k * (dim_k + dim_v)) as f64;
+            threads::for_each(packed.iter_mut().zip(&heads).collect(), moved, |(packed, head)| {
+                packed.pack_keys(&head.k, 0..len_k);
+                packed.pack_values(&head.v, 0..len_k);
+            });
+        }
+        let tile_rows = tile_rows(problem);
+        let mut out = output_rows(&mut out, problem, output).into_iter();
+        let mut rest = Slices { lse: &mut lse, weights: &mut weights, scores: &mut scores };
+        let mut tasks = Vec::new();
+        for (n, head) in heads.iter().enumerate() {
+            let (b, head_kv) = (n / heads_kv, n % heads_kv);
+            for task in (0..per_head).step_by(tile_rows * TASK_TILES) {
+                let firsts = (task..per_head.min(task + tile_rows * TASK_TILES)).step_by(tile_rows);
+                let tiles: Vec<_> = firsts
+                    .zip(&mut out)
+                    .map(|(first, out)| {
+                        let count = tile_rows.min(per_head - first);
+                        (Tile { problem, inputs, b, head_kv, first, count }, rest.split_off(count, len_k), out)
+                    })
+                    .collect();
+                tasks.push((head, packed.get(n), tiles));
             }
         }
-        tiles.into_par_iter().for_each(|(tile, v, slices)| {
-            SCRATCH.with_borrow_mut(|scratch| tile.run(v, stage, scratch, slices));
+        let operations = (rows * len_k) as f64 * (dim_k + dim_v) as f64;
+        threads::for_each(tasks, operations, |(head, packed, tiles)| {
+            SCRATCH.with_borrow_mut(|Scratch { head: own, tile: scratch }| {
+                let packed = match packed {
+                    None if per_head >= FEW_ROWS => {
+                        let seen = tiles.iter().map(|(tile, ..)| tile.seen());
+                        let seen = seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+                        let keys = if stage.is_some() { 0..len_k } else { seen };
+                        own.pack_keys(&head.k, keys.clone());
+                        own.pack_values(&head.v, keys);
+                        Some(&*own)
+                    }
+                    packed => packed,
+                };
+                for (tile, slices, out) in tiles {
+                    tile.run(head, packed, stage, scratch, slices, out);
+                }
+            });
         });
     }
 
     let averaged = (wanted.weights == Weights::Averaged).then(|| average(problem, &weights));
     Outputs {
-        output: in_order(out, problem, output),
+        output: out,
         lse: wanted.lse.then_some(lse),
         scores: match wanted.scores {
             Some(ScoreStage::Weights) => Some(weights.clone()),
@@ -87,9 +165,53 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
     }
 }
 
-/// The parts of the results that one tile writes. Empty for results that were not requested.
+/// Rows per tile. Keys that are not packed are read once per tile.
+fn tile_rows(problem: &Problem) -> usize {
+    if problem.group() * problem.len_q < FEW_ROWS { FEW_ROWS } else { TILE_ROWS }
+}
+
+/// The rows of the output that one tile writes.
+enum OutputRows<'a> {
+    Adjacent(&'a mut [f32]),
+    Apart(Vec<&'a mut [f32]>),
+}
+
+impl OutputRows<'_> {
+    fn row(&mut self, row: usize, dim: usize) -> &mut [f32] {
+        match self {
+            OutputRows::Adjacent(rows) => &mut rows[row * dim..][..dim],
+            OutputRows::Apart(rows) => rows[row],
+        }
+    }
+}
+
+/// The output's rows, tile by tile.
+fn output_rows<'a>(out: &'a mut [f32], problem: &Problem, layout: &Layout) -> Vec<OutputRows<'a>> {
+    let Problem { batch, heads_q, heads_kv, len_q, dim_v, .. } = *problem;
+    let (per_head, tile_rows) = (problem.group() * len_q, tile_rows(problem));
+    let tiles_per_head = per_head.div_ceil(tile_rows);
+    let counts =
+        (0..batch * heads_kv * tiles_per_head).map(|tile| tile_rows.min(per_head - tile % tiles_per_head * tile_rows));
+    if layout.is_contiguous() || dim_v == 0 {
+        let mut rest = out;
+        return counts.map(|count| OutputRows::Adjacent(take(&mut rest, count * dim_v))).collect();
+    }
+    // The only other order: [b, i, h, d].
+    let mut tiles: Vec<Vec<&mut [f32]>> =
+        counts.map(|count| std::iter::repeat_with(Default::default).take(count).collect()).collect();
+    for (b, out) in out.chunks_exact_mut(len_q * heads_q * dim_v).enumerate() {
+        for (i, out) in out.chunks_exact_mut(heads_q * dim_v).enumerate() {
+            for (h, out) in out.chunks_exact_mut(dim_v).enumerate() {
+                let (head_kv, row) = (h / problem.group(), h % problem.group() * len_q + i);
+                tiles[(b * heads_kv + head_kv) * tiles_per_head + row / tile_rows][row % tile_rows] = out;
+            }
+        }
+    }
+    tiles.into_iter().map(OutputRows::Apart).collect()
+}
+
+/// The parts of the other results that one tile writes. Empty for results that were not requested.
 struct Slices<'a> {
-    out: &'a mut [f32],
     lse: &'a mut [f32],
     weights: &'a mut [f32],
     scores: &'a mut [f32],
@@ -97,9 +219,8 @@ struct Slices<'a> {
 
 impl<'a> Slices<'a> {
     /// Splits off the first `rows` rows.
-    fn split_off(&mut self, rows: usize, dim_v: usize, len_k: usize) -> Slices<'a> {
+    fn split_off(&mut self, rows: usize, len_k: usize) -> Slices<'a> {
         Slices {
-            out: take(&mut self.out, rows * dim_v),
             lse: take(&mut self.lse, rows),
             weights: take(&mut self.weights, rows * len_k),
             scores: take(&mut self.scores, rows * len_k),
@@ -115,7 +236,13 @@ pub(super) struct Tile<'a> {
     /// Rows of the group: row `r` is query `r % len_q` of the group's head `r / len_q`.
     pub first: usize,
     pub count: usize,
-    pub k: &'a Matrix<'a>,
+}
+
+/// Keys of a head: as they are, or packed from a first key on.
+#[derive(Clone, Copy)]
+pub(super) enum Keys<'a> {
+    Rows(&'a Matrix<'a>),
+    Packed(&'a Panels, usize),
 }
 
 impl Tile<'_> {
@@ -125,135 +252,191 @@ impl Tile<'_> {
         (self.head_kv * self.problem.group() + r / self.problem.len_q, r % self.problem.len_q)
     }
 
-    /// Collects the tile's queries, one after another.
-    pub fn queries(&self, q: &mut Vec<f32>) {
-        let Problem { dim_k, .. } = *self.problem;
-        let step = self.inputs.q.layout.strides()[3];
-        q.clear();
+    /// The tile's queries: as they are if their rows are of one head, else copied to `copy`.
+    pub fn queries<'q>(&self, copy: &'q mut Vec<f32>) -> Matrix<'q>
+    where
+        Self: 'q,
+    {
+        let Problem { dim_k, len_q, .. } = *self.problem;
+        let View { data, layout } = self.inputs.q;
+        let (h, i) = self.query(0);
+        if i + self.count <= len_q && !self.inputs.q.is_copied() && dim_k > 0 {
+            let stride = layout.strides()[2];
+            let first = layout.at(&[self.b, h, i, 0]);
+            let data = &data[first..][..(self.count - 1) * stride + dim_k];
+            return Matrix { data: data.into(), stride, rows: self.count, columns: dim_k };
+        }
+        copy.clear();
         for row in 0..self.count {
             let (h, i) = self.query(row);
-            let at = self.inputs.q.layout.at(&[self.b, h, i, 0]);
-            match step {
-                _ if dim_k == 0 => {}
-                1 => q.extend_from_slice(&self.inputs.q.data[at..at + dim_k]),
-                _ => q.extend((0..dim_k).map(|d| self.inputs.q.data[at + d * step])),
+            let at = layout.at(&[self.b, h, i, 0]);
+            copy.extend((0..dim_k).map(|d| data[at + d * layout.strides()[3]]));
+        }
+        Matrix { data: (&copy[..]).into(), stride: dim_k, rows: self.count, columns: dim_k }
+    }
+
+    /// `scale · Q·Kᵀ` for the tile's rows and a range of keys, rows of `scores` being `stride` apart. If the keys are
+    /// packed, the range starts at a multiple of [`MOST_COLUMNS`] from the first one.
+    pub fn products(&self, q: &Matrix<'_>, k: Keys<'_>, keys: Range<usize>, scores: &mut [f32], stride: usize) {
+        let Problem { scale, .. } = *self.problem;
+        let arch = Arch::new();
+        match k {
+            Keys::Rows(k) => {
+                dots(arch, q, k, keys.clone(), |row, key, sum| scores[row * stride + key - keys.start] = scale * sum);
             }
+            Keys::Packed(k, first) => Product {
+                left: &q.data,
+                left_stride: q.stride,
+                rows: self.count,
+                right: k.right().columns(keys.start - first..keys.end - first),
+                scale,
+                onto: Onto::Nothing,
+                out: scores,
+                out_stride: stride,
+                summed: usize::MAX,
+            }
+            .compute(arch),
         }
     }
 
-    /// `scale · Q·Kᵀ` for the tile's rows and a range of keys.
-    pub fn products(&self, q: &[f32], keys: Range<usize>, scores: &mut Vec<f32>) {
-        let Problem { dim_k, scale, .. } = *self.problem;
-        scores.resize(self.count * keys.len(), 0.0);
-        if dim_k == 0 {
-            scores.fill(0.0);
-        } else if !keys.is_empty() {
-            let q = faer::MatRef::from_row_major_slice(q, self.count, dim_k);
-            let s = MatMut::from_row_major_slice_mut(scores, self.count, keys.len());
-            matmul(s, Accum::Replace, q, self.k.rows(keys.start, keys.end).transpose(), scale, Par::Seq);
+    /// The keys that any row may see, from a multiple of [`MOST_COLUMNS`] on, where panels of packed keys start.
+    fn seen(&self) -> Range<usize> {
+        let ruled = self.problem.maskable_keys();
+        let band = self.problem.band(self.b);
+        let ranges = (0..self.count).map(|row| band.range(self.query(row).1, ruled));
+        let seen = ranges.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+        let (mut low, mut high) = (seen.start, seen.end);
+        if self.problem.extra_keys > 0 {
+            (low, high) = (low.min(ruled), self.problem.len_k);
         }
+        low = low / MOST_COLUMNS * MOST_COLUMNS;
+        low..high.max(low)
     }
 
     /// Online softmax (Milakov and Gimelshein 2018) over blocks of keys; the output is rescaled when a block raises the
     /// maximum (Dao 2023, section 3.1). A few blocks are summed in f32, and their results in f64, so rows of any length
     /// keep their digits.
-    fn run(&self, v: &Values<'_>, stage: Option<ScoreStage>, scratch: &mut Scratch, slices: Slices<'_>) {
+    fn run(
+        &self,
+        head: &Head<'_>,
+        packed: Option<&PackedHead>,
+        stage: Option<ScoreStage>,
+        scratch: &mut TileScratch,
+        slices: Slices<'_>,
+        mut out: OutputRows<'_>,
+    ) {
         let Problem { len_k, dim_v, .. } = *self.problem;
-        let arch = pulp::Arch::new();
+        let arch = Arch::new();
+        let TileScratch { q, scores, summed, gathered, clean } = scratch;
+        let q = &self.queries(q);
         let ruled = self.problem.maskable_keys();
         let band = self.problem.band(self.b);
-        let Scratch { q, scores, gathered } = scratch;
-        self.queries(q);
-
-        // The keys that any row may see.
         let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
-        let mut low = ranges.iter().map(|range| range.start).min().unwrap_or(0);
-        let mut high = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        if self.problem.extra_keys > 0 {
-            (low, high) = (low.min(ruled), len_k);
-        }
+        let Range { start: low, end: high } = self.seen();
+        let keys_of_head = match packed {
+            Some(packed) => Keys::Packed(&packed.k, packed.first),
+            None => Keys::Rows(&head.k),
+        };
         if let Some(stage) = stage {
             // Separate from the scores that are summed, so that requesting scores does not change the output's bits.
-            self.products(q, 0..len_k, scores);
-            for (row, (line, range)) in scores.chunks_mut(len_k.max(1)).zip(&ranges).enumerate() {
+            self.products(q, keys_of_head, 0..len_k, slices.scores, len_k);
+            for (row, (line, range)) in slices.scores.chunks_mut(len_k.max(1)).zip(&ranges).enumerate() {
                 self.rules(row, range.clone(), 0, line, stage);
             }
-            slices.scores.copy_from_slice(scores);
         }
 
         let (mut peaks, mut sums): (Vec<f32>, Vec<f64>) = (0..self.count).map(|row| self.first(row)).unzip();
+        let mut factors = vec![1.0; self.count];
         // The shift of each block's weights, for requested weights.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
-        let summed_keys = if self.count < FEW_ROWS { 2 * SUMMED_KEYS } else { SUMMED_KEYS };
-        // A product with one row adds to the existing values number by number, so several products form one long sum.
-        let alone = self.count == 1;
-        let gathers = alone && len_k > summed_keys || blocks.len() > SUMMED_TILES;
-        let mut has_gathered = false;
+        scores.resize(self.count * SCORES_STRIDE, 0.0);
+        summed.resize(self.count * dim_v, 0.0);
+        if blocks.is_empty() {
+            summed.fill(0.0);
+        }
+        let gathers = blocks.len() > SUMMED_TILES;
         if gathers {
-            // Overwrites the leftovers of another tile.
             gathered.resize(self.count * dim_v, 0.0);
         }
+        let mut has_gathered = false;
         for (n, keys) in blocks.iter().enumerate() {
             let width = keys.len();
             let starts_anew = n % SUMMED_TILES == 0;
-            self.products(q, keys.clone(), scores);
-            for (row, line) in scores.chunks_mut(width).enumerate() {
-                self.rules(row, ranges[row].clone(), keys.start, line, ScoreStage::Masked);
-                let before = peaks[row];
-                peaks[row] = before.max(exp::peak(arch, line));
-                // While no key is visible, every shift gives zeros; −∞ would give NaN.
-                let shift = if peaks[row] == f32::NEG_INFINITY { 0.0 } else { peaks[row] };
-                if peaks[row] > before && before > f32::NEG_INFINITY {
-                    let factor = (f64::from(before) - f64::from(peaks[row])).exp();
-                    sums[row] *= factor;
-                    if !starts_anew {
-                        exp::scale(arch, &mut slices.out[row * dim_v..][..dim_v], factor as f32);
-                    }
-                    if has_gathered {
-                        exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factor);
-                    }
+            self.products(q, keys_of_head, keys.clone(), scores, SCORES_STRIDE);
+            for (row, line) in scores.chunks_mut(SCORES_STRIDE).enumerate() {
+                self.rules(row, ranges[row].clone(), keys.start, &mut line[..width], ScoreStage::Masked);
+            }
+            let step = exp::SoftmaxStep {
+                scores,
+                stride: SCORES_STRIDE,
+                width,
+                peaks: &mut peaks,
+                sums: &mut sums,
+                factors: &mut factors,
+            };
+            step.compute(arch);
+            for row in (0..self.count).filter(|&row| factors[row] != 1.0) {
+                if !starts_anew {
+                    exp::scale(arch, &mut summed[row * dim_v..][..dim_v], factors[row] as f32);
                 }
-                sums[row] += exp::exp_and_sum(arch, line, shift);
-                if !slices.weights.is_empty() {
-                    slices.weights[row * len_k + keys.start..][..width].copy_from_slice(line);
-                    shifts.push(shift);
+                if has_gathered {
+                    exp::scale_sums(arch, &mut gathered[row * dim_v..][..dim_v], factors[row]);
                 }
             }
-            if dim_v > 0 {
-                let p = faer::MatRef::from_row_major_slice(scores, self.count, width);
-                for start in (0..width).step_by(summed_keys) {
-                    let count = summed_keys.min(width - start);
-                    let o = MatMut::from_row_major_slice_mut(&mut *slices.out, self.count, dim_v);
-                    let is_first = starts_anew && start == 0 || alone && gathers;
-                    let accumulate = if is_first { Accum::Replace } else { Accum::Add };
-                    let v_rows = v.matrix.rows(keys.start + start, keys.start + start + count);
-                    matmul(o, accumulate, p.subcols(start, count), v_rows, 1.0, Par::Seq);
-                    let ends_block = start + count == width;
-                    if ends_block {
-                        self.add_not_finite(v, scores, keys, slices.out);
-                    }
-                    let is_last = ends_block && ((n + 1) % SUMMED_TILES == 0 || n + 1 == blocks.len());
-                    if gathers && (is_last || alone) {
-                        exp::gather(arch, gathered, slices.out, !has_gathered);
-                        has_gathered = true;
-                    }
+            if !slices.weights.is_empty() {
+                for (row, line) in scores.chunks(SCORES_STRIDE).enumerate() {
+                    slices.weights[row * len_k + keys.start..][..width].copy_from_slice(&line[..width]);
+                    shifts.push(exp::shift(peaks[row]));
                 }
+            }
+            let packed = match packed {
+                Some(packed) => Some(packed),
+                None if keys.clone().all(|key| exp::all_finite(arch, head.v.row(key))) => None,
+                None => {
+                    clean.first = keys.start;
+                    clean.pack_values(&head.v, keys.clone());
+                    Some(&*clean)
+                }
+            };
+            let product = Product {
+                left: scores,
+                left_stride: SCORES_STRIDE,
+                rows: self.count,
+                right: match packed {
+                    Some(packed) => packed.v.right().rows(keys.start - packed.first, width),
+                    None => Right::of_matrix(&head.v).rows(keys.start, width),
+                },
+                scale: 1.0,
+                onto: if starts_anew { Onto::Nothing } else { Onto::Output },
+                out: summed,
+                out_stride: dim_v,
+                summed: SUMMED_KEYS,
+            };
+            product.compute(arch);
+            if let Some(packed) = packed {
+                self.add_not_finite(&packed.not_finite, scores, keys, summed);
+            }
+            if gathers && ((n + 1) % SUMMED_TILES == 0 || n + 1 == blocks.len()) {
+                exp::gather(arch, gathered, summed, !has_gathered);
+                has_gathered = true;
             }
         }
 
         for row in 0..self.count {
             let (peak, sum) = (peaks[row], sums[row]);
-            let out = &mut slices.out[row * dim_v..][..dim_v];
+            let out = out.row(row, dim_v);
             if sum == 0.0 {
                 // No key was visible.
                 out.fill(0.0);
                 continue;
             }
-            slices.lse[row] = (f64::from(peak) + sum.ln()) as f32;
+            if !slices.lse.is_empty() {
+                slices.lse[row] = (f64::from(peak) + sum.ln()) as f32;
+            }
             match has_gathered {
                 true => exp::scaled(arch, &gathered[row * dim_v..][..dim_v], 1.0 / sum, out),
-                false => exp::scale(arch, out, (1.0 / sum) as f32),
+                false => exp::scale_into(arch, &summed[row * dim_v..][..dim_v], (1.0 / sum) as f32, out),
             }
             if !slices.weights.is_empty() {
                 let weights = &mut slices.weights[row * len_k..][..len_k];
@@ -351,53 +534,28 @@ impl Tile<'_> {
                 && self.inputs.biases.iter().all(|bias| bias.data[bias.layout.at(&at)] != f32::NEG_INFINITY)
     }
 
-    /// Adds the terms of non-finite values, which were replaced by 0, for rows that may see them.
-    fn add_not_finite(&self, v: &Values<'_>, p: &[f32], keys: &Range<usize>, out: &mut [f32]) {
-        for &(j, d, value) in v.not_finite.iter().filter(|(j, ..)| keys.contains(j)) {
+    /// Adds the terms of values that are not finite, which were packed as 0, for rows that may see them.
+    fn add_not_finite(&self, values: &[(usize, usize, f32)], p: &[f32], keys: &Range<usize>, out: &mut [f32]) {
+        for &(j, d, value) in values.iter().filter(|(j, ..)| keys.contains(j)) {
             for row in 0..self.count {
                 let (h, i) = self.query(row);
                 if self.visible(h, i, j) {
-                    out[row * self.problem.dim_v + d] += p[row * keys.len() + j - keys.start] * value;
+                    out[row * self.problem.dim_v + d] += p[row * SCORES_STRIDE + j - keys.start] * value;
                 }
             }
         }
     }
 }
 
-/// The values of one head. Since 0 · NaN is NaN, non-finite values are replaced by 0 and stored separately.
-struct Values<'a> {
-    matrix: Matrix<'a>,
-    /// Key, column, value.
-    not_finite: Vec<(usize, usize, f32)>,
-}
-
-impl Values<'_> {
-    fn new(mut matrix: Matrix<'_>) -> Values<'_> {
-        let arch = pulp::Arch::new();
-        let mut not_finite = Vec::new();
-        for j in (0..matrix.rows).filter(|&j| !exp::all_finite(arch, matrix.row(j))) {
-            not_finite
-                .extend((matrix.row(j).iter().enumerate()).filter(|(_, x)| !x.is_finite()).map(|(d, &x)| (j, d, x)));
-        }
-        if !not_finite.is_empty() {
-            let stride = matrix.stride;
-            let mut clean = matrix.data.into_owned();
-            not_finite.iter().for_each(|&(j, d, _)| clean[j * stride + d] = 0.0);
-            matrix.data = Cow::Owned(clean);
-        }
-        Values { matrix, not_finite }
-    }
-}
-
 /// The mean over heads, summed in order in f64: `[b, i, j]`.
-fn average(problem: &Problem, weights: &[f32]) -> Vec<f32> {
+fn average(problem: &Problem, weights: &[f32]) -> Buffer {
     let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
     let square = len_q * len_k;
-    let mut out = vec![0.0; batch * square];
+    let mut out = Buffer::arbitrary(batch * square);
     if out.is_empty() {
         return out;
     }
-    let arch = pulp::Arch::new();
+    let arch = Arch::new();
     out.par_chunks_mut(square).enumerate().for_each(|(b, out)| {
         out.par_chunks_mut(TILE_KEYS).enumerate().for_each(|(tile, out)| {
             let mut sums = [0.0; TILE_KEYS];
@@ -410,22 +568,4 @@ fn average(problem: &Problem, weights: &[f32]) -> Vec<f32> {
         });
     });
     out
-}
-
-/// Row-major `[b, h, i, d]` in the memory order of `layout`.
-fn in_order(out: Vec<f32>, problem: &Problem, layout: &Layout) -> Vec<f32> {
-    if layout.is_contiguous() {
-        return out;
-    }
-    // The only other order: [b, i, h, d].
-    let Problem { heads_q, len_q, dim_v, .. } = *problem;
-    let per_batch = heads_q * len_q * dim_v;
-    let mut ordered = vec![0.0; out.len()];
-    ordered.par_chunks_mut(per_batch).zip(out.par_chunks(per_batch)).for_each(|(to, from)| {
-        for (at, row) in to.chunks_mut(dim_v).enumerate() {
-            let (i, h) = (at / heads_q, at % heads_q);
-            row.copy_from_slice(&from[(h * len_q + i) * dim_v..][..dim_v]);
-        }
-    });
-    ordered
 }

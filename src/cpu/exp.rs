@@ -16,43 +16,43 @@ fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let r = simd.mul_add_e_f32s(n, number(-0.693_359_4), x);
     let r = simd.mul_add_e_f32s(n, number(2.121_944_4e-4), r);
     let mut p = number(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0, 1.0] {
         p = simd.mul_add_e_f32s(p, r, number(c));
     }
-    let y = simd.add_f32s(simd.mul_add_e_f32s(simd.mul_f32s(p, r), r, r), number(1.0));
-    let exponent =
-        simd.add_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(127u32.wrapping_sub(ROUND.to_bits())));
-    let power = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(exponent, simd.splat_u32s(23)));
+    // The low bits of ROUND are 0, so only n is left of `shifted` where the exponent is.
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    let y = simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(p), exponent));
     let tiny = simd.less_than_f32s(x, number(-87.0));
-    simd.select_f32s(tiny, number(0.0), simd.mul_f32s(y, power))
+    simd.select_f32s(tiny, number(0.0), y)
 }
 
 /// The largest element that is not NaN; −∞ if there is none.
 pub fn peak(arch: Arch, row: &[f32]) -> f32 {
-    struct Peak<'a>(&'a [f32]);
-    impl WithSimd for Peak<'_> {
-        type Output = f32;
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) -> f32 {
-            // Not the maximum instruction: SIMD levels differ in how it handles NaN.
-            let greater = |a: S::f32s, b: S::f32s| simd.select_f32s(simd.greater_than_f32s(b, a), b, a);
-            let (vectors, rest) = S::as_simd_f32s(self.0);
-            let (fours, ones) = vectors.as_chunks::<4>();
-            let mut peaks = [simd.splat_f32s(f32::NEG_INFINITY); 4];
-            for four in fours {
-                for (peak, &x) in peaks.iter_mut().zip(four) {
-                    *peak = greater(*peak, x);
-                }
-            }
-            for &x in ones {
-                peaks[0] = greater(peaks[0], x);
-            }
-            let [a, b, c, d] = peaks;
-            let most = simd.reduce_max_f32s(greater(greater(a, b), greater(c, d)));
-            rest.iter().fold(most, |a, &b| if b > a { b } else { a })
-        }
-    }
     arch.dispatch(Peak(row))
+}
+
+struct Peak<'a>(&'a [f32]);
+impl WithSimd for Peak<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        // Not the maximum instruction: SIMD levels differ in how it handles NaN.
+        let greater = |a: S::f32s, b: S::f32s| simd.select_f32s(simd.greater_than_f32s(b, a), b, a);
+        let (vectors, rest) = S::as_simd_f32s(self.0);
+        let (fours, ones) = vectors.as_chunks::<4>();
+        let mut peaks = [simd.splat_f32s(f32::NEG_INFINITY); 4];
+        for four in fours {
+            for (peak, &x) in peaks.iter_mut().zip(four) {
+                *peak = greater(*peak, x);
+            }
+        }
+        for &x in ones {
+            peaks[0] = greater(peaks[0], x);
+        }
+        let [a, b, c, d] = peaks;
+        let most = simd.reduce_max_f32s(greater(greater(a, b), greater(c, d)));
+        rest.iter().fold(most, |a, &b| if b > a { b } else { a })
+    }
 }
 
 /// Number of elements that are summed in f32; the sums of such blocks are summed in f64.
@@ -60,38 +60,85 @@ const SUMMED: usize = 512;
 
 /// Replaces `x` by `exp(x − shift)` and returns the sum, which keeps the digits of f32 in rows of any length.
 pub fn exp_and_sum(arch: Arch, row: &mut [f32], shift: f32) -> f64 {
-    struct Exp<'a>(&'a mut [f32], f32);
-    impl WithSimd for Exp<'_> {
-        type Output = f32;
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) -> f32 {
-            let shift = simd.splat_f32s(self.1);
-            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
-            let (fours, ones) = vectors.as_chunks_mut::<4>();
-            let mut sums = [simd.splat_f32s(0.0); 4];
-            for four in fours {
-                for (sum, x) in sums.iter_mut().zip(four) {
-                    *x = exp(simd, simd.sub_f32s(*x, shift));
-                    *sum = simd.add_f32s(*sum, *x);
-                }
-            }
-            for x in ones {
+    row.chunks_mut(SUMMED).map(|block| f64::from(arch.dispatch(Exp(block, shift)))).sum()
+}
+
+struct Exp<'a>(&'a mut [f32], f32);
+impl WithSimd for Exp<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let shift = simd.splat_f32s(self.1);
+        let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+        let (fours, ones) = vectors.as_chunks_mut::<4>();
+        let mut sums = [simd.splat_f32s(0.0); 4];
+        for four in fours {
+            for (sum, x) in sums.iter_mut().zip(four) {
                 *x = exp(simd, simd.sub_f32s(*x, shift));
-                sums[0] = simd.add_f32s(sums[0], *x);
+                *sum = simd.add_f32s(*sum, *x);
             }
-            if !rest.is_empty() {
-                let mut last = [f32::NEG_INFINITY; MOST_LANES];
-                last[..rest.len()].copy_from_slice(rest);
-                let (vectors, _) = S::as_mut_simd_f32s(&mut last);
-                vectors[0] = exp(simd, simd.sub_f32s(vectors[0], shift));
-                sums[1] = simd.add_f32s(sums[1], vectors[0]);
-                rest.copy_from_slice(&last[..rest.len()]);
+        }
+        for x in ones {
+            *x = exp(simd, simd.sub_f32s(*x, shift));
+            sums[0] = simd.add_f32s(sums[0], *x);
+        }
+        if !rest.is_empty() {
+            let mut last = [f32::NEG_INFINITY; MOST_LANES];
+            last[..rest.len()].copy_from_slice(rest);
+            let (vectors, _) = S::as_mut_simd_f32s(&mut last);
+            vectors[0] = exp(simd, simd.sub_f32s(vectors[0], shift));
+            sums[1] = simd.add_f32s(sums[1], vectors[0]);
+            rest.copy_from_slice(&last[..rest.len()]);
+        }
+        let [a, b, c, d] = sums;
+        simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)))
+    }
+}
+
+/// Rows of scores in the online softmax: `width` scores each, `stride` apart.
+pub struct SoftmaxStep<'a> {
+    pub scores: &'a mut [f32],
+    pub stride: usize,
+    pub width: usize,
+    /// The largest score of each row so far.
+    pub peaks: &'a mut [f32],
+    /// The sum of each row's weights so far, relative to its largest score.
+    pub sums: &'a mut [f64],
+    /// What earlier weights of each row must be multiplied with, because its largest score has changed.
+    pub factors: &'a mut [f64],
+}
+
+impl SoftmaxStep<'_> {
+    /// Replaces every score by its weight relative to its row's largest score so far, and adds the weights to the sums.
+    pub fn compute(self, arch: Arch) {
+        arch.dispatch(self);
+    }
+}
+
+impl WithSimd for SoftmaxStep<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let rows = self.scores.chunks_mut(self.stride).zip(self.peaks).zip(self.sums).zip(self.factors);
+        for (((row, peak), sum), factor) in rows {
+            let row = &mut row[..self.width];
+            let before = *peak;
+            *peak = before.max(Peak(row).with_simd(simd));
+            *factor = match *peak > before && before > f32::NEG_INFINITY {
+                true => (f64::from(before) - f64::from(*peak)).exp(),
+                false => 1.0,
+            };
+            *sum *= *factor;
+            for block in row.chunks_mut(SUMMED) {
+                *sum += f64::from(Exp(block, shift(*peak)).with_simd(simd));
             }
-            let [a, b, c, d] = sums;
-            simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)))
         }
     }
-    row.chunks_mut(SUMMED).map(|block| f64::from(arch.dispatch(Exp(block, shift)))).sum()
+}
+
+/// What is subtracted from the scores of a row. While no key is visible, every shift gives zeros; −∞ would give NaN.
+pub fn shift(peak: f32) -> f32 {
+    if peak == f32::NEG_INFINITY { 0.0 } else { peak }
 }
 
 /// True if every element is finite.
@@ -116,6 +163,11 @@ pub fn all_finite(arch: Arch, row: &[f32]) -> bool {
 /// `row *= factor`.
 pub fn scale(arch: Arch, row: &mut [f32], factor: f32) {
     arch.dispatch(|| row.iter_mut().for_each(|x| *x *= factor));
+}
+
+/// `to = factor · row`.
+pub fn scale_into(arch: Arch, row: &[f32], factor: f32, to: &mut [f32]) {
+    arch.dispatch(|| to.iter_mut().zip(row).for_each(|(to, &x)| *to = factor * x));
 }
 
 /// `sums += row`, or `sums = row` if the row is the first.

@@ -2,12 +2,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attention::{TILE_KEYS, Tile};
-use super::{Inputs, Matrix, View, exp, take};
+use super::attention::{Keys, SCORES_STRIDE, TILE_KEYS, Tile};
+use super::product::{FEW_ROWS, Panels};
+use super::{Buffer, Inputs, Matrix, View, exp, take, threads};
 use crate::problem::{Chosen, Problem, ScoreStage};
 
-/// Rows per product. Tiles start at multiples of it whatever is chosen: a product of other rows may take another path
-/// through faer, and a row's bits must not depend on which others are chosen.
+/// Rows per product. Tiles start at multiples of it whatever is chosen.
 const TILE_ROWS: usize = 32;
 
 /// Smaller logarithms are cut off: exp gives 0.
@@ -16,11 +16,11 @@ const LEAST_LOG: f32 = -138.0;
 /// Results, row-major; empty if not requested.
 pub(crate) struct Inspection {
     /// `[b, heads, queries, j]`
-    pub weights: Vec<f32>,
+    pub weights: Buffer,
     /// `[b, heads, j]`
-    pub column_sums: Vec<f32>,
+    pub column_sums: Buffer,
     /// `[b, heads, queries]`
-    pub entropy: Vec<f32>,
+    pub entropy: Buffer,
 }
 
 /// `P = exp(S − LSE)` for the chosen rows, tile by tile; `lse` is `[b, hq, i]`.
@@ -28,12 +28,22 @@ pub(crate) fn inspect(problem: &Problem, inputs: &Inputs<'_>, lse: View<'_>, cho
     let Problem { batch, heads_kv, len_q, len_k, .. } = *problem;
     let count = batch * chosen.heads.len();
     let rows = chosen.queries.len();
-    let mut weights = vec![0.0; if chosen.weights { count * rows * len_k } else { 0 }];
-    let mut column_sums = vec![0.0; if chosen.column_sums { count * len_k } else { 0 }];
-    let mut entropy = vec![0.0; if chosen.entropy { count * rows } else { 0 }];
+    let zeros = |is_wanted: bool, len: usize| Buffer::filled(if is_wanted { len } else { 0 }, 0.0);
+    let mut weights = zeros(chosen.weights, count * rows * len_k);
+    let mut column_sums = zeros(chosen.column_sums, count * len_k);
+    let mut entropy = zeros(chosen.entropy, count * rows);
     if count * rows * len_k > 0 {
         let keys = (0..batch * heads_kv).into_par_iter().map(|n| inputs.k.matrix(&[n / heads_kv, n % heads_kv]));
-        let sweep = Sweep { problem, inputs, lse, keys: keys.collect() };
+        let keys: Vec<Matrix<'_>> = keys.collect();
+        let mut packed = Vec::new();
+        if len_q >= FEW_ROWS {
+            packed.resize_with(keys.len(), Panels::default);
+            let moved = (keys.len() * len_k * problem.dim_k) as f64;
+            threads::for_each(packed.iter_mut().zip(&keys).collect(), moved, |(packed, keys)| {
+                packed.pack_transposed(keys, 0..len_k);
+            });
+        }
+        let sweep = Sweep { problem, inputs, lse, keys, packed };
         let heads = || (0..count).map(|n| (n / chosen.heads.len(), chosen.heads[n % chosen.heads.len()]));
         let first = chosen.queries.start / TILE_ROWS * TILE_ROWS;
         let tiles = (first..chosen.queries.end).step_by(TILE_ROWS).map(|i| i..len_q.min(i + TILE_ROWS));
@@ -116,6 +126,8 @@ struct Sweep<'a> {
     lse: View<'a>,
     /// `[b, hkv]`
     keys: Vec<Matrix<'a>>,
+    /// The same, packed, unless there are few queries.
+    packed: Vec<Panels>,
 }
 
 impl Sweep<'_> {
@@ -146,13 +158,15 @@ impl Sweep<'_> {
             head_kv,
             first: in_group * self.problem.len_q + tile.start,
             count: tile.len(),
-            k: &self.keys[b * self.problem.heads_kv + head_kv],
         };
+        let head = b * self.problem.heads_kv + head_kv;
+        let of_head = self.packed.get(head).map_or(Keys::Rows(&self.keys[head]), |keys| Keys::Packed(keys, 0));
         let Scratch { q, scores, log_p } = scratch;
-        tile_of_head.queries(q);
-        tile_of_head.products(q, keys.clone(), scores);
+        let q = &tile_of_head.queries(q);
+        scores.resize(tile.len() * SCORES_STRIDE, 0.0);
+        tile_of_head.products(q, of_head, keys.clone(), scores, SCORES_STRIDE);
         for i in rows.clone() {
-            let line = &mut scores[(i - tile.start) * keys.len()..][..keys.len()];
+            let line = &mut scores[(i - tile.start) * SCORES_STRIDE..][..keys.len()];
             let lse = self.lse.data[self.lse.layout.at(&[b, h, i])];
             if lse == f32::NEG_INFINITY {
                 line.fill(0.0);

@@ -1,22 +1,28 @@
-//! The CPU backend: the same calls without an adapter. Tiles of queries use faer's matrix product, one rayon task per
-//! tile. Work is split by shapes only, so results do not depend on the number of threads.
+//! The CPU backend: the same calls without an adapter. Tiles of rows are tasks for rayon's threads. Work is split by
+//! shapes only, so results do not depend on the number of threads.
 
 mod attention;
+mod buffers;
 mod exp;
 mod inspect;
 #[cfg(not(target_arch = "wasm32"))]
 mod probe;
+mod product;
 mod project;
 mod rows;
 mod softmax;
+mod threads;
 
 pub(crate) use attention::attention;
+pub(crate) use buffers::Buffer;
 pub(crate) use inspect::inspect;
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use probe::multiply_add_ceiling;
 pub(crate) use project::project;
 pub(crate) use rows::{add_positions, gate, merge, normalise, relative, rotate, scatter};
 pub(crate) use softmax::softmax;
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use threads::measured;
 
 use std::borrow::Cow;
 
@@ -36,6 +42,14 @@ impl<'a> View<'a> {
         self.layout.positions().map(|at| self.data[at]).collect()
     }
 
+    /// Whether [`View::matrix`] copies.
+    fn is_copied(&self) -> bool {
+        let rank = self.layout.rank();
+        let [rows, columns] = [self.layout.shape()[rank - 2], self.layout.shape()[rank - 1]];
+        let [row_stride, step] = [self.layout.strides()[rank - 2], self.layout.strides()[rank - 1]];
+        !((step == 1 || columns == 1) && (row_stride >= columns || rows == 1))
+    }
+
     /// The last two axes at `lead` as a matrix with contiguous rows; copied if the strides require it.
     fn matrix(&self, lead: &[usize]) -> Matrix<'a> {
         let rank = self.layout.rank();
@@ -45,7 +59,7 @@ impl<'a> View<'a> {
         if rows == 0 || columns == 0 {
             return Matrix { data: Cow::Borrowed(&[]), stride: columns, rows, columns };
         }
-        if (step == 1 || columns == 1) && (row_stride >= columns || rows == 1) {
+        if !self.is_copied() {
             let end = start + (rows - 1) * row_stride + columns;
             return Matrix {
                 data: Cow::Borrowed(&self.data[start..end]),
@@ -73,17 +87,6 @@ struct Matrix<'a> {
 impl Matrix<'_> {
     fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.stride..][..self.columns]
-    }
-
-    /// Rows `start..end` for faer. Not for empty matrices.
-    fn rows(&self, start: usize, end: usize) -> faer::MatRef<'_, f32> {
-        let last = (end - 1) * self.stride + self.columns;
-        faer::MatRef::from_row_major_slice_with_stride(
-            &self.data[start * self.stride..last],
-            end - start,
-            self.columns,
-            self.stride,
-        )
     }
 }
 
@@ -115,13 +118,13 @@ pub(crate) struct Inputs<'a> {
 
 /// Results: `output` in the requested layout, the rest row-major.
 pub(crate) struct Outputs {
-    pub output: Vec<f32>,
+    pub output: Buffer,
     /// `[b, h, i]`
-    pub lse: Option<Vec<f32>>,
+    pub lse: Option<Buffer>,
     /// `[b, h, i, j]` or, averaged, `[b, i, j]`
-    pub weights: Option<Vec<f32>>,
+    pub weights: Option<Buffer>,
     /// `[b, h, i, j]`
-    pub scores: Option<Vec<f32>>,
+    pub scores: Option<Buffer>,
 }
 
 /// Takes the first elements of a slice; none if they were not requested.

@@ -2,13 +2,22 @@
 
 use rayon::prelude::*;
 
-use super::View;
+use super::{Buffer, View, threads};
 use crate::problem::{Layout, Place, Rows};
 
+/// Rows of one task.
+const TASK_ROWS: usize = 64;
+
+/// What an element costs, in multiply-adds of a product.
+const COST: f64 = 16.0;
+
 /// `len` elements in rows of `width`; `row` writes each row, given its number.
-fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
-    let mut y = vec![0.0; len];
-    y.par_chunks_mut(width.max(1)).enumerate().for_each(|(n, y)| row(n, y));
+fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Buffer {
+    let (mut y, width) = (Buffer::arbitrary(len), width.max(1));
+    let tasks = y.chunks_mut(TASK_ROWS * width).enumerate().collect();
+    threads::for_each(tasks, COST * len as f64, |(task, rows): (usize, &mut [f32])| {
+        rows.chunks_mut(width).enumerate().for_each(|(n, y)| row(task * TASK_ROWS + n, y));
+    });
     y
 }
 
@@ -21,7 +30,7 @@ pub(crate) fn rotate(
     interleaved: bool,
     rows: &Rows,
     layout: &Layout,
-) -> Vec<f32> {
+) -> Buffer {
     let &[_, heads, len, dim] = layout.shape() else { unreachable!("four axes") };
     let (width, step) = (table.layout.shape()[1], x.layout.strides()[3]);
     by_row(layout.len(), dim, |n, y| {
@@ -40,7 +49,7 @@ pub(crate) fn rotate(
 }
 
 /// X `[b, i, d]` plus the rows of `table` `[row, d]`, row-major.
-pub(crate) fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f32> {
+pub(crate) fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Buffer {
     let &[_, len, dim] = x.layout.shape() else { unreachable!("three axes") };
     let (x_step, table_step) = (x.layout.strides()[2], table.layout.strides()[1]);
     by_row(x.layout.len(), dim, |n, y| {
@@ -53,7 +62,7 @@ pub(crate) fn add_positions(x: View<'_>, table: View<'_>, rows: &Rows) -> Vec<f3
 }
 
 /// `factor · X[b, h, i, columns[j − i + len_q − 1]]`, row-major `[b, h, i, j]`.
-pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) -> Vec<f32> {
+pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) -> Buffer {
     let &[batch, heads, len_q, _] = x.layout.shape() else { unreachable!("four axes") };
     let step = x.layout.strides()[3];
     by_row(batch * heads * len_q * len_k, len_k, |n, bias| {
@@ -67,13 +76,7 @@ pub(crate) fn relative(x: View<'_>, columns: &[u32], len_k: usize, factor: f32) 
 
 /// RMSNorm, or LayerNorm if `centred`, over the last axis of X `[a, b, c, d]` with `weight` and `bias` `[d]`,
 /// row-major. Sums are in f64; rows are short.
-pub(crate) fn normalise(
-    x: View<'_>,
-    weight: View<'_>,
-    bias: Option<View<'_>>,
-    centred: bool,
-    epsilon: f32,
-) -> Vec<f32> {
+pub(crate) fn normalise(x: View<'_>, weight: View<'_>, bias: Option<View<'_>>, centred: bool, epsilon: f32) -> Buffer {
     let &[_, b_len, c_len, dim] = x.layout.shape() else { unreachable!("four axes") };
     let step = x.layout.strides()[3];
     let (weight, bias) = (weight.values(), bias.map_or(vec![0.0; dim], |bias| bias.values()));
@@ -90,7 +93,7 @@ pub(crate) fn normalise(
 }
 
 /// `X · σ(G)` of two views `[b, i, d]`, row-major.
-pub(crate) fn gate(x: View<'_>, g: View<'_>) -> Vec<f32> {
+pub(crate) fn gate(x: View<'_>, g: View<'_>) -> Buffer {
     let &[_, len, dim] = x.layout.shape() else { unreachable!("three axes") };
     let steps = [x, g].map(|view| view.layout.strides()[2]);
     by_row(x.layout.len(), dim, |n, y| {
@@ -120,7 +123,7 @@ pub(crate) fn scatter(x: View<'_>, y: &mut [f32], layout: &Layout, places: &[Pla
 
 /// Merges two results `[b, h, i, d]` over disjoint keys, using their LSEs `[b, h, i]`. `output` is the layout of the
 /// result, with heads or queries innermost among the rows. The LSE is row-major.
-pub(crate) fn merge(outputs: [View<'_>; 2], lses: [View<'_>; 2], output: &Layout) -> [Vec<f32>; 2] {
+pub(crate) fn merge(outputs: [View<'_>; 2], lses: [View<'_>; 2], output: &Layout) -> [Buffer; 2] {
     let &[batch, heads, len_q, dim] = output.shape() else { unreachable!("four axes") };
     let rows = batch * heads * len_q;
     let weigh = |bhi: [usize; 3]| {
@@ -137,8 +140,8 @@ pub(crate) fn merge(outputs: [View<'_>; 2], lses: [View<'_>; 2], output: &Layout
         (peak + sum.ln(), weights.map(|weight| weight / sum))
     };
     let index = |row: usize| [row / len_q / heads, row / len_q % heads, row % len_q];
-    let lse = (0..rows).into_par_iter().with_min_len(1024).map(|row| weigh(index(row)).0).collect();
-    let mut out = vec![0.0; rows * dim];
+    let lse: Vec<f32> = (0..rows).into_par_iter().with_min_len(1024).map(|row| weigh(index(row)).0).collect();
+    let mut out = Buffer::filled(rows * dim, 0.0);
     let by_query = output.strides()[1] < output.strides()[2];
     out.par_chunks_exact_mut(dim.max(1)).with_min_len(1024 / dim.max(1) + 1).enumerate().for_each(|(row, to)| {
         let bhi = match by_query {
@@ -161,5 +164,5 @@ pub(crate) fn merge(outputs: [View<'_>; 2], lses: [View<'_>; 2], output: &Layout
             to.fill(f32::NAN);
         }
     });
-    [out, lse]
+    [out, lse.into()]
 }

@@ -122,6 +122,9 @@ pub struct Profile {
     /// From the start to the end of the compute pass, by the adapter's own clock. `None` on the CPU backend, and if the
     /// device lacks [`wgpu::Features::TIMESTAMP_QUERY`].
     pub gpu_time: Option<Duration>,
+    /// How long the CPU backend's threads computed, on average over all of them. The rest of a call goes to planning,
+    /// memory, waking threads and waiting for them. `None` on an adapter.
+    pub cpu_time: Option<Duration>,
 }
 
 /// A kernel dispatch.

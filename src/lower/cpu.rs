@@ -1,7 +1,7 @@
 //! Calls on the CPU backend: passes tensors as slices and layouts, and returns results as tensors.
 
 use crate::call::{Attended, Inspected, Mask, Operands};
-use crate::cpu::{self, Inputs, MaskView, Outputs, View};
+use crate::cpu::{self, Buffer, Inputs, MaskView, Outputs, View};
 use crate::error::{INSTEAD_OF_AVERAGED, INSTEAD_OF_INSPECTED, Result};
 use crate::memory::check_floats;
 use crate::problem::{Chosen, Dtype, Layout, Problem, Sequence, Wanted, Weights};
@@ -10,6 +10,14 @@ use crate::tensor::{Storage, Tensor};
 pub(super) fn view(tensor: &Tensor) -> View<'_> {
     match tensor.storage() {
         Storage::Cpu(data) => View { data, layout: tensor.layout() },
+        _ => unreachable!("devices and types are checked before"),
+    }
+}
+
+/// The buffer of a tensor, and its layout there.
+pub(super) fn buffer(tensor: &Tensor) -> (&Buffer, &Layout) {
+    match tensor.storage() {
+        Storage::Cpu(data) => (data, tensor.layout()),
         _ => unreachable!("devices and types are checked before"),
     }
 }
@@ -34,11 +42,11 @@ fn inputs(operands: &Operands) -> Inputs<'_> {
 }
 
 /// The result of `compute` in this layout; an error if it does not fit in memory.
-pub(super) fn made(
+pub(super) fn made<B: Into<Buffer>>(
     what: &str,
     layout: Layout,
     dtype: Dtype,
-    compute: impl FnOnce(&Layout) -> Vec<f32>,
+    compute: impl FnOnce(&Layout) -> B,
 ) -> Result<Tensor> {
     check_floats(what, layout.shape())?;
     let data = compute(&layout);
@@ -58,7 +66,7 @@ pub(super) fn attention(problem: &Problem, operands: &Operands, wanted: Wanted, 
         Some(sequences) => packed(problem, operands, sequences, wanted, &layout)?,
     };
     let dtype = operands.q.dtype();
-    let tensor = |data: Option<Vec<f32>>, shape: &[usize], dtype: Dtype| -> Result<Option<Tensor>> {
+    let tensor = |data: Option<Buffer>, shape: &[usize], dtype: Dtype| -> Result<Option<Tensor>> {
         data.map(|data| Ok(Tensor::from_cpu(data, Layout::contiguous(shape)?, dtype))).transpose()
     };
     let averaged = [batch, len_q, len_k];
@@ -80,8 +88,8 @@ fn packed(
     layout: &Layout,
 ) -> Result<Outputs> {
     let Problem { heads_q, len_q, dim_v, .. } = *problem;
-    let mut output = vec![0.0; layout.end()];
-    let mut lse = vec![f32::NEG_INFINITY; heads_q * len_q];
+    let mut output = Buffer::filled(layout.end(), 0.0);
+    let mut lse = Buffer::filled(heads_q * len_q, f32::NEG_INFINITY);
     for one in sequences {
         let cut = |x: &Tensor, first, len| x.narrow(2, first, len);
         let operands = Operands {
@@ -113,7 +121,8 @@ pub(super) fn inspect(problem: &Problem, operands: &Operands, lse: &Tensor, chos
         fits.map_err(|error| error.or_rather(INSTEAD_OF_INSPECTED))?;
     }
     let answer = cpu::inspect(problem, &inputs(operands), view(lse), chosen);
-    let tensor = |data, layout: Option<Layout>, dtype| layout.map(|layout| Tensor::from_cpu(data, layout, dtype));
+    let tensor =
+        |data: Buffer, layout: Option<Layout>, dtype| layout.map(|layout| Tensor::from_cpu(data, layout, dtype));
     Ok(Inspected {
         weights: tensor(answer.weights, weights, operands.q.dtype()),
         column_sums: tensor(answer.column_sums, column_sums, Dtype::F32),

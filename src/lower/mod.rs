@@ -102,7 +102,7 @@ impl Recording {
             #[cfg(feature = "cpu")]
             Recording::Cpu => cpu::made("a projection", layout, x.dtype(), |_| {
                 let extra: Vec<_> = extra.iter().map(|row| row.map(view)).collect();
-                backend::project(view(x), view(w), bias.map(view), &extra)
+                backend::project(view(x), cpu::buffer(w), bias.map(view), &extra)
             }),
         }
     }
@@ -335,6 +335,11 @@ impl Recording {
         mut self,
         record: impl FnOnce(&mut Recording) -> Result<T>,
     ) -> Result<(T, Profile)> {
+        #[cfg(all(feature = "cpu", not(target_arch = "wasm32")))]
+        if matches!(self, Recording::Cpu) {
+            let (recorded, computed) = backend::measured(|| record(&mut self));
+            return Ok((recorded?, Profile { cpu_time: Some(computed), ..Profile::default() }));
+        }
         let recorded = record(&mut self)?;
         match self {
             Recording::Gpu(steps) => Ok((recorded, apart(steps.submit_profiled()).await?)),

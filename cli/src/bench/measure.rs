@@ -33,6 +33,8 @@ pub struct Times {
     pub median: f64,
     /// By the adapter's own clock.
     pub gpu: Option<f64>,
+    /// On the CPU backend: the share of the threads' time in which they do not compute.
+    pub idle: Option<f64>,
     /// The number of timed calls.
     pub count: usize,
     /// The kernels that ran.
@@ -255,9 +257,19 @@ pub fn measure(shape: &Shape, device: &Device, method: Method, weights: Weights,
         }
     }
     let mut gpu_times: Vec<f64> = gpu_times.into_iter().map(|time| time.as_secs_f64() * 1e3).collect();
+    let mut idle_shares = Vec::new();
+    if shape.calls == 1 && profile.cpu_time.is_some() {
+        for _ in 0..count.min(100) {
+            let start = Instant::now();
+            let computed = prepared.profile()?.cpu_time;
+            let wall = start.elapsed().as_secs_f64();
+            idle_shares.extend(computed.map(|computed| (1.0 - computed.as_secs_f64() / wall).clamp(0.0, 1.0)));
+        }
+    }
     let best = times.iter().copied().fold(f64::INFINITY, f64::min);
     let median = median(&mut times).expect("at least one call");
-    Ok(Times { first, best, median, gpu: self::median(&mut gpu_times), count, kernels: profile.kernels })
+    let (gpu, idle) = (self::median(&mut gpu_times), self::median(&mut idle_shares));
+    Ok(Times { first, best, median, gpu, idle, count, kernels: profile.kernels })
 }
 
 /// The middle value, or the mean of the two in the middle.

@@ -45,7 +45,10 @@ compiled. The median covers the calls after a warm-up; GFLOP/s and GB/s are comp
 multiply-adds of the matrix products over visible keys, counted as two each. The ceiling is what a kernel of \
 multiply-adds in registers reaches on the adapter; `of 57 %` is what docs/gpu.md predicts for the kernel on this kind of \
 GPU, not a measurement. Bytes count each operand read once and the output written once. \
-GPU ms is the time of the compute pass by the adapter's own clock, measured in separate calls.
+GPU ms is the time of the compute pass by the adapter's own clock, measured in separate calls. Idle, on the CPU backend, \
+is the share of a call in which its threads do not compute (median of up to 100 separate calls): the call is planned, \
+memory is found, threads are woken or wait for each other. A call that is too small for several threads leaves the \
+others idle.
 
 Examples:
   attn bench
@@ -190,6 +193,7 @@ impl Row<'_> {
             "first_ms": times.map(|times| times.first),
             "best_ms": times.map(|times| times.best),
             "median_ms": times.map(|times| times.median),
+            "idle_percent": times.and_then(|times| times.idle).map(|idle| 100.0 * idle),
             "gpu_ms": times.and_then(|times| times.gpu),
             "timed_calls": times.map(|times| times.count),
             "operations": self.shape.operations(),
@@ -208,13 +212,14 @@ impl Row<'_> {
         let mut cells = vec![self.shape.name.clone(), self.way()];
         match &self.times {
             Err(error) => {
-                cells.extend(std::iter::repeat_with(dash).take(7));
+                cells.extend(std::iter::repeat_with(dash).take(8));
                 cells.push(format!("does not run: {error}"));
             }
             Ok(times) => {
                 let gflops = self.rate(self.shape.operations(), times);
                 cells.extend([times.first, times.best, times.median].map(digits));
                 cells.push(times.gpu.map_or_else(dash, digits));
+                cells.push(times.idle.map_or_else(dash, |idle| format!("{:.0} %", 100.0 * idle)));
                 cells.push(digits(gflops));
                 let predicted =
                     self.predicted(times).map_or(String::new(), |share| format!(" of {:.0} %", share * 100.0));
@@ -346,6 +351,7 @@ fn print_table(target: &Target, rows: &[Row<'_>]) {
         "best ms",
         "median ms",
         "GPU ms",
+        "idle",
         "GFLOP/s",
         "ceiling",
         "GB/s",
@@ -354,7 +360,7 @@ fn print_table(target: &Target, rows: &[Row<'_>]) {
     for row in rows {
         table.add_row(row.cells());
     }
-    align_right(&mut table, 2..9);
+    align_right(&mut table, 2..10);
     anstream::println!("{table}\n");
 }
 

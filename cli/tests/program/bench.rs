@@ -78,6 +78,9 @@ fn every_adapter_is_timed_and_the_figures_agree() {
             // There is no such time for an encoder with several calls.
             let expected = timestamps && row["calls"] == 1;
             assert_eq!(row["gpu_ms"].as_f64().is_some_and(|ms| ms > 0.0), expected, "{row:#}");
+            let idle = row["idle_percent"].as_f64();
+            assert_eq!(idle.is_some(), adapter == "cpu" && row["calls"] == 1, "{row:#}");
+            assert!(idle.is_none_or(|percent| (0.0..=100.0).contains(&percent)), "{row:#}");
         }
     }
 }
