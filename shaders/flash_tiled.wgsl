@@ -56,8 +56,6 @@ var<workgroup> any_not_finite: atomic<u32>;
 // The index of the workgroup.
 var<workgroup> index_again: u32;
 
-alias KeyLoads = array<vec4<f32>, KEY_LOADS>;
-
 // Whether parts of Q and K, and of V, are all whole.
 const WHOLE_K: bool = K_PARTS * PART4 == DEPTH4;
 const WHOLE_V: bool = O_PARTS * ACROSS == COLS4;
@@ -75,8 +73,8 @@ fn v_column(d: u32) -> u32 {
 }
 
 // What this invocation loads of a part of the keys from j. Beyond the last key nothing is seen.
-fn keys_from(work: Work, j: u32, part: u32, local: u32) -> KeyLoads {
-    var loaded = KeyLoads();
+fn keys_from(work: Work, j: u32, part: u32, local: u32) -> array<vec4<f32>, KEY_LOADS> {
+    var loaded = array<vec4<f32>, KEY_LOADS>();
     let d = part * PART4 + local % PART4;
     let row = local / PART4 * params.k.strides.z;
     // @unroll
@@ -89,8 +87,8 @@ fn keys_from(work: Work, j: u32, part: u32, local: u32) -> KeyLoads {
     return loaded;
 }
 // The same for values.
-fn values_from(work: Work, j: u32, strip: u32, local: u32) -> KeyLoads {
-    var loaded = KeyLoads();
+fn values_from(work: Work, j: u32, strip: u32, local: u32) -> array<vec4<f32>, KEY_LOADS> {
+    var loaded = array<vec4<f32>, KEY_LOADS>();
     let d = strip * V_WIDTH + local % V_WIDTH;
     let row = local / V_WIDTH * params.v.strides.z;
     // @unroll
