@@ -202,7 +202,7 @@ fn planted_faults_are_found_named_and_shrunk() {
         if fault == "missing-barrier" {
             // No other kernel lost a barrier.
             assert!(
-                failed.iter().all(|result| result["variant"].as_str().unwrap().starts_with("workgroup")),
+                failed.iter().all(|result| result["variant"].as_str().unwrap().contains("/across")),
                 "{failed:?}"
             );
         }
