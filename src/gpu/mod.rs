@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::kernels::{AdapterClass, Capabilities, Kernel, Plan, Variant};
+use crate::kernels::{AdapterClass, Capabilities, Kernel, Variant};
 use crate::wait::apart;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::wait::wait_for;
@@ -304,7 +304,7 @@ impl Gpu {
     /// Compiles the kernels of a plan for which there are others, if the driver accepts them. Else remembers that, says
     /// so in the log and returns false: another plan is due.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn accepts(&self, plan: &Plan) -> bool {
+    pub(crate) fn accepts(&self, plan: &crate::kernels::Plan) -> bool {
         if self.0.capabilities.class != AdapterClass::Gpu {
             return true;
         }

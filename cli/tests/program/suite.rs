@@ -201,10 +201,7 @@ fn planted_faults_are_found_named_and_shrunk() {
         }
         if fault == "missing-barrier" {
             // No other kernel lost a barrier.
-            assert!(
-                failed.iter().all(|result| result["variant"].as_str().unwrap().contains("/across")),
-                "{failed:?}"
-            );
+            assert!(failed.iter().all(|result| result["variant"].as_str().unwrap().contains("/across")), "{failed:?}");
         }
         let id = failed[0]["id"].as_str().unwrap();
         let shrunk = attn(folder.path(), &["check", "--repro", id, "--shrink", "--plant", fault, "--adapter", "0"]);
