@@ -1,6 +1,7 @@
-//! Opens each adapter, prints what planning knows of it as a line of JSON, and creates the pipelines of the benchmark
+//! Opens each adapter, prints what planning knows of it, separated by tabs, and creates the pipelines of the benchmark
 //! shapes P1 to P9 on it. Nothing is computed, so `./gpu-compilers` runs it on fake devices too.
 
+use wgpu_attention::problem::Layout;
 use wgpu_attention::{
     Align, Attention, Capabilities, Dtype, Gpu, GpuOptions, MultiHeadAttention, MultiHeadConfig, Projections, Result,
     Tensor, wgpu,
@@ -8,14 +9,14 @@ use wgpu_attention::{
 
 /// A tensor whose contents nobody reads.
 fn blank(gpu: &Gpu, shape: &[usize]) -> Result<Tensor> {
-    let strides: Vec<usize> = (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect();
+    let layout = Layout::contiguous(shape)?;
     let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
         label: None,
-        size: 4 * shape.iter().product::<usize>() as u64,
+        size: 4 * layout.len() as u64,
         usage: wgpu::BufferUsages::STORAGE,
         mapped_at_creation: false,
     });
-    Tensor::from_wgpu(gpu, &buffer, shape, &strides, 0, Dtype::F32)
+    Tensor::from_wgpu(gpu, &buffer, shape, layout.strides(), 0, Dtype::F32)
 }
 
 /// Recording creates the pipelines; nothing is submitted.

@@ -94,6 +94,12 @@ pub fn tiles(kind: GpuKind, rows: usize, dim_v: usize) -> Vec<Tile> {
     }
 }
 
+/// Whether [`tiles`] names this tile for values of width `dim_v`, with any number of rows.
+pub fn takes(kind: GpuKind, tile: Tile, dim_v: usize) -> bool {
+    // One number of rows for each line of the table.
+    [4, 8, 16, 17].into_iter().any(|rows| tiles(kind, rows, dim_v).contains(&tile))
+}
+
 /// Most rows per invocation of `scores.wgsl` and `weighted_sum.wgsl`, which keep them in registers.
 pub fn rows_in_registers(kind: GpuKind) -> u32 {
     match kind {

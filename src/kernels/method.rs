@@ -50,9 +50,9 @@ pub enum Tile {
     },
     /// Keeps parts of a block of rows and of `4 · across` keys in workgroup memory (`flash_tiled.wgsl`).
     Workgroup {
-        /// Invocations per workgroup: 64, 128 or 256.
+        /// Invocations per workgroup: 64 or 128.
         workgroup: u32,
-        /// Query rows per invocation: 2, 4 or 8.
+        /// Query rows per invocation: 1, 2, 4 or 8.
         rows: u32,
         /// Invocations that share these rows, each with four keys per step: 8 or 16.
         across: u32,

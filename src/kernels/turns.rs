@@ -79,7 +79,7 @@ pub fn flash(flash: FlashTile, block_mask: bool) -> Turns {
             let across = u64::from(across);
             let each = next + counted(k_parts) + v_strips * counted(v_parts);
             // Joins the sums and signs of a row.
-            let before = 2 * next + 2 * u64::from(rows.div_ceil(4)) * counted(across);
+            let before = 2 * next + 2 * u64::from(parts.rows4) * counted(across);
             (Turns { before, each, step: u64::from(parts.keys) }, cols4.div_ceil(across))
         }
     };

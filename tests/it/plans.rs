@@ -376,7 +376,7 @@ fn default_tiles_spill_no_registers() {
         let (Ok(dim_k), Ok(dim_v)) = (dim_k.parse::<usize>(), dim_v.parse::<usize>()) else { continue };
         let tile: Tile = tile.parse().unwrap();
         let may_spill = dim_k == 512 && matches!(kind, GpuKind::Apple | GpuKind::Intel);
-        if dim_k == dim_v && [4, 8, 16, 17].iter().any(|&rows| gpu_kind::tiles(kind, rows, dim_v).contains(&tile)) {
+        if dim_k == dim_v && gpu_kind::takes(kind, tile, dim_v) {
             assert_eq!((result, spills == "0" || may_spill), ("ok", true), "{line}");
             seen += 1;
         }

@@ -18,8 +18,6 @@ pub struct FlashTile {
 /// The parts that `flash_tiled.wgsl` keeps in workgroup memory; see there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TiledParts {
-    /// Rows of invocations.
-    down: u32,
     /// Keys of a step.
     pub keys: u32,
     /// vec4s of a part of each row and key.
@@ -32,8 +30,8 @@ pub struct TiledParts {
     pub v_strips: u32,
     /// See `v_strips`.
     pub v_parts: u32,
-    /// vec4s of numbers per row.
-    rows4: u32,
+    /// vec4s that hold one number per row.
+    pub rows4: u32,
     /// Unused vec4s per element of the rows' part: invocations of different rows are in one subgroup.
     row_pad: u32,
     /// Bytes of workgroup memory.
@@ -52,7 +50,6 @@ impl TiledParts {
         let rows_part = workgroup * rows + row_pad * down * v_parts;
         let keys_part = (4 * part4 + 1) * across;
         TiledParts {
-            down,
             keys: 4 * across,
             part4,
             k_parts: depth4.div_ceil(part4),

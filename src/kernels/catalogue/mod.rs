@@ -159,8 +159,7 @@ impl Variant {
             Kernel::Flash | Kernel::Project => false,
             Kernel::FlashTiled => {
                 let (_, [_, cols4]) = self.tile_in_memory();
-                let tiles = |rows| gpu_kind::tiles(kind, rows, 4 * cols4 as usize);
-                [4, 8, 16, 17].into_iter().any(|rows| tiles(rows).iter().any(|&tile| self.tile() == Some(tile)))
+                self.tile().is_some_and(|tile| gpu_kind::takes(kind, tile, 4 * cols4 as usize))
             }
             Kernel::Scores | Kernel::WeightedSum | Kernel::Inspect
                 if self.number("ROWS", 1) > gpu_kind::rows_in_registers(kind) =>
@@ -482,11 +481,26 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     changes = changes.number("DEPTH4", tile.depth4).number("LOADS", loads).number("GROUPS", tile.depth4 / loads);
     changes = changes.flag("PADDED", padded);
     name.push_str(&format!("/depth{}{}", tile.depth4 * 4, if padded { "_padded" } else { "" }));
-    changes = access::load(changes, &access::X, x);
+    if wide_y {
+        changes = changes
+            .line("load_four", "fn load_four(at: u32, first: u32) -> vec4<f32> { return y[(at + first) / 4u]; }");
+    }
+    projection(Kernel::Project, changes, name, [x, w], wide_y, bias)
+}
+
+/// What the variants of both products have in common: their operands, and whether there is a bias.
+fn projection(
+    kernel: Kernel,
+    changes: Changes,
+    mut name: String,
+    [x, w]: [Access; 2],
+    wide_y: bool,
+    bias: bool,
+) -> Variant {
+    let mut changes = access::load(changes, &access::X, x);
     changes = access::load(changes, &access::W, w);
     if wide_y {
-        changes = stored_in_fours(changes)
-            .line("load_four", "fn load_four(at: u32, first: u32) -> vec4<f32> { return y[(at + first) / 4u]; }");
+        changes = stored_in_fours(changes);
     }
     access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
     if !bias {
@@ -494,7 +508,7 @@ pub fn project(tile: RowTile, x: Access, w: Access, wide_y: bool, padded: bool, 
     } else {
         name.push_str("/bias");
     }
-    Variant { kernel: Kernel::Project, changes, name }
+    Variant { kernel, changes, name }
 }
 
 /// The tile of `project_tiled.wgsl`.
@@ -516,20 +530,9 @@ impl ProjectTile {
 
 /// A variant of `project_tiled.wgsl`.
 pub fn project_tiled(x: Access, w: Access, wide_y: bool, padded: bool, bias: bool) -> Variant {
-    let mut name = format!("project_tiled/rows8x{}{}", ProjectTile::WORKGROUP, if padded { "/padded" } else { "" });
+    let name = format!("project_tiled/rows8x{}{}", ProjectTile::WORKGROUP, if padded { "/padded" } else { "" });
     let changes = Changes::default().number("WORKGROUP", ProjectTile::WORKGROUP).flag("PADDED", padded);
-    let mut changes = access::load(changes, &access::X, x);
-    changes = access::load(changes, &access::W, w);
-    if wide_y {
-        changes = stored_in_fours(changes);
-    }
-    access::name(&mut name, &[("x", x), ("w", w), ("y", Access { wide: wide_y, ..Access::NARROW })]);
-    if !bias {
-        changes = changes.line("add_bias", "fn bias_of(o: u32) -> f32 { return 0.0; }");
-    } else {
-        name.push_str("/bias");
-    }
-    Variant { kernel: Kernel::ProjectTiled, changes, name }
+    projection(Kernel::ProjectTiled, changes, name, [x, w], wide_y, bias)
 }
 
 /// The tile of `matvec.wgsl`.
