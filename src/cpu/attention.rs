@@ -170,6 +170,15 @@ fn tile_rows(problem: &Problem) -> usize {
     if problem.group() * problem.len_q < FEW_ROWS { FEW_ROWS } else { TILE_ROWS }
 }
 
+/// The first `len` numbers of scratch memory, which never shrinks: tiles of different heights would clear it again and
+/// again. The contents are arbitrary.
+fn at_least<T: Copy + Default>(scratch: &mut Vec<T>, len: usize) -> &mut [T] {
+    if scratch.len() < len {
+        scratch.resize(len, T::default());
+    }
+    &mut scratch[..len]
+}
+
 /// The rows of the output that one tile writes.
 enum OutputRows<'a> {
     Adjacent(&'a mut [f32]),
@@ -333,6 +342,10 @@ impl Tile<'_> {
         let band = self.problem.band(self.b);
         let ranges: Vec<_> = (0..self.count).map(|row| band.range(self.query(row).1, ruled)).collect();
         let Range { start: low, end: high } = self.seen();
+        let has_rules = self.problem.softcap.is_some()
+            || self.inputs.relative.is_some()
+            || !self.inputs.biases.is_empty()
+            || !self.inputs.masks.is_empty();
         let keys_of_head = match packed {
             Some(packed) => Keys::Packed(&packed.k, packed.first),
             None => Keys::Rows(&head.k),
@@ -350,22 +363,22 @@ impl Tile<'_> {
         // The shift of each block's weights, for requested weights.
         let mut shifts = Vec::new();
         let blocks: Vec<_> = (low..high).step_by(TILE_KEYS).map(|at| at..high.min(at + TILE_KEYS)).collect();
-        scores.resize(self.count * SCORES_STRIDE, 0.0);
-        summed.resize(self.count * dim_v, 0.0);
+        let scores = at_least(scores, self.count * SCORES_STRIDE);
+        let summed = at_least(summed, self.count * dim_v);
         if blocks.is_empty() {
             summed.fill(0.0);
         }
         let gathers = blocks.len() > SUMMED_TILES;
-        if gathers {
-            gathered.resize(self.count * dim_v, 0.0);
-        }
+        let gathered = at_least(gathered, if gathers { self.count * dim_v } else { 0 });
         let mut has_gathered = false;
         for (n, keys) in blocks.iter().enumerate() {
             let width = keys.len();
             let starts_anew = n % SUMMED_TILES == 0;
             self.products(q, keys_of_head, keys.clone(), scores, SCORES_STRIDE);
-            for (row, line) in scores.chunks_mut(SCORES_STRIDE).enumerate() {
-                self.rules(row, ranges[row].clone(), keys.start, &mut line[..width], ScoreStage::Masked);
+            if has_rules || !ranges.iter().all(|range| range.start <= keys.start && keys.end <= range.end) {
+                for (row, line) in scores.chunks_mut(SCORES_STRIDE).enumerate() {
+                    self.rules(row, ranges[row].clone(), keys.start, &mut line[..width], ScoreStage::Masked);
+                }
             }
             let step = exp::SoftmaxStep {
                 scores,

@@ -39,16 +39,38 @@ const fn lanes<S: Simd>() -> usize {
     size_of::<S::f32s>() / size_of::<f32>()
 }
 
-/// Calls `$pack::<WIDTH>` for a width that [`panel_columns`] returns, so that the compiler knows it.
-macro_rules! with_width {
-    ($width:expr, $pack:ident($($argument:expr),*)) => {
-        match $width {
-            32 => Arch::new().dispatch(|| $pack::<32>($($argument),*)),
-            16 => Arch::new().dispatch(|| $pack::<16>($($argument),*)),
-            8 => Arch::new().dispatch(|| $pack::<8>($($argument),*)),
-            _ => Arch::new().dispatch(|| $pack::<2>($($argument),*)),
+/// A panel to pack from rows of a matrix. Not a closure, which the compiler may leave out of what `dispatch` compiles for
+/// the SIMD level: packing would then be scalar.
+struct Pack<'a> {
+    matrix: &'a Matrix<'a>,
+    rows: Range<usize>,
+    /// The first column of the matrix to pack; none packs rows as columns.
+    column: Option<usize>,
+    panel: &'a mut [f32],
+}
+
+impl WithSimd for Pack<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match 2 * lanes::<S>() {
+            32 => self.pack::<32>(),
+            16 => self.pack::<16>(),
+            8 => self.pack::<8>(),
+            _ => self.pack::<2>(),
         }
-    };
+    }
+}
+
+impl Pack<'_> {
+    #[inline(always)]
+    fn pack<const WIDTH: usize>(self) {
+        let Pack { matrix, rows, column, panel } = self;
+        match column {
+            None => pack_transposed_panel::<WIDTH>(matrix, rows, panel),
+            Some(column) => pack_panel::<WIDTH>(matrix, rows, column, panel),
+        }
+    }
 }
 
 /// A right operand `[depth, columns]`, packed: panels of a few columns, each with its rows one after another. The last
@@ -76,7 +98,8 @@ impl Panels {
     pub(super) fn pack_transposed(&mut self, matrix: &Matrix<'_>, rows: Range<usize>) {
         let width = self.resize(matrix.columns, rows.len());
         for (n, panel) in self.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate() {
-            with_width!(width, pack_transposed_panel(matrix, rows.start + n * width..rows.end, panel));
+            let rows = rows.start + n * width..rows.end;
+            Arch::new().dispatch(Pack { matrix, rows, column: None, panel });
         }
     }
 
@@ -86,7 +109,7 @@ impl Panels {
         let width = panels.resize(matrix.columns, matrix.rows);
         let tasks = panels.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate().collect();
         threads::for_each(tasks, (matrix.rows * matrix.columns) as f64, |(n, panel)| {
-            with_width!(width, pack_transposed_panel(matrix, n * width..matrix.rows, panel));
+            Arch::new().dispatch(Pack { matrix, rows: n * width..matrix.rows, column: None, panel });
         });
         panels
     }
@@ -97,7 +120,7 @@ impl Panels {
         let width = self.resize(rows.len(), matrix.columns);
         let arch = Arch::new();
         for (n, panel) in self.data.chunks_exact_mut((width * rows.len()).max(1)).enumerate() {
-            with_width!(width, pack_panel(matrix, rows.clone(), n * width, panel));
+            arch.dispatch(Pack { matrix, rows: rows.clone(), column: Some(n * width), panel });
             if !exp::all_finite(arch, panel) {
                 for (row, packed) in rows.clone().zip(panel.chunks_exact_mut(width)) {
                     for (c, x) in packed.iter_mut().enumerate().filter(|(_, x)| !x.is_finite()) {
