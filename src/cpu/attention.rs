@@ -4,6 +4,7 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::buffers::{LINE, to_line};
 use super::product::{FEW_ROWS, MOST_COLUMNS, Onto, Panels, Product, Right, dots};
 use super::{Buffer, Inputs, Matrix, Outputs, View, exp, take, threads};
 use crate::kernels::catalogue::RelativeKind;
@@ -170,13 +171,14 @@ fn tile_rows(problem: &Problem) -> usize {
     if problem.group() * problem.len_q < FEW_ROWS { FEW_ROWS } else { TILE_ROWS }
 }
 
-/// The first `len` numbers of scratch memory, which never shrinks: tiles of different heights would clear it again and
-/// again. The contents are arbitrary.
+/// `len` numbers of scratch memory from the start of a cache line on. The memory never shrinks: tiles of different heights
+/// would clear it again and again. The contents are arbitrary.
 fn at_least<T: Copy + Default>(scratch: &mut Vec<T>, len: usize) -> &mut [T] {
-    if scratch.len() < len {
-        scratch.resize(len, T::default());
+    if scratch.len() < len + LINE {
+        scratch.resize(len + LINE, T::default());
     }
-    &mut scratch[..len]
+    let start = to_line(scratch);
+    &mut scratch[start..][..len]
 }
 
 /// The rows of the output that one tile writes.

@@ -14,6 +14,14 @@ const SMALLEST: usize = 4096;
 /// The most numbers that are kept: 256 MB.
 const MOST_KEPT: usize = 64 << 20;
 
+/// Numbers of f32 in a cache line.
+pub(super) const LINE: usize = 16;
+
+/// The number of elements, below [`LINE`], from the start of `data` to that of a cache line.
+pub(super) fn to_line<T>(data: &[T]) -> usize {
+    data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1)
+}
+
 /// Free buffers, the last freed one last.
 static KEPT: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::buffers::Buffer;
+use super::buffers::{self, Buffer};
 use super::{Matrix, exp, threads};
 
 /// With fewer rows than this, packing the other operand costs more than it saves.
@@ -78,6 +78,8 @@ impl Pack<'_> {
 #[derive(Clone, Debug, Default)]
 pub struct Panels {
     data: Buffer,
+    /// Where the panels start in `data`: at a cache line, so that a vector register is loaded from one line.
+    start: usize,
     depth: usize,
     columns: usize,
 }
@@ -87,17 +89,28 @@ impl Panels {
     fn resize(&mut self, depth: usize, columns: usize) -> usize {
         let width = panel_columns(Arch::new());
         (self.depth, self.columns) = (depth, columns);
-        let len = columns.div_ceil(width) * width * depth;
+        let len = columns.div_ceil(width) * width * depth + buffers::LINE;
         if self.data.len() != len {
             self.data = Buffer::arbitrary(len);
+            self.start = buffers::to_line(&self.data);
         }
         width
+    }
+
+    fn numbers(&self) -> &[f32] {
+        &self.data[self.start..][..self.data.len().saturating_sub(buffers::LINE)]
+    }
+
+    /// The panels, to be written.
+    fn panels_mut(&mut self, width: usize, depth: usize) -> impl Iterator<Item = (usize, &mut [f32])> {
+        let len = self.data.len().saturating_sub(buffers::LINE);
+        self.data[self.start..][..len].chunks_exact_mut((width * depth).max(1)).enumerate()
     }
 
     /// Packs rows of a matrix as columns, that is, its transpose.
     pub(super) fn pack_transposed(&mut self, matrix: &Matrix<'_>, rows: Range<usize>) {
         let width = self.resize(matrix.columns, rows.len());
-        for (n, panel) in self.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate() {
+        for (n, panel) in self.panels_mut(width, matrix.columns) {
             let rows = rows.start + n * width..rows.end;
             Arch::new().dispatch(Pack { matrix, rows, column: None, panel });
         }
@@ -107,7 +120,7 @@ impl Panels {
     pub(super) fn transposed(matrix: &Matrix<'_>) -> Panels {
         let mut panels = Panels::default();
         let width = panels.resize(matrix.columns, matrix.rows);
-        let tasks = panels.data.chunks_exact_mut((width * matrix.columns).max(1)).enumerate().collect();
+        let tasks = panels.panels_mut(width, matrix.columns).collect();
         threads::for_each(tasks, (matrix.rows * matrix.columns) as f64, |(n, panel)| {
             Arch::new().dispatch(Pack { matrix, rows: n * width..matrix.rows, column: None, panel });
         });
@@ -119,7 +132,7 @@ impl Panels {
     pub(super) fn pack_finite(&mut self, matrix: &Matrix<'_>, rows: Range<usize>, mut found: impl FnMut(usize, usize)) {
         let width = self.resize(rows.len(), matrix.columns);
         let arch = Arch::new();
-        for (n, panel) in self.data.chunks_exact_mut((width * rows.len()).max(1)).enumerate() {
+        for (n, panel) in self.panels_mut(width, rows.len()) {
             arch.dispatch(Pack { matrix, rows: rows.clone(), column: Some(n * width), panel });
             if !exp::all_finite(arch, panel) {
                 for (row, packed) in rows.clone().zip(panel.chunks_exact_mut(width)) {
@@ -135,7 +148,7 @@ impl Panels {
     pub fn right(&self) -> Right<'_> {
         let width = panel_columns(Arch::new());
         Right {
-            data: &self.data,
+            data: self.numbers(),
             row_stride: width,
             panel_stride: width * self.depth,
             depth: self.depth,
@@ -619,6 +632,6 @@ mod tests {
         panels.pack_finite(&values, 0..5, |row, column| found.push((row, column)));
         found.sort_unstable();
         assert_eq!(found, wrong.map(|(row, column, _)| (row, column)));
-        assert!(panels.data.iter().all(|x| x.is_finite()));
+        assert!(panels.numbers().iter().all(|x| x.is_finite()));
     }
 }
