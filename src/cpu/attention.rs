@@ -1,5 +1,6 @@
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -72,9 +73,10 @@ struct PackedHead {
 }
 
 impl PackedHead {
-    fn pack_keys(&mut self, k: &Matrix<'_>, keys: Range<usize>) {
+    fn pack(&mut self, head: &Head<'_>, keys: Range<usize>) {
         self.first = keys.start;
-        self.k.pack_transposed(k, keys);
+        self.k.pack_transposed(&head.k, keys.clone());
+        self.pack_values(&head.v, keys);
     }
 
     fn pack_values(&mut self, v: &Matrix<'_>, keys: Range<usize>) {
@@ -105,21 +107,14 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
             true => (0..batch * heads_kv).into_par_iter().map(head).collect(),
             false => (0..batch * heads_kv).map(head).collect(),
         };
-        // Keys that several tasks share are packed beforehand, others by the task.
-        let mut packed: Vec<PackedHead> = Vec::new();
-        if per_head > TILE_ROWS * TASK_TILES {
-            packed.resize_with(heads.len(), PackedHead::default);
-            let moved = (heads.len() * len_k * (dim_k + dim_v)) as f64;
-            threads::for_each(packed.iter_mut().zip(&heads).collect(), moved, |(packed, head)| {
-                packed.pack_keys(&head.k, 0..len_k);
-                packed.pack_values(&head.v, 0..len_k);
-            });
-        }
+        // Keys that several tasks share are packed by the first of them.
+        let is_shared = per_head > TILE_ROWS * TASK_TILES;
+        let packed: Vec<OnceLock<PackedHead>> = heads.iter().map(|_| OnceLock::new()).collect();
         let tile_rows = tile_rows(problem);
         let mut out = output_rows(&mut out, problem, output).into_iter();
         let mut rest = Slices { lse: &mut lse, weights: &mut weights, scores: &mut scores };
         let mut tasks = Vec::new();
-        for (n, head) in heads.iter().enumerate() {
+        for n in 0..heads.len() {
             let (b, head_kv) = (n / heads_kv, n % heads_kv);
             for task in (0..per_head).step_by(tile_rows * TASK_TILES) {
                 let firsts = (task..per_head.min(task + tile_rows * TASK_TILES)).step_by(tile_rows);
@@ -130,22 +125,30 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<'_>, wanted: Wanted, 
                         (Tile { problem, inputs, b, head_kv, first, count }, rest.split_off(count, len_k), out)
                     })
                     .collect();
-                tasks.push((head, packed.get(n), tiles));
+                tasks.push((n, task, tiles));
             }
         }
+        // As many heads at a time as there are threads: none waits for another to pack its keys, which stay in its cache.
+        // The last task, which sees the most keys of a causal call, is the first.
+        let threads = rayon::current_num_threads();
+        tasks.sort_unstable_by_key(|&(n, task, _)| (n / threads, task, n));
         let operations = (rows * len_k) as f64 * (dim_k + dim_v) as f64;
-        threads::for_each(tasks, operations, |(head, packed, tiles)| {
+        threads::for_each(tasks, operations, |(n, _, tiles)| {
+            let head = &heads[n];
             SCRATCH.with_borrow_mut(|Scratch { head: own, tile: scratch }| {
-                let packed = match packed {
-                    None if per_head >= FEW_ROWS => {
-                        let seen = tiles.iter().map(|(tile, ..)| tile.seen());
-                        let seen = seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
-                        let keys = if stage.is_some() { 0..len_k } else { seen };
-                        own.pack_keys(&head.k, keys.clone());
-                        own.pack_values(&head.v, keys);
-                        Some(&*own)
-                    }
-                    packed => packed,
+                let packed = if is_shared {
+                    Some(packed[n].get_or_init(|| {
+                        let mut packed = PackedHead::default();
+                        packed.pack(head, 0..len_k);
+                        packed
+                    }))
+                } else if per_head >= FEW_ROWS {
+                    let seen = tiles.iter().map(|(tile, ..)| tile.seen());
+                    let seen = seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+                    own.pack(head, if stage.is_some() { 0..len_k } else { seen });
+                    Some(&*own)
+                } else {
+                    None
                 };
                 for (tile, slices, out) in tiles {
                     tile.run(head, packed, stage, scratch, slices, out);
