@@ -25,6 +25,8 @@ struct Params {
     row_0: u32,
     rows_batch_stride: u32,
     total: u32,
+    // −1 rotates back.
+    sine_factor: f32,
 }
 
 @group(0) @binding(1) var<storage, read> x: array<XElem>;

@@ -2,9 +2,9 @@
 
 use crate::error::{Result, value_error};
 use crate::kernels::catalogue::RelativeKind;
-use crate::kernels::plan::{RelativeOperand, RotaryOperand};
+use crate::kernels::plan::{DistanceColumns, Pairs, RelativeOperand, RotaryOperand};
 use crate::kernels::{KeyRules, TuningKey};
-use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows, Sequence, in_order_of};
+use crate::problem::{Dtype, Layout, MaskMeaning, Problem, Rows, Sequence, WantedGradients, in_order_of};
 use crate::tensor::Tensor;
 
 /// A boolean mask and the meaning of its true entries: [`Mask::keep_where`] or [`Mask::hide_where`].
@@ -102,6 +102,107 @@ pub struct Inspected {
     pub entropy: Option<Tensor>,
 }
 
+/// The gradients of a loss by the results of a call: [`Attention::backward`](crate::Attention::backward) reads them. A
+/// result without one does not enter the loss.
+///
+/// ```
+/// # use wgpu_attention::{Cotangents, Tensor};
+/// # fn of(d_output: Tensor, d_lse: Tensor) -> Cotangents {
+/// Cotangents::of_output(d_output).lse(d_lse)
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct Cotangents {
+    pub(crate) output: Option<Tensor>,
+    pub(crate) lse: Option<Tensor>,
+    pub(crate) weights: Option<Tensor>,
+}
+
+impl Cotangents {
+    /// None yet; give at least one.
+    pub fn new() -> Cotangents {
+        Cotangents::default()
+    }
+    /// dO, in the shape of the output.
+    pub fn of_output(gradient: Tensor) -> Cotangents {
+        Cotangents::new().output(gradient)
+    }
+    /// dO, in the shape of the output.
+    pub fn output(mut self, gradient: Tensor) -> Self {
+        self.output = Some(gradient);
+        self
+    }
+    /// dLSE `[batch, heads_q, len_q]`, in the shape of the LSE.
+    pub fn lse(mut self, gradient: Tensor) -> Self {
+        self.lse = Some(gradient);
+        self
+    }
+    /// The gradient of the returned weights: per head `[batch, heads_q, len_q, len_k]`, or averaged
+    /// `[batch, len_q, len_k]`.
+    pub fn weights(mut self, gradient: Tensor) -> Self {
+        self.weights = Some(gradient);
+        self
+    }
+
+    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let Cotangents { output, lse, weights } = self;
+        [("dO", output), ("dLSE", lse), ("dW", weights)]
+            .into_iter()
+            .filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)))
+    }
+}
+
+/// What [`Attention::backward`](crate::Attention::backward) returns: the gradients that were asked for, each in the shape of
+/// its operand, row-major and stored in f32.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Gradients {
+    /// Of the queries.
+    pub q: Option<Tensor>,
+    /// Of the keys, summed over the query heads that share them.
+    pub k: Option<Tensor>,
+    /// Of the values, summed over the query heads that share them.
+    pub v: Option<Tensor>,
+    /// Of each additive bias, key padding biases last, summed over the axes that it was broadcast along.
+    pub biases: Vec<Tensor>,
+    /// Of the sink: `[heads_q]`.
+    pub sink: Option<Tensor>,
+    /// Of ALiBi's slopes, T5's table or the relative keys.
+    pub distance: Option<Tensor>,
+    /// Of the scale: `[1]`.
+    pub scale: Option<Tensor>,
+}
+
+/// A backward call over operands with four axes each.
+#[derive(Clone, Debug)]
+pub(crate) struct BackwardCall {
+    /// Queries and keys are not rotated yet.
+    pub operands: Operands,
+    /// O `[b, hq, i, d]`
+    pub output: Tensor,
+    /// `[b, hq, i]`
+    pub lse: Tensor,
+    /// dO `[b, hq, i, d]`
+    pub d_output: Option<Tensor>,
+    /// dLSE `[b, hq, i]`
+    pub d_lse: Option<Tensor>,
+    /// dW, broadcast to `[b, hq, i, j]`, and a factor on it.
+    pub d_weights: Option<(Tensor, f32)>,
+    pub wanted: WantedGradients,
+    /// The shapes of the biases before they were broadcast, with four axes each.
+    pub bias_shapes: Vec<[usize; 4]>,
+    pub distance: Option<DistanceGradient>,
+}
+
+/// How the gradient of a bias by distance is computed.
+#[derive(Clone, Debug)]
+pub(crate) struct DistanceGradient {
+    pub columns: DistanceColumns,
+    /// `[columns, d]`: the bias of a column is the product of the query with its key, times the scale.
+    pub keys: Option<Tensor>,
+}
+
 /// The operands of one call, with four axes each. Masks and biases are broadcast.
 #[derive(Clone, Debug)]
 pub(crate) struct Operands {
@@ -129,7 +230,7 @@ impl Operands {
             masks: !self.masks.is_empty(),
             biases: !self.biases.is_empty(),
             relative: self.relative.as_ref().map(|relative| relative.kind),
-            rotary: self.rotary.as_ref().map(|(rotation, _)| rotation.interleaved),
+            rotary: self.rotary.as_ref().map(|(rotation, _)| rotation.pairs.interleaved),
             sink: self.sink.is_some(),
             ..KeyRules::default()
         };
@@ -186,10 +287,7 @@ impl Relative {
 pub(crate) struct Rotation {
     /// `[positions, 2 · columns]`: cosines and sines, each row of either padded to whole vec4s.
     pub table: Tensor,
-    /// Number of column pairs that are rotated.
-    pub pairs: usize,
-    /// Whether adjacent columns form a pair.
-    pub interleaved: bool,
+    pub pairs: Pairs,
     /// The table as the fused kernel reads it. If interleaved and in whole vec4s: alternately two cosines and two
     /// sines.
     pub fused: Tensor,
@@ -202,9 +300,14 @@ impl Rotation {
             table: self.fused.layout(),
             rotations: self.table.layout(),
             rows: [queries, keys],
-            pairs: self.pairs,
-            interleaved: self.interleaved,
+            pairs: self.pairs.count,
+            interleaved: self.pairs.interleaved,
         }
+    }
+
+    /// The rotation by the negated angles, for the separate kernel.
+    pub fn back(&self) -> Rotation {
+        Rotation { pairs: Pairs { back: true, ..self.pairs }, ..self.clone() }
     }
 }
 

@@ -62,6 +62,7 @@ mod guide {
 }
 
 mod attention;
+mod backward;
 mod cache;
 mod call;
 #[cfg(feature = "cpu")]
@@ -90,7 +91,7 @@ mod wait;
 
 pub use attention::{Attention, EmptyRows};
 pub use cache::{KvCache, KvCacheConfig, ScatterMode};
-pub use call::{Attended, Inspected, Mask};
+pub use call::{Attended, Cotangents, Gradients, Inspected, Mask};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use gpu::{AdapterSummary, AllocationCounts, EncodeSlices, Gpu, GpuOptions, Profile, Traced};
@@ -106,7 +107,7 @@ pub use multi_head::{
 pub use ops::{encode_project, merge_async, project_async, softmax_async};
 #[cfg(not(target_arch = "wasm32"))]
 pub use ops::{merge, project, softmax};
-pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage, Weights};
+pub use problem::{Align, Dtype, Element, Layout, MaskMeaning, ScoreStage, WantedGradients, Weights};
 pub use state_dict::{HostTensor, StateDict};
 pub use tensor::Tensor;
 #[cfg(not(target_arch = "wasm32"))]

@@ -14,7 +14,7 @@ fn rotate_unit(x_at: u32, y_at: u32, angle: u32, unit: u32) {
     let d0 = select(unit, 2u * unit, INTERLEAVED);
     let d1 = select(unit + params.pairs, 2u * unit + 1u, INTERLEAVED);
     let cosine = angles[angle + unit];
-    let sine = angles[angle + params.row_stride / 2u + unit];
+    let sine = params.sine_factor * angles[angle + params.row_stride / 2u + unit];
     let x0 = element_x(x_at + d0 * x_step);
     let x1 = element_x(x_at + d1 * x_step);
     y[y_at + d0 * y_step] = x0 * cosine - x1 * sine;

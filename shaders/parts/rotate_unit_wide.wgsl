@@ -16,7 +16,7 @@ fn rotate_unit(x_at: u32, y_at: u32, angle: u32, unit: u32) {
     }
     let second = load_x(x_at, d1);
     let cosine = angles[angle / 4u + unit];
-    let sine = angles[angle / 4u + params.row_stride / 8u + unit];
+    let sine = params.sine_factor * angles[angle / 4u + params.row_stride / 8u + unit];
     if (INTERLEAVED) {
         let x0 = vec4<f32>(first.xz, second.xz);
         let x1 = vec4<f32>(first.yw, second.yw);

@@ -55,6 +55,23 @@ impl Attention {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<(Problem, Operands)> {
+        let (problem, operands) = self.operands_to_rotate(recording, q, k, v)?;
+        // The attention kernels compute positions themselves; explicit positions need the separate rotate kernel.
+        let operands = match &self.rotary {
+            Some((_, Some(_))) => operands.rotated(|x, rotation, rows| recording.rotate(x, rotation, rows))?,
+            _ => operands,
+        };
+        Ok((problem, operands))
+    }
+
+    /// The checked problem, and the operands before any rotation.
+    pub(crate) fn operands_to_rotate(
+        &self,
+        recording: &mut Recording,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Problem, Operands)> {
         for (name, tensor) in [("Q", q), ("K", k), ("V", v)] {
             tensor.expect_float(name)?;
         }
@@ -101,13 +118,7 @@ impl Attention {
         let Some((rotary, given)) = &self.rotary else { return Ok((problem, operands)) };
         let rows = rotary.rows(given.as_ref(), &problem)?;
         rotary.check_width("Q", q.shape(), problem.dim_k)?;
-        let operands = Operands { rotary: Some((rotary.rotation().clone(), rows)), ..operands };
-        // The attention kernels compute positions themselves; explicit positions need the separate rotate kernel.
-        let operands = match given {
-            None => operands,
-            Some(_) => operands.rotated(|x, rotation, rows| recording.rotate(x, rotation, rows))?,
-        };
-        Ok((problem, operands))
+        Ok((problem, Operands { rotary: Some((rotary.rotation().clone(), rows)), ..operands }))
     }
 
     /// The mask for [`Attention::query_lengths`]: `[batch, 1, len_q, 1]`.

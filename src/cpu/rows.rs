@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::{Buffer, View, threads};
+use crate::kernels::plan::Pairs;
 use crate::problem::{Layout, Place, Rows};
 
 /// Rows of one task.
@@ -21,13 +22,12 @@ fn by_row(len: usize, width: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> B
     y
 }
 
-/// X `[b, h, i, d]` with the first `2 · pairs` columns of each row rotated by the cosines and sines of its row of
+/// X `[b, h, i, d]` with the paired columns of each row rotated by the cosines and sines of its row of
 /// `table` `[row, 2 · columns]`. `layout` is the result's: contiguous rows of `d`.
 pub(crate) fn rotate(
     x: View<'_>,
     table: View<'_>,
-    pairs: usize,
-    interleaved: bool,
+    Pairs { count: pairs, interleaved, back }: Pairs,
     rows: &Rows,
     layout: &Layout,
 ) -> Buffer {
@@ -41,6 +41,7 @@ pub(crate) fn rotate(
         let x = |d: usize| x.data[start + d * step];
         for (n, (cos, sin)) in angles.iter().zip(&angles[width / 2..]).take(pairs).enumerate() {
             let (d0, d1) = if interleaved { (2 * n, 2 * n + 1) } else { (n, n + pairs) };
+            let sin = if back { -sin } else { *sin };
             y[d0] = x(d0) * cos - x(d1) * sin;
             y[d1] = x(d1) * cos + x(d0) * sin;
         }

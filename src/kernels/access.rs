@@ -109,7 +109,12 @@ pub const Z: Read = read!("z", "ZElem");
 /// The weight of a projection.
 pub const W: Read = read!("w", "WElem");
 
-const READS: [Read; 8] = [Q, K, V, X, OUTER, INNER, Z, W];
+/// The first factor of a sum over rows.
+pub const A: Read = read!("a", "AElem");
+/// The second one.
+pub const B: Read = read!("b", "BElem");
+
+const READS: [Read; 10] = [Q, K, V, X, OUTER, INNER, Z, W, A, B];
 
 /// Sets how `read` is loaded.
 pub fn load(changes: Changes, read: &Read, access: Access) -> Changes {

@@ -300,6 +300,7 @@ params! {
         row_0: u32,
         rows_batch_stride: u32,
         total: u32,
+        sine_factor: f32,
     }
 }
 
@@ -346,6 +347,105 @@ params! {
         rows: u32,
         workgroups: u32,
         epsilon: f32,
+    }
+}
+
+params! {
+    /// `row_dots.wgsl`
+    RowDots {
+        a: View,
+        b: View,
+        d_lse: View,
+        d: View,
+        heads: u32,
+        len: u32,
+        dim: u32,
+        total: u32,
+        factor: f32,
+    }
+}
+
+params! {
+    /// `score_gradients.wgsl`
+    ScoreGradients {
+        lse: View,
+        d: View,
+        d_weights: View,
+        heads: u32,
+        len: u32,
+        width4: u32,
+        keys: u32,
+        total: u32,
+        scale: f32,
+        softcap: f32,
+        d_weights_factor: f32,
+        minus_infinity: u32,
+        not_a_number: u32,
+    }
+}
+
+params! {
+    /// `transposed_sum.wgsl`
+    TransposedSum {
+        p: View,
+        x: View,
+        y_offset: u32,
+        y_head_stride: u32,
+        y_batch_stride: u32,
+        heads_kv: u32,
+        group: u32,
+        len_q: u32,
+        len_k: u32,
+        dim: u32,
+        key_blocks: u32,
+        column_blocks: u32,
+        workgroups: u32,
+    }
+}
+
+params! {
+    /// `sum_axis.wgsl`
+    SumAxis {
+        x: View,
+        y: View,
+        shape: [u32; 4],
+        count: u32,
+        step: u32,
+        total: u32,
+        factor: f32,
+    }
+}
+
+params! {
+    /// `distance_sums.wgsl`
+    DistanceSums {
+        x: View,
+        y: View,
+        heads: u32,
+        len: u32,
+        keys: u32,
+        columns: u32,
+        low: i32,
+        high: i32,
+        offsets: u32,
+        offset_stride: u32,
+        total: u32,
+        factor: f32,
+    }
+}
+
+params! {
+    /// `sink_gradients.wgsl`
+    SinkGradients {
+        lse: View,
+        d: View,
+        y_offset: u32,
+        heads: u32,
+        len: u32,
+        sink_offset: u32,
+        sink_stride: u32,
+        total: u32,
+        minus_infinity: u32,
     }
 }
 

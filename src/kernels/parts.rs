@@ -17,12 +17,13 @@ macro_rules! parts {
 }
 
 const PARTS: &[(&str, &str)] = &parts! {
-    "add_bias" "axes" "bands" "bands_packed" "bias" "block_is_full" "block_mask" "each_element" "each_workgroup"
-    "element" "element_bf16" "element_f16" "fused" "join" "load" "load_four" "load_wide" "lse" "mask" "not_finite"
-    "of_bf16" "of_bf16_words" "of_f16" "of_f16_words" "of_f32" "of_f32_words" "pair" "projection" "relative"
-    "relative_fours" "relative_none" "relative_slope" "rotary" "rotary_interleaved" "rotary_none" "rotate_unit"
-    "rotate_unit_wide" "row_of" "rules" "score" "sequence" "sequence_packed" "shared_value" "shift" "sigmoid" "sink"
-    "softmax_row" "splits" "store" "store_four" "store_fours" "store_wide" "tanh" "to_bf16" "to_f16" "to_f32" "view"
+    "add_bias" "axes" "bands" "bands_packed" "bias" "block_is_full" "block_mask" "capped" "d_lse" "d_weights"
+    "each_element" "each_workgroup" "element" "element_bf16" "element_f16" "fused" "join" "keep_dx" "load" "load_four"
+    "load_wide" "lse" "mask" "not_finite" "of_bf16" "of_bf16_words" "of_f16" "of_f16_words" "of_f32" "of_f32_words"
+    "pair" "projection" "relative" "relative_fours" "relative_none" "relative_slope" "rotary" "rotary_interleaved"
+    "rotary_none" "rotate_unit" "rotate_unit_wide" "row_of" "rules" "score" "sequence" "sequence_packed"
+    "shared_value" "shift" "sigmoid" "sink" "softmax_row" "splits" "store" "store_four" "store_fours" "store_wide"
+    "tanh" "to_bf16" "to_f16" "to_f32" "view"
 };
 
 /// The text of a file with the text of its parts, as blocks.

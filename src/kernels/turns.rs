@@ -150,6 +150,25 @@ pub fn mean_heads() -> Turns {
     Turns { before: 1, each: 1, step: 1 }
 }
 
+/// Iterations of `row_dots.wgsl`, by the width: blocks of 32 vec4s.
+pub fn row_dots() -> Turns {
+    Turns { before: 1, each: 34, step: 128 }
+}
+
+/// Queries of a block of `transposed_sum.wgsl`.
+pub const SUMMED_QUERIES: usize = 256;
+
+/// Iterations of `transposed_sum.wgsl`, by queries, for `group` query heads: once more for values that are not finite.
+pub fn transposed_sum(group: usize) -> Turns {
+    let (group, block) = (group as u64, SUMMED_QUERIES as u64);
+    Turns { before: 2 + counted(group) + group, each: 1 + counted(group * counted(block)) + group * block, step: block }
+}
+
+/// Iterations of `sum_axis.wgsl`, by the length of the axis: blocks of 64 numbers.
+pub fn sum_axis() -> Turns {
+    Turns { before: 1, each: 66, step: 64 }
+}
+
 /// Iterations of `probe.wgsl`, by rounds.
 pub fn probe() -> Turns {
     Turns { before: 1, each: 1, step: 1 }

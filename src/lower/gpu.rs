@@ -18,7 +18,7 @@ pub(super) fn buffer_of(tensor: &Tensor) -> &GpuBuffer {
 }
 
 /// The tensors that scores are computed from, by slot.
-fn scored(operands: &Operands) -> Vec<(Slot, &Tensor)> {
+pub(super) fn scored(operands: &Operands) -> Vec<(Slot, &Tensor)> {
     let Operands { q, k, masks, biases, relative, .. } = operands;
     let mut tensors = vec![(Slot::Q, q), (Slot::K, k)];
     tensors.extend(masks.iter().enumerate().map(|(n, mask)| (Slot::Mask(n), mask.tensor())));
@@ -87,7 +87,7 @@ impl Steps {
     }
 
     /// The operands with f32 biases.
-    fn readable(&mut self, operands: &Operands) -> Result<Operands> {
+    pub(super) fn readable(&mut self, operands: &Operands) -> Result<Operands> {
         let biases = operands.biases.iter().map(|bias| self.widened(bias)).collect::<Result<_>>()?;
         Ok(Operands { biases, ..operands.clone() })
     }
@@ -277,9 +277,8 @@ impl Steps {
     /// X `[b, h, i, d]` rotated by the angles of its rows, in X's memory order.
     pub(super) fn rotate(&mut self, x: &Tensor, rotation: &Rotation, rows: &Rows) -> Result<Tensor> {
         let layout = in_order_of(x.layout(), x.four_axes())?;
-        let Rotation { table, pairs, interleaved, .. } = rotation;
-        let pairs = (*pairs, *interleaved);
-        let plan = plan::rotate(x.operand(), &layout, table.layout(), pairs, rows, self.gpu.capabilities())?;
+        let Rotation { table, pairs, .. } = rotation;
+        let plan = plan::rotate(x.operand(), &layout, table.layout(), *pairs, rows, self.gpu.capabilities())?;
         self.made("rotated rows", layout, x.dtype(), plan, &[(Slot::Q, x), (Slot::K, table)])
     }
 }

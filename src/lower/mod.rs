@@ -1,13 +1,14 @@
 //! Lowers operations on tensors to steps on one device. The CPU backend executes each operation at once; on an adapter
 //! they are planned and collected, then run in one compute pass.
 
+mod backward;
 #[cfg(feature = "cpu")]
 mod cpu;
 #[cfg(all(feature = "export", not(target_arch = "wasm32")))]
 mod export;
 mod gpu;
 
-use crate::call::{Attended, Inspected, Operands, Rotation, output_layout};
+use crate::call::{Attended, BackwardCall, Gradients, Inspected, Operands, Rotation, output_layout};
 #[cfg(feature = "cpu")]
 use crate::cpu as backend;
 use crate::device::Device;
@@ -133,6 +134,15 @@ impl Recording {
         }
     }
 
+    /// The gradients of a call; those of biases and of a bias by distance with four axes.
+    pub fn backward(&mut self, problem: &Problem, call: &BackwardCall) -> Result<Gradients> {
+        match self {
+            Recording::Gpu(steps) => steps.backward(problem, call),
+            #[cfg(feature = "cpu")]
+            Recording::Cpu => Err(crate::error::value_error!("no backward on the CPU backend yet")),
+        }
+    }
+
     /// Weights of chosen heads and queries, from their LSE `[b, hq, i]`. `operands.v` is not read.
     pub fn inspect(
         &mut self,
@@ -183,9 +193,9 @@ impl Recording {
             #[cfg(feature = "cpu")]
             Recording::Cpu => {
                 let layout = in_order_of(x.layout(), x.four_axes())?;
-                let Rotation { table, pairs, interleaved, .. } = rotation;
+                let Rotation { table, pairs, .. } = rotation;
                 cpu::made("rotated rows", layout, x.dtype(), |layout| {
-                    backend::rotate(view(x), view(table), *pairs, *interleaved, rows, layout)
+                    backend::rotate(view(x), view(table), *pairs, rows, layout)
                 })
             }
         }

@@ -2,9 +2,10 @@
 
 use super::shaw::RelativeKeys;
 use super::t5::{self, Buckets};
-use crate::call::Relative;
+use crate::call::{DistanceGradient, Relative};
 use crate::error::{Result, shape_error};
 use crate::kernels::catalogue::RelativeKind;
+use crate::kernels::plan::DistanceColumns;
 use crate::lower::Recording;
 use crate::problem::Problem;
 use crate::tensor::Tensor;
@@ -24,6 +25,37 @@ impl Distance {
             Distance::Alibi(slopes) => ("the slopes", slopes),
             Distance::T5(table, _) => ("the table of biases", table),
             Distance::Shaw(keys) => ("the relative keys", keys.table()),
+        }
+    }
+
+    /// How the gradient of its tensor is computed.
+    pub fn gradient(&self) -> Result<DistanceGradient> {
+        let by_columns =
+            |[low, high]: [i32; 2], columns: Vec<u32>, count| DistanceColumns { low, high, columns, count };
+        Ok(match self {
+            Distance::Alibi(_) => DistanceGradient { columns: by_columns([0, 0], Vec::new(), 1), keys: None },
+            Distance::T5(_, buckets) => {
+                let [low, high] = buckets.range()?;
+                let columns = (low..=high).map(|distance| Ok(buckets.bucket(distance.into())? as u32));
+                let columns = columns.collect::<Result<_>>()?;
+                DistanceGradient { columns: by_columns([low, high], columns, buckets.num_buckets), keys: None }
+            }
+            Distance::Shaw(keys) => {
+                let [low, high] = keys.range();
+                let count = (high - low + 1) as usize;
+                let columns = by_columns([low, high], (0..count as u32).collect(), count);
+                DistanceGradient { columns, keys: Some(keys.table().clone()) }
+            }
+        })
+    }
+
+    /// The gradient of its tensor, from what the backward computes.
+    pub fn gradient_of_tensor(&self, computed: &Tensor) -> Result<Tensor> {
+        let shape = computed.four_axes();
+        match self {
+            Distance::Alibi(_) => computed.reshape(&[shape[1]]),
+            Distance::T5(..) => computed.reshape(&[shape[1], shape[3]])?.permute(&[1, 0]),
+            Distance::Shaw(_) => computed.reshape(&[shape[2], shape[3]]),
         }
     }
 

@@ -5,6 +5,7 @@ use crate::call::Rotation;
 use crate::device::Device;
 use crate::error::{Result, shape_error, value_error};
 use crate::gpu::Gpu;
+use crate::kernels::plan::Pairs;
 use crate::lower::Recording;
 use crate::memory::check_floats;
 use crate::problem::{Problem, Rows, checked_len};
@@ -412,7 +413,7 @@ impl Rotary {
         let in_turn = in_turn.transpose()?;
         let table = Tensor::from_slice(device, &shape, &table)?;
         let fused = in_turn.unwrap_or_else(|| table.clone());
-        Ok(Rotary { rotation: Rotation { table, pairs, interleaved, fused } })
+        Ok(Rotary { rotation: Rotation { table, pairs: Pairs { count: pairs, interleaved, back: false }, fused } })
     }
 
     /// Number of positions in the table.
@@ -421,11 +422,11 @@ impl Rotary {
     }
     /// Number of columns that are rotated.
     pub fn dim(&self) -> usize {
-        2 * self.rotation.pairs
+        2 * self.rotation.pairs.count
     }
     /// Which columns form a pair.
     pub fn pairing(&self) -> Pairing {
-        if self.rotation.interleaved { Pairing::Interleaved } else { Pairing::HalfSplit }
+        if self.rotation.pairs.interleaved { Pairing::Interleaved } else { Pairing::HalfSplit }
     }
 
     pub(crate) fn rotation(&self) -> &Rotation {

@@ -14,6 +14,8 @@ pub use layout::{Layout, checked_len};
 pub(crate) use wanted::{Chosen, Wanted};
 pub use wanted::{WantedGradients, Weights};
 
+use std::ops::Range;
+
 use crate::error::{Result, shape_error, value_error};
 
 /// Upper limit on the length of a query or key axis. Keeps every position, offset and bound within 32-bit integers.
@@ -283,6 +285,30 @@ impl Problem {
     /// The band of batch entry `b`.
     pub fn band(&self, b: usize) -> Band {
         self.bands[if self.bands.len() == 1 { 0 } else { b }]
+    }
+
+    /// The call on some batch entries, key/value heads and queries, with whole groups of heads.
+    pub(crate) fn part(&self, batch: Range<usize>, heads_kv: Range<usize>, queries: Range<usize>) -> Problem {
+        let (first, group) = (queries.start as i32, self.group());
+        let bands = match self.bands.len() {
+            1 => &self.bands[..],
+            _ => &self.bands[batch.clone()],
+        };
+        let moved = |bound: i32| if bound.abs() >= NO_BOUND { bound } else { bound + first };
+        let bands = bands.iter().map(|band| Band {
+            lo: moved(band.lo),
+            hi: moved(band.hi),
+            offset: band.offset + first,
+            ..*band
+        });
+        Problem {
+            batch: batch.len(),
+            heads_q: heads_kv.len() * group,
+            heads_kv: heads_kv.len(),
+            len_q: queries.len(),
+            bands: bands.collect(),
+            ..self.clone()
+        }
     }
 
     /// True if no position rule hides any key.

@@ -26,7 +26,7 @@ pub(crate) struct Wanted {
     pub scores: Option<ScoreStage>,
 }
 
-/// Which gradients a backward call returns. Those of operands that the call does not have are not returned in any case.
+/// Which gradients [`Attention::backward`](crate::Attention::backward) returns; only these are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WantedGradients {
     /// Of the queries.
@@ -49,6 +49,8 @@ impl WantedGradients {
     /// No gradient.
     pub const NONE: WantedGradients =
         WantedGradients { q: false, k: false, v: false, biases: false, sink: false, distance: false, scale: false };
+    /// Of the queries, keys and values.
+    pub const QKV: WantedGradients = WantedGradients { q: true, k: true, v: true, ..WantedGradients::NONE };
     /// Every gradient, that of the scale included.
     pub const ALL: WantedGradients =
         WantedGradients { q: true, k: true, v: true, biases: true, sink: true, distance: true, scale: true };

@@ -188,8 +188,8 @@ fn angles_of(rotary: &Rotary) -> Result<(Vec<f64>, [Layout; 2], bool)> {
     let rotation = rotary.rotation();
     let width = rotation.table.shape()[1];
     let all = Layout::contiguous(rotation.table.shape())?;
-    let [cos, sin] = [all.narrow(1, 0, rotation.pairs)?, all.narrow(1, width / 2, rotation.pairs)?];
-    Ok((in_f64(&rotation.table)?, [cos, sin], rotation.interleaved))
+    let [cos, sin] = [all.narrow(1, 0, rotation.pairs.count)?, all.narrow(1, width / 2, rotation.pairs.count)?];
+    Ok((in_f64(&rotation.table)?, [cos, sin], rotation.pairs.interleaved))
 }
 
 /// A bias by distance in f64.

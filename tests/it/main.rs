@@ -2,6 +2,7 @@
 //! tests share the cores and everything is linked once.
 
 mod attention;
+mod backward;
 mod cache;
 mod cache_rules;
 mod distance;

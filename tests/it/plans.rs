@@ -10,7 +10,7 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use wgpu_attention::kernels::access::is_wide;
 use wgpu_attention::kernels::catalogue::RelativeKind;
-use wgpu_attention::kernels::plan::{self, AttentionOperands, InspectOperands, RelativeOperand, RotaryOperand};
+use wgpu_attention::kernels::plan::{self, AttentionOperands, InspectOperands, Pairs, RelativeOperand, RotaryOperand};
 use wgpu_attention::kernels::{
     AdapterClass, Binding, Capabilities, GpuKind, Method, Operand, Plan, Step, Tile, Variant, gpu_kind,
 };
@@ -558,11 +558,12 @@ fn others(rng: &mut Pcg64, adapter: &Capabilities, tally: &mut Tally) {
     let table = Operand { layout: &table, stored: pick(rng, &STORED) };
     tally.add("positions added", plan::add_positions(x, table, &which, adapter), adapter);
     if dim >= 2 {
-        let (pairs, interleaved) = (pick(rng, &[1, dim / 2]), rng.random_bool(0.5));
-        let table = layout(&[len + 10, 2 * pairs.next_multiple_of(4)]);
+        let (count, interleaved, back) = (pick(rng, &[1, dim / 2]), rng.random_bool(0.5), rng.random_bool(0.5));
+        let pairs = Pairs { count, interleaved, back };
+        let table = layout(&[len + 10, 2 * count.next_multiple_of(4)]);
         let y = layout(&[batch, heads, len, dim]);
         let which = listed(rng, per_batch);
-        let rotated = plan::rotate(x4, &y, &table, (pairs, interleaved), &which, adapter);
+        let rotated = plan::rotate(x4, &y, &table, pairs, &which, adapter);
         tally.add("rows rotated", rotated, adapter);
     }
     let len_k = pick(rng, &[1, 40, 300]);

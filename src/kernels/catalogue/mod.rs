@@ -91,6 +91,18 @@ kernels! {
     Relative(RelativeBias) => "relative",
     /// RMSNorm and LayerNorm of rows.
     Normalise(Normalise) => "normalise",
+    /// Sums of products over rows, for the backward.
+    RowDots(RowDots) => "row_dots",
+    /// Weights and the gradients of scores.
+    ScoreGradients(ScoreGradients) => "score_gradients",
+    /// `Y = Pᵀ·X`: gradients of keys and values.
+    TransposedSum(TransposedSum) => "transposed_sum",
+    /// Sums one axis.
+    SumAxis(SumAxis) => "sum_axis",
+    /// Sums of the gradients of scores over pairs that share a distance.
+    DistanceSums(DistanceSums) => "distance_sums",
+    /// What each query adds to the gradient of a sink.
+    SinkGradients(SinkGradients) => "sink_gradients",
 }
 
 impl Kernel {
@@ -702,6 +714,116 @@ pub fn relative(wide_y: bool) -> Variant {
     Variant { kernel: Kernel::Relative, changes, name: name.into() }
 }
 
+/// A variant of `row_dots.wgsl`.
+pub fn row_dots(a: Access, b: Access, d_lse: bool, accumulate: bool) -> Variant {
+    let mut name = String::from("row_dots");
+    let changes = Changes::default().flag("ACCUMULATE", accumulate);
+    let mut changes = access::load(access::load(changes, &access::A, a), &access::B, b);
+    access::name(&mut name, &[("a", a), ("b", b)]);
+    if d_lse {
+        name.push_str("/lse");
+    } else {
+        changes = changes.line("d_lse", "fn d_lse_of(axes: vec3<u32>) -> f32 { return 0.0; }");
+    }
+    if accumulate {
+        name.push_str("/accumulate");
+    }
+    Variant { kernel: Kernel::RowDots, changes, name }
+}
+
+/// What a variant of `score_gradients.wgsl` computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScoreGradient {
+    /// Whether it computes weights from scores; else they are given.
+    pub from_scores: bool,
+    /// Whether it computes gradients.
+    pub gradients: bool,
+    /// Whether scores were capped.
+    pub softcap: bool,
+    /// Whether the weights have gradients of their own.
+    pub d_weights: bool,
+    /// Whether it also writes the gradients of the scores after everything, as biases need them.
+    pub keeps_dx: bool,
+}
+
+/// A variant of `score_gradients.wgsl`.
+pub fn score_gradients(what: ScoreGradient) -> Variant {
+    let mut name = String::from("score_gradients");
+    let mut changes = Changes::default()
+        .flag("FROM_SCORES", what.from_scores)
+        .flag("GRADIENTS", what.gradients)
+        .flag("SOFTCAP", what.softcap);
+    for (given, word, block, body) in [
+        (!what.gradients, "weights", "", ""),
+        (!what.from_scores, "of_weights", "", ""),
+        (what.softcap, "softcap", "capped", "fn capped_of(at: u32) -> vec4<f32> { return vec4<f32>(); }"),
+        (
+            what.d_weights,
+            "d_weights",
+            "d_weights",
+            "fn d_weights_of(axes: vec3<u32>, j: u32) -> vec4<f32> { return vec4<f32>(); }",
+        ),
+        (what.keeps_dx, "dx", "keep_dx", "fn keep_dx(at: u32, dx: vec4<f32>) {}"),
+    ] {
+        if given {
+            name.push('/');
+            name.push_str(word);
+        } else if !block.is_empty() {
+            changes = changes.line(block, body);
+        }
+    }
+    Variant { kernel: Kernel::ScoreGradients, changes, name }
+}
+
+/// The tile of `transposed_sum.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransposedTile {
+    /// Invocations per workgroup, each with four keys.
+    pub workgroup: u32,
+    /// vec4s of columns.
+    pub cols4: u32,
+    /// Lanes that share their loads.
+    pub share: u32,
+}
+
+/// A variant of `transposed_sum.wgsl`.
+pub fn transposed_sum(tile: TransposedTile, x: Access, accumulate: bool) -> Variant {
+    let TransposedTile { workgroup, cols4, share } = tile;
+    let mut name = format!("transposed_sum/keys4x{workgroup}");
+    let mut changes = Changes::default().number("WORKGROUP", workgroup).number("COLS4", cols4).number("SHARE", share);
+    if share > 1 {
+        name.push_str(&format!("/subgroup{share}"));
+        changes = (changes.line("lane_builtin", LANE_BUILTIN).line("lane", LANE))
+            .line("share", "let x4 = subgroupBroadcast(loaded, e % SHARE);")
+            .line("any_not_finite", "let any_not_finite = subgroupAny(any(has_not_finite));");
+    }
+    name.push_str(&format!("/columns{}", 4 * cols4));
+    changes = access::load(changes.flag("ACCUMULATE", accumulate), &access::X, x);
+    access::name(&mut name, &[("x", x)]);
+    if accumulate {
+        name.push_str("/accumulate");
+    }
+    Variant { kernel: Kernel::TransposedSum, changes, name }
+}
+
+/// A variant of `sum_axis.wgsl`.
+pub fn sum_axis(accumulate: bool) -> Variant {
+    let name = if accumulate { "sum_axis/accumulate" } else { "sum_axis" };
+    Variant { kernel: Kernel::SumAxis, changes: Changes::default().flag("ACCUMULATE", accumulate), name: name.into() }
+}
+
+/// A variant of `distance_sums.wgsl`: `slopes` weighs pairs by their negated distance.
+pub fn distance_sums(slopes: bool) -> Variant {
+    let name = if slopes { "distance_sums/slopes" } else { "distance_sums" };
+    let changes = Changes::default().flag("SLOPES", slopes);
+    Variant { kernel: Kernel::DistanceSums, changes, name: name.into() }
+}
+
+/// `sink_gradients.wgsl`.
+pub fn sink_gradients() -> Variant {
+    Variant { kernel: Kernel::SinkGradients, changes: Changes::default(), name: "sink_gradients".into() }
+}
+
 /// Every legal variant at the tile sizes that planning chooses from, one for each combination of algorithmic choices.
 /// Used to print them and to check them with compilers without a GPU.
 pub fn variants() -> Vec<Variant> {
@@ -867,6 +989,22 @@ pub fn variants() -> Vec<Variant> {
             all.extend([tokens(true, x, wide, x.wide, false), tokens(true, narrow, x, false, false)]);
         }
     }
+    for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        for x in halves(stored) {
+            all.extend([row_dots(x, wide, true, false), row_dots(narrow, x, false, true)]);
+            for (workgroup, cols4, share) in [(8, 8, 8), (8, 4, 4), (8, 1, 1), (64, 4, 1)] {
+                let tile = TransposedTile { workgroup, cols4, share };
+                all.push(transposed_sum(tile, x, x.wide));
+            }
+        }
+    }
+    for flags in 0..32 {
+        let [from_scores, gradients, softcap, d_weights, keeps_dx] = [0, 1, 2, 3, 4].map(|bit| flags >> bit & 1 == 1);
+        if gradients || (from_scores && !softcap && !d_weights && !keeps_dx) {
+            all.push(score_gradients(ScoreGradient { from_scores, gradients, softcap, d_weights, keeps_dx }));
+        }
+    }
+    all.extend([sum_axis(false), sum_axis(true), sink_gradients(), distance_sums(false), distance_sums(true)]);
     let mut seen = std::collections::BTreeSet::new();
     all.retain(|variant| seen.insert(variant.name.clone()));
     all

@@ -6,7 +6,9 @@ use super::super::capabilities::{AdapterClass, Capabilities};
 use super::super::method::{Method, Tile, three_passes_compete};
 use super::call::Call;
 use super::fused::Fused;
-use super::{AttentionOperands, Plan, Planner, RotaryOperand, Slot, check_buffer, padded_bytes, rows_padded, unfused};
+use super::{
+    AttentionOperands, Pairs, Plan, Planner, RotaryOperand, Slot, check_buffer, padded_bytes, rows_padded, unfused,
+};
 use crate::error::{Error, INSTEAD_OF_AVERAGED, INSTEAD_OF_WEIGHTS, Result};
 use crate::problem::{Dtype, Problem, ScoreStage, Sequence, in_order_of};
 
@@ -110,7 +112,7 @@ pub fn packed(
 }
 
 /// A plan without steps: the layouts of a call's results, if they fit.
-fn results(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
+pub(super) fn results(problem: &Problem, operands: &AttentionOperands<'_>, adapter: &Capabilities) -> Result<Plan> {
     let Problem { batch, heads_q, len_q, len_k, .. } = *problem;
     let result = |wanted: bool, shape: &[usize]| wanted.then(|| rows_padded(shape)).transpose();
     let square = [batch, heads_q, len_q, len_k];
@@ -173,7 +175,7 @@ fn rotated_first(
         };
     }
     let mut planner = Planner { adapter, plan: Plan::default() };
-    let pairs = (rotary.pairs, rotary.interleaved);
+    let pairs = Pairs { count: rotary.pairs, interleaved: rotary.interleaved, back: false };
     for (n, x) in [operands.q, operands.k].into_iter().enumerate() {
         let of = [[Slot::Q, Slot::K][n], slots[n], Slot::Rotations];
         planner.rotate(x, &layouts[n], rotary.rotations, of, pairs, rotary.rows[n])?;

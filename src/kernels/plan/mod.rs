@@ -4,6 +4,7 @@
 //! Work that exceeds a limit is sliced (`slice.rs`), so that every binding and every dispatch fits.
 
 mod attention;
+mod backward;
 mod call;
 mod fused;
 mod inspect;
@@ -20,6 +21,10 @@ mod softmax;
 mod unfused;
 
 pub use attention::{attention, packed};
+pub use backward::{
+    DistanceColumns, RowDots, SUMMED_QUERIES, ScoreGradients, distance_sums, most_transposed, padded, row_dots,
+    score_gradients, scores, sink_gradients, sum_axis, transposed_sum, weighted_sum, zeros,
+};
 pub use inspect::{InspectOperands, inspect};
 pub use merge::merge;
 pub use normalise::{MOST_NORMALISED, normalise};
@@ -28,7 +33,7 @@ pub use normalise::{MOST_NORMALISED, normalise};
 pub use probe::probe;
 pub use project::project;
 pub use relative::relative;
-pub use rows::{add_positions, gate, rotate};
+pub use rows::{Pairs, add_positions, gate, rotate};
 pub use scatter::scatter;
 pub use softmax::{softmax, widen};
 

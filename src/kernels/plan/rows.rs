@@ -9,13 +9,23 @@ use super::{Binding, NOT_A_NUMBER, Plan, Planner, Slot, Window, check_buffer, pa
 use crate::error::Result;
 use crate::problem::{Dtype, Layout, Rows};
 
-/// Rotates X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K):
-/// `pairs` is the number of pairs, and whether they are adjacent columns.
+/// The columns of a row that are rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pairs {
+    /// Number of pairs.
+    pub count: usize,
+    /// Whether adjacent columns form a pair; else columns `count` apart do.
+    pub interleaved: bool,
+    /// Whether they are rotated back, by the negated angles.
+    pub back: bool,
+}
+
+/// Rotates X `[b, h, i, d]` (Q) into Y (Output, f32) by the cosines and sines of `table` `[row, 2 · columns]` (K).
 pub fn rotate(
     x: Operand<'_>,
     y: &Layout,
     table: &Layout,
-    pairs: (usize, bool),
+    pairs: Pairs,
     rows: &Rows,
     adapter: &Capabilities,
 ) -> Result<Plan> {
@@ -32,7 +42,7 @@ impl Planner<'_> {
         y: &Layout,
         table: &Layout,
         slots: [Slot; 3],
-        (pairs, interleaved): (usize, bool),
+        Pairs { count: pairs, interleaved, back }: Pairs,
         rows: &Rows,
     ) -> Result<()> {
         check_buffer(self.adapter, "rotated rows", padded_bytes(y, Dtype::F32))?;
@@ -64,6 +74,7 @@ impl Planner<'_> {
                 row_0,
                 rows_batch_stride,
                 total: total as u32,
+                sine_factor: if back { -1.0 } else { 1.0 },
                 ..Default::default()
             };
             self.push(variant.clone(), total, params, table.bindings("angles", slots, x_at, y_at))?;

@@ -59,6 +59,23 @@ pub(super) fn passes(
     Ok(())
 }
 
+/// Adds `O = P·V` for weights that exist (Weights, in the layout of [`Plan::weights`]).
+pub(super) fn sum_values(planner: &mut Planner<'_>, problem: &Problem, operands: &AttentionOperands<'_>) -> Result<()> {
+    let adapter = planner.adapter;
+    let Problem { batch, heads_q, len_q, .. } = *problem;
+    let call = Call::new(problem, operands, adapter, 3);
+    planner.plan.bands = call.band_table();
+    let sizes = call.sliced(&planner.plan, adapter);
+    planner.plan.scratch = vec![16, call.combined_bytes(sizes)?];
+    check_buffer(adapter, "working memory", planner.plan.scratch[1])?;
+    let weights = planner.plan.weights.clone().expect("the caller has weights");
+    for at in Part::grid([batch, heads_q, len_q], [sizes[0], sizes[1], sizes[2]]) {
+        let window = planner.window(&weights, &at, 4);
+        call.values(planner, at, sizes, (Slot::Weights, &weights, window))?;
+    }
+    Ok(())
+}
+
 impl Call<'_> {
     /// Whether these passes compute weights.
     fn weighs(&self) -> bool {
@@ -171,15 +188,21 @@ impl Call<'_> {
         if operands.sink.is_some() {
             self.sum_of_nothing(planner, at)?;
         }
+        self.values(planner, at, sizes, (p_slot, &p_layout, p_at))
+    }
+
+    /// Adds the weighted sum of a slice.
+    fn values(&self, planner: &mut Planner<'_>, at: [Part; 3], sizes: Sizes, p: (Slot, &Layout, Window)) -> Result<()> {
+        let Problem { len_k, dim_v, .. } = *self.problem;
         // A sum over more keys than the driver's loop limit or the precision allows accumulates its parts in the
         // output.
-        let tile = planner.tile(i.count, problem.dim_v.div_ceil(4));
+        let tile = planner.tile(at[2].count, dim_v.div_ceil(4));
         let longest = turns::weighted_sum(tile).longest(planner.adapter.loop_turns());
         let longest = if len_k > 2 * MOST_SUMMED { longest.min(MOST_SUMMED) } else { longest };
         for j in Part::all(len_k, sizes[3].min(longest)) {
             // Combined rules of several key slices share one buffer, so combine again what was overwritten.
             let bound = self.bind_rules(planner, at, j, sizes)?;
-            self.weighted_sum(planner, at, j, (p_slot, &p_layout, p_at), &bound)?;
+            self.weighted_sum(planner, at, j, p, &bound)?;
         }
         Ok(())
     }
