@@ -13,7 +13,7 @@ use crate::problem::{Layout, Problem, ScoreStage, Wanted, Weights};
 
 /// Rows of a tile of packed keys, a multiple of what a product computes at a time. Query rows of all heads that share keys
 /// count together.
-const TILE_ROWS: usize = 48;
+pub(super) const TILE_ROWS: usize = 48;
 
 /// Tiles of one task, at most.
 const TASK_TILES: usize = 3;
@@ -176,7 +176,7 @@ fn tile_rows(problem: &Problem) -> usize {
 
 /// `len` numbers of scratch memory from the start of a cache line on. The memory never shrinks: tiles of different heights
 /// would clear it again and again. The contents are arbitrary.
-fn at_least<T: Copy + Default>(scratch: &mut Vec<T>, len: usize) -> &mut [T] {
+pub(super) fn at_least<T: Copy + Default>(scratch: &mut Vec<T>, len: usize) -> &mut [T] {
     if scratch.len() < len + LINE {
         scratch.resize(len + LINE, T::default());
     }
@@ -261,7 +261,7 @@ pub(super) enum Keys<'a> {
 
 impl Tile<'_> {
     /// Head and query of a row.
-    fn query(&self, row: usize) -> (usize, usize) {
+    pub fn query(&self, row: usize) -> (usize, usize) {
         let r = self.first + row;
         (self.head_kv * self.problem.group() + r / self.problem.len_q, r % self.problem.len_q)
     }
@@ -314,7 +314,7 @@ impl Tile<'_> {
     }
 
     /// The keys that any row may see, from a multiple of [`MOST_COLUMNS`] on, where panels of packed keys start.
-    fn seen(&self) -> Range<usize> {
+    pub fn seen(&self) -> Range<usize> {
         let ruled = self.problem.maskable_keys();
         let band = self.problem.band(self.b);
         let ranges = (0..self.count).map(|row| band.range(self.query(row).1, ruled));

@@ -136,6 +136,42 @@ impl WithSimd for SoftmaxStep<'_> {
     }
 }
 
+/// Replaces every score `x` by its weight `exp(x − lse)`, at most 1. A score of −∞ has weight 0 whatever the LSE is.
+pub fn weights(arch: Arch, row: &mut [f32], lse: f32) {
+    arch.dispatch(FromLse(row, lse));
+}
+
+struct FromLse<'a>(&'a mut [f32], f32);
+impl WithSimd for FromLse<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (lse, zero) = (simd.splat_f32s(self.1), simd.splat_f32s(0.0));
+        let hidden = simd.splat_f32s(f32::NEG_INFINITY);
+        let weight = |x: S::f32s| {
+            let below = simd.sub_f32s(x, lse);
+            // Rounding may leave a score above its LSE.
+            let below = simd.select_f32s(simd.greater_than_f32s(below, zero), zero, below);
+            simd.select_f32s(simd.equal_f32s(x, hidden), zero, exp(simd, below))
+        };
+        let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+        vectors.iter_mut().for_each(|x| *x = weight(*x));
+        if !rest.is_empty() {
+            let mut last = [f32::NEG_INFINITY; MOST_LANES];
+            last[..rest.len()].copy_from_slice(rest);
+            let (vectors, _) = S::as_mut_simd_f32s(&mut last);
+            vectors[0] = weight(vectors[0]);
+            rest.copy_from_slice(&last[..rest.len()]);
+        }
+    }
+}
+
+/// Replaces the gradients `dp` of weights `p` by those of the scores: `p · (dp − delta)`, 0 where the weight is 0.
+pub fn score_gradients(arch: Arch, p: &[f32], dp: &mut [f32], delta: f32) {
+    let one = |p: f32, dp: f32| if p == 0.0 { 0.0 } else { p * (dp - delta) };
+    arch.dispatch(|| dp.iter_mut().zip(p).for_each(|(dp, &p)| *dp = one(p, *dp)));
+}
+
 /// What is subtracted from the scores of a row. While no key is visible, every shift gives zeros; −∞ would give NaN.
 pub fn shift(peak: f32) -> f32 {
     if peak == f32::NEG_INFINITY { 0.0 } else { peak }

@@ -2,6 +2,7 @@
 //! shapes only, so results do not depend on the number of threads.
 
 mod attention;
+mod backward;
 mod buffers;
 mod exp;
 mod inspect;
@@ -14,6 +15,7 @@ mod softmax;
 mod threads;
 
 pub(crate) use attention::attention;
+pub(crate) use backward::{BackwardInputs, backward};
 pub(crate) use buffers::Buffer;
 pub(crate) use inspect::inspect;
 #[cfg(not(target_arch = "wasm32"))]

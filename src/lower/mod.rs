@@ -139,7 +139,9 @@ impl Recording {
         match self {
             Recording::Gpu(steps) => steps.backward(problem, call),
             #[cfg(feature = "cpu")]
-            Recording::Cpu => Err(crate::error::value_error!("no backward on the CPU backend yet")),
+            Recording::Cpu => cpu::backward(problem, call, &self.rotated(&call.operands)?, |x, rotation, rows| {
+                self.rotate(x, rotation, rows)
+            }),
         }
     }
 

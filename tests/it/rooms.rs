@@ -17,7 +17,7 @@ const FLOORS: &[&[&str]] = &[
     &["lower"],
     &["position"],
     &["attention", "ops"],
-    &["cache", "inspect", "packed", "tune"],
+    &["backward", "cache", "inspect", "packed", "tune"],
     &["multi_head"],
 ];
 
