@@ -560,7 +560,9 @@ impl Steps {
             self.sum_axis(more, None, dq, 1.0, true)?;
         }
         if problem.scale == 0.0 {
-            for dx in [&mut gradients.q, &mut gradients.k].into_iter().flatten() {
+            let of_keys = call.distance.as_ref().is_some_and(|distance| distance.keys.is_some());
+            let relative = if of_keys { &mut gradients.distance } else { &mut None };
+            for dx in [&mut gradients.q, &mut gradients.k, relative].into_iter().flatten() {
                 let unscaled = dx.clone();
                 *dx = self.output("a gradient", Layout::contiguous(unscaled.shape())?, unscaled.dtype())?;
                 self.sum_axis(&unscaled, None, dx, 0.0, false)?;
