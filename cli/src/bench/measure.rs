@@ -7,10 +7,11 @@ use wgpu_attention::position::t5::{self, Buckets};
 use wgpu_attention::position::{Pairing, Rotary, RotaryConfig, alibi};
 use wgpu_attention::problem::Problem;
 use wgpu_attention::{
-    Align, Attention, Device, Gpu, Mask, Method, MultiHeadAttention, MultiHeadConfig, Profile, Tensor, Weights, project,
+    Align, Attended, Attention, Cotangents, Device, Gpu, Mask, Method, MultiHeadAttention, MultiHeadConfig, Profile,
+    Tensor, WantedGradients, Weights, project,
 };
 
-use super::shape::{Extra, Shape, Work};
+use super::shape::{Extra, Pass, Shape, Work};
 use crate::error::{Result, fail};
 
 /// How much to measure.
@@ -53,9 +54,26 @@ pub fn operands(shape: &Shape, device: &Device) -> Result<[Tensor; 3]> {
 
 /// A call with its operands on the device.
 enum Prepared {
-    Attention { attention: Attention, operands: Box<[Tensor; 3]> },
-    Layer { attention: Attention, layer: Box<MultiHeadAttention>, x: Tensor },
-    Projection { x: Tensor, weight: Tensor },
+    Attention {
+        attention: Attention,
+        operands: Box<[Tensor; 3]>,
+    },
+    /// With the results of a forward, unless that is timed, too.
+    Gradients {
+        attention: Attention,
+        operands: Box<[Tensor; 3]>,
+        cotangents: Cotangents,
+        attended: Option<Box<Attended>>,
+    },
+    Layer {
+        attention: Attention,
+        layer: Box<MultiHeadAttention>,
+        x: Tensor,
+    },
+    Projection {
+        x: Tensor,
+        weight: Tensor,
+    },
 }
 
 impl Prepared {
@@ -69,6 +87,17 @@ impl Prepared {
             attention = with_extra(attention, shape, extra, device)?;
         }
         Ok(match shape.work {
+            Work::Attention if shape.pass != Pass::Forward => {
+                let attention = attention.lse(true);
+                let operands = Box::new(operands(shape, device)?);
+                let [q, k, v] = &*operands;
+                let attended = match shape.pass {
+                    Pass::Backward => Some(Box::new(attention.forward(q, k, v)?)),
+                    _ => None,
+                };
+                let gradient = noise(device, &[batch, heads_q, len_q, shape.problem.dim_v], 7)?;
+                Prepared::Gradients { attention, operands, cotangents: Cotangents::of_output(gradient), attended }
+            }
             Work::Attention => Prepared::Attention { attention, operands: Box::new(operands(shape, device)?) },
             Work::Layer => {
                 let config = MultiHeadConfig::new(shape.width(), heads_q)?;
@@ -90,6 +119,12 @@ impl Prepared {
                 let [q, k, v] = &**operands;
                 attention.forward(q, k, v)?;
             }
+            Prepared::Gradients { attention, operands, cotangents, attended } => {
+                let [q, k, v] = &**operands;
+                let now = if attended.is_none() { Some(attention.forward(q, k, v)?) } else { None };
+                let attended = now.as_ref().or(attended.as_deref()).expect("one of both");
+                attention.backward(q, k, v, attended, cotangents, WantedGradients::QKV)?;
+            }
             Prepared::Layer { attention, layer, x } => {
                 layer.forward(x, x, x, attention)?;
             }
@@ -105,6 +140,23 @@ impl Prepared {
             Prepared::Attention { attention, operands } => {
                 let [q, k, v] = &**operands;
                 attention.forward_profiled(q, k, v)?.1
+            }
+            Prepared::Gradients { attention, operands, cotangents, attended } => {
+                let [q, k, v] = &**operands;
+                let (now, forward) = match attended {
+                    None => Some(attention.forward_profiled(q, k, v)?).unzip(),
+                    Some(_) => (None, None),
+                };
+                let attended = now.as_ref().or(attended.as_deref()).expect("one of both");
+                let wanted = WantedGradients::QKV;
+                let mut profile = attention.backward_profiled(q, k, v, attended, cotangents, wanted)?.1;
+                if let Some(forward) = forward {
+                    let add = |a: Option<Duration>, b: Option<Duration>| Some(a? + b?);
+                    profile.gpu_time = add(profile.gpu_time, forward.gpu_time);
+                    profile.cpu_time = add(profile.cpu_time, forward.cpu_time);
+                    profile.kernels = [forward.kernels, profile.kernels].concat();
+                }
+                profile
             }
             Prepared::Layer { attention, layer, x } => layer.forward_profiled(x, x, x, attention)?.1,
             // Projections are not profiled; only their kernels are listed.
@@ -133,7 +185,7 @@ impl Prepared {
                 let output = layer.encode(gpu, encoder, x, x, x, attention)?;
                 [Some(output.output), output.weights]
             }
-            Prepared::Projection { .. } => fail!("a projection cannot be recorded into an encoder"),
+            Prepared::Projection { .. } | Prepared::Gradients { .. } => fail!("it cannot be recorded into an encoder"),
         })
     }
 

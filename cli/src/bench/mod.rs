@@ -26,6 +26,8 @@ use shape::{Shape, Work};
 Shapes are b,hq,hkv,sq,skv,d or b,hq,hkv,sq,skv,d,dv: batch, query heads, key/value heads, queries, keys, head width \
 and, if it differs, the width of values; all f32. Suffixes:
   :causal  hide the keys after each query (the last query sees every key)
+  :backward, :train
+           time the gradients of Q, K and V, or the forward and them
   :xN      record N calls into one encoder and report their total time
   :rotary, :rotary-interleaved, :alibi, :t5, :shaw
            add positions inside the kernels

@@ -33,6 +33,16 @@ pub enum Extra {
     Mask,
 }
 
+/// Which passes of a call are timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Forward,
+    /// The gradients of Q, K and V, after a forward that is not timed.
+    Backward,
+    /// Forward and backward: a step of training.
+    Both,
+}
+
 const EXTRAS: [(&str, Extra); 6] = [
     ("rotary", Extra::Rotary { interleaved: false }),
     ("rotary-interleaved", Extra::Rotary { interleaved: true }),
@@ -50,6 +60,7 @@ pub struct Shape {
     pub work: Work,
     pub problem: Problem,
     pub causal: bool,
+    pub pass: Pass,
     /// Calls in one encoder.
     pub calls: usize,
     pub extra: Option<Extra>,
@@ -90,7 +101,7 @@ impl Shape {
             Some(&(_, work, sizes, causal, _)) => (work, sizes, causal),
             None => (Work::Attention, sizes(head)?, false),
         };
-        let (mut calls, mut extra, mut stored) = (1, None, false);
+        let (mut calls, mut extra, mut stored, mut pass) = (1, None, false, Pass::Forward);
         for part in parts {
             if let Some(&(_, found)) = EXTRAS.iter().find(|(name, _)| *name == part) {
                 if extra.replace(found).is_some() {
@@ -101,6 +112,8 @@ impl Shape {
             match part.strip_prefix('x') {
                 _ if part == "causal" => causal = true,
                 _ if part == "stored" => stored = true,
+                _ if part == "backward" => pass = Pass::Backward,
+                _ if part == "train" => pass = Pass::Both,
                 Some(number) => {
                     calls = number.parse().ok().filter(|calls| (1..=MOST_CALLS).contains(calls)).ok_or_else(|| {
                         format!("\"{part}\" must say how many calls share an encoder: x1 to x{MOST_CALLS}")
@@ -108,7 +121,7 @@ impl Shape {
                 }
                 None => {
                     return Err(format!(
-                        "\"{part}\" is neither causal, xN (N calls in one encoder), stored nor one of {}",
+                        "\"{part}\" is neither causal, backward, train, xN (N calls in one encoder), stored nor one of {}",
                         extras()
                     ));
                 }
@@ -117,10 +130,13 @@ impl Shape {
         if stored && matches!(extra, None | Some(Extra::Mask)) {
             return Err("stored needs rotary, rotary-interleaved, alibi, t5 or shaw".into());
         }
+        if pass != Pass::Forward && (work != Work::Attention || calls > 1) {
+            return Err(format!("backward and train are for one call of attention, not for {text}"));
+        }
         if work == Work::Projection && (calls > 1 || causal || extra.is_some()) {
             return Err(format!("{head} is a projection, which supports no suffixes"));
         }
-        Ok(Shape { extra, stored, ..Shape::new(text, work, sizes, causal, calls)? })
+        Ok(Shape { extra, stored, pass, ..Shape::new(text, work, sizes, causal, calls)? })
     }
 
     /// Self-attention of one length.
@@ -145,7 +161,7 @@ impl Shape {
         let problem = Problem::new(&[batch, heads_q, len_q, dim], &keys, &values, None, None, &positions, 0)
             .and_then(|problem| checked_len(&[batch, heads_q, len_q, len_k]).map(|_| problem))
             .map_err(|error| error.to_string())?;
-        Ok(Shape { name: name.into(), work, problem, causal, calls, extra: None, stored: false })
+        Ok(Shape { name: name.into(), work, problem, causal, calls, extra: None, stored: false, pass: Pass::Forward })
     }
 
     /// Width of the layer.
@@ -162,7 +178,13 @@ impl Shape {
             true => (0..len_q).map(|i| band.range(i, len_k).len() as f64).sum(),
             false => len_q as f64 * len_k as f64,
         };
-        let attention = 2.0 * (batch * heads_q) as f64 * visible * (dim_k + dim_v) as f64;
+        // The forward computes Q·Kᵀ and P·V; the backward Q·Kᵀ again, dO·Vᵀ, Pᵀ·dO, dS·K and dSᵀ·Q.
+        let widths = match self.pass {
+            Pass::Forward => dim_k + dim_v,
+            Pass::Backward => 3 * dim_k + 2 * dim_v,
+            Pass::Both => 4 * dim_k + 3 * dim_v,
+        };
+        let attention = 2.0 * (batch * heads_q) as f64 * visible * widths as f64;
         let projection = 2.0 * (batch * len_q) as f64 * (self.width() as f64).powi(2);
         let all = match self.work {
             Work::Attention => attention,
@@ -241,6 +263,8 @@ mod tests {
     fn operations_and_bytes_are_those_of_the_formula() {
         let shape = |text: &str| Shape::parse(text).unwrap();
         assert_eq!(shape("P1").operations(), 4.0 * 12.0 * 512.0 * 512.0 * 64.0);
+        assert_eq!(shape("P1:backward").operations(), 2.5 * shape("P1").operations());
+        assert_eq!(shape("P1:train").operations(), 3.5 * shape("P1").operations());
         assert_eq!(shape("p2").operations(), 4.0 * 12.0 * (1024.0 * 1025.0 / 2.0) * 64.0);
         let layer = 8.0 * 1024.0 * 512.0 * 512.0 + 4.0 * 64.0 * 128.0 * 128.0 * 64.0;
         assert_eq!(shape("P6").operations(), layer);
@@ -268,7 +292,9 @@ mod tests {
             ("1,1,1,1,600000000,1", "lengths must be below"),
             ("99999999999,99999999999,1,1,1,1", "does not fit in 64 bits"),
             ("1,1,1,1,99999999999999999999999,1", "too large"),
-            ("P1:upside-down", "neither causal, xN"),
+            ("P1:upside-down", "neither causal, backward"),
+            ("P6:backward", "one call of attention"),
+            ("P1:train:x2", "one call of attention"),
             ("P1:t5:alibi", "a shape can have one"),
             ("P1:mask:stored", "stored needs rotary"),
             ("P1:x0", "x1 to x10000"),
