@@ -146,24 +146,29 @@ impl WithSimd for FromLse<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (lse, zero) = (simd.splat_f32s(self.1), simd.splat_f32s(0.0));
-        let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-        let weight = |x: S::f32s| {
-            let below = simd.sub_f32s(x, lse);
-            // Rounding may leave a score above its LSE.
-            let below = simd.select_f32s(simd.greater_than_f32s(below, zero), zero, below);
-            simd.select_f32s(simd.equal_f32s(x, hidden), zero, exp(simd, below))
-        };
+        let lse = simd.splat_f32s(self.1);
         let (vectors, rest) = S::as_mut_simd_f32s(self.0);
-        vectors.iter_mut().for_each(|x| *x = weight(*x));
+        for x in vectors {
+            *x = weight(simd, *x, lse);
+        }
         if !rest.is_empty() {
             let mut last = [f32::NEG_INFINITY; MOST_LANES];
             last[..rest.len()].copy_from_slice(rest);
             let (vectors, _) = S::as_mut_simd_f32s(&mut last);
-            vectors[0] = weight(vectors[0]);
+            vectors[0] = weight(simd, vectors[0], lse);
             rest.copy_from_slice(&last[..rest.len()]);
         }
     }
+}
+
+/// Not a closure, which the compiler may leave out of what it compiles for the SIMD level.
+#[inline(always)]
+fn weight<S: Simd>(simd: S, x: S::f32s, lse: S::f32s) -> S::f32s {
+    let (zero, hidden) = (simd.splat_f32s(0.0), simd.splat_f32s(f32::NEG_INFINITY));
+    let below = simd.sub_f32s(x, lse);
+    // Rounding may leave a score above its LSE.
+    let below = simd.select_f32s(simd.greater_than_f32s(below, zero), zero, below);
+    simd.select_f32s(simd.equal_f32s(x, hidden), zero, exp(simd, below))
 }
 
 /// Replaces the gradients `dp` of weights `p` by those of the scores: `p · (dp − delta)`, 0 where the weight is 0.
