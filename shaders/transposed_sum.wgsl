@@ -3,18 +3,19 @@
 //
 // The gradients of values (P: weights, X: dO) and of keys (P: dS, X: queries). Each invocation sums four keys by COLS4 · 4
 // columns in registers, over all queries that share the keys: BLOCK queries of each head of the group, then the next
-// BLOCK. So a sum has the same order however queries are sliced, if slices are whole blocks. With subgroups, SHARE lanes
-// load different parts of X and broadcast them.
+// BLOCK. So a sum has the same order however queries are sliced, if slices are whole blocks. QUERIES are summed before
+// they are added to the rest. With subgroups, SHARE lanes load different parts of X and broadcast them.
 //
 // Values of X that are not finite count only where P is not 0: a sum without them first, then their terms.
 
+const QUERIES: u32 = 4u;
 const COLS4: u32 = 4u;
 const SHARE: u32 = 1u;
 const BLOCK: u32 = 256u;
 // Adds to what earlier slices of the queries left in Y.
 const ACCUMULATE: bool = false;
 
-const_assert COLS4 % SHARE == 0u;
+const_assert COLS4 * QUERIES % SHARE == 0u && BLOCK % QUERIES == 0u;
 
 alias XElem = f32;
 
@@ -65,22 +66,38 @@ fn run(index: u32, local: u32, lane: u32) {
             let p_head = row_at(params.p, axes);
             let x_head = row_at(params.x, axes);
             var sum: array<vec4<f32>, 4u * COLS4> = array<vec4<f32>, 4u * COLS4>();
-            for (var i = first; i < min(first + BLOCK, len_q); i++) {
-                let weight = p[(p_head + i * params.p.strides.z) / 4u + j4];
+            let end = min(first + BLOCK, len_q);
+            for (var i = first; i < end; i += QUERIES) {
+                var weight = array<vec4<f32>, QUERIES>();
+                // @unroll
+                for (var n = 0u; n < QUERIES; n++) {
+                    let here = p[(p_head + min(i + n, end - 1u) * params.p.strides.z) / 4u + j4];
+                    weight[n] = select(vec4<f32>(), here, i + n < end);
+                }
                 var loaded = vec4<f32>();
                 // @unroll
                 for (var e = 0u; e < COLS4; e++) {
-                    if (e % SHARE == 0u) {
-                        loaded = load_x(x_head + i * params.x.strides.z, column + e + lane);
-                        has_not_finite = has_not_finite | is_not_finite(loaded);
-                        loaded = select(loaded, vec4<f32>(), is_not_finite(loaded));
+                    var part = array<vec4<f32>, 4>();
+                    // @unroll
+                    for (var n = 0u; n < QUERIES; n++) {
+                        if ((e * QUERIES + n) % SHARE == 0u) {
+                            let place = e * QUERIES + n + lane;
+                            let query = min(i + place % QUERIES, end - 1u);
+                            loaded = load_x(x_head + query * params.x.strides.z, column + place / QUERIES);
+                            has_not_finite = has_not_finite | is_not_finite(loaded);
+                            loaded = select(loaded, vec4<f32>(), is_not_finite(loaded));
+                        }
+                        // @block share
+                        let x4 = loaded;
+                        // @end
+                        // @unroll
+                        for (var c = 0u; c < 4u; c++) {
+                            part[c] = fma(vec4<f32>(weight[n][c]), x4, part[c]);
+                        }
                     }
-                    // @block share
-                    let x4 = loaded;
-                    // @end
                     // @unroll
                     for (var c = 0u; c < 4u; c++) {
-                        sum[c * COLS4 + e] = fma(vec4<f32>(weight[c]), x4, sum[c * COLS4 + e]);
+                        sum[c * COLS4 + e] += part[c];
                     }
                 }
             }

@@ -794,7 +794,7 @@ pub fn transposed_sum(tile: TransposedTile, x: Access, accumulate: bool) -> Vari
     if share > 1 {
         name.push_str(&format!("/subgroup{share}"));
         changes = (changes.line("lane_builtin", LANE_BUILTIN).line("lane", LANE))
-            .line("share", "let x4 = subgroupBroadcast(loaded, e % SHARE);")
+            .line("share", "let x4 = subgroupBroadcast(loaded, (e * QUERIES + n) % SHARE);")
             .line("any_not_finite", "let any_not_finite = subgroupAny(any(has_not_finite));");
     }
     name.push_str(&format!("/columns{}", 4 * cols4));
@@ -992,7 +992,7 @@ pub fn variants() -> Vec<Variant> {
     for stored in [Dtype::F32, Dtype::F16, Dtype::BF16] {
         for x in halves(stored) {
             all.extend([row_dots(x, wide, true, false), row_dots(narrow, x, false, true)]);
-            for (workgroup, cols4, share) in [(8, 8, 8), (8, 4, 4), (8, 1, 1), (64, 4, 1)] {
+            for (workgroup, cols4, share) in [(8, 16, 8), (8, 13, 4), (8, 1, 1), (64, 4, 1)] {
                 let tile = TransposedTile { workgroup, cols4, share };
                 all.push(transposed_sum(tile, x, x.wide));
             }

@@ -235,18 +235,20 @@ pub fn transposed_sum(x: Operand<'_>, y: &Layout, accumulate: bool, adapter: &Ca
 
 fn transposed_tile(adapter: &Capabilities, cols4: usize) -> TransposedTile {
     let (workgroup, most) = match adapter.class {
-        AdapterClass::Cpu => (8, 8),
+        AdapterClass::Cpu => (8, 16),
         // Sixteen vec4s of sums.
         AdapterClass::Gpu => (64, 4),
     };
     let workgroup = workgroup.min(adapter.max_invocations);
+    let blocks = cols4.div_ceil(most).max(1);
+    let cols4 = cols4.div_ceil(blocks).max(1) as u32;
+    // Lanes share whole loads: four queries by an even number of columns, or any.
     let share = match adapter.subgroup_min {
         _ if adapter.class == AdapterClass::Gpu => 1,
-        Some(8..) if cols4 >= 8 && workgroup >= 8 => 8,
-        Some(4..) if cols4 >= 4 && workgroup >= 4 => 4,
+        Some(8..) if cols4.is_multiple_of(2) && workgroup >= 8 => 8,
+        Some(4..) if workgroup >= 4 => 4,
         _ => 1,
     };
-    let cols4 = if share > 1 { share } else { (cols4 as u32).clamp(1, most) };
     TransposedTile { workgroup, cols4, share }
 }
 
