@@ -10,8 +10,10 @@ use wgpu_attention::{
     Weights,
 };
 
+use wgpu_attention_conformance::{Stored, golden_names};
+
 use crate::distance::{Distance, distances};
-use crate::kit::{Call, Data, as_gpus, bits, devices, noise, wide};
+use crate::kit::{Call, Data, Wide, as_gpus, bits, devices, largest, noise, wide};
 use crate::rotary::written_out;
 
 /// Cotangents of a call, row-major; some are left out.
@@ -444,5 +446,96 @@ fn wrong_calls_are_refused_with_the_rule() {
         let got = attention.backward(&q, &q, &q, &attended, &good(), qkv).unwrap();
         let dv = got.v.unwrap().download().unwrap();
         assert!(dv[4..8].iter().all(|x| *x == 0.0), "{name}: {dv:?}");
+    }
+}
+
+/// A stored call of `scaled_dot_product_attention`, or one with sinks, on a device: its gradients by the names in the case.
+fn stored(case: &Stored, device: &Device) -> Vec<(&'static str, Tensor)> {
+    let upload = |x: &Wide| {
+        let values: Vec<f32> = x.row_major().iter().map(|&x| x as f32).collect();
+        Tensor::from_slice(device, x.shape(), &values).unwrap()
+    };
+    let [q, k, v] = ["in.q", "in.k", "in.v"].map(|name| upload(case.need(name)));
+    // Leading axes are one batch axis.
+    let merged = |x: &Tensor| {
+        let (lead, tail) = x.shape().split_at(x.shape().len() - 3);
+        x.reshape(&[&[lead.iter().product()], tail].concat()).unwrap()
+    };
+    let [q, k, v] = [&q, &k, &v].map(merged);
+    let mut attention = Attention::new().lse(true);
+    if case.flag("is_causal_top_left") {
+        attention = attention.causal(Align::TopLeft);
+    }
+    if let Some(scale) = case.get("scale").as_f64() {
+        attention = attention.scale(scale as f32);
+    }
+    if let Some(cap) = case.get("softcap").as_f64() {
+        attention = attention.softcap(cap as f32);
+    }
+    let mask = if case.tensor("in.sinks").is_some() { "in.mask" } else { "in.attn_mask" };
+    let mut has_bias = false;
+    match (case.tensor(mask), case.bools(mask)) {
+        (Some(mask), Some(bools)) => {
+            let mask = Tensor::from_bools(device, mask.shape(), &bools).unwrap();
+            attention = attention.mask(Mask::keep_where(mask).unwrap());
+        }
+        (Some(mask), None) => {
+            attention = attention.bias(upload(mask));
+            has_bias = true;
+        }
+        (None, _) => {}
+    }
+    let mut output = upload(case.need("cot.out"));
+    if let Some(sinks) = case.tensor("in.sinks") {
+        attention = attention.sink(upload(sinks));
+        output = output.permute(&[0, 2, 1, 3]).unwrap();
+    }
+    let attended = attention.forward(&q, &k, &v).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+    let cotangents = Cotangents::of_output(merged(&output));
+    let got = attention.backward(&q, &k, &v, &attended, &cotangents, attention.gradients()).unwrap();
+    let mut named = vec![("grad_q", got.q.unwrap()), ("grad_k", got.k.unwrap()), ("grad_v", got.v.unwrap())];
+    named.extend(got.sink.map(|sink| ("grad_sinks", sink)));
+    named.extend(got.biases.into_iter().next().filter(|_| has_bias).map(|bias| ("grad_mask", bias)));
+    named
+}
+
+/// Within twice the error of PyTorch's own f32 gradients, plus a few ulp of the largest value of a row. Where the case has
+/// no f32 gradients, an error of 1e-6 of the largest value stands for them.
+#[test]
+fn gradients_of_other_peoples_calls_are_met() {
+    let cases: Vec<Stored> = (golden_names().iter())
+        .filter(|name| name.starts_with("torch/sdpa_") || name.starts_with("transformers/sink"))
+        .map(|name| Stored::read(name))
+        .filter(|case| case.names("ref64.grad_").next().is_some())
+        .collect();
+    assert!(cases.len() >= 60, "{} cases", cases.len());
+    for (device_name, device) in devices() {
+        let mut compared = 0;
+        for case in &cases {
+            let name = &case.name;
+            for (part, got) in stored(case, &device) {
+                let Some(truth) = case.tensor(&format!("ref64.{part}")) else { continue };
+                let (truth, width) = (truth.row_major(), truth.shape().last().copied().unwrap_or(1).max(1));
+                let most = largest(&truth);
+                let theirs = case.tensor(&format!("t32.{part}")).map_or(1e-6 * most, |theirs| {
+                    theirs.row_major().iter().zip(&truth).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+                });
+                let got = got.download().unwrap();
+                assert_eq!(got.len(), truth.len(), "{part} of {name}");
+                for (row, truth) in got.chunks(width).zip(truth.chunks(width)) {
+                    let ulp = largest(truth) * f64::from(f32::EPSILON);
+                    for (&got, &truth) in row.iter().zip(truth) {
+                        let error = (f64::from(got) - truth).abs();
+                        let bar = 2.0 * theirs + 4.0 * ulp + 1e-9;
+                        assert!(
+                            error <= bar,
+                            "{part} of {name} on {device_name}: {got} is {error:.2e} from {truth}; {bar:.2e}"
+                        );
+                    }
+                }
+                compared += 1;
+            }
+        }
+        assert!(compared >= 180, "{compared} gradients on {device_name}");
     }
 }
