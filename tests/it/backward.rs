@@ -499,8 +499,10 @@ fn stored(case: &Stored, device: &Device) -> Vec<(&'static str, Tensor)> {
     named
 }
 
-/// Within twice the error of PyTorch's own f32 gradients, plus a few ulp of the largest value of a row. Where the case has
-/// no f32 gradients, an error of 1e-6 of the largest value stands for them.
+/// Within twice the error of PyTorch's own gradients in the case's type, plus a few ulp of the largest value of a row, plus
+/// what an LSE in f32 costs: its last digit is a factor on the weights of a row; plus two ulp of the terms that cancel where
+/// one key has all the weight: dO·V, and dO·O, which is summed apart. Where the case has no such gradients, an
+/// error of 1e-6 of the largest value stands for them.
 #[test]
 fn gradients_of_other_peoples_calls_are_met() {
     let cases: Vec<Stored> = (golden_names().iter())
@@ -517,7 +519,28 @@ fn gradients_of_other_peoples_calls_are_met() {
                 let Some(truth) = case.tensor(&format!("ref64.{part}")) else { continue };
                 let (truth, width) = (truth.row_major(), truth.shape().last().copied().unwrap_or(1).max(1));
                 let most = largest(&truth);
-                let theirs = case.tensor(&format!("t32.{part}")).map_or(1e-6 * most, |theirs| {
+                // Cases without an LSE have scores below 10.
+                let lse = case.tensor("ref64.lse").map_or(10.0, |lse| {
+                    lse.row_major().into_iter().filter(|x| x.is_finite()).fold(10.0, |a: f64, b| a.max(b.abs()))
+                });
+                let row_norm = |name: &str| {
+                    let x = case.need(name);
+                    x.row_major().chunks(x.shape()[x.shape().len() - 1].max(1)).map(norm).fold(0.0, f64::max)
+                };
+                let other = match part {
+                    "grad_q" => largest(&case.need("in.k").row_major()),
+                    "grad_k" => largest(&case.need("in.q").row_major()),
+                    _ => 1.0,
+                };
+                let scale = case.get("scale").as_f64().unwrap_or(1.0 / (case.count("d") as f64).sqrt()).abs();
+                let cancelled = match part {
+                    "grad_v" => 0.0,
+                    "grad_q" | "grad_k" => row_norm("cot.out") * row_norm("in.v") * other * scale,
+                    _ => row_norm("cot.out") * row_norm("in.v"),
+                };
+                let of_lse = (lse * most + 2.0 * cancelled) * f64::from(f32::EPSILON);
+                let theirs = ["t32", "t16"].into_iter().find_map(|kind| case.tensor(&format!("{kind}.{part}")));
+                let theirs = theirs.map_or(1e-6 * most, |theirs| {
                     theirs.row_major().iter().zip(&truth).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
                 });
                 let got = got.download().unwrap();
@@ -526,7 +549,7 @@ fn gradients_of_other_peoples_calls_are_met() {
                     let ulp = largest(truth) * f64::from(f32::EPSILON);
                     for (&got, &truth) in row.iter().zip(truth) {
                         let error = (f64::from(got) - truth).abs();
-                        let bar = 2.0 * theirs + 4.0 * ulp + 1e-9;
+                        let bar = 2.0 * theirs + 4.0 * ulp + of_lse + 1e-9;
                         assert!(
                             error <= bar,
                             "{part} of {name} on {device_name}: {got} is {error:.2e} from {truth}; {bar:.2e}"
@@ -536,6 +559,6 @@ fn gradients_of_other_peoples_calls_are_met() {
                 compared += 1;
             }
         }
-        assert!(compared >= 180, "{compared} gradients on {device_name}");
+        assert!(compared >= 150, "{compared} gradients on {device_name}");
     }
 }
